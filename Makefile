@@ -1,0 +1,44 @@
+# Everything runs in .venv, which `make setup` builds and every target builds if it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test test-slow check format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(VENV)/ready ## make .venv with everything to run, test and develop
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
+	@# torch first and by its exact version: a range may pull a build for other hardware
+	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/ready ## fine-tune a tiny Llama with LoRA and RaSA, merge, compare
+	$(BIN)/python -m rasa_train.demo
+
+test: $(VENV)/ready ## the test suite
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-slow: $(VENV)/ready ## what takes minutes: the long matrices
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: $(VENV)/ready ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist

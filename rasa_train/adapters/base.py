@@ -1,0 +1,221 @@
+"""The adapter contract: a method says once what its update is, everything else follows.
+
+``Site``     where an update goes: metadata of one frozen weight, never the weight itself.
+``Method``   a frozen config; ``build(sites)`` sees all sites at once, so sharing needs no hook.
+``Adapter``  the update of one site: ``forward`` (what is added to the base output) and ``delta`` (dW).
+``FactorAdapter``  an adapter that is dW = B diag(d) A: it gives ``factors()``, the rest is derived.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Metadata of one frozen weight W (out_features x in_features) that gets an update.
+
+    ``lead`` is the leading shape of every tensor of the update: () for a linear, (num_experts,) for a
+    fused expert weight, so that one adapter serves all experts of a layer.
+    """
+
+    path: str
+    """Dotted path of the linear in the model: ``model.layers.3.self_attn.q_proj``."""
+    kind: str
+    """The path below the layer index: ``self_attn.q_proj``. Pools are keyed by it."""
+    layer: int
+    out_features: int
+    in_features: int
+    weight: str
+    """Name of the base parameter that holds W."""
+    transposed: bool = False
+    """W is stored in_features x out_features (GPT-2's Conv1D)."""
+    bias: bool = False
+    num_experts: int | None = None
+    rows: tuple[int, int] | None = None
+    """W is this range of output rows of the base parameter (gate and up in a fused gate_up_proj)."""
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return () if self.num_experts is None else (self.num_experts,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+
+class Factors(NamedTuple):
+    """dW = B diag(d) A; B (..., out, R), d (..., R), A (..., R, in); ``...`` is the site's ``lead``."""
+
+    B: Tensor
+    d: Tensor
+    A: Tensor
+
+
+class Adapter(nn.Module, ABC):
+    """The update of one site."""
+
+    def __init__(self, site: Site, method: Method) -> None:
+        super().__init__()
+        self.site = site
+        self.dropout = method.dropout
+        self.compute_dtype = torch.float32 if method.compute == "float32" else None
+
+    @abstractmethod
+    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+        """dW drop(x).
+
+        Args:
+            x: input of the linear (..., in_features).
+            weight: the frozen W (out_features, in_features) of this site (and expert).
+            expert: which expert's update, for a site with ``num_experts``.
+        Returns:
+            (..., out_features) in the dtype of ``x``.
+        """
+
+    @abstractmethod
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """dW = merged - original weight (*lead, out_features, in_features), fp32.
+
+        ``weight`` is the original W in any dtype; only methods whose update depends on it need it.
+        """
+
+    needs_weight: ClassVar[bool] = False
+    """The update's start depends on W: ``start`` is called with it."""
+
+    def start(self, weight: Tensor) -> None:  # noqa: B027 - an optional hook
+        """Set what depends on the original W (*lead, out, in), fp32. Called once when the adapter is put into a
+        model that has weights; values of a file are loaded after it."""
+
+    rule_state: ClassVar[tuple[str, ...]] = ()
+    """Names of (non-persistent) buffers that the method's ``after_step`` keeps: in checkpoints, not in the
+    finished adapter. What the update itself needs and is not trained is a persistent buffer."""
+
+    def delta_bias(self) -> Tensor | None:
+        """What merging adds to the linear's bias (out_features,), fp32; None for almost every method."""
+        return None
+
+    @property
+    @abstractmethod
+    def effective_rank(self) -> int:
+        """The largest rank that dW can have."""
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on the adapter's input, cast to the dtype the adapter computes in."""
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class FactorAdapter(Adapter):
+    """dW = B diag(d) A. Subclasses say what the factors are; nothing else is theirs to say."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The factors in fp32, differentiable with respect to what is trained."""
+
+    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+        B, d, A = self.factors()
+        if expert is not None:
+            B, d, A = B[expert], d[expert], A[expert]
+        dropped = self.drop(x)
+        # diag(d) goes into B, in fp32: that rounds once, and it is out x R work instead of tokens x R.
+        Bd = (B * d.unsqueeze(-2)).to(dropped.dtype)
+        return F.linear(F.linear(dropped, A.to(dropped.dtype)), Bd).to(x.dtype)
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        B, d, A = (t.float() for t in self.factors())
+        return (B * d.unsqueeze(-2)) @ A
+
+    @property
+    def effective_rank(self) -> int:
+        return min(self.factors().d.shape[-1], *self.site.shape)
+
+
+class Built(NamedTuple):
+    """What a method builds: an adapter per site path, and the tensors that sites share."""
+
+    adapters: dict[str, Adapter]
+    pools: dict[str, nn.Module]
+
+
+class Method(BaseModel, ABC):
+    """Hyper-parameters of one method, checked; a section ``adapter:`` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    method: str
+    targets: str | list[str] = "all-linear"
+    """What is adapted: ``all-linear`` (every linear of the decoder layers, not the LM head and not a router),
+    a list of names (``[q_proj, v_proj]``), or a regular expression for the whole path."""
+    exclude: list[str] = []
+    """Names taken out of ``targets``."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input (the paper's scripts: 0.05)."""
+    compute: Literal["model", "float32"] = "model"
+    """Arithmetic of the adapter: in the model's dtype, or fp32. The parameters themselves are always fp32."""
+    init_from: str | None = None
+    """An adapter directory to start from: ours, PEFT's, or the reference implementation's."""
+
+    @abstractmethod
+    def build(self, sites: list[Site]) -> Built:
+        """Make the adapters of all sites. Works on any device, meta included; draws from torch's RNG."""
+
+    def trains(self, parameter: str) -> bool:
+        """Whether a parameter of the base model itself (by its name) is trained. Such parameters are held in
+        fp32, computed with under autocast, and saved and merged by their own name."""
+        return False
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A term added to the loss of every step (AdaLoRA's orthogonality), or None."""
+        return None
+
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int) -> None:  # noqa: B027
+        """The method's own rule after optimizer step ``step`` (1 for the first), gradients still there."""
+
+    # -- files of other libraries ------------------------------------------------------------------------
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Our fields from a PEFT-style ``adapter_config.json``, or None if it is another method's."""
+        return None
+
+    @classmethod
+    def rename_peft(cls, key: str) -> str | None:
+        """Our name of a PEFT-style tensor (``base_model.model.`` removed), or None if it is not ours."""
+        return None
+
+
+def kaiming_uniform(*shape: int) -> nn.Parameter:
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), in = shape[-1], fp32: LoRA's initial A (Kaiming with a = sqrt(5))."""
+    bound = 1.0 / math.sqrt(shape[-1])
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32).uniform_(-bound, bound))
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
+
+
+def full(value: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.full(shape, value, dtype=torch.float32))
+
+
+def by_kind(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Sites that can share tensors: same kind and same shape. The key is a valid module name: the kind with
+    ``__`` for dots (a hybrid model with several shapes of one kind has the shape in the key as well)."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, (*site.lead, *site.shape)), []).append(site)
+    kinds = [kind for kind, _ in groups]
+    return {
+        kind.replace(".", "__") + ("" if kinds.count(kind) == 1 else "__" + "x".join(map(str, shape))): group
+        for (kind, shape), group in groups.items()
+    }

@@ -1,0 +1,185 @@
+"""Find the linears of a model that a method adapts, and put its adapters there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError
+from .base import Adapter, Method, Site
+
+POOLS = "pools"
+"""Name of the root module that holds what sites share. Only this placement works under DDP, ZeRO-3 and FSDP2."""
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Names of a mixture-of-experts router: ``all-linear`` leaves it alone."""
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear plus an adapter: y = W x + b + dW drop(x).
+
+    Takes over the layer's own ``weight`` and ``bias``, so their names in the model stay what they were.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, adapter: Adapter) -> None:
+        super().__init__()
+        self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
+        self.transposed = adapter.site.transposed
+        self.in_features, self.out_features = adapter.site.in_features, adapter.site.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self.transposed else self.weight
+        return F.linear(x, weight, self.bias) + self.adapter(x, weight)
+
+
+def find_sites(model: nn.Module, targets: str | list[str] = "all-linear", exclude: list[str] | None = None) -> list[Site]:
+    """Sites of the linears inside the model's repeated layers, in module order. Needs no weights (meta is fine).
+
+    Raises:
+        UserError: the model has no repeated layers, or an item of ``targets`` or ``exclude`` matches nothing.
+    """
+    sites = list(_all_linears(model))
+    if not sites:
+        raise UserError(f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name")
+    selected = [s for s in sites if not _named(s, ROUTERS)] if targets == "all-linear" else _matching(sites, targets, "targets")
+    if exclude:
+        excluded = set(_matching(sites, exclude, "exclude"))
+        selected = [site for site in selected if site not in excluded]
+    if not selected:
+        raise UserError("adapter.exclude leaves nothing to adapt", key="adapter.exclude")
+    return selected
+
+
+def attach(model: nn.Module, method: Method) -> list[Site]:
+    """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order.
+
+    Adapter parameters are fp32 on the device of the weight they belong to; pools hang at ``model.pools``. On the
+    meta device everything is counted and nothing computed.
+    """
+    model.requires_grad_(False)
+    sites = find_sites(model, method.targets, method.exclude)
+    built = method.build(sites)
+    for site in sites:
+        if site.path in built.adapters:
+            _place(model, site, built.adapters[site.path])
+    if built.pools:
+        model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
+    for name, parameter in list(model.named_parameters()):
+        if method.trains(name):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return sites
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters in ``model`` by the path of their site."""
+    return {module.site.path: module for module in model.modules() if isinstance(module, Adapter)}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trained tensor once, by its name in ``adapter.safetensors``: its site's path, or its pool."""
+    return {saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What ``adapter.safetensors`` holds: what is trained, and the frozen tensors the update is made of."""
+    frozen = {
+        saved_name(f"{path}.{name}"): tensor
+        for path, module in model.named_modules()
+        if isinstance(module, Adapter) or path == POOLS
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+    return frozen | dict(trainable(model))
+
+
+def rule_state(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the method's own rule (``Adapter.rule_state``): in checkpoints, not in the adapter's file."""
+    return {f"{path}.{name}": getattr(a, name) for path, a in adapters(model).items() for name in a.rule_state}
+
+
+def saved_name(parameter_name: str) -> str:
+    """``model.layers.0.mlp.up_proj.adapter.A`` -> ``model.layers.0.mlp.up_proj.A``, without wrappers' additions."""
+    return parameter_name.replace("_checkpoint_wrapped_module.", "").replace(".adapter.", ".")
+
+
+def _place(model: nn.Module, site: Site, adapter: Adapter) -> None:
+    parent_path, _, name = site.path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    base = getattr(parent, name)
+    adapter.to(base.weight.device)
+    if adapter.needs_weight and not base.weight.is_meta:
+        weight = base.weight.detach().float()
+        adapter.start(weight.t() if site.transposed else weight)
+    setattr(parent, name, AdaptedLinear(base, adapter))
+
+
+def _all_linears(model: nn.Module) -> Iterator[Site]:
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
+    ]
+    outermost = [p for p, _ in lists if not any(p.startswith(q + ".") for q, _ in lists)]
+    for list_path, layers in lists:
+        if list_path not in outermost:
+            continue
+        # Encoders and decoders of one model must not share pools: then the kind says whose it is.
+        prefix = "" if len(outermost) == 1 else list_path + "."
+        for index, layer in enumerate(layers):
+            for name, module in layer.named_modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    yield _linear_site(f"{list_path}.{index}.{name}", prefix + name, index, module)
+
+
+def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -> Site:
+    # Under ZeRO-3 a weight is partitioned and has shape (0,): the sizes come from the module.
+    if isinstance(module, Conv1D):
+        out_features, in_features = module.nf, module.nx
+    else:
+        out_features, in_features = module.out_features, module.in_features
+    return Site(
+        path=path,
+        kind=kind,
+        layer=layer,
+        out_features=out_features,
+        in_features=in_features,
+        weight=f"{path}.weight",
+        transposed=isinstance(module, Conv1D),
+        bias=module.bias is not None,
+    )
+
+
+def _named(site: Site, names: set[str]) -> bool:
+    return site.kind.rpartition(".")[2] in names
+
+
+def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Site]:
+    """Sites that ``targets`` selects: a regular expression for the whole path, or names (``q_proj``, ``mlp.up_proj``)."""
+    kinds = sorted({site.kind for site in sites})
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise UserError(f"adapter.{key} is no regular expression: {error}, got {targets!r}", key=f"adapter.{key}") from None
+        matched = [site for site in sites if pattern.fullmatch(site.path) or pattern.fullmatch(site.kind)]
+        if not matched:
+            raise UserError(
+                f"adapter.{key}: the pattern {targets!r} matches no linear; the model has {', '.join(kinds)}",
+                key=f"adapter.{key}",
+            )
+        return matched
+    wanted: set[Site] = set()
+    for name in targets:
+        hits = [s for s in sites if s.kind == name or s.kind.endswith("." + name) or s.path == name]
+        if not hits:
+            close = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in kinds}, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(
+                f"adapter.{key}: {name!r} matches no linear{hint} The model has {', '.join(kinds)}", key=f"adapter.{key}"
+            )
+        wanted.update(hits)
+    return [site for site in sites if site in wanted]

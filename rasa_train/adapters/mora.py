@@ -1,0 +1,185 @@
+"""MoRA: high-rank updating with one square matrix (Jiang et al. 2024, arXiv 2405.12130).
+
+    dW x = decompress(M compress(x))         M (q x q), q = round(sqrt((in + out) r)), so LoRA's parameters
+
+``type`` says what the two parameter-free maps are. Groups are runs of consecutive features, the first ones
+one longer where the division leaves a rest. x is padded to a multiple of q with its own first features:
+
+    type  compress: in -> q                              decompress: q -> out
+    1     features i, q+i, 2q+i, ... are summed          tiled: out o is o mod q           (sharing, Eq. 6)
+    2     q groups are summed                            repeated: q groups of equal outputs
+    3     as 2                                           as 1
+    4     as 1                                           as 2
+    6     n blocks of q, block g rotated by RoPE(g); M acts on each; blocks concatenated, tiled (Eq. 9)
+
+Types 1 to 4 have rank q, type 6 up to min(in, out). There is no alpha. q is at most min(in, out): beyond it M
+would have rows or columns that nothing reads (the reference implementation allows that for very large r).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor
+
+from ..errors import UserError
+from .base import Adapter, Built, Method, Site, zeros
+
+_log = logging.getLogger(__name__)
+
+
+class MoRA(Method):
+    """One trained square matrix per site between two fixed maps."""
+
+    method: Literal["mora"] = "mora"
+    r: PositiveInt = 8
+    """Rank of the LoRA with as many parameters; sets the side q of M."""
+    type: Literal[1, 2, 3, 4, 6] = 6
+    """The fixed maps (see above). 6 is the RaSA paper's; MoRA's paper prefers 1 for large r."""
+
+    def side(self, site: Site) -> int:
+        """q; even for type 6, whose rotation pairs features."""
+        q = min(int(math.sqrt((site.in_features + site.out_features) * self.r) + 0.5), *site.shape)
+        return q - q % 2 if self.type == 6 else q
+
+    def build(self, sites: list[Site]) -> Built:
+        for site in sites:
+            if self.side(site) == 0:
+                raise UserError(
+                    f"adapter.type: 6 needs at least two inputs and outputs, {site.path} has {site.shape}",
+                    key="adapter.type",
+                )
+        adapters = {site.path: MoRAAdapter(site, self) for site in sites}
+        dead = {a.site.kind: 1 - a.blocks * a.q / a.site.in_features for a in adapters.values()}
+        words = [f"{kind} {share:.0%}" for kind, share in dead.items() if self.type == 6 and share > 0]
+        if words:
+            _log.warning("MoRA type 6 ignores inputs of linears with out < in: %s", ", ".join(words))
+        return Built(dict(adapters), {})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Files of the reference implementation's fork of PEFT."""
+        if config.get("peft_type") != "LORA" or not config.get("use_mora"):
+            return None
+        return {"r": config["r"], "type": config["mora_type"], "dropout": config.get("lora_dropout", 0.0)}
+
+    @classmethod
+    def rename_peft(cls, key: str) -> str | None:
+        # lora_A and lora_B are one and the same matrix there.
+        match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", key)
+        return f"{match[1]}.M" if match else None
+
+
+class MoRAAdapter(Adapter):
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, site: Site, method: MoRA) -> None:
+        super().__init__(site, method)
+        self.maps, self.q = method.type, method.side(site)
+        # Of ceil(in / q) input blocks only as many are read as there are output blocks.
+        self.blocks = min(math.ceil(n / self.q) for n in site.shape)
+        self.M = zeros(*site.lead, self.q, self.q)
+        if self.maps == 6:
+            theta = 10000.0 ** (-torch.arange(0, self.q, 2, dtype=torch.float32) / self.q)
+            angle = torch.arange(self.blocks, dtype=torch.float32)[:, None] * theta
+            self.register_buffer("cos", angle.cos(), persistent=False)  # (blocks, q / 2), fp32
+            self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+        dropped = self.drop(x)
+        M = (self.M if expert is None else self.M[expert]).to(dropped.dtype)
+        if self.maps == 6:
+            blocks = _blocks(dropped, self.q, self.blocks)
+            rotated = _rotate(blocks, self.cos.to(M.dtype), self.sin.to(M.dtype))
+            return _tile(F.linear(rotated, M).flatten(-2), self.site.out_features).to(x.dtype)
+        strided, tiled = self.maps in (1, 4), self.maps in (1, 3)
+        z = _fold(dropped, self.q) if strided else _group(dropped, self.q)
+        expand = _tile if tiled else _repeat
+        return expand(F.linear(z, M), self.site.out_features).to(x.dtype)
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        M, (b, a), q = self.M.float(), self.site.shape, self.q
+        out, in_ = (torch.arange(n, device=M.device) for n in (b, a))
+        if self.maps == 6:
+            # M R_g is R_g^T = R_-g applied to every row of M. Columns of the pad belong to inputs 0, 1, ...
+            turned = _rotate(M.unsqueeze(-3), self.cos[:, None], -self.sin[:, None])  # (blocks, q, q)
+            dW = M.new_zeros(*self.site.lead, self.blocks * q, a)
+            for g, block in enumerate(turned.unbind(-3)):
+                width = min(q, a - g * q)
+                dW[..., g * q : (g + 1) * q, g * q : g * q + width] = block[..., :width]
+                dW[..., g * q : (g + 1) * q, : q - width] += block[..., width:]
+            return dW[..., out % (self.blocks * q), :]
+        rows = M[..., out % q if self.maps in (1, 3) else _group_of(out, b, q), :]
+        if self.maps in (2, 3):
+            return rows[..., _group_of(in_, a, q)]
+        dW, pad = rows[..., in_ % q], -a % q
+        dW[..., :pad] += rows[..., q - pad :]
+        return dW
+
+    @property
+    def effective_rank(self) -> int:
+        return min(self.site.shape) if self.maps == 6 else self.q
+
+
+def _wrap(x: Tensor, size: int) -> Tensor:
+    """The first ``size`` features, the very first ones following the last."""
+    return torch.cat([x, x[..., : size - x.shape[-1]]], -1) if size > x.shape[-1] else x[..., :size]
+
+
+def _blocks(x: Tensor, q: int, n: int) -> Tensor:
+    """The first n blocks of q features, (..., n, q)."""
+    return _wrap(x, n * q).reshape(*x.shape[:-1], n, q)
+
+
+def _fold(x: Tensor, q: int) -> Tensor:
+    """Features i, q + i, 2q + i, ... summed, i < q."""
+    return _blocks(x, q, math.ceil(x.shape[-1] / q)).sum(-2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE with the pairs (j, j + q/2)."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _tile(z: Tensor, size: int) -> Tensor:
+    """z again and again, up to ``size`` features."""
+    times = math.ceil(size / z.shape[-1])
+    return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
+
+
+def _split(size: int, q: int) -> tuple[int, int]:
+    """(length of the shorter groups, how many of the q groups are one longer)."""
+    return size // q, size % q
+
+
+def _group(x: Tensor, q: int) -> Tensor:
+    """q groups of consecutive features summed."""
+    length, longer = _split(x.shape[-1], q)
+    cut = longer * (length + 1)
+    lead = x.shape[:-1]
+    first = x[..., :cut].reshape(*lead, longer, length + 1)
+    rest = x[..., cut:].reshape(*lead, q - longer, length)
+    return torch.cat([first.sum(-1), rest.sum(-1)], -1)
+
+
+def _repeat(z: Tensor, size: int) -> Tensor:
+    """Every feature as often as its group is long."""
+    length, longer = _split(size, z.shape[-1])
+    parts = (z[..., :longer].repeat_interleave(length + 1, -1), z[..., longer:].repeat_interleave(length, -1))
+    return torch.cat(parts, -1)
+
+
+def _group_of(index: Tensor, size: int, q: int) -> Tensor:
+    """Which of the q groups of ``size`` features each index is in."""
+    length, longer = _split(size, q)
+    cut = longer * (length + 1)
+    return torch.where(index < cut, index // (length + 1), longer + (index - cut) // length)

@@ -1,0 +1,187 @@
+"""Adapter directories: ours is written and read; PEFT's and the reference implementation's are read.
+
+Ours: ``adapter.safetensors`` holds every trained tensor once, by the path of its site or pool;
+``adapter_config.json`` holds the method, its hyper-parameters, the base model and the format version.
+Only safetensors is ever opened: no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import METHODS
+from .base import Method
+from .inject import saved_tensors
+
+CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
+PEFT_TENSORS = "adapter_model.safetensors"
+PEFT_UNSUPPORTED = (
+    "alpha_pattern",
+    "rank_pattern",
+    "layers_to_transform",
+    "layer_replication",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "megatron_config",
+    "lora_bias",
+)
+"""Keys of a PEFT config that change what the tensors mean, and that are not read here."""
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter read from a directory, in our names and fp32."""
+
+    directory: Path
+    method: Method
+    tensors: dict[str, Tensor]
+    base_model: str | None
+    base_revision: str | None
+
+
+def write_adapter(
+    directory: Path, method: Method, tensors: Mapping[str, Tensor], *, base_model: str, base_revision: str | None
+) -> None:
+    """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
+    config = {
+        "format": "rasa_train",
+        "format_version": FORMAT_VERSION,
+        **method.model_dump(exclude={"init_from"}),
+        "base_model": base_model,
+        "base_revision": base_revision,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    save_file(plain, directory / TENSORS, metadata={"format": "pt"})
+
+
+def read_adapter(directory: str | Path) -> SavedAdapter:
+    """Read an adapter directory of any known format.
+
+    Raises:
+        UserError: no such directory, no adapter in it, an unknown method, or a file that is torn.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    if config.get("format") == "rasa_train":
+        return _read_ours(directory, config)
+    if "peft_type" in config:
+        return _read_peft(directory, config)
+    raise UserError(f"{directory / CONFIG} is neither rasa_train's nor PEFT's: it has no `format` and no `peft_type`")
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+    """Copy ``tensors`` into the adapted ``model``. Names and shapes must match exactly.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape; ``origin`` says where they came from.
+    """
+    present = saved_tensors(model)
+    check_tensors({name: tuple(t.shape) for name, t in present.items()}, tensors, origin=origin)
+    with torch.no_grad():
+        for name, tensor in present.items():
+            tensor.copy_(tensors[name])
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], *, origin: str) -> None:
+    """Raise ``UserError`` unless ``tensors`` are exactly the ``expected`` names and shapes, and all finite."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"{len(m)} {what} (first: {m[0]})" for m, what in ((missing, "missing"), (extra, "too many")) if m]
+        raise UserError(f"the adapter in {origin} does not fit this model and method: tensors {', '.join(parts)}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise UserError(
+                f"the adapter in {origin} does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
+                f"the model needs {tuple(shape)}. Is this the base model it was trained on?"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"the adapter in {origin} is damaged: {name} has values that are not finite")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. Raises ``UserError`` when it is absent, torn, or no safetensors file."""
+    if not path.is_file():
+        pickled = path.with_suffix(".bin")
+        why = f"; {pickled.name} is a pickle, which is never opened" if pickled.is_file() else ""
+        raise UserError(f"{path} does not exist{why}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no adapter: there is no such directory")
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no adapter: it has no {CONFIG}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold one JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_ours(directory: Path, config: dict[str, Any]) -> SavedAdapter:
+    if config.pop("format_version", None) != FORMAT_VERSION:
+        raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
+    config.pop("format")
+    base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
+    method = _method(directory, str(config.get("method")), config)
+    return SavedAdapter(directory, method, read_safetensors(directory / TENSORS), base_model, base_revision)
+
+
+def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
+    for name, cls in METHODS.items():
+        fields = cls.from_peft(config)
+        if fields is not None:
+            break
+    else:
+        raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is none of the methods known here")
+    if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key)]:
+        values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
+        raise UserError(f"{directory / CONFIG}: {values} cannot be read: the result would be another adapter")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise UserError(
+            f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trained on a changed base; "
+            "convert it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    targets = config.get("target_modules") or "all-linear"
+    fields["targets"] = sorted(targets) if isinstance(targets, list) else targets
+    method = _method(directory, name, {"method": name, **fields})
+    tensors = {}
+    for key, tensor in read_safetensors(directory / PEFT_TENSORS).items():
+        ours = cls.rename_peft(key.removeprefix("base_model.model."))
+        if ours is None:
+            raise UserError(f"{directory / PEFT_TENSORS}: unexpected tensor {key!r} for {config['peft_type']}")
+        tensors[ours] = tensor.float()
+    return SavedAdapter(directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision"))
+
+
+def _method(directory: Path, name: str, fields: dict[str, Any]) -> Method:
+    if name not in METHODS:
+        raise UserError(f"{directory / CONFIG}: method must be one of {', '.join(METHODS)}, got {name!r}")
+    try:
+        return METHODS[name].model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or first.get("ctx", {}).get("field", "")
+        raise UserError(f"{directory / CONFIG}: {where}: {first['msg']}") from None

@@ -1,0 +1,104 @@
+"""``rasa-train --check``: what a recipe would do, shown to a person or given as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .data.prepare import PreparedData, prepare
+from .data.sources import SourceMissing
+from .errors import UserError
+from .model import Tokenizer, has_weights, load_tokenizer
+from .plan import plan
+from .recipe.schema import Recipe
+
+
+@dataclass
+class CheckResult:
+    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces."""
+
+    facts: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+    samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+
+    def show(self) -> None:
+        console = Console(highlight=False)
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in _lines(self.facts):
+            table.add_row(name, value)
+        console.print(table)
+        for i, pieces in enumerate(self.samples):
+            console.print(f"\nsample {i + 1} (what is trained on is marked »like this«)", style="bold")
+            marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
+            console.print(marked, markup=False)
+        for problem in self.problems:
+            console.print(f"not ready: {problem}", style="red", markup=False)
+        if not self.problems:
+            console.print("\nready to train", style="green")
+
+
+def check(recipe: Recipe) -> CheckResult:
+    """Everything that can be known without training.
+
+    Raises:
+        UserError: something is wrong. What is only absent (the data set, the weights) is reported, not raised.
+    """
+    problems: list[str] = []
+    data: PreparedData | None = None
+    tokenizer: Tokenizer | None = None
+    if not has_weights(recipe.model):
+        problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
+    facts_of_model = plan(recipe, None)  # a wrong adapter is told before the data is looked at
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+        data = prepare(recipe.data, tokenizer)
+    except SourceMissing as error:
+        problems.append(str(error))
+    except UserError as error:
+        if tokenizer is not None or has_weights(recipe.model):
+            raise
+        problems.append(str(error))
+    facts = plan(recipe, data) if data else facts_of_model
+    facts["problems"] = problems
+    samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
+    return CheckResult(facts, problems, samples)
+
+
+def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
+    example = data.train[index]
+    supervised = example.labels != -100
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for end in range(1, len(supervised) + 1):
+        if end == len(supervised) or supervised[end] != supervised[start]:
+            pieces.append((tokenizer.decode(example.input_ids[start:end].tolist()), bool(supervised[start])))
+            start = end
+    return pieces
+
+
+def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
+    kinds = [f"{kind} x {n} (rank {facts['effective_rank'][kind]})" for kind, n in facts["sites"].items()]
+    share = f"{facts['trainable_share']:.3%} of {facts['total_parameters']:,}"
+    unknown = "unknown without the data"
+
+    def number(name: str) -> str:
+        return unknown if facts[name] is None else f"{facts[name]:,}"
+
+    return [
+        ("method", facts["method"]),
+        ("trained", f"{facts['trainable_parameters']:,} parameters ({share})"),
+        *[("adapted" if i == 0 else "", kind) for i, kind in enumerate(kinds)],
+        ("examples", number("examples")),
+        ("dropped", number("dropped_examples")),
+        ("tokens", number("tokens")),
+        ("supervised", number("supervised_tokens")),
+        ("steps", number("optimizer_steps")),
+        *[
+            ("memory" if i == 0 else "", f"{part.replace('_', ' ')} {size / 2**30:,.2f} GiB")
+            for i, (part, size) in enumerate(facts["memory_bytes"].items())
+        ],
+    ]

@@ -1,0 +1,176 @@
+"""Checkpoints: a directory that is there whole or not at all, and is read only if every byte is right.
+
+A checkpoint is an adapter directory (so it can be merged and evaluated) plus ``optimizer.safetensors``, whose
+tensors are keyed by the adapter's names, and ``trainer.json``. Nothing in it knows how many workers there were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters.saved import read_safetensors
+from .data.cache import TokenDataset
+from .errors import UserError
+from .run_dir import write_json
+
+CHECKSUMS, OPTIMIZER, RULE, TRAINER = "checksums.json", "optimizer.safetensors", "rule.safetensors", "trainer.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``step`` is the number of optimizer steps done."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+
+    def after(self, batch: np.ndarray, data: TokenDataset, seconds: float) -> Progress:
+        """One more step: ``batch`` are the indices of its examples."""
+        return Progress(
+            self.step + 1,
+            self.samples + len(batch),
+            self.tokens + int(data.lengths[batch].sum()),
+            self.supervised_tokens + int(data.supervised[batch].sum()),
+            self.seconds + seconds,
+        )
+
+
+def directory_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    checkpoints: Path,
+    progress: Progress,
+    write_adapter: Callable[[Path], None],
+    optimizer_state: Mapping[str, Tensor],
+    rule_state: Mapping[str, Tensor],
+    *,
+    data_key: str,
+) -> Path:
+    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it."""
+    final = checkpoints / directory_name(progress.step)
+
+    def write(directory: Path) -> None:
+        write_adapter(directory)
+        save_file(dict(optimizer_state), directory / OPTIMIZER, metadata={"format": "pt"})
+        if rule_state:
+            save_file({n: t.cpu().contiguous() for n, t in rule_state.items()}, directory / RULE)
+        write_json(directory / TRAINER, {**asdict(progress), "data_key": data_key})
+
+    write_directory(final, write)
+    return final
+
+
+def write_directory(final: Path, write: Callable[[Path], None]) -> None:
+    """Fill a directory by ``write`` and put it at ``final`` (replacing what is there) with its checksums."""
+    beside = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        write(beside)
+        write_json(beside / CHECKSUMS, {p.name: _sha256(p) for p in sorted(beside.iterdir())})
+        for path in beside.iterdir():
+            _fsync(path)
+        _fsync(beside)
+        if final.exists():
+            shutil.rmtree(final)
+        beside.rename(final)
+        _fsync(final.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files all have their checksum; ``warn`` is told of those passed over."""
+    for path in sorted(checkpoints.glob("step-*"), reverse=True):
+        if not re.fullmatch(r"step-\d{8,}", path.name):
+            continue
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"checkpoint {path.name} is damaged ({problem}); it is passed over for the one before")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_text())
+        for name, expected in checksums.items():
+            if _sha256(path / name) != expected:
+                return f"{name} has another checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load_progress(path: Path, *, data_key: str) -> Progress:
+    """How far the run was. Raises ``UserError`` when it was made on other data than ``data_key``'s."""
+    values: dict[str, Any] = json.loads((path / TRAINER).read_text())
+    if values.pop("data_key") != data_key:
+        raise UserError(
+            f"{path}: this run was started on data that has changed since; choose another output_dir, or --fresh",
+            key="data.dataset",
+        )
+    return Progress(**values)
+
+
+def prune(checkpoints: Path, keep_last: int | None) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints."""
+    if keep_last is not None:
+        for path in sorted(checkpoints.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(path)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Optimizer state as ``<state key>:<parameter name>`` -> tensor. Empty before the first step."""
+    return {
+        f"{key}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put the state of ``optimizer.safetensors`` back. Tensors shaped like the parameter go to its device."""
+    for name, tensor in read_safetensors(path / OPTIMIZER).items():
+        key, _, parameter_name = name.partition(":")
+        parameter = parameters[parameter_name]
+        placed = tensor.to(parameter.device) if tensor.shape == parameter.shape else tensor
+        optimizer.state[parameter][key] = placed
+
+
+def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Put the buffers of the method's own rule back, in place."""
+    saved = read_safetensors(path / RULE) if state else {}
+    for name, buffer in state.items():
+        buffer.copy_(saved[name])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

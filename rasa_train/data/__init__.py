@@ -1,0 +1,12 @@
+"""Training data: from a dataset's name to padded batches of tokens.
+
+The straight line: ``config.DataConfig`` -> ``sources`` (rows) -> ``columns`` (what a row means) -> ``encode``
+(text and loss mask) -> ``prepare`` (tokenised once, ``cache``) -> ``batching`` (which examples form a step,
+padded tensors).
+
+Only the configuration is imported here, so that a recipe is validated without loading torch.
+"""
+
+from rasa_train.data.config import DataConfig, ValidationConfig
+
+__all__ = ["DataConfig", "ValidationConfig"]

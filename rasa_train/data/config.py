@@ -1,0 +1,131 @@
+"""What to train on: the ``data`` section of a recipe."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, model_validator
+
+from rasa_train.errors import UserError
+
+Template = Literal["alpaca", "chat", "plain"]
+Supervise = Literal["response", "paper", "all"]
+
+
+class ValidationConfig(BaseModel):
+    """Held-out examples: a dataset of their own, or a share of the training rows. Exactly one of the two.
+
+    Raises:
+        UserError: neither or both of ``dataset`` and ``size`` are given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str | None = Field(
+        default=None,
+        description="A dataset of its own: built-in name, hub id, or local file or directory (like "
+        "data.dataset).",
+    )
+    split: str = Field(
+        default="train",
+        description="Split of `dataset`; only hub sets and directories have several. Default: the hub's name "
+        "for the first split.",
+    )
+    size: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Taken from the training examples by a shuffle with seed 42 instead: an integer is a "
+        "number of examples, a number below 1 a share of them.",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one_form(self) -> Self:
+        if (self.dataset is None) == (self.size is None):
+            raise UserError(
+                "data.validation needs exactly one of `dataset` (a set of its own) and `size` (examples "
+                f"taken from the training rows), got dataset={self.dataset!r}, size={self.size!r}",
+                key="data.validation",
+            )
+        return self
+
+
+class DataConfig(BaseModel):
+    """Which rows to train on, how they become tokens, and which tokens carry loss.
+
+    Raises:
+        UserError: a combination of keys that has no meaning (``supervise: paper`` without the alpaca
+            template, columns that name neither a query and response nor messages).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field(
+        min_length=1,
+        description="A built-in name (metamathqa, magicoder), a hub id, or a local .jsonl/.json/.parquet "
+        "file (.gz too, except parquet), a directory of such files, or a directory written by "
+        "datasets.save_to_disk.",
+    )
+    subset: str | None = Field(default=None, description="Configuration name of a hub set that has several.")
+    split: str = Field(
+        default="train",
+        description="Which split of a hub set or directory; a single local file is one split, whatever the "
+        "name. Default: the hub's name for the first split.",
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub set. Default: the hub's main branch."
+    )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="Our names -> the file's: {query: ..., response: ...} or {messages: ...}. Default: the "
+        "built-in set's, else recognised from the first row.",
+    )
+    template: Template = Field(
+        default="alpaca",
+        description="Text around a row. alpaca: the paper's; chat: the tokenizer's own chat template; plain: "
+        "query then response, nothing else.",
+    )
+    supervise: Supervise = Field(
+        default="response",
+        description="Tokens that carry loss. response: those of the response and the end token; paper: all "
+        "but the question, as in the reference implementation; all: every token.",
+    )
+    max_length: PositiveInt = Field(
+        default=4096, description="Longest example, in tokens. Default: the paper's scripts."
+    )
+    over_length: Literal["truncate", "drop"] = Field(
+        default="truncate",
+        description="What happens to a longer example: cut on the right (the paper's scripts; its end token "
+        "is lost) or left out.",
+    )
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the training examples used: the first of a shuffle with seed 42 (the paper's "
+        "data scaling, 0.25 and 0.5). Default: all, as in the paper's main tables.",
+    )
+    validation: ValidationConfig | None = Field(
+        default=None, description="Held-out examples. Default: none, as in the paper."
+    )
+    num_workers: PositiveInt | Literal["auto"] = Field(
+        default="auto",
+        description="Processes that tokenise a large set. auto: one for each usable core, 16 at the most.",
+    )
+    cache_dir: str | None = Field(
+        default=None,
+        description="Where tokenised sets are kept. Default: $RASA_TRAIN_CACHE, else "
+        "$XDG_CACHE_HOME/rasa_train, else ~/.cache/rasa_train.",
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.supervise == "paper" and self.template != "alpaca":
+            raise UserError(
+                "data.supervise: paper is defined on the alpaca template's headers, got data.template: "
+                f"{self.template}; use supervise: response, or template: alpaca",
+                key="data.supervise",
+            )
+        if self.columns is not None and set(self.columns) not in ({"query", "response"}, {"messages"}):
+            raise UserError(
+                f"data.columns must name `query` and `response`, or `messages`, got {sorted(self.columns)}; "
+                "write it as {query: <column of the file>, response: <column of the file>}",
+                key="data.columns",
+            )
+        return self

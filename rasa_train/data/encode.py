@@ -1,0 +1,315 @@
+"""From rows to tokens: text templates and loss masks.
+
+A mask is decided on characters and carried to tokens by the offsets of a fast tokenizer on the whole text, so
+that no token boundary is forced that inference would not have.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rasa_train.data.columns import Kind
+from rasa_train.data.config import DataConfig
+from rasa_train.errors import UserError
+
+IGNORE = -100
+"""Label of a token without loss (torch's ``cross_entropy`` default)."""
+
+_PREAMBLE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+_INSTRUCTION = "### Instruction:\n"
+_RESPONSE = "### Response:\n"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]  # characters [start, end)
+
+
+class Example(NamedTuple):
+    """One training sequence: ``input_ids`` and ``labels``, int32 arrays of shape (length,).
+
+    ``labels[i]`` is ``input_ids[i]`` where token i carries loss, else -100. They are not shifted.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples of a chunk of rows, in order, and what was left out of it."""
+
+    examples: list[Example]
+    dropped_over_length: int
+    dropped_unsupervised: int
+    truncated: int
+
+
+def targets(labels: np.ndarray) -> int:
+    """Tokens that carry loss in one example: never the first, since labels are shifted by one."""
+    return int(np.count_nonzero(labels[1:] != IGNORE))
+
+
+def prompt_text(template: str, query: str) -> str:
+    """What a trained model is given at evaluation: the training text up to where the response begins, without
+    bos.
+
+    Raises:
+        ValueError: ``chat``, whose text only the tokenizer knows (``apply_chat_template``).
+    """
+    if template == "alpaca":
+        return f"{_PREAMBLE}{_INSTRUCTION}{query.strip()}\n\n{_RESPONSE}"
+    if template == "plain":
+        return query
+    raise ValueError(f"no fixed prompt for template {template!r}: use tokenizer.apply_chat_template")
+
+
+def plain_backend(tokenizer: Any) -> Any:
+    """The tokenizer's Rust half, without truncation and padding left on it by an earlier call."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+class Encoder:
+    """Encodes rows of one kind with one template and mask.
+
+    Args:
+        config: template, mask and length limits.
+        tokenizer: a fast Hugging Face tokenizer; None will do for rows that are tokens already.
+        kind: what ``Columns.extract`` gives for each row.
+    Raises:
+        UserError: the tokenizer cannot do it: absent, not fast, no eos token, or no chat template.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, kind: Kind) -> None:
+        self.config = config
+        self.kind = kind
+        self.vocab_size = None if tokenizer is None else len(tokenizer)
+        if kind == "tokens":
+            return
+        if tokenizer is None:
+            raise UserError("text rows need a tokenizer; only rows of input_ids do without", key="model.name")
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{type(tokenizer).__name__} gives no character offsets, which the loss mask needs; use a "
+                "tokenizer with a tokenizer.json (AutoTokenizer's default)",
+                key="model.name",
+            )
+        self.backend = plain_backend(tokenizer)
+        if config.template == "chat":
+            if not tokenizer.chat_template:
+                raise UserError(
+                    "data.template: chat, but the model's tokenizer has no chat template; use template: "
+                    "alpaca or plain, or a model with a chat template",
+                    key="data.template",
+                )
+            self.tokenizer = tokenizer  # only here: without it a worker process imports no transformers
+            self.marks_turns = bool(_GENERATION.search(tokenizer.get_chat_template()))
+            return
+        if tokenizer.eos_token is None:
+            raise UserError(
+                "the tokenizer has no eos token, so a response would have no end; set tokenizer.eos_token",
+                key="model.name",
+            )
+        self.eos: str = tokenizer.eos_token
+        self.bos: str = tokenizer.bos_token or ""
+        ids = self.backend.encode(f"{self.bos}a {self.eos}", add_special_tokens=False).ids
+        if ids[-1] != tokenizer.eos_token_id or (self.bos and ids[0] != tokenizer.bos_token_id):
+            raise UserError(
+                f"the tokenizer does not read its own bos {self.bos!r} and eos {self.eos!r} as single "
+                "tokens; add them with tokenizer.add_special_tokens",
+                key="model.name",
+            )
+
+    def encode(self, rows: Sequence[tuple[str, Any]]) -> Encoded:
+        """Encodes (place, parts of a row) pairs; parts are those of ``Columns.extract``.
+
+        Raises:
+            UserError: a row cannot be encoded; the message names its place.
+        """
+        examples = []
+        over = unsupervised = truncated = 0
+        for example in self._examples(rows):
+            if len(example.input_ids) > self.config.max_length:
+                if self.config.over_length == "drop":
+                    over += 1
+                    continue
+                truncated += 1
+                example = Example(*(part[: self.config.max_length] for part in example))
+            if targets(example.labels) == 0:
+                unsupervised += 1
+                continue
+            examples.append(example)
+        return Encoded(examples, over, unsupervised, truncated)
+
+    def _examples(self, rows: Sequence[tuple[str, Any]]) -> Iterator[Example]:
+        if self.kind == "tokens":
+            return (self._ready(where, *parts) for where, parts in rows)
+        if self.config.template == "chat":
+            return self._chat(rows)
+        return self._text(
+            [_pair(parts, where) if self.kind == "messages" else parts for where, parts in rows]
+        )
+
+    # Rows that are tokens already
+
+    def _ready(self, where: str, input_ids: list[int], labels: list[int] | None) -> Example:
+        ids = _integers(input_ids, "input_ids", where)
+        targets = ids if labels is None else _integers(labels, "labels", where)
+        if len(targets) != len(ids):
+            raise UserError(
+                f"{where}: {len(ids)} input_ids but {len(targets)} labels; give one label for each token",
+                key="data.dataset",
+            )
+        for name, values in (("input_ids", ids), ("labels", targets[targets != IGNORE])):
+            self._check_range(values, name, where)
+        return Example(ids, targets)
+
+    def _check_range(self, values: np.ndarray, name: str, where: str) -> None:
+        if not len(values):
+            return
+        limit = np.iinfo(np.int32).max if self.vocab_size is None else self.vocab_size - 1
+        if values.min() < 0 or values.max() > limit:
+            wrong = int(values.min() if values.min() < 0 else values.max())
+            raise UserError(
+                f"{where}: {name} holds {wrong}; token ids must be in [0, {limit}]: were these rows made "
+                "with another tokenizer?",
+                key="data.dataset",
+            )
+
+    # Query and response in a text template
+
+    def _text(self, pairs: Sequence[tuple[str, str]]) -> Iterator[Example]:
+        alpaca = self.config.template == "alpaca"
+        texts, starts = [], []
+        for query, response in pairs:
+            prompt = prompt_text(self.config.template, query)
+            if not prompt.startswith(self.bos):
+                prompt = self.bos + prompt
+            response = response.strip() if alpaca else response
+            if response.endswith(self.eos):  # written into the row already: one end is enough
+                response = (
+                    response.removesuffix(self.eos).rstrip() if alpaca else response.removesuffix(self.eos)
+                )
+            texts.append(f"{prompt}{response}{' ' if alpaca else ''}{self.eos}")
+            starts.append(len(prompt))
+        for text, start, encoding in zip(texts, starts, self._tokenise(texts), strict=True):
+            ids, begins, ends = encoding
+            if self.config.supervise == "all":
+                supervised = np.ones(len(ids), bool)
+            elif self.config.supervise == "paper":
+                supervised = ~_overlaps(begins, ends, _question_spans(text))
+            else:
+                supervised = _overlaps(begins, np.maximum(ends, begins + 1), [(start, len(text))])
+            yield _masked(ids, supervised)
+
+    def _tokenise(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Ids and the characters [begin, end) of each token, which may be empty (byte-level lone spaces)."""
+        for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            yield np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]
+
+    # Conversations in the tokenizer's chat template
+
+    def _chat(self, rows: Sequence[tuple[str, Any]]) -> Iterator[Example]:
+        for where, parts in rows:
+            messages = parts
+            if self.kind == "pair":
+                messages = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
+            if self.marks_turns and self.config.supervise == "response":
+                yield self._marked_chat(messages, where)
+                continue
+            text = self._render(messages, where)
+            spans = [(0, len(text))] if self.config.supervise == "all" else self._turns(messages, text, where)
+            ids, begins, ends = next(self._tokenise([text]))
+            yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
+
+    def _marked_chat(self, messages: list[dict[str, Any]], where: str) -> Example:
+        """The template says itself what the assistant writes: {% generation %} ... {% endgeneration %}."""
+        out = self._render(
+            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
+
+    def _turns(self, messages: list[dict[str, Any]], text: str, where: str) -> list[Span]:
+        """Characters of the assistant's turns: from the end of all before (with the header that asks for an
+        answer) to the end of the turn. Right only where each of these texts is the beginning of the next.
+        """
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:i], where, add_generation_prompt=True) if i else ""
+            upto = self._render(messages[: i + 1], where)
+            if not (upto.startswith(before) and text.startswith(upto)):
+                raise UserError(
+                    f"{where}: the tokenizer's chat template changes earlier turns around message {i}, so "
+                    "the assistant's words cannot be told apart. Use a template with {% generation %} marks, "
+                    "or set data.supervise: all",
+                    key="data.template",
+                )
+            spans.append((len(before), len(upto)))
+        return spans
+
+    def _render(
+        self, messages: list[dict[str, Any]], where: str, tokenize: bool = False, **options: Any
+    ) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+        except Exception as error:  # a template may raise anything, of its own or by a missing key
+            raise UserError(
+                f"{where}: the tokenizer's chat template refuses this conversation: {error}",
+                key="data.dataset",
+            ) from error
+
+
+def _masked(ids: np.ndarray, supervised: np.ndarray) -> Example:
+    return Example(ids, np.where(supervised, ids, np.int32(IGNORE)))
+
+
+def _overlaps(begins: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Which tokens [begin, end) share a character with one of the spans; bool, one a token."""
+    hit = np.zeros(len(begins), bool)
+    for start, end in spans:
+        hit |= (begins < end) & (ends > start)
+    return hit
+
+
+def _question_spans(text: str) -> list[Span]:
+    """What carries no loss in the reference: from each instruction header to the next response header."""
+    spans = []
+    at = 0
+    while (start := text.find(_INSTRUCTION, at)) >= 0:
+        start += len(_INSTRUCTION)
+        end = text.find(_RESPONSE, start)
+        if end < 0:
+            break
+        spans.append((start, end))
+        at = end + len(_RESPONSE)
+    return spans
+
+
+def _pair(messages: list[dict[str, Any]], where: str) -> tuple[str, str]:
+    roles = [message["role"] for message in messages]
+    contents: list[Any] = [message.get("content") for message in messages]
+    if roles != ["user", "assistant"] or not all(isinstance(content, str) for content in contents):
+        raise UserError(
+            f"{where}: only one user text and one assistant text fit data.template: alpaca or plain, got "
+            f"roles {roles}; use data.template: chat",
+            key="data.template",
+        )
+    return contents[0], contents[1]
+
+
+def _integers(values: Any, name: str, where: str) -> np.ndarray:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise UserError(f"{where}: {name} must be a list of integers", key="data.dataset")
+    array = np.array(values, np.int64)
+    if len(array) and (array.min() < np.iinfo(np.int32).min or array.max() > np.iinfo(np.int32).max):
+        raise UserError(f"{where}: {name} holds a number that does not fit in 32 bits", key="data.dataset")
+    return array.astype(np.int32)

@@ -1,0 +1,275 @@
+"""From a ``DataConfig`` to tokenised examples, made once and found again by content."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rasa_train.data.cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_meta
+from rasa_train.data.columns import Columns, Row, find_columns
+from rasa_train.data.config import DataConfig
+from rasa_train.data.encode import Encoded, Encoder, plain_backend
+from rasa_train.data.sources import Source, find_source
+from rasa_train.errors import UserError
+
+_CHUNK = 256  # rows
+_SEED = 42  # of the reference's data scaling runs
+Chunk = list[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts of a prepared training set.
+
+    ``rows``, ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` are rows of the whole
+    source. The rest describe the examples trained on, after ``validation`` and ``fraction``: how many, their
+    tokens, the tokens that carry loss, and the length of the longest in tokens.
+    """
+
+    rows: int
+    dropped_over_length: int
+    dropped_unsupervised: int
+    truncated: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Examples to train on, those held out (if asked for), and the counts of the first."""
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    stats: Stats
+    key: str
+    """sha256 of everything the training examples depend on, their order included."""
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    pool_threshold: int = 20_000,
+) -> PreparedData:
+    """Tokenises a dataset, or finds it tokenised in the cache.
+
+    Several processes may call this at once with the same config; it is cheaper to let one do it first.
+
+    Args:
+        config: what to prepare.
+        tokenizer: fast Hugging Face tokenizer; None will do for rows of ``input_ids``.
+        tokenizer_fingerprint: identity of the tokenizer's content, when it is known; else computed.
+        progress: called with the number of rows done so far, now and then.
+        pool_threshold: rows encoded before a process pool is started; the result does not depend on it.
+    Raises:
+        UserError: the dataset is missing, malformed or leaves no example.
+    """
+    make = _Maker(
+        config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold
+    )
+    whole, counts, key = make(config.dataset, config.subset, config.split, config.revision)
+    indices = np.random.default_rng(_SEED).permutation(len(whole))
+    validation = None
+    held_out = config.validation
+    if held_out is not None and held_out.dataset is not None:
+        same = held_out.dataset == config.dataset  # another split of the same hub set
+        subset, revision = (config.subset, config.revision) if same else (None, None)
+        validation, _, _ = make(held_out.dataset, subset, held_out.split, revision)
+    elif held_out is not None and held_out.size is not None:
+        size = held_out.size if isinstance(held_out.size, int) else max(1, int(held_out.size * len(whole)))
+        if size >= len(whole):
+            raise UserError(
+                f"data.validation.size: {held_out.size} leaves nothing to train on: {config.dataset} has "
+                f"{len(whole)} examples",
+                key="data.validation.size",
+            )
+        indices, last = np.split(indices, [len(whole) - size])
+        validation = whole.select(np.sort(last))
+    indices = indices[: max(1, int(config.fraction * len(indices)))]
+    train = whole if len(indices) == len(whole) else whole.select(np.sort(indices))
+    stats = replace(
+        counts,
+        examples=len(train),
+        tokens=int(train.lengths.sum()),
+        supervised_tokens=int(train.supervised.sum(dtype=np.int64)),
+        longest=int(train.lengths.max()),
+    )
+    view = hashlib.sha256(f"{key} {held_out.size if held_out else None} {config.fraction}".encode()).hexdigest()
+    return PreparedData(train, validation, stats, view)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the tokenised set of one source, or finds it."""
+
+    config: DataConfig
+    tokenizer: Any
+    tokenizer_fingerprint: str
+    progress: Callable[[int], None] | None
+    pool_threshold: int
+
+    def __call__(
+        self, dataset: str, subset: str | None, split: str, revision: str | None
+    ) -> tuple[TokenDataset, Stats, str]:
+        source, columns = find_source(dataset, subset=subset, split=split, revision=revision)
+        columns = self.config.columns or columns
+        key = self._key(source, columns)
+        root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
+        directory = root / "tokens" / key[:32]
+        meta = read_meta(directory, key)
+        if meta is not None:
+            return TokenDataset(directory), Stats(**meta["stats"]), key
+        try:
+            with CacheWriter(directory) as writer:
+                stats = self._write(source, dataset, columns, writer)
+                writer.commit(key, asdict(stats))
+        except OSError as error:  # not allowed, or the disk is full
+            raise UserError(
+                f"cannot write tokenised data to {root}: {error}; set data.cache_dir, or $RASA_TRAIN_CACHE, "
+                "to a directory with room that can be written",
+                key="data.cache_dir",
+            ) from error
+        return TokenDataset(directory), stats, key
+
+    def _key(self, source: Source, columns: dict[str, str] | None) -> str:
+        """sha256 of everything that the tokens depend on."""
+        config = self.config
+        parts = {
+            "format": FORMAT,
+            "source": source.fingerprint(),
+            "columns": columns,
+            "tokenizer": self.tokenizer_fingerprint,
+            "template": config.template,
+            "supervise": config.supervise,
+            "max_length": config.max_length,
+            "over_length": config.over_length,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _write(
+        self, source: Source, dataset: str, columns: dict[str, str] | None, writer: CacheWriter
+    ) -> Stats:
+        rows = source.rows()
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"data.dataset: {dataset} has no rows", key="data.dataset")
+        found = find_columns(first[1], first[0], columns)
+        chunks = _chunks(itertools.chain([first], rows), found)
+        encoder = Encoder(self.config, self.tokenizer, found.kind)
+        workers = 1 if found.kind == "tokens" else _worker_count(self.config)
+        stats = Stats(0, 0, 0, 0, 0, 0, 0, 0)
+        for size, encoded in _encode(encoder, chunks, workers, self.pool_threshold):
+            writer.add(encoded.examples)
+            stats = _added(stats, size, encoded)
+            if self.progress is not None:
+                self.progress(stats.rows)
+        if stats.examples == 0:
+            config = self.config
+            raise UserError(
+                f"data.dataset: no example is left of the {stats.rows} rows of {dataset}: "
+                f"{stats.dropped_over_length} dropped as longer than max_length={config.max_length} tokens "
+                f"(over_length: {config.over_length}), {stats.dropped_unsupervised} because no token carries "
+                f"loss (supervise: {config.supervise}; {stats.truncated} were cut at max_length). Raise "
+                "data.max_length or choose another supervise",
+                key="data.dataset",
+            )
+        return stats
+
+
+def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
+    lengths = [len(example.input_ids) for example in encoded.examples]
+    return Stats(
+        rows=stats.rows + rows,
+        dropped_over_length=stats.dropped_over_length + encoded.dropped_over_length,
+        dropped_unsupervised=stats.dropped_unsupervised + encoded.dropped_unsupervised,
+        truncated=stats.truncated + encoded.truncated,
+        examples=stats.examples + len(lengths),
+        tokens=stats.tokens + sum(lengths),
+        supervised_tokens=0,  # counted on the views
+        longest=max([stats.longest, *lengths]),
+    )
+
+
+def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk]:
+    extracted = ((where, columns.extract(row, where)) for where, row in rows)
+    while chunk := list(itertools.islice(extracted, _CHUNK)):
+        yield chunk
+
+
+def _worker_count(config: DataConfig) -> int:
+    if config.num_workers != "auto":
+        return config.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
+
+
+def _encode(
+    encoder: Encoder, chunks: Iterator[Chunk], workers: int, pool_threshold: int
+) -> Iterator[tuple[int, Encoded]]:
+    """(rows, encoded) of each chunk in order: the first ones here, the rest by a pool when there are many."""
+    here = chunks if workers == 1 else itertools.islice(chunks, -(-pool_threshold // _CHUNK))
+    for chunk in here:
+        yield len(chunk), encoder.encode(chunk)
+    following = next(chunks, None)
+    if following is not None:
+        yield from _encode_in_pool(encoder, itertools.chain([following], chunks), workers)
+
+
+def _encode_in_pool(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[int, Encoded]]:
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+    )
+    waiting: deque[tuple[int, Future[Encoded]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((len(chunk), pool.submit(_encode_chunk, chunk)))
+            if len(waiting) > 2 * workers:  # bounds the memory: reading is faster than encoding
+                size, future = waiting.popleft()
+                yield size, future.result()
+        for size, future in waiting:
+            yield size, future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenises died, perhaps of lack of memory (or a script of your own lacks `if "
+            "__name__ == '__main__':`); set data.num_workers: 1",
+            key="data.num_workers",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    _encoder = encoder
+
+
+def _encode_chunk(chunk: Chunk) -> Encoded:
+    return _encoder.encode(chunk)
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """sha256 of what a tokenizer does: its Rust half's whole state, special tokens and chat template."""
+    if tokenizer is None:
+        return "none"
+    parts = [repr(sorted(tokenizer.special_tokens_map.items())), repr(tokenizer.chat_template)]
+    if tokenizer.is_fast:  # any other is refused, unless the rows are tokens already
+        parts.append(plain_backend(tokenizer).to_str())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,0 +1,17 @@
+"""The two ways a command may end early that are nobody's bug."""
+
+
+class UserError(Exception):
+    """The user's input is wrong. Commands print the message alone and exit with code 2.
+
+    A message names the key (or file), the value it had, what is allowed, and what to do about it.
+    ``key`` is the dotted recipe key at fault, when there is one: the loader adds the file and line of it.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Stopped(Exception):
+    """A stop was asked for (SIGTERM, SIGUSR1) and the state is saved. Commands exit with code 75."""

@@ -1,0 +1,346 @@
+"""The adapter folded into the base: an ordinary Hugging Face checkpoint, written tensor by tensor.
+
+stored = round(W + dW)        W + dW in fp32, one rounding, to the dtype that W has in the file
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import Site
+from ..adapters.saved import CONFIG, read_adapter
+from ..errors import UserError
+from .names import Piece, locate
+from .output import new_directory
+from .source import Source, find_adapter, find_base, load
+from .weights import CODES, FLOATS, INDEX, Checkpoint, Stored, open_checkpoint, tensor_bytes, write_tensors
+
+WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".ckpt",
+    ".npz",
+}
+"""Endings of files that hold weights: they would contradict the merged ones."""
+QUANTISED = "a quantised base cannot be merged into; give the original with --base, or use --format lora"
+SMALL = 200_000_000
+"""Bytes; a larger file beside a model is no tokenizer."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    output: str
+    format: str
+    method: str
+    base_model: str
+    tensors: int
+    """Tensors in the output."""
+    adapted: int
+    """Weights that the adapter changes."""
+    bytes: int
+    """Size of the safetensors files."""
+    seconds: float
+    rounding: float | None
+    """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that the output's
+    dtype loses. 0 for fp32; None when the update is zero."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Write the base with the adapter folded in to the directory ``output``.
+
+    Args:
+        adapter: an adapter directory, or a run directory.
+        base: hub id or directory; default: what the adapter names.
+        dtype: of all floating-point tensors of the output; default: what each has in the base.
+        progress: called with (bytes read, bytes in all).
+    Raises:
+        UserError: the adapter does not fit, files are damaged, values are not finite, or ``output`` cannot be
+            written. ``output`` is then what it was.
+    """
+    start = time.perf_counter()
+    directory = find_adapter(Path(adapter))
+    saved = read_adapter(directory)
+    name, base_dir = find_base(saved, base, revision, weights=True)
+    checkpoint = open_checkpoint(base_dir)
+    config = _read_config(base_dir)
+    folding = Folding(load(saved, name, base_dir), checkpoint, dtype)
+    nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values())
+    tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
+    with new_directory(
+        Path(output), overwrite=overwrite, inputs=[base_dir, directory], nbytes=nbytes
+    ) as partial:
+        written = sum(folding.write(file, partial / file, tick) for file in checkpoint.files)
+        if checkpoint.index is not None:
+            index = checkpoint.index
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _copy_small_files(base_dir, partial)
+        if dtype is not None:
+            _set_dtype(config, _name(dtype))
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return MergeReport(
+        output=str(output),
+        format="merged",
+        method=saved.method.method,
+        base_model=name,
+        tensors=len(checkpoint.tensors),
+        adapted=len(folding.sites),
+        bytes=written,
+        seconds=round(time.perf_counter() - start, 3),
+        rounding=folding.rounding,
+    )
+
+
+class Folding:
+    """W + dW for each tensor of one checkpoint, with all that can be checked from headers checked first."""
+
+    def __init__(self, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+        self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
+        self.parameters = dict(source.model.named_parameters())
+        self.sites: dict[str, list[Site]] = {name: [] for name in source.replaced}
+        for site in source.sites:
+            self.sites.setdefault(site.weight, []).append(site)
+        self.stored = checkpoint.tensors
+        self.pieces = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
+        self.sources: dict[str, list[str]] = {}
+        for name, piece in self.pieces.items():
+            self.sources.setdefault(piece.parameter, []).append(name)
+        for parameter in self.sites:
+            self._check(parameter)
+        self.error2 = self.update2 = 0.0  # squared norms
+        self.kept: tuple[str, Tensor] | None = None
+
+    @property
+    def rounding(self) -> float | None:
+        return math.sqrt(self.error2 / self.update2) if self.update2 else None
+
+    def stored_bytes(self, tensor: Stored) -> int:
+        """Size in the output."""
+        if tensor.dtype not in FLOATS:
+            return tensor.nbytes
+        return math.prod(tensor.shape) * self._dtype(tensor).itemsize
+
+    def write(self, file: str, path: Path, tick: Callable[[int], None]) -> int:
+        """Write the counterpart of one base file. Returns its size, bytes."""
+        tensors = {tensor.name: tensor for tensor in self.checkpoint.files[file]}
+        # Wide dtypes first: then every tensor is aligned. Pieces of one parameter side by side: then its
+        # update is computed once.
+        order = sorted(tensors.values(), key=lambda t: (-self._width(t), self._group(t), t.start))
+        entries = [(t.name, self._code(t), t.shape, self.stored_bytes(t)) for t in order]
+
+        def write(name: str, out: BinaryIO) -> None:
+            tensor = tensors[name]
+            if self._adapted(name):
+                out.write(tensor_bytes(self._merged(tensor)))
+            elif self._code(tensor) == tensor.dtype:
+                tensor.copy_to(out)
+            else:
+                out.write(tensor_bytes(self._finite(name, tensor.read().to(self._dtype(tensor)))))
+            tick(tensor.nbytes)
+
+        return write_tensors(path, entries, write, self.checkpoint.metadata[file])
+
+    # -- one tensor ----------------------------------------------------------------------------------------
+
+    def _merged(self, tensor: Stored) -> Tensor:
+        piece, dtype = self.pieces[tensor.name], self._dtype(tensor)
+        trained = self.source.replaced.get(piece.parameter)
+        W = tensor.read() if trained is None else piece.of(trained).clone()
+        if not self.sites[piece.parameter]:
+            return self._finite(tensor.name, W.to(dtype))
+        W = W.to(torch.promote_types(W.dtype, torch.float32))  # this memory is ours: it becomes W + dW
+        update = self._update(piece, W)
+        self.update2 += _norm2(update)
+        W += update
+        del update
+        result = self._finite(tensor.name, W.to(dtype))
+        if dtype != W.dtype:
+            self.error2 += _norm2(W.sub_(result.to(W.dtype)))
+        return result
+
+    @torch.no_grad()
+    def _update(self, piece: Piece, W: Tensor) -> Tensor:
+        """dW of one tensor of the checkpoint, fp32, laid out as it is stored."""
+        if piece.whole:
+            return self._parameter_update(piece.parameter, W)
+        if self.kept is None or self.kept[0] != piece.parameter:
+            self.kept = None
+            self.kept = piece.parameter, self._parameter_update(piece.parameter, None)
+        return piece.of(self.kept[1])
+
+    def _parameter_update(self, parameter: str, W: Tensor | None) -> Tensor:
+        sites, shape = self.sites[parameter], self.parameters[parameter].shape
+        if W is None and any(self.source.adapters[site.path].needs_weight for site in sites):
+            W = torch.empty(shape)
+            for name in self.sources[parameter]:
+                self.pieces[name].of(W).copy_(self.stored[name].read())
+        if len(sites) == 1 and sites[0].rows is None:
+            return self._delta(sites[0], W)
+        update = torch.zeros(shape)
+        for site in sites:
+            _rows(site, update).add_(self._delta(site, W))
+        return update
+
+    def _delta(self, site: Site, W: Tensor | None) -> Tensor:
+        """dW of one site as its part of the parameter is stored: transposed where the parameter is."""
+        rows = None if W is None else _rows(site, W)
+        weight = rows if rows is None or not site.transposed else rows.mT
+        delta = self.source.adapters[site.path].delta(weight)
+        return delta.mT if site.transposed else delta
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
+        # aminmax hands NaN and infinities through, and is forty times faster than isfinite
+        if values.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(values)):
+            raise UserError(
+                f"{name} has values that are not finite after the merge, as {_name(values.dtype)}: the base "
+                "or the adapter is damaged, or the dtype is too narrow (then --dtype bfloat16 or float32)"
+            )
+        return values
+
+    # -- checks and layout, from headers -------------------------------------------------------------------
+
+    def _check(self, parameter: str) -> None:
+        names, where = self.sources.get(parameter, []), self.checkpoint.directory
+        if not names:
+            raise UserError(f"{where} has no tensor for {parameter}, which is adapted: is it the right base?")
+        whole = self.parameters[parameter]
+        for name in names:
+            piece, tensor = self.pieces[name], self.stored[name]
+            if piece.unknown:
+                raise UserError(
+                    f"{where} stores {parameter} in a form that cannot be merged ({piece.unknown}): "
+                    "use --format lora"
+                )
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{name} is {tensor.dtype}: {QUANTISED}")
+            expected = _shape_of(piece, whole)
+            if tensor.shape != expected:
+                raise UserError(
+                    f"{name} in {tensor.path} has shape {tensor.shape}, the model's {parameter} needs "
+                    f"{expected}: config.json and weights are not of one model"
+                )
+        if sum(math.prod(self.stored[name].shape) for name in names) != whole.numel():
+            raise UserError(
+                f"{where} holds the adapted weight {parameter} in part only, or twice: {len(names)} tensors"
+            )
+
+    def _adapted(self, name: str) -> bool:
+        return name in self.pieces and self.pieces[name].parameter in self.sites
+
+    def _dtype(self, tensor: Stored) -> torch.dtype:
+        return self.dtype or FLOATS[tensor.dtype]
+
+    def _code(self, tensor: Stored) -> str:
+        return CODES[self._dtype(tensor)] if tensor.dtype in FLOATS else tensor.dtype
+
+    def _width(self, tensor: Stored) -> int:
+        count = math.prod(tensor.shape)
+        return self.stored_bytes(tensor) // count if count else 0
+
+    def _group(self, tensor: Stored) -> int:
+        """Where in the file the first tensor of the same parameter begins."""
+        piece = self.pieces.get(tensor.name)
+        if piece is None or piece.whole or piece.parameter not in self.sites:
+            return tensor.start
+        together = (self.stored[name] for name in self.sources[piece.parameter])
+        return min(other.start for other in together if other.path == tensor.path)
+
+
+def _rows(site: Site, t: Tensor) -> Tensor:
+    """The site's output rows of its parameter (or of something laid out like it), as they are stored."""
+    if site.rows is None:
+        return t
+    start, end = site.rows
+    return t[..., start:end] if site.transposed else t[..., start:end, :]
+
+
+def _shape_of(piece: Piece, parameter: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(piece.of(parameter).shape)
+    except IndexError:  # more experts in the file than in the model
+        return ()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _norm2(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t)) ** 2
+
+
+def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return tick
+
+
+def _read_config(base_dir: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((base_dir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{base_dir / 'config.json'} cannot be read: {error}") from None
+    if config.get("quantization_config"):
+        raise UserError(f"{base_dir} has a quantization_config: {QUANTISED}")
+    return dict(config)
+
+
+def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
+    """Say the new dtype in ``config.json``, nested configs included."""
+    assert isinstance(config, dict)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            config[key] = dtype
+        elif isinstance(value, dict):
+            _set_dtype(value, dtype)
+    if "model_type" in config and "torch_dtype" not in config:
+        config["dtype"] = dtype
+
+
+def _copy_small_files(base_dir: Path, output: Path) -> None:
+    """Configuration, tokenizer, chat templates, licence: all but weights, hidden files, directories."""
+    for path in sorted([*base_dir.iterdir(), *(base_dir / "additional_chat_templates").glob("*.jinja")]):
+        weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == CONFIG
+        if weights or path.name.startswith(".") or not path.is_file() or path.stat().st_size > SMALL:
+            continue
+        target = output / path.relative_to(base_dir)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

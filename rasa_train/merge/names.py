@@ -1,0 +1,98 @@
+"""Which tensor of a checkpoint is which parameter of the model.
+
+The two can differ: a file may lack or have the base model's prefix (``h.0...`` for ``transformer.h.0...``),
+have names of an older version, or hold one tensor per expert where the model has one stacked parameter. What
+transformers does with a name when it loads is asked of transformers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one tensor of a checkpoint is: a whole parameter, or ``parameter[expert, rows]``."""
+
+    parameter: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    unknown: str | None = None
+    """The conversions between file and model, when they are none that a merge can follow."""
+
+    @property
+    def whole(self) -> bool:
+        return self.expert is None and self.rows is None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """A view of this part of the parameter (or of its update)."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part if self.rows is None else part[slice(*self.rows)]
+
+
+def locate(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
+    """The piece of ``model`` (meta is fine) that each tensor of a checkpoint is, by the tensor's name.
+
+    Args:
+        shapes: shape of each tensor of the checkpoint by its name. Names of no parameter are left out.
+    """
+    parameters = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    pieces: dict[str, Piece] = {}
+    converted: dict[str, dict[str, list[str]]] = {}  # parameter -> source pattern -> names in the file
+    for name in sorted(shapes, key=dot_natural_key):
+        parameter, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, parameters
+        )
+        if parameter not in parameters:
+            parameter, pattern = rename_source_key(name, [], [], model.base_model_prefix, parameters)
+        if parameter not in parameters:
+            continue
+        if pattern is None:
+            pieces[name] = Piece(parameter)
+        else:
+            converted.setdefault(parameter, {}).setdefault(pattern, []).append(name)
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    for parameter, sources in converted.items():
+        pieces |= _converted(parameter, by_pattern[next(iter(sources))], sources, shapes)
+    return pieces
+
+
+def _converted(
+    parameter: str,
+    converter: WeightConverter,
+    sources: dict[str, list[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Piece]:
+    """Pieces of a parameter that is stacked over experts, concatenated along its output rows, or both."""
+    steps = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+    stacked = bool(steps) and steps[0] == (MergeModulelist, 0)
+    rest = steps[1:] if stacked else steps
+    if rest not in ([], [(Concatenate, 1 if stacked else 0)]):
+        unknown = " + ".join(type(op).__name__ for op in converter.operations)
+        return {name: Piece(parameter, unknown=unknown) for names in sources.values() for name in names}
+    pieces, row = {}, 0
+    for pattern in converter.source_patterns:
+        names = sources.get(pattern, [])
+        for number, name in enumerate(names):  # in natural order: the position is the expert
+            rows = shapes[name][0] if shapes[name] else 0
+            pieces[name] = Piece(parameter, number if stacked else None, (row, row + rows))
+            if not stacked:
+                row += rows
+        row += shapes[names[0]][0] if names and stacked else 0
+    return pieces

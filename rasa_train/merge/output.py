@@ -1,0 +1,152 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import UserError
+
+
+@contextmanager
+def new_directory(output: Path, *, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> Iterator[Path]:
+    """Give a temporary directory beside ``output``; when the block ends well, it becomes ``output``.
+
+    An error removes it again. A killed process leaves ``.NAME.partial-PID``, which the next one removes.
+
+    Args:
+        overwrite: replace an ``output`` that has files.
+        inputs: directories that are read: ``output`` must lie neither in one nor around one.
+        nbytes: what is going to be written, at least: a disk that is too small is found before the work.
+    Raises:
+        UserError: ``output`` is refused or cannot be written.
+    """
+    output = Path(os.path.abspath(output)).resolve()
+    _check(output, overwrite, inputs)
+    parents = [parent for parent in output.parents if not parent.exists()]
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    lock, ours = None, False
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(output)
+        free = shutil.disk_usage(output.parent).free
+        if free < nbytes:
+            raise UserError(f"cannot write {output}: it needs {size(nbytes)}, the disk has {size(free)} free")
+        partial.mkdir()
+        ours = True
+        lock = _lock(partial)
+        yield partial
+        _sync(partial)
+        _become(partial, output)
+    except BaseException as error:
+        if ours:  # another machine's process on the same disk can have our number
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents:  # innermost first; one that others use by now is not empty
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot write {output}: {error.strerror or error} (nothing was left there)"
+            ) from None
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def size(nbytes: float) -> str:
+    """``1.5 GB``: decimal units, as disks are sold."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} bytes"
+    units = ["kB", "MB", "GB", "TB"]
+    while (nbytes := nbytes / 1000) >= 1000 and len(units) > 1:
+        del units[0]
+    return f"{nbytes:.1f} {units[0]}"
+
+
+def _check(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    for used in (path.resolve() for path in inputs):
+        if output == used or used in output.parents or output in used.parents:
+            raise UserError(
+                f"--output {output} must lie neither in nor around {used}, which is read: give another one"
+            )
+    try:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output} is a file, it must be a directory (new or empty)")
+        content = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be read: {error.strerror}") from None
+    if content and not overwrite:
+        raise UserError(
+            f"--output {output} is not empty: give another directory, or --overwrite to replace it"
+        )
+    # --overwrite deletes: a mistyped path must not cost somebody's home directory.
+    if content and not content & {"config.json", "adapter_config.json"}:
+        raise UserError(
+            f"--output {output} has files but is no model or adapter: --overwrite does not replace that"
+        )
+
+
+def _remove_stale(output: Path) -> None:
+    """Remove what a killed merge into the same directory left; undo a replacement it was killed in."""
+    for replaced in output.parent.glob(f".{_literal(output.name)}.replaced-*"):
+        if output.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(output)
+    for partial in output.parent.glob(f".{_literal(output.name)}.partial-*"):
+        lock = _lock(partial)
+        try:
+            shutil.rmtree(partial)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """Hold a directory until the descriptor is closed or the process gone. None: the disk has no locks."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another merge is writing the same output: it holds {directory}") from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _become(partial: Path, output: Path) -> None:
+    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    if output.exists() and any(output.iterdir()):
+        output.rename(replaced)
+    try:
+        partial.rename(output)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
+    parent = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,208 @@
+"""Checkpoints on disk, one tensor at a time: read from safetensors files, written to new ones.
+
+Memory stays near one tensor whatever the size of the model: files are read by offset (a mapped file would
+count every page it touched), and written header first, then tensor after tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that can be merged, by their safetensors code. Tensors of any other are only copied."""
+CODES = {dtype: code for code, dtype in FLOATS.items()}
+CHUNK = 16 << 20
+"""Bytes copied at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a file: what the header says of it."""
+
+    name: str
+    dtype: str
+    """Safetensors code: ``BF16``."""
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    """Offset in the file, bytes."""
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """The values, in memory of their own. Only for dtypes in ``FLOATS``."""
+        data = bytearray(self.nbytes)
+        with _reading(self.path), self.path.open("rb", buffering=0) as file:
+            _read_into(file, self.start, memoryview(data))
+        dtype = FLOATS[self.dtype]
+        return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(self.shape)
+
+    def copy_to(self, out: BinaryIO) -> None:
+        """Append the bytes to ``out`` as they are."""
+        buffer = memoryview(bytearray(min(CHUNK, self.nbytes)))
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(0, self.nbytes, CHUNK):
+                part = buffer[: min(CHUNK, self.nbytes - start)]
+                with _reading(self.path):
+                    _read_into(file, self.start + start, part)
+                out.write(part)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a model directory, headers read and checked; no values in memory."""
+
+    directory: Path
+    files: dict[str, list[Stored]]
+    """Tensors of each file, in the order of their bytes."""
+    metadata: dict[str, dict[str, str]]
+    """``__metadata__`` of each file."""
+    index: dict[str, Any] | None
+    """The index as it is on disk; None for a single file."""
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        return {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read the headers of ``model.safetensors``, or of the files that the index names.
+
+    Raises:
+        UserError: no weights, a file that is absent or torn, an index that does not fit the files.
+    """
+    if (directory / SINGLE).is_file():
+        names, index = [SINGLE], None
+    elif (directory / INDEX).is_file():
+        index = _read_index(directory / INDEX)
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        raise UserError(
+            f"{directory} has no {SINGLE} and no {INDEX}: the base must be a transformers model in "
+            "safetensors files (load it once and `save_pretrained` it if it has others)"
+        )
+    files, metadata = {}, {}
+    for name in names:
+        files[name], metadata[name] = read_header(directory / name)
+    checkpoint = Checkpoint(directory, files, metadata, index)
+    if index is not None:
+        _check_index(checkpoint, index)
+    return checkpoint
+
+
+def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
+    """Tensors and metadata of one file. Raises ``UserError`` when it is absent or torn."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the base model is incomplete")
+    try:
+        with safe_open(path, framework="pt"):  # checks offsets, dtypes and the length of the file
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+    with _reading(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    tensors = []
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors.append(Stored(name, entry["dtype"], tuple(entry["shape"]), path, start, end - start))
+    return sorted(tensors, key=lambda t: t.start), metadata
+
+
+def write_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+    write: Callable[[str, BinaryIO], None],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a safetensors file without ever holding it.
+
+    Args:
+        tensors: (name, dtype code, shape, bytes) of every tensor, in the order of their bytes.
+        write: called with each name in that order, appends exactly its bytes to the file.
+        metadata: ``__metadata__`` of the file.
+    Returns:
+        size of the file, bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
+    ends, end = [], 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+        ends.append((name, end))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, end in ends:
+            write(name, file)
+            if file.tell() != 8 + len(text) + end:
+                raise RuntimeError(f"{name}: the bytes written are not those the header says")
+    return 8 + len(text) + end
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values as safetensors stores them, without a copy when the tensor is contiguous."""
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)  # type: ignore[arg-type]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} is no index of safetensors files: it has no `weight_map`")
+    for name in weight_map.values():
+        # A file name, never a path: an index must not make us read outside its directory.
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: `weight_map` must name *.safetensors files beside it, got {name!r}")
+    return index
+
+
+def _check_index(checkpoint: Checkpoint, index: dict[str, Any]) -> None:
+    path, listed = checkpoint.directory / INDEX, index["weight_map"]
+    for file, tensors in checkpoint.files.items():
+        for tensor in tensors:
+            if listed.get(tensor.name) != file:
+                where = f"lists it in {listed[tensor.name]}" if tensor.name in listed else "does not list it"
+                raise UserError(f"{path} does not fit: {file} holds {tensor.name!r}, the index {where}")
+    absent = sorted(listed.keys() - checkpoint.tensors.keys())
+    if absent:
+        raise UserError(
+            f"{path} does not fit: {absent[0]!r} is not in {listed[absent[0]]} ({len(absent)} such)"
+        )
+
+
+def _read_into(file: Any, start: int, data: memoryview) -> None:
+    file.seek(start)
+    done = 0
+    while done < len(data):
+        n = file.readinto(data[done:])
+        if not n:
+            raise OSError("the file ends before its last tensor")
+        done += n
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors while reading a base file are the user's to see, and not to be taken for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,132 @@
+"""The base model and its tokenizer: real weights to train, or the meta device to count and plan."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from .errors import UserError
+
+
+class ModelConfig(BaseModel):
+    """Section ``model:`` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    name: str
+    """A hub id or a local directory in the transformers format; ``demo`` is the tiny Llama of this package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype the frozen base is held in and computes in. Adapter parameters are always fp32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; ``auto`` is transformers' choice (sdpa where the model has it)."""
+    tokenizer: str | None = None
+    """Hub id or directory of the tokenizer, if it is not beside the model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Needs ``revision``, so that it is code somebody has read."""
+
+
+    @field_validator("name")
+    @classmethod
+    def _shipped(cls, name: str) -> str:
+        return str(Path(__file__).parent / "demo" / "model") if name == "demo" else name
+
+
+def torch_dtype(config: ModelConfig) -> torch.dtype:
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The architecture. Raises ``UserError`` when there is no such model, or it is none transformers knows."""
+    _check_name(config.name, "model.name")
+    _check_remote_code(config)
+    return _from_hub(AutoConfig.from_pretrained, config.name, config, key="model.name")
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The base with its weights, in ``config.dtype``, in eval mode, on the CPU."""
+    architecture = load_config(config)
+    if Path(config.name).is_dir() and not has_weights(config):
+        raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    return _from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        config.name,
+        config,
+        key="model.name",
+        config=architecture,
+        dtype=torch_dtype(config),
+        use_safetensors=True,
+        **extra,
+    )
+
+
+def meta_model(config: ModelConfig) -> PreTrainedModel:
+    """The same architecture on the meta device: names and shapes, no memory."""
+    architecture = load_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code
+        )
+    return model
+
+
+def has_weights(config: ModelConfig) -> bool:
+    """Whether a local directory holds safetensors weights (True for a hub id: only a download can tell)."""
+    path = Path(config.name)
+    return not path.is_dir() or any(path.glob("*.safetensors"))
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer, or None when a local model directory has none (pre-tokenised rows need none)."""
+    name, key = (config.tokenizer, "model.tokenizer") if config.tokenizer else (config.name, "model.name")
+    _check_name(name, key)
+    _check_remote_code(config)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if Path(name).is_dir() and not any((Path(name) / n).is_file() for n in names):
+        return None
+    return _from_hub(AutoTokenizer.from_pretrained, name, config, key=key)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check_name(name: str, key: str) -> None:
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.is_dir():
+        if key == "model.name" and not (path / "config.json").is_file():
+            raise UserError(f"{key}: {name} is a directory without a config.json, so it is no model", key=key)
+    elif path.exists() or looks_local:
+        raise UserError(f"{key}: {name!r} does not exist (a hub id is `owner/name`, a local model is a directory)", key=key)
+
+
+def _check_remote_code(config: ModelConfig) -> None:
+    if config.trust_remote_code and not config.revision and not Path(config.name).is_dir():
+        raise UserError("model.trust_remote_code needs model.revision (a commit that somebody has read)", key="model.revision")
+
+
+def _from_hub(load: Any, name: str, model: ModelConfig, *, key: str, **kwargs: Any) -> Any:
+    try:
+        return load(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+        why = " ".join(str(error).split())[:400]
+        hint = " HF_HUB_OFFLINE is set, so only models already on this machine can be used." if offline else ""
+        raise UserError(f"{key}: {name!r} cannot be loaded: {why}{hint}", key=key) from None

@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: a bar in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Progress of one run on stderr. Quiet on every worker but the first."""
+
+    def __init__(self, total_steps: int, every: int, accelerator: Accelerator) -> None:
+        self.total, self.every, self.started_at = total_steps, every, 0
+        self.console = Console(stderr=True, quiet=not accelerator.is_main_process, highlight=False)
+        self.seconds = 0.0
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def start(self, done: int, message: str | None) -> None:
+        """The first step is about to begin; ``done`` steps lie behind."""
+        self.started_at = done
+        if message:
+            self.say(message)
+        if self.console.is_terminal and not self.console.quiet:
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task("", total=self.total, completed=done)
+            self.bar.start()
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One step is done; ``row`` is its line of ``metrics.jsonl``."""
+        step, loss, speed = row["step"], row["loss"], f"{row['tokens_per_second']:,.0f} tok/s"
+        self.seconds += row["seconds"]
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=step, description=f"loss {loss:.4f}  {speed}")
+        elif step % self.every == 0 or step in (1, self.total):
+            left = clock((self.total - step) * self.seconds / (step - self.started_at))
+            self.say(f"step {step}/{self.total}  loss {loss:.4f}  lr {row['lr']:.2e}  {speed}  {left} left")
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``, or ``2:03`` under an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

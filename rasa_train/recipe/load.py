@@ -1,0 +1,284 @@
+"""Read a recipe: files that extend one another, overrides of the command line, and errors that name the line."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import UserError
+from .schema import METHODS, Recipe
+from .yaml_lines import Key, Location, parse, parse_file
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, and where each of its values was written."""
+
+    recipe: Recipe
+    locations: dict[Key, Location] = field(default_factory=dict)
+
+    def explain(self, error: UserError) -> UserError:
+        """The same error with the place of its key in the recipe."""
+        return explain(error, self.locations)
+
+
+@dataclass
+class _Layer:
+    values: dict[str, Any]
+    locations: dict[Key, Location]
+
+
+def explain(error: UserError, locations: dict[Key, Location]) -> UserError:
+    """``error`` with the place where its key was written, if it has one."""
+    location = _nearest(locations, tuple(error.key.split("."))) if error.key else None
+    return UserError(f"{error}\n  at {location}", key=error.key) if location else error
+
+
+def configs_dir() -> Path:
+    """The shipped recipes: inside the package when it is installed, beside it in a checkout."""
+    inside = Path(__file__).resolve().parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, extend, override and validate a recipe.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe (``demo``, ``math_llama8b_r8``).
+        overrides: ``section.key=value``, values in YAML.
+    Raises:
+        UserError: with the key, the value, what is allowed, and the line.
+    """
+    layers = _file_layers(_find(str(path)), ())
+    layers.append(_override_layer(overrides))
+    merged = _Layer({}, {})
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        recipe = Recipe.model_validate(merged.values)
+    except ValidationError as error:
+        raise UserError("\n".join(_messages(error, merged.locations, str(path)))) from None
+    except UserError as error:  # of a section that checks several keys together
+        raise explain(error, merged.locations) from None
+    return LoadedRecipe(recipe, merged.locations)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# -- layers ----------------------------------------------------------------------------------------------
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{name} is a directory; a recipe is a YAML file")
+    shipped = {str(p.relative_to(configs_dir()).with_suffix("")): p for p in sorted(configs_dir().rglob("*.yaml"))}
+    known = name.removeprefix("configs/").removesuffix(".yaml")
+    if known in shipped:
+        return shipped[known]
+    near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(name, near + list(shipped), n=1, cutoff=0.5)
+    raise UserError(f"recipe {name!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
+    """The file and all it extends, most basic first."""
+    if path.resolve() in chain:
+        raise UserError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*chain, path))}")
+    values, locations = parse_file(path)
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: a recipe is a mapping with the sections model, adapter, data, ...; this file is {kind}")
+    bases = values.pop("extends", [])
+    layers: list[_Layer] = []
+    for base in [bases] if isinstance(bases, str) else bases or []:
+        beside = path.parent / str(base)
+        try:
+            found = beside if beside.is_file() else _find(str(base))
+        except UserError as error:
+            raise UserError(f"{error}\n  at {locations[('extends',)]}", key="extends") from None
+        layers += _file_layers(found, (*chain, path.resolve()))
+    return [*layers, _Layer(values, locations)]
+
+
+def _override_layer(overrides: Iterable[str]) -> _Layer:
+    layer = _Layer({}, {})
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        parts = name.split(".")
+        if not equals or not all(parts):
+            raise UserError(f"an override is section.key=value, got {override!r}")
+        value, _ = parse(text, f"override {name}")
+        target = layer.values
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"override {override!r}: {part} already has a value, so it has no keys")
+        target[parts[-1]] = value
+        layer.locations[tuple(parts)] = Location("command line", None, override)
+    return layer
+
+
+def _merge(below: _Layer, above: _Layer) -> None:
+    """Put ``above`` over ``below``, key by key. Where it names another adapter method, optimizer or schedule,
+    keys of the old one that the new one does not have are dropped."""
+    for section, tag in ((("adapter",), "method"), (("training", "optimizer"), "name")):
+        old, new = _get(below.values, section), _get(above.values, section)
+        if isinstance(old, dict) and isinstance(new, dict) and new.get(tag, old.get(tag)) != old.get(tag):
+            allowed = _fields_of(section, new[tag])
+            for name in [n for n in old if n not in allowed]:
+                del old[name]
+    _merge_values(below.values, above.values)
+    below.locations.update(above.locations)
+
+
+def _merge_values(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _merge_values(below[name], value)
+        else:
+            below[name] = value
+
+
+def _get(values: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models in an annotation: one of a section, several of a tagged union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in typing.get_args(annotation) for m in _models(arg)]
+
+
+def _tag_of(model: type[BaseModel]) -> str:
+    first = model.model_fields.get("method") or model.model_fields.get("name")
+    return str(first.default) if first else ""
+
+
+def _fields_of(section: tuple[str, ...], tag: str) -> set[str]:
+    models: list[type[BaseModel]] = [Recipe]
+    for name in section:
+        models = _models(models[0].model_fields[name].annotation)
+    return {f for m in models if _tag_of(m) == tag for f in m.model_fields} or {f for m in models for f in m.model_fields}
+
+
+def _resolve(loc: Sequence[str | int]) -> tuple[Key, type[BaseModel] | None]:
+    """Pydantic's location without the tags of unions: the recipe's key, and the section it stands in."""
+    key: list[str | int] = []
+    section: type[BaseModel] | None = Recipe
+    models: list[type[BaseModel]] = [Recipe]
+    for item in loc:
+        if len(models) > 1 and item in (tags := {_tag_of(m): m for m in models}):
+            models = [tags[str(item)]]
+            continue
+        if len(models) == 1 and isinstance(item, str):
+            section = models[0]
+            key.append(item)
+            models = _models(section.model_fields[item].annotation) if item in section.model_fields else []
+        elif isinstance(item, int):
+            key.append(item)
+    if len(models) == 1:
+        section = models[0]
+    return tuple(key), section
+
+
+def _nearest(locations: dict[Key, Location], key: Key) -> Location | None:
+    while key and key not in locations:
+        key = key[:-1]
+    return locations.get(key)
+
+
+def _messages(error: ValidationError, locations: dict[Key, Location], source: str) -> list[str]:
+    messages: dict[Key, str] = {}
+    for item in error.errors():
+        key, section = _resolve(item["loc"])
+        context = item.get("ctx", {})
+        if "field" in context:
+            key = (*key, context["field"])
+        if key in messages:  # the branches of a union each complain: the first says enough
+            continue
+        dotted = ".".join(map(str, key))
+        location = _nearest(locations, key)
+        where = f"\n  at {location}" if location else f"\n  in {source}"
+        messages[key] = _sentence(item, dotted, key, section) + where
+    return list(messages.values())
+
+
+def _sentence(item: Any, dotted: str, key: Key, section: type[BaseModel] | None) -> str:
+    kind, context, got = item["type"], item.get("ctx", {}), item.get("input")
+    if kind == "extra_forbidden":
+        return _unknown_key(dotted, str(key[-1]), _section_fields(key[:-1], section))
+    if kind == "missing":
+        return f"{dotted} is required but missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = str(context.get("discriminator", "method")).strip("'")
+        known = list(METHODS) if tag == "method" else [t.strip(" '") for t in context.get("expected_tags", "").split(",")]
+        if kind == "union_tag_not_found":
+            return f"{dotted}.{tag} is required but missing; it must be one of {', '.join(filter(None, known))}"
+        value = context.get("tag", "")
+        close = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{dotted}.{tag} must be one of {', '.join(known)}, got {value!r}{hint}"
+    limits = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">="), "less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
+    if kind in limits:
+        name, sign = limits[kind]
+        return f"{dotted} must be {sign} {context[name]}, got {got!r}"
+    if kind == "literal_error":
+        return f"{dotted} must be {context['expected']}, got {got!r}"
+    if kind == "range":
+        return f"{dotted} {item['msg']}"
+    if kind.endswith(("_type", "_parsing", "_from_float")):
+        return f"{dotted} must be {_TYPES.get(kind.split('_')[0], kind.split('_')[0])}, got {got!r}"
+    return f"{dotted}: {item['msg'].removeprefix('Value error, ')}" + ("" if "got" in item["msg"] else f", got {got!r}")
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "model": "a section with keys",
+    "dict": "a mapping",
+}
+
+
+def _section_fields(key: Key, section: type[BaseModel] | None) -> list[str]:
+    return list((section or Recipe).model_fields)
+
+
+def _unknown_key(dotted: str, name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    if close:
+        return f"unknown key {dotted}; did you mean {close[0]!r}?"
+    elsewhere = [path for path in _all_keys(Recipe, "") if path.rpartition(".")[2] == name and path != dotted]
+    if elsewhere:
+        return f"unknown key {dotted}; did you mean {elsewhere[0]}?"
+    return f"unknown key {dotted}; allowed here: {', '.join(allowed)}"
+
+
+def _all_keys(model: type[BaseModel], prefix: str) -> list[str]:
+    keys = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        for inner in _models(info.annotation):
+            keys += _all_keys(inner, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,83 @@
+"""The shape of a recipe. Every section belongs to the component it configures; unknown keys are errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..adapters import METHODS, Method
+from ..data.config import DataConfig
+from ..model import ModelConfig
+from ..optim import LionW, OptimizerConfig, ScheduleConfig
+
+AdapterConfig = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # type: ignore[valid-type]  # noqa: UP007
+Every = Literal["epoch"] | PositiveInt
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TrainingConfig(_Section):
+    """Section ``training:``. Steps are optimizer steps, everywhere."""
+
+    epochs: PositiveInt = 3
+    """Passes over the data (the paper: 8; the default is ours)."""
+    max_steps: PositiveInt | None = None
+    """Length of the run in steps instead of epochs; the schedule ends there as well."""
+    batch_size: PositiveInt = 32
+    """Sequences per step, over all workers and micro-batches (the paper: 192; the default is ours)."""
+    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Sequences that one worker computes at a time. Changes speed and memory, not the result."""
+    optimizer: OptimizerConfig = LionW()
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this L2 norm (the paper: 1.0); null never clips."""
+    batching: Literal["length-grouped", "shuffled", "sequential"] = "length-grouped"
+    """Which sequences make a batch: similar lengths together (the paper), any, or file order."""
+    loss_average: Literal["tokens", "micro_batch"] = "tokens"
+    """Mean over the supervised tokens of the whole batch, or the mean of micro-batch means (the reference)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: much less memory, about a third more work."""
+    checkpoint_every: Every = "epoch"
+    """``epoch``, or a number of steps. The last step is always saved."""
+    keep_last: PositiveInt | None = None
+    """How many checkpoints to keep; null keeps all (the paper scores each epoch's)."""
+    validate_every: Every = "epoch"
+    """``epoch``, or a number of steps: loss on ``data.validation``, where there is one."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of progress when the output is no terminal."""
+
+
+class DistributedConfig(_Section):
+    """Section ``distributed:``."""
+
+    strategy: Literal["ddp"] = "ddp"
+    """How the workers share the work. One process is the case of one worker."""
+
+
+class TrackingConfig(_Section):
+    """Section ``tracking:``. Off by default; nothing is ever sent anywhere unless asked for here."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    project: str = "rasa_train"
+    """Project (or experiment) name that the trackers file the run under."""
+
+
+class Recipe(_Section):
+    """Everything about one run."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output_dir: str
+    """The run directory. Running the same recipe again resumes what it finds there."""
+    seed: NonNegativeInt = 42
+    """Of the adapter's start, the order of the data and the dropout masks."""
+
+
+__all__ = ["METHODS", "Method", "Recipe", "TrainingConfig"]

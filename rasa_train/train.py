@@ -1,0 +1,279 @@
+"""One training run, from a recipe to an adapter, top to bottom. Every worker runs it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from . import checkpoint, distributed
+from .adapters.inject import adapters, attach, rule_state, saved_tensors, trainable
+from .adapters.saved import load_tensors, read_adapter, write_adapter
+from .checkpoint import Progress
+from .data.batching import collate, plan_epoch, split_batch
+from .data.cache import TokenDataset
+from .data.prepare import PreparedData, prepare
+from .errors import Stopped, UserError
+from .model import load_model, load_tokenizer, torch_dtype
+from .optim import lr_factor, make_optimizer, set_lr
+from .progress import Reporter
+from .recipe.schema import Recipe, TrainingConfig
+from .run_dir import RunDirectory, write_json
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train what the recipe says, going on where the run directory was left. Returns ``summary.json``'s content.
+
+    Raises:
+        UserError: the model, the data or the adapter to start from cannot be used.
+        Stopped: SIGTERM or SIGUSR1 arrived; the state is saved, the same call goes on from there.
+    """
+    training, directory = recipe.training, RunDirectory(recipe.output_dir)
+    data = prepare(recipe.data, load_tokenizer(recipe.model))
+    steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
+    total_steps = training.max_steps or training.epochs * steps_per_epoch
+    trackers = list(recipe.tracking.trackers)
+    accelerator = distributed.start(log_with=trackers, project_dir=str(directory.path / "trackers"))
+
+    model: nn.Module = load_model(recipe.model)
+    torch.manual_seed(recipe.seed)
+    sites = attach(model, recipe.adapter)
+    if training.activation_checkpointing:
+        # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # Base weights that are trained are held in fp32 and computed with under autocast.
+    mixed = recipe.model.dtype != "float32" and any(map(recipe.adapter.trains, dict(model.named_parameters())))
+    autocast = torch.autocast(accelerator.device.type, torch_dtype(recipe.model)) if mixed else nullcontext()
+
+    with autocast, distributed.StopSignal() as stop, Reporter(total_steps, training.log_every, accelerator) as report:
+        found = checkpoint.newest(directory.checkpoints, report.say)
+        origin = found or recipe.adapter.init_from
+        if origin:
+            load_tensors(model, read_adapter(origin).tensors, origin=str(origin))
+        parameters = trainable(model)
+        optimizer = make_optimizer(training.optimizer, parameters.values())
+        engine, optimizer = accelerator.prepare(model, optimizer)
+
+        progress = Progress()
+        if found:
+            progress = checkpoint.load_progress(found, data_key=data.key)
+            checkpoint.load_optimizer(found, optimizer.optimizer, parameters)
+            checkpoint.load_rule_state(found, rule_state(model))
+        if accelerator.is_main_process:
+            directory.start_metrics(progress.step)
+        if trackers:
+            accelerator.init_trackers(recipe.tracking.project)
+
+        count = sum(p.numel() for p in parameters.values())
+        report.say(f"{recipe.adapter.method}: {count:,} trainable parameters in {len(sites)} linears")
+        report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
+        report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
+
+        micro_batch_size = resolve_micro_batch_size(training, data.train, accelerator.num_processes)
+        save = partial(save_checkpoint, accelerator, directory, recipe, model, optimizer, data.key)
+        for step in range(progress.step, total_steps):
+            started = time.perf_counter()
+            epoch, position = divmod(step, steps_per_epoch)
+            batch = epoch_plan(data.train, training, recipe.seed, epoch)[position]
+            micro_batches = split_batch(
+                batch, data.train.lengths, micro_batch_size=micro_batch_size, num_workers=accelerator.num_processes
+            )
+            lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
+            set_lr(optimizer, lr)
+
+            model.train()
+            loss = train_step(accelerator, engine, data.train, micro_batches, recipe, step)
+            grad_norm = float(accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf))
+            if not math.isfinite(loss + grad_norm):
+                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Lower training.optimizer.lr?")
+            optimizer.step()
+            recipe.adapter.after_step(adapters(model), step + 1, total_steps)
+            optimizer.zero_grad()
+
+            epoch_done = position + 1 == steps_per_epoch
+            done = step + 1 == total_steps
+            seconds = time.perf_counter() - started
+            progress = progress.after(batch, data.train, seconds)
+            row = {
+                "step": progress.step,
+                "epoch": progress.step / steps_per_epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": int(data.train.lengths[batch].sum()),
+                "supervised_tokens": int(data.train.supervised[batch].sum()),
+                "tokens_per_second": float(data.train.lengths[batch].sum()) / seconds,
+                "peak_memory_bytes": distributed.peak_memory_bytes(),
+                "seconds": seconds,
+            }
+            if data.validation and due(training.validate_every, progress.step, epoch_done, done):
+                row["validation_loss"] = validate(accelerator, engine, data.validation, micro_batch_size)
+                report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
+            if accelerator.is_main_process:
+                directory.log(row)
+            if trackers:
+                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=progress.step)
+            report.step(row)
+
+            stopping = stop.agreed(accelerator) and not done
+            if stopping or due(training.checkpoint_every, progress.step, epoch_done, done):
+                save(progress)
+            if stopping:
+                raise Stopped(f"{stop.reason}: saved at step {progress.step}; the same command goes on from there")
+
+    accelerator.end_training()
+    summary = summarize(recipe, model, data, progress, directory.last_metrics())
+    if accelerator.is_main_process:
+        checkpoint.write_directory(directory.adapter, partial(write_current, recipe, model))
+        write_json(directory.summary, summary)
+    return summary
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    train: TokenDataset,
+    micro_batches: list[list[np.ndarray]],
+    recipe: Recipe,
+    step: int,
+) -> float:
+    """Gradients of one global batch, accumulated over the micro-batches of this worker and summed over workers.
+
+    ``micro_batches[worker]`` are the example indices of each worker's micro-batches.
+    Returns the mean loss over the supervised tokens of the global batch.
+    """
+    workers, rank = accelerator.num_processes, accelerator.process_index
+    everything = [m for worker in micro_batches for m in worker if len(m)]
+    total_tokens = sum(int(train.supervised[m].sum()) for m in everything)
+    loss_sum = 0.0
+    for i, indices in enumerate(micro_batches[rank]):
+        last = i + 1 == len(micro_batches[rank])
+        torch.manual_seed(distributed.micro_batch_seed(recipe.seed, step, int(indices[0]) if len(indices) else -1))
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = token_losses(model, batch_of(train, indices, accelerator.device))
+            loss_sum += float(loss.detach())
+            if recipe.training.loss_average == "tokens":
+                weight = 1.0 / total_tokens
+            else:  # the mean of each micro-batch, then the mean of these
+                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * len(everything))
+            loss = loss * weight * workers  # DDP averages gradients over workers; the sum is wanted
+            if last and (penalty := recipe.adapter.penalty(adapters(model))) is not None:
+                loss = loss + penalty
+            accelerator.backward(loss)
+    return distributed.sum_over_workers(accelerator, [loss_sum])[0] / total_tokens
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the cross-entropies of the supervised tokens, fp32."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:].reshape(-1)
+    return F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, reduction="sum")
+
+
+def batch_of(dataset: TokenDataset, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """Right-padded tensors of these examples. No examples (a worker that has less to do) give one unsupervised
+    sequence, so that every worker calls the model equally often."""
+    batch = collate([dataset[i] for i in indices], pad_token_id=0) or {
+        "input_ids": torch.zeros(1, 8, dtype=torch.long),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long),
+        "labels": torch.full((1, 8), -100),
+    }
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, model: nn.Module, dataset: TokenDataset, micro_batch_size: int) -> float:
+    """Mean loss over the supervised tokens of a held-out set."""
+    model.eval()
+    everything = np.argsort(-dataset.lengths, kind="stable")
+    plan = split_batch(
+        everything, dataset.lengths, micro_batch_size=micro_batch_size, num_workers=accelerator.num_processes
+    )
+    mine = plan[accelerator.process_index]
+    loss = sum(float(token_losses(model, batch_of(dataset, indices, accelerator.device))) for indices in mine)
+    return distributed.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
+
+
+def epoch_plan(train: TokenDataset, training: TrainingConfig, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of one epoch; the plan of the current epoch is kept."""
+    key = (id(train), seed, epoch)
+    if _plan.get("key") != key:
+        batches = plan_epoch(
+            train.lengths, batching=training.batching, batch_size=training.batch_size, seed=seed, epoch=epoch
+        )
+        _plan.update(key=key, batches=batches)
+    return _plan["batches"]
+
+
+_plan: dict[str, Any] = {}
+
+
+def resolve_micro_batch_size(training: TrainingConfig, train: TokenDataset, workers: int) -> int:
+    """``auto``: as many of the longest sequences as make up 16k tokens on a GPU, 4k on a CPU."""
+    most = math.ceil(training.batch_size / workers)
+    if training.micro_batch_size != "auto":
+        return min(training.micro_batch_size, most)
+    budget = 16_384 if torch.cuda.is_available() else 4_096
+    return max(1, min(budget // int(train.lengths.max()), most))
+
+
+def due(every: int | str, step: int, epoch_done: bool, done: bool) -> bool:
+    return done or (epoch_done if isinstance(every, str) else step % every == 0)
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    directory: RunDirectory,
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: Any,
+    data_key: str,
+    progress: Progress,
+) -> None:
+    if accelerator.is_main_process:
+        state = checkpoint.optimizer_tensors(optimizer.optimizer, trainable(model))
+        write = partial(write_current, recipe, model)
+        checkpoint.save(directory.checkpoints, progress, write, state, rule_state(model), data_key=data_key)
+        checkpoint.prune(directory.checkpoints, recipe.training.keep_last)
+    accelerator.wait_for_everyone()
+
+
+def write_current(recipe: Recipe, model: nn.Module, directory: Path) -> None:
+    tensors, name = saved_tensors(model), recipe.model.name
+    write_adapter(directory, recipe.adapter, tensors, base_model=name, base_revision=recipe.model.revision)
+
+
+def summarize(
+    recipe: Recipe,
+    model: nn.Module,
+    data: PreparedData,
+    progress: Progress,
+    last: Mapping[str, Any],
+) -> dict[str, Any]:
+    one_of_kind = {a.site.kind: a for a in adapters(model).values()}
+    return {
+        "method": recipe.adapter.method,
+        "trainable_parameters": sum(p.numel() for p in trainable(model).values()),
+        "effective_rank": {kind: a.effective_rank for kind, a in one_of_kind.items()},
+        "steps": progress.step,
+        "epochs": last["epoch"],
+        "examples": len(data.train),
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "seconds": progress.seconds,
+        "loss": last["loss"],
+        "validation_loss": last.get("validation_loss"),
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "versions": distributed.versions(),
+    }

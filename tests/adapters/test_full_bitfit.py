@@ -1,0 +1,99 @@
+"""Full fine-tuning and BitFit: what is trained, and that the update is what a bias is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rasa_train.adapters import METHODS
+from rasa_train.adapters.base import Method, Site
+from rasa_train.adapters.bitfit import BitFit
+from rasa_train.adapters.full import Full
+from rasa_train.adapters.inject import adapters, attach, saved_tensors, trainable
+from rasa_train.errors import UserError
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def tiny(architecture: str, **fields: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, vocab_size=40, num_hidden_layers=2, **SHAPE, **fields)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("method", "count"), [(Full(), 8_030_261_248), (BitFit(), 1_376_256)])
+def test_counts(method: Method, count: int) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_8B))
+        attach(model, method)
+    assert sum(parameter.numel() for parameter in trainable(model).values()) == count
+
+
+def test_full_trains_every_parameter_by_its_own_name() -> None:
+    model = tiny("llama", tie_word_embeddings=True).bfloat16()
+    names = [name for name, _ in model.named_parameters()]
+    attach(model, Full())
+    assert not adapters(model) and list(trainable(model)) == names and set(saved_tensors(model)) == set(names)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay tied"
+
+
+def test_bitfit_trains_the_biases_there_are_and_adds_the_others() -> None:
+    model = tiny("qwen2")  # q, k and v have a bias
+    ids = torch.randint(0, 40, (2, 9))
+    before = model(ids).logits
+    own = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    sites = attach(model, BitFit())
+    assert len(own) == 6 and len(sites) == 14 and len(adapters(model)) == 8
+    assert set(trainable(model)) == own | {f"{path}.added_bias" for path in adapters(model)}
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    model(ids).logits.square().sum().backward()
+    # (softmax does not see a bias of the keys)
+    assert all(p.grad is not None and p.grad.any() for n, p in trainable(model).items() if "k_proj" not in n)
+
+
+def test_added_bias_is_a_bias_of_the_linear() -> None:
+    model, plain = tiny("llama"), tiny("llama", attention_bias=True, mlp_bias=True)
+    attach(model, BitFit())
+    reference = {name: p for name, p in model.named_parameters() if "added_bias" not in name}
+    plain.load_state_dict(reference, strict=False)
+    for path, adapter in adapters(model).items():
+        nn.init.normal_(adapter.added_bias)
+        bias = adapter.delta_bias()
+        assert adapter.effective_rank == 0 and bias is not None and not adapter.delta().any()
+        assert adapter.delta().shape == adapter.site.shape
+        plain.get_submodule(path).bias.data.copy_(bias)
+    ids = torch.randint(0, 40, (2, 9))
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    assert adapter(torch.randn(2, 3, 32, dtype=torch.bfloat16), torch.empty(0)).dtype == torch.bfloat16
+
+
+def test_bitfit_without_added_biases() -> None:
+    model = tiny("qwen2")
+    attach(model, BitFit(add_bias=False))
+    assert not adapters(model) and {name.split(".")[-2] for name in trainable(model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+
+
+def test_no_bias_for_fused_experts() -> None:
+    experts = Site("layers.0.experts", "experts", 0, 4, 4, "layers.0.experts.up", num_experts=2)
+    with pytest.raises(UserError, match=r"adapter\.targets: layers\.0\.experts is a fused expert"):
+        BitFit().build([experts])
+    assert not BitFit(add_bias=False).build([experts]).adapters
+
+
+def test_methods_are_known_by_name() -> None:
+    assert (METHODS["full"], METHODS["bitfit"]) == (Full, BitFit)

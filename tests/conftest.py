@@ -1,0 +1,115 @@
+"""Tests run offline, on small models that they make themselves, with caches of their own."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RASA_TRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Directory of the reference implementation's trajectories (see its README)."""
+    return GOLDEN
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run a command of the package in ``tmp_path``: ``cli("train", "recipe.yaml", ...)``. The same code as in a
+    process of its own, without the seconds of imports; ``cli_process`` is the real thing."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *args: object, check: bool = False) -> subprocess.CompletedProcess[str]:
+        from accelerate.state import AcceleratorState
+        from typer.testing import CliRunner
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        app = importlib.import_module(f"rasa_train.cli.{name}").app
+        result = CliRunner().invoke(app, list(map(str, args)))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        if check:
+            assert result.exit_code == 0, result.stderr
+        return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def cli_process(tmp_path: Path) -> Cli:
+    """Run a command of the package as a user does, in a process of its own."""
+
+    def run(name: str, *args: object, check: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", f"rasa_train.cli.{name}", *map(str, args)],
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama (3 layers, GQA, fp32) without a tokenizer: pre-tokenised rows need none."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("tiny_llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pre-tokenised rows of 4 to 23 tokens with a learnable pattern; the first third is not supervised."""
+    rows = []
+    for i in range(40):
+        ids = [1, *[3 + (i + 2 * j) % 60 for j in range(2 + i % 20)], 2]
+        prompt = max(1, len(ids) // 3)
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

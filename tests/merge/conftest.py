@@ -1,0 +1,74 @@
+"""Tiny random bases and adapters with random values, as a training run would leave them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from rasa_train.adapters import METHODS
+from rasa_train.adapters.inject import attach, trainable
+from rasa_train.adapters.saved import write_adapter
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    ),
+    "tied": LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}  # fmt: skip
+TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(5))
+
+
+def save_base(
+    directory: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shards: str = "1GB"
+) -> Path:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
+    model.save_pretrained(directory, max_shard_size=shards)
+    return directory
+
+
+def save_adapter(directory: Path, base: Path, method: str = "rasa", **fields: object) -> Tensor:
+    """Attach a method to the base, give every trained tensor random values (both signs), save it.
+
+    Returns the logits of the adapted model.
+    """
+    torch.manual_seed(2)
+    model = load(base).float()
+    config = METHODS[method].model_validate({"method": method, "r": 4, "alpha": 8, **fields})
+    attach(model, config)
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.copy_(torch.randn_like(p) * 0.3)
+    directory.mkdir(parents=True)
+    write_adapter(directory, config, trainable(model), base_model=str(base), base_revision=None)
+    return logits(model)
+
+
+def load(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    return model.eval()(input_ids=tokens).logits
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Callable[..., tuple[Path, Path, Tensor]]:
+    """case(kind, ...) -> base directory, adapter directory, logits of base + adapter."""
+
+    def make(kind: str = "llama", *, shards: str = "1GB", **fields: object) -> tuple[Path, Path, Tensor]:
+        base = save_base(tmp_path / "base", kind, shards=shards)
+        return base, tmp_path / "adapter", save_adapter(tmp_path / "adapter", base, **fields)
+
+    return make

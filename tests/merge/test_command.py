@@ -1,0 +1,331 @@
+"""rasa-merge from the outside: exit codes, messages, and that an output is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from rasa_train.cli.merge import app
+from rasa_train.merge import merge, output
+
+from .conftest import load, save_base
+
+INDEX = "model.safetensors.index.json"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(tmp_path: Path, *arguments: object) -> str:
+    """The one message of a command that must fail with code 2 and leave nothing behind."""
+    before = {p for p in tmp_path.rglob("*")}
+    code, stdout, stderr = run(*arguments)
+    assert code == 2, (code, stdout, stderr)
+    assert stdout == "" and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert {p for p in tmp_path.rglob("*")} == before
+    return stderr
+
+
+def test_json_is_the_only_thing_on_stdout(case, tmp_path):
+    base, adapter, _ = case()
+    code, stdout, stderr = run(adapter, "--output", tmp_path / "out", "--json")
+    report = json.loads(stdout)
+    assert code == 0 and stderr == "" and stdout.count("\n") == 1
+    assert report.pop("seconds") > 0
+    assert report == {
+        "output": str(tmp_path / "out"), "format": "merged", "method": "rasa", "base_model": str(base),
+        "tensors": 30, "adapted": 21, "rounding": 0.0,
+        "bytes": (tmp_path / "out" / "model.safetensors").stat().st_size,
+    }  # fmt: skip
+    code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora", "--json")
+    assert code == 0 and json.loads(stdout)["max_lora_rank"] == 8
+    assert json.loads(stdout)["bytes"] == (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+
+
+def test_plain_output_says_what_a_person_needs(case, tmp_path):
+    _, adapter, _ = case()
+    _, stdout, _ = run(adapter, "--output", tmp_path / "out", "--dtype", "bfloat16")
+    assert "21 weights of 30 tensors" in stdout and "of the update" in stdout
+    _, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora")
+    assert "rank 6" in stdout and "--max-lora-rank 8" in stdout
+
+
+def test_a_run_without_a_final_adapter_says_which_checkpoint_it_took(case, tmp_path):
+    _, adapter, _ = case()
+    step = tmp_path / "run" / "checkpoints" / "step-00000007"
+    shutil.copytree(adapter, step)
+    code, _, stderr = run(tmp_path / "run", "--output", tmp_path / "out")
+    assert code == 0 and "step-00000007" in stderr
+
+
+def test_the_command_line_loads_no_torch_and_main_exits_with_2():
+    code = "import sys, rasa_train.cli.merge; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "rasa_train.cli.merge", "nowhere", "--output", "out"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: nowhere does not exist") and "Traceback" not in done.stderr
+
+
+# -- the inputs are wrong ----------------------------------------------------------------------------------
+
+
+def test_no_base_is_named(case, tmp_path):
+    _, adapter, _ = case()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model": None}))
+    assert "--base" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+    absent = tmp_path / "absent"
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out", "--base", absent)
+    assert str(absent) in message and "does not exist" in message
+    assert "config.json" in refused(tmp_path, adapter, "--output", tmp_path / "out", "--base", adapter)
+    assert "hub" in refused(tmp_path, adapter, "--output", tmp_path / "out", "--base", "nobody/no-such-model")
+
+
+def test_adapter_of_another_shape(case, tmp_path):
+    _, adapter, _ = case()
+    save_base(tmp_path / "other", "tied")
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out", "--base", tmp_path / "other")
+    assert "does not fit" in message
+    tensors = load_file(adapter / "adapter.safetensors")
+    name = "model.layers.0.mlp.up_proj.A"
+    save_file({**tensors, name: torch.zeros(3, 33)}, adapter / "adapter.safetensors")
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert name in message and "(3, 33)" in message and "(3, 32)" in message
+
+
+def test_base_weights_of_another_shape_than_its_config(case, tmp_path):
+    base, adapter, _ = case()
+    weights, name = load_file(base / "model.safetensors"), "model.layers.1.self_attn.k_proj.weight"
+    save_file(weights | {name: torch.zeros(8, 32)}, base / "model.safetensors", metadata={"format": "pt"})
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert name in message and "(8, 32)" in message and "(16, 32)" in message
+    del weights[name]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert f"no tensor for {name}" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+
+
+def test_base_without_safetensors(case, tmp_path):
+    base, adapter, _ = case()
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    assert "model.safetensors" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+
+
+def test_quantised_base(case, tmp_path):
+    base, adapter, _ = case()
+    weights, name = load_file(base / "model.safetensors"), "model.layers.1.self_attn.k_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, base / "model.safetensors")
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert name in message and "F8_E4M3" in message
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert "quantization_config" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+
+
+def test_base_from_the_hubs_cache(case, tmp_path, monkeypatch):
+    """A model that was downloaded before is found by its id, without a network."""
+    base, adapter, _ = case(shards="20KB")
+    repo, commit = tmp_path / "hub" / "models--some--model", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(base, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, stdout, stderr = run(adapter, "--base", "some/model", "--output", tmp_path / "out", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["base_model"] == "some/model"
+    assert load(tmp_path / "out").config.hidden_size == 32
+    code, _, stderr = run(
+        adapter, "--base", "some/model", "--revision", "v9", "--output", tmp_path / "x", "--format", "lora"
+    )
+    assert code == 2 and "some/model" in stderr
+    next((repo / "snapshots" / commit).glob("model-00002*")).unlink()
+    assert "model-00002" in refused(tmp_path, adapter, "--base", "some/model", "--output", tmp_path / "x")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "absent", "unlisted", "listed", "outside"])
+def test_damaged_shards(case, tmp_path, damage):
+    base, adapter, _ = case(shards="20KB")
+    shard = sorted(base.glob("model-*.safetensors"))[2]
+    index = json.loads((base / INDEX).read_text())
+    name = next(n for n, file in index["weight_map"].items() if file == shard.name)
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "absent":
+        shard.unlink()
+    elif damage == "unlisted":
+        del index["weight_map"][name]
+    elif damage == "listed":
+        index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = shard.name
+    else:
+        index["weight_map"][name] = "../base/" + shard.name
+    (base / INDEX).write_text(json.dumps(index))
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out")
+    word = {"unlisted": "does not list it", "listed": "layers.9", "outside": "../base/"}.get(
+        damage, str(shard)
+    )
+    assert word in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["adapter", "base"])
+def test_values_that_are_not_finite(case, tmp_path, value, where):
+    base, adapter, _ = case()
+    path = adapter / "adapter.safetensors" if where == "adapter" else base / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj." + ("B" if where == "adapter" else "weight")
+    tensors[name][0, 0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert name in message and "not finite" in message
+
+
+def test_dtype_does_not_go_with_a_lora_export(case, tmp_path):
+    _, adapter, _ = case()
+    assert "--dtype" in refused(
+        tmp_path, adapter, "--output", tmp_path / "out", "--format", "lora", "--dtype", "bfloat16"
+    )
+
+
+# -- the output ------------------------------------------------------------------------------------------
+
+
+def test_output_with_files(case, tmp_path):
+    _, adapter, _ = case()
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run(adapter, "--output", out)[0] == 0  # empty is fine
+    (out / "stale.txt").write_text("x")
+    assert "--overwrite" in refused(tmp_path, adapter, "--output", out)
+    assert run(adapter, "--output", out, "--overwrite")[0] == 0
+    assert not (out / "stale.txt").exists() and (out / "model.safetensors").exists()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("x")
+    assert "no model" in refused(tmp_path, adapter, "--output", home, "--overwrite")
+    assert "is a file" in refused(tmp_path, adapter, "--output", home / "thesis.tex", "--overwrite")
+
+
+def test_a_failed_overwrite_keeps_what_was_there(case, tmp_path):
+    base, adapter, _ = case()
+    out = tmp_path / "out"
+    assert run(adapter, "--output", out)[0] == 0
+    before = (out / "model.safetensors").read_bytes()
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, adapter, "--output", out, "--overwrite")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_output_must_keep_away_from_the_inputs(case, tmp_path):
+    base, adapter, _ = case()
+    (tmp_path / "link").symlink_to(base)
+    for out in (base, adapter, base / "merged", adapter / "merged", tmp_path, tmp_path / "link"):
+        assert "neither in nor around" in refused(tmp_path, adapter, "--output", out, "--overwrite")
+
+
+def test_output_that_cannot_be_written(case, tmp_path):
+    _, adapter, _ = case()
+    (tmp_path / "file").write_text("x")
+    assert "cannot" in refused(tmp_path, adapter, "--output", tmp_path / "file" / "out")
+    if os.geteuid() == 0:
+        return  # root writes anywhere
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert "Permission denied" in refused(tmp_path, adapter, "--output", tmp_path / "locked" / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 64 kB, smaller than the tiny base; skipped where we may not mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("no mount here")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("may not mount here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("found", ["before", "while"])
+def test_full_disk(case, tmp_path, small_disk, monkeypatch, found):
+    _, adapter, _ = case()
+    if found == "while":
+        monkeypatch.setattr(output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 0, 1 << 60))
+    message = refused(tmp_path, adapter, "--output", small_disk / "deep" / "out")
+    assert ("has 65.5 kB free" if found == "before" else "No space left") in message
+    assert not list(small_disk.iterdir())
+
+
+KILL = """
+import os, signal, sys
+from rasa_train.merge import merge
+def progress(done, total):
+    if 2 * done > total:
+        os.kill(os.getpid(), int(sys.argv[3]))
+merge(sys.argv[1], sys.argv[2], progress=progress, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_killed_in_the_middle(case, tmp_path, there):
+    _, adapter, _ = case()
+    out = tmp_path / "out"
+    if there:
+        merge(adapter, out)
+        (out / "old").touch()
+    killed = subprocess.run([sys.executable, "-c", KILL, adapter, out, str(int(signal.SIGKILL))])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+    assert (out / "old").exists() if there else not out.exists()
+    (tmp_path / ".outer.partial-1").mkdir()  # another output's: not ours to remove
+    merge(adapter, out, overwrite=True)
+    assert load(out).config.hidden_size == 32 and not (out / "old").exists()
+    assert [p.name for p in tmp_path.glob(".*")] == [".outer.partial-1"]
+
+
+def test_killed_between_the_two_renames_of_a_replacement(case, tmp_path):
+    _, adapter, _ = case()
+    merge(adapter, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-123")
+    merge(adapter, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_two_merges_into_one_output(case, tmp_path):
+    _, adapter, _ = case()
+    with output.new_directory(tmp_path / "out", overwrite=False, inputs=[], nbytes=0) as partial:
+        assert "another merge" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+        (partial / "config.json").touch()
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_interrupted(case, tmp_path, monkeypatch):
+    _, adapter, _ = case()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rasa_train.merge.merged._copy_small_files", interrupt)
+    before = set(tmp_path.iterdir())
+    assert run(adapter, "--output", tmp_path / "out")[0] == 130
+    assert set(tmp_path.iterdir()) == before

@@ -1,0 +1,182 @@
+"""Recipes: what is valid, what is said about what is not, and every shipped one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rasa_train.adapters import METHODS
+from rasa_train.errors import UserError
+from rasa_train.recipe import configs_dir, load_recipe
+from rasa_train.recipe.load import dump_recipe
+from rasa_train.recipe.schema import Recipe
+
+GOOD = """\
+model: {name: some/model}
+adapter:
+  method: rasa
+  r: 8
+  k: 1
+data: {dataset: metamathqa}
+training:
+  optimizer: {lr: 5e-4}
+output_dir: runs/x
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides)
+    return str(error.value)
+
+
+def test_a_small_recipe_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: m}\nadapter: {method: rasa}\ndata: {dataset: d}\noutput_dir: o\n")
+    recipe = load_recipe(path).recipe
+    assert (recipe.adapter.r, recipe.adapter.k, recipe.seed) == (8, 1, 42)
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", ".5e-3", "5E-4", "+5e-4", "50_0e-6"])
+def test_numbers_of_yaml_1_2(recipe: Path, text: str) -> None:
+    assert load_recipe(recipe, [f"training.optimizer.lr={text}"]).recipe.training.optimizer.lr == 5e-4
+
+
+def test_overrides_win_and_are_typed(recipe: Path) -> None:
+    overrides = ["adapter.r=16", "training.epochs=2", "adapter.targets=[q_proj, v_proj]", "output_dir=runs/a b"]
+    loaded = load_recipe(recipe, overrides).recipe
+    assert (loaded.adapter.r, loaded.training.epochs, loaded.output_dir) == (16, 2, "runs/a b")
+    assert loaded.adapter.targets == ["q_proj", "v_proj"]
+
+
+def test_another_method_drops_the_keys_it_does_not_have(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["adapter.method=lora", "adapter.alpha=4"]).recipe
+    assert loaded.adapter == METHODS["lora"](r=8, alpha=4)
+    assert "unknown key adapter.k" in error_of(recipe, "adapter.method=lora", "adapter.k=1")
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "words"),
+    [
+        (("k: 1", "k: 9"), 5, ["adapter.k must be in [0, r=8], got 9"]),
+        (("5e-4", "-5e-4"), 8, ["training.optimizer.lr must be > 0", "-0.0005"]),
+        (("  r: 8", "  rank: 8"), 4, ["unknown key adapter.rank"]),
+        (("optimizer", "optimiser"), 8, ["unknown key training.optimiser", "did you mean 'optimizer'"]),
+        (("  optimizer: {lr: 5e-4}", "  lr: 5e-4"), 8, ["training.lr", "did you mean training.optimizer.lr"]),
+        (("method: rasa", "method: rosa"), 2, ["adapter.method must be one of", "did you mean 'rasa'"]),
+        (("method: rasa", "r: 4"), 4, ["the key 'r' stands here and in line 3"]),
+        (("  r: 8", "  r: eight"), 4, ["adapter.r must be a whole number, got 'eight'"]),
+        (("  r: 8", "  r: 8.5"), 4, ["adapter.r", "8.5"]),
+        (("model: {name: some/model}", "model: 3"), 1, ["model must be a section with keys, got 3"]),
+        (("data: {dataset: metamathqa}", "data: {}"), 6, ["data.dataset is required"]),
+    ],
+)
+def test_errors_name_key_value_and_line(recipe: Path, change: tuple[str, str], line: int, words: list[str]) -> None:
+    recipe.write_text(GOOD.replace(*change))
+    message = error_of(recipe)
+    assert all(word in message for word in words), message
+    assert f"{recipe}:{line}:" in message
+    assert "pydantic" not in message and "http" not in message
+
+
+def test_all_errors_at_once(recipe: Path) -> None:
+    message = error_of(recipe, "adapter.k=9", "seed=-1", "training.batch_size=0")
+    assert all(word in message for word in ("adapter.k", "seed", "training.batch_size"))
+    assert message.count("at command line: ") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {name: x\nadapter: [", [":2:8: YAML syntax"]),
+        ("model: 'x", ["YAML syntax"]),
+        ("- a\n- b\n", ["a recipe is a mapping", "list"]),
+        ("", ["this file is empty"]),
+        ("1: x\n", [":1: a key must be a word, got 1"]),
+        ("a: !!python/object:os.system x", ["YAML syntax", "could not determine a constructor"]),
+        ("a: &a [1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
+         "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d]", ["more than 20,000 values"]),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_recipe(recipe: Path, text: str, words: list[str]) -> None:
+    recipe.write_text(text)
+    message = error_of(recipe)
+    assert all(word in message for word in words), message
+
+
+def test_files_that_are_not_there(recipe: Path) -> None:
+    assert "did you mean" in error_of(recipe.with_name("recipy.yaml"))
+    assert "is a directory" in error_of(recipe.parent)
+    recipe.write_bytes(b"\xff\xfe\x00")
+    assert "no UTF-8" in error_of(recipe)
+
+
+@pytest.mark.parametrize("override", ["adapter.r", "=3", "adapter..r=3", "adapter.r=[", "model=3"])
+def test_overrides_that_are_none(recipe: Path, override: str) -> None:
+    error_of(recipe, override)
+
+
+def test_extends(recipe: Path) -> None:
+    child = recipe.with_name("child.yaml")
+    child.write_text("extends: recipe.yaml\nadapter: {method: lora, alpha: 2}\nseed: 7\n")
+    loaded = load_recipe(child)
+    assert (loaded.recipe.adapter, loaded.recipe.seed) == (METHODS["lora"](r=8, alpha=2), 7)
+    assert str(loaded.locations[("output_dir",)]).startswith(str(recipe))
+    child.write_text("extends: recipe.yaml\nadapter: {k: 20}\n")
+    assert f"{child}:2: adapter: {{k: 20}}" in error_of(child)
+    child.write_text("extends: child.yaml\n")
+    assert "goes in a circle" in error_of(child)
+    child.write_text("extends: nowhere.yaml\n")
+    assert "'nowhere.yaml' does not exist" in error_of(child) and f"{child}:1" in error_of(child)
+
+
+def test_the_resolved_recipe_reads_back_the_same(recipe: Path) -> None:
+    loaded = load_recipe(recipe).recipe
+    recipe.write_text(dump_recipe(loaded))
+    assert load_recipe(recipe).recipe == loaded
+
+
+def test_schema_names_every_key_and_explains_it() -> None:
+    schema = Recipe.model_json_schema()
+    json.dumps(schema)
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    rasa = schema["$defs"]["RaSA"]["properties"]
+    assert "pool" in rasa["k"]["description"] and rasa["r"]["exclusiveMinimum"] == 0
+
+
+SHIPPED = sorted(p for p in configs_dir().rglob("*.yaml") if p.parent.name != "base")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_recipe(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# "), "says what it is for"
+    for method, name in (("rasa", "RaSA"), ("lora", "LoRA")):
+        if path.stem.startswith(("math_", "code_")) and recipe.adapter.method == method:
+            assert name in first and f"r = {recipe.adapter.r}" in first and "Table" in first
+
+
+def test_all_shipped_recipes_were_seen() -> None:
+    names = {p.stem for p in SHIPPED}
+    for task in ("math", "code"):
+        for model in ("llama8b", "mistral7b"):
+            for r in (8, 16, 32):
+                assert {f"{task}_{model}_r{r}", f"{task}_{model}_lora_r{r}"} <= names
+                rasa = load_recipe(f"{task}_{model}_r{r}").recipe
+                assert (rasa.adapter.k, rasa.adapter.alpha) == (r // 8, 8 if task == "math" else 32)
+                assert rasa.training.optimizer.lr == 5e-4 and rasa.training.batch_size == 192
+                lora = load_recipe(f"configs/{task}_{model}_lora_r{r}.yaml").recipe
+                changed = {"adapter", "output_dir"}
+                assert rasa.model_dump(exclude=changed) == lora.model_dump(exclude=changed)
+    assert yaml.safe_load((configs_dir() / "math_llama8b_r8.yaml").read_text())

@@ -1,0 +1,146 @@
+"""What a person meets first: help, the preflight, and one clear message for each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama: Path, token_rows: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {{name: {tiny_llama}, dtype: float32}}\nadapter: {{method: rasa, r: 4, k: 1}}\n"
+        f"data: {{dataset: {token_rows}}}\ntraining: {{max_steps: 1}}\noutput_dir: run\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", ["train", "merge"])
+def test_help_loads_no_torch(name: str) -> None:
+    code = f"import sys, rasa_train.cli.{name}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    best = 9.0
+    for _ in range(3):  # a busy machine is not the program's fault
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-m", f"rasa_train.cli.{name}", "--help"], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+    assert shown.returncode == 0 and "Usage" in shown.stdout
+    assert best < 1.0
+
+
+@pytest.mark.parametrize(("method", "count", "rank"), [("lora", 20_971_520, 8), ("rasa", 20_980_256, 39)])
+def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path: Path, cli: Cli) -> None:
+    """Llama-3.1-8B from its shape, no weights, no tokenizer, no data: the paper's counts (21.0M)."""
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name: shape}}\nadapter: {{method: {method}, r: 8}}\ndata: {{dataset: nowhere.jsonl}}\noutput_dir: o\n"
+    )
+    done = cli("train", "r.yaml", "--check", "--json", check=True)
+    facts = json.loads(done.stdout)
+    assert facts["trainable_parameters"] == count and facts["total_parameters"] == 8_030_261_248
+    assert set(facts["effective_rank"].values()) == {rank} and len(facts["effective_rank"]) == 7
+    assert facts["examples"] is facts["optimizer_steps"] is facts["dropped_examples"] is facts["supervised_tokens"] is None
+    assert facts["memory_bytes"]["base_weights"] == 2 * 8_030_261_248
+    assert facts["memory_bytes"]["adapter_parameters"] == 4 * count
+    assert len(facts["problems"]) == 2 and not (tmp_path / "o").exists()
+
+
+def test_check_with_everything(recipe: Path, cli: Cli) -> None:
+    facts = json.loads(cli("train", recipe, "--check", "--json", "training.epochs=2", "training.max_steps=null").stdout)
+    assert (facts["method"], facts["examples"], facts["optimizer_steps"]) == ("rasa", 40, 4)
+    assert facts["dropped_examples"] == 0 and facts["problems"] == []
+    shown = cli("train", recipe, "--check", check=True).stdout
+    assert "ready to train" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_schema(cli: Cli) -> None:
+    schema = json.loads(cli("train", "--schema", check=True).stdout)
+    assert {"model", "adapter", "data", "training", "output_dir"} <= schema["properties"].keys()
+
+
+ROW = '{"input_ids": [1, 5, 6, 2]}\n'
+BAD_FILES = {
+    "not json": (ROW + '{"input_ids": \n', r"data\.jsonl:2: not JSON"),
+    "no column": (ROW + '{"tokens": [1, 5]}\n', r"data\.jsonl:2: .*input_ids.* tokens"),
+    "empty": ("", "data.jsonl"),
+    "nothing supervised": ('{"input_ids": [1, 2], "labels": [-100, -100]}\n', "no example is left"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_data(case: str, recipe: Path, cli: Cli) -> None:
+    content, words = BAD_FILES[case]
+    (recipe.parent / "data.jsonl").write_text(content)
+    assert_user_error(cli("train", recipe, "data.dataset=data.jsonl"), words)
+
+
+BAD_INPUT = {
+    "missing recipe": (["nowhere.yaml"], r"nowhere\.yaml.* does not exist"),
+    "missing data": (["{recipe}", "data.dataset=nowhere.jsonl"], "no file nowhere.jsonl"),
+    "unknown key": (["{recipe}", "adapter.aplha=3"], "unknown key adapter.aplha; did you mean 'alpha'"),
+    "k > r": (["{recipe}", "adapter.k=5"], r"adapter\.k must be in \[0, r=4\], got 5"),
+    "negative learning rate": (["{recipe}", "training.optimizer.lr=-1"], r"training\.optimizer\.lr must be > 0"),
+    "missing model": (["{recipe}", "model.name=./nowhere"], r"model\.name: '\./nowhere' does not exist"),
+    "model without weights": (["{recipe}", "model.name=shape"], "no \\*.safetensors"),
+    "unwritable output": (["{recipe}", "output_dir=/proc/none/run"], "output_dir: /proc/none/run cannot be written"),
+    "no adapter to start from": (["{recipe}", "adapter.init_from=nowhere"], "nowhere is no adapter"),
+    "target": (["{recipe}", "adapter.targets=[q_porj]"], "did you mean 'q_proj'"),
+    "no recipe": ([], "RECIPE"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case: str, recipe: Path, cli: Cli) -> None:
+    (recipe.parent / "shape").mkdir()
+    (recipe.parent / "shape" / "config.json").write_text(json.dumps(SHAPE))
+    arguments, words = BAD_INPUT[case]
+    assert_user_error(cli("train", *[a.format(recipe=recipe) for a in arguments]), words)
+
+
+def test_an_adapter_that_does_not_fit(recipe: Path, cli: Cli, golden: Path) -> None:
+    cli("train", recipe, check=True)
+    wrong = cli("train", recipe, f"model.name={golden / 'llama-base'}", "adapter.init_from=run/adapter", "output_dir=o")
+    assert_user_error(wrong, "does not fit this model")
+
+
+def test_two_runs_in_one_directory(recipe: Path, cli: Cli) -> None:
+    command = [sys.executable, "-m", "rasa_train.cli.train", str(recipe), "training.max_steps=5000"]
+    first = subprocess.Popen(command, cwd=recipe.parent, stderr=subprocess.DEVNULL)
+    try:
+        while not (recipe.parent / "run" / "metrics.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        assert_user_error(cli("train", recipe, "training.max_steps=5000"), "is in use by process")
+    finally:
+        first.kill()
+        first.wait()
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], words: str) -> None:
+    """Exit code 2, one message, no traceback, nothing on stdout."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert re.search(words, done.stderr, re.DOTALL), done.stderr
+    assert done.stderr.startswith(("error: ", "Usage"))
