@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .data.prepare import PreparedData, prepare
 from .data.sources import SourceMissing
 from .errors import UserError
-from .model import Tokenizer, has_weights, load_tokenizer
+from .model import has_weights, load_tokenizer
 from .plan import plan
 from .recipe.schema import Recipe
 

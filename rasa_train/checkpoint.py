@@ -26,7 +26,12 @@ from .data.cache import TokenDataset
 from .errors import UserError
 from .run_dir import write_json
 
-CHECKSUMS, OPTIMIZER, RULE, TRAINER = "checksums.json", "optimizer.safetensors", "rule.safetensors", "trainer.json"
+CHECKSUMS, OPTIMIZER, RULE, TRAINER = (
+    "checksums.json",
+    "optimizer.safetensors",
+    "rule.safetensors",
+    "trainer.json",
+)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = False
     """Run code that comes with the model. Needs ``revision``, so that it is code somebody has read."""
 
-
     @field_validator("name")
     @classmethod
     def _shipped(cls, name: str) -> str:
@@ -114,12 +113,18 @@ def _check_name(name: str, key: str) -> None:
         if key == "model.name" and not (path / "config.json").is_file():
             raise UserError(f"{key}: {name} is a directory without a config.json, so it is no model", key=key)
     elif path.exists() or looks_local:
-        raise UserError(f"{key}: {name!r} does not exist (a hub id is `owner/name`, a local model is a directory)", key=key)
+        raise UserError(
+            f"{key}: {name!r} does not exist (a hub id is `owner/name`, a local model is a directory)",
+            key=key,
+        )
 
 
 def _check_remote_code(config: ModelConfig) -> None:
     if config.trust_remote_code and not config.revision and not Path(config.name).is_dir():
-        raise UserError("model.trust_remote_code needs model.revision (a commit that somebody has read)", key="model.revision")
+        raise UserError(
+            "model.trust_remote_code needs model.revision (a commit that somebody has read)",
+            key="model.revision",
+        )
 
 
 def _from_hub(load: Any, name: str, model: ModelConfig, *, key: str, **kwargs: Any) -> Any:

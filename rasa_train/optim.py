@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lion_pytorch import Lion
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+)
 from torch import nn
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -64,13 +72,14 @@ class ScheduleConfig(_Config):
 def make_optimizer(config: LionW | AdamW, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     parameters = list(parameters)
     if isinstance(config, LionW):
-        return Lion(
+        lion: torch.optim.Optimizer = Lion(
             parameters,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
             decoupled_weight_decay=True,
         )
+        return lion
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )

@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapters.base import Site
 from .adapters.inject import adapters, attach, trainable
@@ -56,7 +55,7 @@ def plan(recipe: Recipe, data: PreparedData | None) -> dict[str, Any]:
 
 
 def memory(
-    recipe: Recipe, model: nn.Module, sites: list[Site], trained: int, total: int, data: PreparedData | None
+    recipe: Recipe, model: PreTrainedModel, sites: list[Site], trained: int, total: int, data: PreparedData | None
 ) -> dict[str, int | None]:
     """Estimate per worker, by part. Exact for what is counted; ``activations`` and ``logits`` are a model of the
     longest micro-batch: what the frozen layers keep for the backward pass, and the loss over the vocabulary."""
@@ -76,9 +75,15 @@ def memory(
     if size == "auto":
         size = max(1, min(16_384 // longest, recipe.training.batch_size))
     tokens = size * longest
-    per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * bytes_each
+    per_layer = (
+        4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)
+    ) * bytes_each
     layers = config.num_hidden_layers
-    kept = layers * config.hidden_size * bytes_each + per_layer if recipe.training.activation_checkpointing else layers * per_layer
+    kept = (
+        layers * config.hidden_size * bytes_each + per_layer
+        if recipe.training.activation_checkpointing
+        else layers * per_layer
+    )
     parts["activations"] = tokens * kept
     parts["logits"] = tokens * config.vocab_size * (bytes_each + 8)
     parts["total"] = sum(v for v in parts.values() if v is not None)

@@ -1,6 +1,6 @@
 """The run directory: what belongs to a run, which run it is, and that only one process writes to it.
 
-    recipe.yaml  metrics.jsonl  checkpoints/step-00000123/  adapter/  summary.json
+recipe.yaml  metrics.jsonl  checkpoints/step-00000123/  adapter/  summary.json
 """
 
 from __future__ import annotations

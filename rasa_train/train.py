@@ -42,10 +42,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
     data = prepare(recipe.data, load_tokenizer(recipe.model))
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
     total_steps = training.max_steps or training.epochs * steps_per_epoch
-    trackers = list(recipe.tracking.trackers)
+    trackers: list[str] = list(recipe.tracking.trackers)
     accelerator = distributed.start(log_with=trackers, project_dir=str(directory.path / "trackers"))
 
-    model: nn.Module = load_model(recipe.model)
+    model = load_model(recipe.model)
     torch.manual_seed(recipe.seed)
     sites = attach(model, recipe.adapter)
     if training.activation_checkpointing:
@@ -54,9 +54,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     # Base weights that are trained are held in fp32 and computed with under autocast.
     mixed = recipe.model.dtype != "float32" and any(map(recipe.adapter.trains, dict(model.named_parameters())))
-    autocast = torch.autocast(accelerator.device.type, torch_dtype(recipe.model)) if mixed else nullcontext()
+    # No cache: it would keep the low-precision copies of the first step's weights for the whole run.
+    kind, dtype = accelerator.device.type, torch_dtype(recipe.model)
+    autocast = torch.autocast(kind, dtype, cache_enabled=False) if mixed else nullcontext()
 
-    with autocast, distributed.StopSignal() as stop, Reporter(total_steps, training.log_every, accelerator) as report:
+    with (
+        autocast,
+        distributed.StopSignal() as stop,
+        Reporter(total_steps, training.log_every, accelerator) as report,
+    ):
         found = checkpoint.newest(directory.checkpoints, report.say)
         origin = found or recipe.adapter.init_from
         if origin:
@@ -87,16 +93,20 @@ def run(recipe: Recipe) -> dict[str, Any]:
             epoch, position = divmod(step, steps_per_epoch)
             batch = epoch_plan(data.train, training, recipe.seed, epoch)[position]
             micro_batches = split_batch(
-                batch, data.train.lengths, micro_batch_size=micro_batch_size, num_workers=accelerator.num_processes
+                batch,
+                data.train.lengths,
+                micro_batch_size=micro_batch_size,
+                num_workers=accelerator.num_processes,
             )
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(optimizer, lr)
 
-            model.train()
             loss = train_step(accelerator, engine, data.train, micro_batches, recipe, step)
             grad_norm = float(accelerator.clip_grad_norm_(parameters.values(), training.max_grad_norm or math.inf))
             if not math.isfinite(loss + grad_norm):
-                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Lower training.optimizer.lr?")
+                raise UserError(
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Lower training.optimizer.lr?"
+                )
             optimizer.step()
             recipe.adapter.after_step(adapters(model), step + 1, total_steps)
             optimizer.zero_grad()
@@ -161,6 +171,7 @@ def train_step(
         last = i + 1 == len(micro_batches[rank])
         torch.manual_seed(distributed.micro_batch_seed(recipe.seed, step, int(indices[0]) if len(indices) else -1))
         with nullcontext() if last else accelerator.no_sync(model):
+            model.train(len(indices) > 0)  # what stands in for an empty micro-batch must not enter any statistics
             loss = token_losses(model, batch_of(train, indices, accelerator.device))
             loss_sum += float(loss.detach())
             if recipe.training.loss_average == "tokens":
@@ -213,7 +224,7 @@ def epoch_plan(train: TokenDataset, training: TrainingConfig, seed: int, epoch: 
             train.lengths, batching=training.batching, batch_size=training.batch_size, seed=seed, epoch=epoch
         )
         _plan.update(key=key, batches=batches)
-    return _plan["batches"]
+    return list(_plan["batches"])
 
 
 _plan: dict[str, Any] = {}
@@ -261,11 +272,13 @@ def summarize(
     progress: Progress,
     last: Mapping[str, Any],
 ) -> dict[str, Any]:
-    one_of_kind = {a.site.kind: a for a in adapters(model).values()}
+    ranks: dict[str, int] = {}
+    for adapter in adapters(model).values():
+        ranks[adapter.site.kind] = max(ranks.get(adapter.site.kind, 0), adapter.effective_rank)
     return {
         "method": recipe.adapter.method,
         "trainable_parameters": sum(p.numel() for p in trainable(model).values()),
-        "effective_rank": {kind: a.effective_rank for kind, a in one_of_kind.items()},
+        "effective_rank": ranks,
         "steps": progress.step,
         "epochs": last["epoch"],
         "examples": len(data.train),

@@ -147,8 +147,7 @@ def shelf(rng: random.Random) -> str:
             f"Each {box} holds {m} {things}. {name} buys {n} {boxes}, so {he} has {product} {things}.",
             f"{name} pays {m} dollars each for {n} {things}. They cost {product} dollars.",
             f"{name} buys {n} {things} at {m} dollars each, so {he} pays {product} dollars.",
-            f"{name} has {m} {things}. {other} has {n} times as many, so {other} has {m} * {n} = {m * n} "
-            f"{things}.",
+            f"{name} has {m} {things}. {other} has {n} times as many, so {other} has {m} * {n} = {m * n} {things}.",
         ]
     )
 
@@ -176,8 +175,7 @@ def saying(rng: random.Random) -> str:
             f"At the end of {day} {name} went home without {things}, with {more} instead.",
             f"First {name} came, then {other}, and {he} said many things. Then they went.",
             f"The answer is no. The {things} went over there with {other}, and the {more} as well.",
-            f"With {things} or without them, {name} is at home. With {more} it is better. Without them it is "
-            "not.",
+            f"With {things} or without them, {name} is at home. With {more} it is better. Without them it is not.",
             f"In the bag there are {things}. In all of them are {more}. Before {day} they were left over.",
         ]
     )
@@ -416,9 +414,7 @@ def write_card(args: argparse.Namespace, command: str, model: dict, training: di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("rasa_train/demo/model"))
     parser.add_argument("--start", type=Path, help="a model of the first stage: train it on, on copying")
     parser.add_argument("--documents", type=int, default=72_000)

@@ -43,7 +43,9 @@ def test_help_loads_no_torch(name: str) -> None:
     best = 9.0
     for _ in range(3):  # a busy machine is not the program's fault
         start = time.perf_counter()
-        shown = subprocess.run([sys.executable, "-m", f"rasa_train.cli.{name}", "--help"], capture_output=True, text=True)
+        shown = subprocess.run(
+            [sys.executable, "-m", f"rasa_train.cli.{name}", "--help"], capture_output=True, text=True
+        )
         best = min(best, time.perf_counter() - start)
     assert shown.returncode == 0 and "Usage" in shown.stdout
     assert best < 1.0
@@ -55,13 +57,15 @@ def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path:
     (tmp_path / "shape").mkdir()
     (tmp_path / "shape" / "config.json").write_text(json.dumps(SHAPE))
     (tmp_path / "r.yaml").write_text(
-        f"model: {{name: shape}}\nadapter: {{method: {method}, r: 8}}\ndata: {{dataset: nowhere.jsonl}}\noutput_dir: o\n"
+        f"model: {{name: shape}}\nadapter: {{method: {method}, r: 8}}\ndata: {{dataset: no.jsonl}}\noutput_dir: o\n"
     )
     done = cli("train", "r.yaml", "--check", "--json", check=True)
     facts = json.loads(done.stdout)
     assert facts["trainable_parameters"] == count and facts["total_parameters"] == 8_030_261_248
     assert set(facts["effective_rank"].values()) == {rank} and len(facts["effective_rank"]) == 7
-    assert facts["examples"] is facts["optimizer_steps"] is facts["dropped_examples"] is facts["supervised_tokens"] is None
+    assert (
+        facts["examples"] is facts["optimizer_steps"] is facts["dropped_examples"] is facts["supervised_tokens"] is None
+    )
     assert facts["memory_bytes"]["base_weights"] == 2 * 8_030_261_248
     assert facts["memory_bytes"]["adapter_parameters"] == 4 * count
     assert len(facts["problems"]) == 2 and not (tmp_path / "o").exists()
@@ -101,10 +105,16 @@ BAD_INPUT = {
     "missing data": (["{recipe}", "data.dataset=nowhere.jsonl"], "no file nowhere.jsonl"),
     "unknown key": (["{recipe}", "adapter.aplha=3"], "unknown key adapter.aplha; did you mean 'alpha'"),
     "k > r": (["{recipe}", "adapter.k=5"], r"adapter\.k must be in \[0, r=4\], got 5"),
-    "negative learning rate": (["{recipe}", "training.optimizer.lr=-1"], r"training\.optimizer\.lr must be > 0"),
+    "negative learning rate": (
+        ["{recipe}", "training.optimizer.lr=-1"],
+        r"training\.optimizer\.lr must be > 0",
+    ),
     "missing model": (["{recipe}", "model.name=./nowhere"], r"model\.name: '\./nowhere' does not exist"),
     "model without weights": (["{recipe}", "model.name=shape"], "no \\*.safetensors"),
-    "unwritable output": (["{recipe}", "output_dir=/proc/none/run"], "output_dir: /proc/none/run cannot be written"),
+    "unwritable output": (
+        ["{recipe}", "output_dir=/proc/none/run"],
+        "output_dir: /proc/none/run cannot be written",
+    ),
     "no adapter to start from": (["{recipe}", "adapter.init_from=nowhere"], "nowhere is no adapter"),
     "target": (["{recipe}", "adapter.targets=[q_porj]"], "did you mean 'q_proj'"),
     "no recipe": ([], "RECIPE"),
@@ -121,7 +131,13 @@ def test_bad_input(case: str, recipe: Path, cli: Cli) -> None:
 
 def test_an_adapter_that_does_not_fit(recipe: Path, cli: Cli, golden: Path) -> None:
     cli("train", recipe, check=True)
-    wrong = cli("train", recipe, f"model.name={golden / 'llama-base'}", "adapter.init_from=run/adapter", "output_dir=o")
+    wrong = cli(
+        "train",
+        recipe,
+        f"model.name={golden / 'llama-base'}",
+        "adapter.init_from=run/adapter",
+        "output_dir=o",
+    )
     assert_user_error(wrong, "does not fit this model")
 
 

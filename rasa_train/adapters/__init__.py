@@ -1,7 +1,7 @@
 """Adapter methods by their name in a recipe. A new method is one file and one line here."""
 
 from .adalora import AdaLoRA
-from .base import Method
+from .base import Method as Method
 from .bitfit import BitFit
 from .dora import DoRA
 from .full import Full

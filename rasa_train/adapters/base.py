@@ -92,7 +92,7 @@ class Adapter(nn.Module, ABC):
     needs_weight: ClassVar[bool] = False
     """The update's start depends on W: ``start`` is called with it."""
 
-    def start(self, weight: Tensor) -> None:  # noqa: B027 - an optional hook
+    def start(self, weight: Tensor) -> None:
         """Set what depends on the original W (*lead, out, in), fp32. Called once when the adapter is put into a
         model that has weights; values of a file are loaded after it."""
 
@@ -137,7 +137,10 @@ class FactorAdapter(Adapter):
 
     @property
     def effective_rank(self) -> int:
-        return min(self.factors().d.shape[-1], *self.site.shape)
+        d = self.factors().d
+        # Ranks that a method has switched off (AdaLoRA) are none; before training nothing is off.
+        used = d.shape[-1] if d.is_meta or not d.any() else int((d != 0).sum(-1).max())
+        return min(used, *self.site.shape)
 
 
 class Built(NamedTuple):
@@ -178,7 +181,7 @@ class Method(BaseModel, ABC):
         """A term added to the loss of every step (AdaLoRA's orthogonality), or None."""
         return None
 
-    def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int) -> None:  # noqa: B027
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int) -> None:
         """The method's own rule after optimizer step ``step`` (1 for the first), gradients still there."""
 
     # -- files of other libraries ------------------------------------------------------------------------

@@ -33,10 +33,13 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self.transposed else self.weight
-        return F.linear(x, weight, self.bias) + self.adapter(x, weight)
+        update: Tensor = self.adapter(x, weight)
+        return F.linear(x, weight, self.bias) + update
 
 
-def find_sites(model: nn.Module, targets: str | list[str] = "all-linear", exclude: list[str] | None = None) -> list[Site]:
+def find_sites(
+    model: nn.Module, targets: str | list[str] = "all-linear", exclude: list[str] | None = None
+) -> list[Site]:
     """Sites of the linears inside the model's repeated layers, in module order. Needs no weights (meta is fine).
 
     Raises:
@@ -44,8 +47,14 @@ def find_sites(model: nn.Module, targets: str | list[str] = "all-linear", exclud
     """
     sites = list(_all_linears(model))
     if not sites:
-        raise UserError(f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name")
-    selected = [s for s in sites if not _named(s, ROUTERS)] if targets == "all-linear" else _matching(sites, targets, "targets")
+        raise UserError(
+            f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name"
+        )
+    selected = (
+        [s for s in sites if not _named(s, ROUTERS)]
+        if targets == "all-linear"
+        else _matching(sites, targets, "targets")
+    )
     if exclude:
         excluded = set(_matching(sites, exclude, "exclude"))
         selected = [site for site in selected if site not in excluded]
@@ -72,6 +81,8 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
         if method.trains(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"adapter.method: {method.method} has nothing to train in this model", key="adapter.method")
     return sites
 
 
@@ -158,13 +169,15 @@ def _named(site: Site, names: set[str]) -> bool:
 
 
 def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Site]:
-    """Sites that ``targets`` selects: a regular expression for the whole path, or names (``q_proj``, ``mlp.up_proj``)."""
+    """Sites that ``targets`` selects: a regular expression for the path, or names (``q_proj``, ``mlp.up_proj``)."""
     kinds = sorted({site.kind for site in sites})
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise UserError(f"adapter.{key} is no regular expression: {error}, got {targets!r}", key=f"adapter.{key}") from None
+            raise UserError(
+                f"adapter.{key} is no regular expression: {error}, got {targets!r}", key=f"adapter.{key}"
+            ) from None
         matched = [site for site in sites if pattern.fullmatch(site.path) or pattern.fullmatch(site.kind)]
         if not matched:
             raise UserError(
@@ -179,7 +192,8 @@ def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Sit
             close = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in kinds}, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(
-                f"adapter.{key}: {name!r} matches no linear{hint} The model has {', '.join(kinds)}", key=f"adapter.{key}"
+                f"adapter.{key}: {name!r} matches no linear{hint} The model has {', '.join(kinds)}",
+                key=f"adapter.{key}",
             )
         wanted.update(hits)
     return [site for site in sites if site in wanted]

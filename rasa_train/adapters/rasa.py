@@ -23,7 +23,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
 
-from .base import Built, FactorAdapter, Factors, Method, Site, by_kind, kaiming_uniform, zeros
+from .base import Adapter, Built, FactorAdapter, Factors, Method, Site, by_kind, kaiming_uniform, zeros
 
 
 class RaSA(Method):
@@ -55,7 +55,8 @@ class RaSA(Method):
         return self
 
     def build(self, sites: list[Site]) -> Built:
-        adapters, pools = {}, {}
+        adapters: dict[str, Adapter] = {}
+        pools: dict[str, nn.Module] = {}
         for name, group in by_kind(sites).items():
             pool = Pool(group[0], len(group) * self.k) if self.k else None
             if pool is not None:

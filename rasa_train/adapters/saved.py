@@ -53,7 +53,12 @@ class SavedAdapter:
 
 
 def write_adapter(
-    directory: Path, method: Method, tensors: Mapping[str, Tensor], *, base_model: str, base_revision: str | None
+    directory: Path,
+    method: Method,
+    tensors: Mapping[str, Tensor],
+    *,
+    base_model: str,
+    base_revision: str | None,
 ) -> None:
     """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
     config = {
@@ -150,11 +155,9 @@ def _read_ours(directory: Path, config: dict[str, Any]) -> SavedAdapter:
 
 
 def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
-    for name, cls in METHODS.items():
-        fields = cls.from_peft(config)
-        if fields is not None:
-            break
-    else:
+    found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items())
+    name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
+    if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is none of the methods known here")
     if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key)]:
         values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
@@ -173,7 +176,9 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         if ours is None:
             raise UserError(f"{directory / PEFT_TENSORS}: unexpected tensor {key!r} for {config['peft_type']}")
         tensors[ours] = tensor.float()
-    return SavedAdapter(directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision"))
+    return SavedAdapter(
+        directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
+    )
 
 
 def _method(directory: Path, name: str, fields: dict[str, Any]) -> Method:

@@ -26,15 +26,11 @@ def merge(
         Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or output_dir of a run.")
     ],
     output: Annotated[Path, typer.Option(help="Directory to write; new or empty.")],
-    base: Annotated[
-        str | None, typer.Option(help="Base model, hub id or directory. (default: the adapter's)")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, hub id or directory. (default: the adapter's)")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     format: Annotated[
         Literal["merged", "lora"],
-        typer.Option(
-            help="merged: an ordinary checkpoint. lora: an equivalent LoRA adapter for PEFT and vLLM."
-        ),
+        typer.Option(help="merged: an ordinary checkpoint. lora: an equivalent LoRA adapter for PEFT and vLLM."),
     ] = "merged",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -46,9 +42,7 @@ def merge(
     """Fold an adapter into its base model and write an ordinary Hugging Face checkpoint."""
     with user_errors():
         if format == "lora" and dtype is not None:
-            raise UserError(
-                f"--dtype {dtype} is for --format merged: a LoRA export is fp32, so that it is exact"
-            )
+            raise UserError(f"--dtype {dtype} is for --format merged: a LoRA export is fp32, so that it is exact")
         import torch
 
         from ..merge import export_lora, find_adapter
@@ -66,9 +60,7 @@ def merge(
             if format == "lora":
                 report = export_lora(directory, output, **common)
             else:
-                report = merge_checkpoint(
-                    directory, output, dtype=getattr(torch, dtype) if dtype else None, **common
-                )
+                report = merge_checkpoint(directory, output, dtype=getattr(torch, dtype) if dtype else None, **common)
         print(json.dumps(report.as_json()) if as_json else _describe(report))
 
 

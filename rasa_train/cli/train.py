@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from .errors import user_errors
 
-app = typer.Typer(add_completion=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.command()
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A YAML recipe, or the name of a shipped one.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values to replace in it.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values to replace in it.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Say what the run would be, and do not train.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in output_dir and start over.")] = False,
@@ -82,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,9 +18,7 @@ class HasTargets(Protocol):
     def supervised(self) -> np.ndarray: ...
 
 
-def plan_epoch(
-    lengths: np.ndarray, *, batching: Batching, batch_size: int, seed: int, epoch: int
-) -> list[np.ndarray]:
+def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The global batches of one epoch: arrays of example indices that hold each example once.
 
     The last batch may be smaller.
@@ -37,10 +35,8 @@ def plan_epoch(
         seed, epoch: the plan depends on these and nothing else.
     """
     count = len(lengths)
-    if batching == "sequential":
-        order = np.arange(count)
-    else:
-        order = np.random.default_rng([seed, epoch]).permutation(count)
+    random = np.random.default_rng([seed, epoch]).permutation(count)
+    order = np.arange(count) if batching == "sequential" else random
     if batching == "length-grouped" and count:
         group = max(1, min(50, count // (4 * batch_size))) * batch_size
         groups = [_longest_first(order[at : at + group], lengths) for at in range(0, count, group)]
@@ -57,8 +53,9 @@ def split_batch(
 
     The micro-batches do not depend on the number of workers, only who computes them does. They are cut from the
     batch sorted by length, so padding is small, and are dealt out in rounds, the longest of a round to whoever has
-    least so far, so that workers compute similar lengths at the same time and nobody waits long. All workers get the same number of them (empty ones where nothing is left),
-    since each may be a collective operation. Within a micro-batch the order of the batch is kept.
+    least so far, so that workers compute similar lengths at the same time and nobody waits long. All workers get
+    the same number of them (empty ones where nothing is left), since each may be a collective operation. Within a
+    micro-batch the order of the batch is kept.
 
     Args:
         indices: the batch; shape (n,).

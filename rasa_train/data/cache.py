@@ -135,8 +135,7 @@ class CacheWriter:
             "key": key,
             "stats": stats,
             "files": {
-                name: {"bytes": (self._draft / name).stat().st_size, "crc32": self._checksums[name]}
-                for name in _FILES
+                name: {"bytes": (self._draft / name).stat().st_size, "crc32": self._checksums[name]} for name in _FILES
             },
         }
         with open(self._draft / "meta.json", "wb") as meta_file:

@@ -118,16 +118,13 @@ def _messages(row: Row, name: str, where: str) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(
-                f"{where}: {name}[{i}] must be an object with a text `role` and a `content`, got "
-                f"{_kind_of(message)}",
+                f"{where}: {name}[{i}] must be an object with a text `role` and a `content`, got {_kind_of(message)}",
                 key="data.dataset",
             )
         if isinstance(message.get("content"), str):
             _check_unicode(message["content"], f"{name}[{i}].content", where)
     if not messages:
-        raise UserError(
-            f"{where}: column {name!r} is an empty conversation; remove this row", key="data.dataset"
-        )
+        raise UserError(f"{where}: column {name!r} is an empty conversation; remove this row", key="data.dataset")
     return messages
 
 

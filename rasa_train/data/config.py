@@ -21,8 +21,7 @@ class ValidationConfig(BaseModel):
 
     dataset: str | None = Field(
         default=None,
-        description="A dataset of its own: built-in name, hub id, or local file or directory (like "
-        "data.dataset).",
+        description="A dataset of its own: built-in name, hub id, or local file or directory (like data.dataset).",
     )
     split: str = Field(
         default="train",

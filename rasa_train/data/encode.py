@@ -19,8 +19,7 @@ IGNORE = -100
 """Label of a token without loss (torch's ``cross_entropy`` default)."""
 
 _PREAMBLE = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 _INSTRUCTION = "### Instruction:\n"
 _RESPONSE = "### Response:\n"
@@ -152,9 +151,7 @@ class Encoder:
             return (self._ready(where, *parts) for where, parts in rows)
         if self.config.template == "chat":
             return self._chat(rows)
-        return self._text(
-            [_pair(parts, where) if self.kind == "messages" else parts for where, parts in rows]
-        )
+        return self._text([_pair(parts, where) if self.kind == "messages" else parts for where, parts in rows])
 
     # Rows that are tokens already
 
@@ -193,9 +190,7 @@ class Encoder:
                 prompt = self.bos + prompt
             response = response.strip() if alpaca else response
             if response.endswith(self.eos):  # written into the row already: one end is enough
-                response = (
-                    response.removesuffix(self.eos).rstrip() if alpaca else response.removesuffix(self.eos)
-                )
+                response = response.removesuffix(self.eos).rstrip() if alpaca else response.removesuffix(self.eos)
             texts.append(f"{prompt}{response}{' ' if alpaca else ''}{self.eos}")
             starts.append(len(prompt))
         for text, start, encoding in zip(texts, starts, self._tokenise(texts), strict=True):
@@ -231,9 +226,7 @@ class Encoder:
 
     def _marked_chat(self, messages: list[dict[str, Any]], where: str) -> Example:
         """The template says itself what the assistant writes: {% generation %} ... {% endgeneration %}."""
-        out = self._render(
-            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        out = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
 
     def _turns(self, messages: list[dict[str, Any]], text: str, where: str) -> list[Span]:
@@ -256,9 +249,7 @@ class Encoder:
             spans.append((len(before), len(upto)))
         return spans
 
-    def _render(
-        self, messages: list[dict[str, Any]], where: str, tokenize: bool = False, **options: Any
-    ) -> Any:
+    def _render(self, messages: list[dict[str, Any]], where: str, tokenize: bool = False, **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
         except Exception as error:  # a template may raise anything, of its own or by a missing key

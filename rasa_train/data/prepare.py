@@ -78,9 +78,7 @@ def prepare(
     Raises:
         UserError: the dataset is missing, malformed or leaves no example.
     """
-    make = _Maker(
-        config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold
-    )
+    make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold)
     whole, counts, key = make(config.dataset, config.subset, config.split, config.revision)
     indices = np.random.default_rng(_SEED).permutation(len(whole))
     validation = None
@@ -160,9 +158,7 @@ class _Maker:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _write(
-        self, source: Source, dataset: str, columns: dict[str, str] | None, writer: CacheWriter
-    ) -> Stats:
+    def _write(self, source: Source, dataset: str, columns: dict[str, str] | None, writer: CacheWriter) -> Stats:
         rows = source.rows()
         first = next(rows, None)
         if first is None:

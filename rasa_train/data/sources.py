@@ -67,8 +67,7 @@ def find_source(
     path = Path(dataset).expanduser()
     if path.exists() and (subset or revision):
         raise UserError(
-            f"data.{'subset' if subset else 'revision'} is for sets of the hub, and {dataset} is local; "
-            "remove it",
+            f"data.{'subset' if subset else 'revision'} is for sets of the hub, and {dataset} is local; remove it",
             key=f"data.{'subset' if subset else 'revision'}",
         )
     if path.is_dir():
@@ -389,9 +388,7 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
                     raise broken(error.msg, error.pos) from None
 
     def broken(what: str, place: int) -> UserError:
-        return UserError(
-            f"{path}:{line + buffer.count(chr(10), 0, place)}: not JSON: {what}", key="data.dataset"
-        )
+        return UserError(f"{path}:{line + buffer.count(chr(10), 0, place)}: not JSON: {what}", key="data.dataset")
 
     try:
         next_character()

@@ -43,8 +43,7 @@ def _two_step(rng: random.Random) -> tuple[str, str, int]:
         [
             f"{name} has {a} {things}. {he.capitalize()} finds {b} more and gives {c} to {other}. "
             f"How many {things} does {name} have now?",
-            f"{name} had {a} {things}. First {he} bought {b} {things}, then {he} lost {c}. "
-            f"How many {things} are left?",
+            f"{name} had {a} {things}. First {he} bought {b} {things}, then {he} lost {c}. How many {things} are left?",
             f"There were {a} {things} on the table. {name} put {b} more there and {other} took {c} away. "
             f"How many {things} are on the table now?",
             f"How many {things} does {name} have if {he} starts with {a}, gets {b} more from {other} "

@@ -74,9 +74,7 @@ def export_lora(
     ranks = {site.path: int(_kept(source, site).numel()) for site in source.sites}
     sizes = {s.path: 4 * ranks[s.path] * (s.in_features + s.out_features) for s in source.sites}
     inputs = [directory, *([base_dir] if Path(name).is_dir() else [])]
-    with new_directory(
-        Path(output), overwrite=overwrite, inputs=inputs, nbytes=sum(sizes.values())
-    ) as partial:
+    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=sum(sizes.values())) as partial:
         written = _write_factors(source, ranks, partial / PEFT_TENSORS, progress)
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, ranks), indent=2) + "\n")
     rank = max(ranks.values())
@@ -162,18 +160,12 @@ def _check(source: Source) -> None:
     method = source.saved.method.method
     if source.replaced:
         first = next(iter(source.replaced))
-        raise UserError(
-            f"the adapter has base parameters ({first}), which no LoRA can hold: use --format merged"
-        )
+        raise UserError(f"the adapter has base parameters ({first}), which no LoRA can hold: use --format merged")
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):
-            raise UserError(
-                f"adapter.method: {method!r} is no product of low-rank factors: use --format merged"
-            )
+            raise UserError(f"adapter.method: {method!r} is no product of low-rank factors: use --format merged")
         if site.num_experts is not None or site.rows is not None:
-            raise UserError(
-                f"{site.path} is a fused weight, which PEFT's LoRA has no name for: use --format merged"
-            )
+            raise UserError(f"{site.path} is a fused weight, which PEFT's LoRA has no name for: use --format merged")
 
 
 def _kept(source: Source, site: Site) -> Tensor:

@@ -98,9 +98,7 @@ def merge(
     folding = Folding(load(saved, name, base_dir), checkpoint, dtype)
     nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values())
     tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
-    with new_directory(
-        Path(output), overwrite=overwrite, inputs=[base_dir, directory], nbytes=nbytes
-    ) as partial:
+    with new_directory(Path(output), overwrite=overwrite, inputs=[base_dir, directory], nbytes=nbytes) as partial:
         written = sum(folding.write(file, partial / file, tick) for file in checkpoint.files)
         if checkpoint.index is not None:
             index = checkpoint.index
@@ -240,8 +238,7 @@ class Folding:
             piece, tensor = self.pieces[name], self.stored[name]
             if piece.unknown:
                 raise UserError(
-                    f"{where} stores {parameter} in a form that cannot be merged ({piece.unknown}): "
-                    "use --format lora"
+                    f"{where} stores {parameter} in a form that cannot be merged ({piece.unknown}): use --format lora"
                 )
             if tensor.dtype not in FLOATS:
                 raise UserError(f"{name} is {tensor.dtype}: {QUANTISED}")

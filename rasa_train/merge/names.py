@@ -56,9 +56,7 @@ def locate(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dic
     pieces: dict[str, Piece] = {}
     converted: dict[str, dict[str, list[str]]] = {}  # parameter -> source pattern -> names in the file
     for name in sorted(shapes, key=dot_natural_key):
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, parameters
-        )
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         if parameter not in parameters:
             parameter, pattern = rename_source_key(name, [], [], model.base_model_prefix, parameters)
         if parameter not in parameters:

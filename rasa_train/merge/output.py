@@ -49,9 +49,7 @@ def new_directory(output: Path, *, overwrite: bool, inputs: Sequence[Path], nbyt
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise UserError(
-                f"cannot write {output}: {error.strerror or error} (nothing was left there)"
-            ) from None
+            raise UserError(f"cannot write {output}: {error.strerror or error} (nothing was left there)") from None
         raise
     finally:
         if lock is not None:
@@ -71,9 +69,7 @@ def size(nbytes: float) -> str:
 def _check(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     for used in (path.resolve() for path in inputs):
         if output == used or used in output.parents or output in used.parents:
-            raise UserError(
-                f"--output {output} must lie neither in nor around {used}, which is read: give another one"
-            )
+            raise UserError(f"--output {output} must lie neither in nor around {used}, which is read: give another one")
     try:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output} is a file, it must be a directory (new or empty)")
@@ -81,14 +77,10 @@ def _check(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     except OSError as error:
         raise UserError(f"--output {output} cannot be read: {error.strerror}") from None
     if content and not overwrite:
-        raise UserError(
-            f"--output {output} is not empty: give another directory, or --overwrite to replace it"
-        )
+        raise UserError(f"--output {output} is not empty: give another directory, or --overwrite to replace it")
     # --overwrite deletes: a mistyped path must not cost somebody's home directory.
     if content and not content & {"config.json", "adapter_config.json"}:
-        raise UserError(
-            f"--output {output} has files but is no model or adapter: --overwrite does not replace that"
-        )
+        raise UserError(f"--output {output} has files but is no model or adapter: --overwrite does not replace that")
 
 
 def _remove_stale(output: Path) -> None:

@@ -51,21 +51,15 @@ def find_adapter(path: Path) -> Path:
     for directory in (path, path / "adapter"):
         if (directory / CONFIG).is_file():
             return directory
-    steps = {
-        int(match[1]): match.string for match in map(_STEP.fullmatch, _names(path / "checkpoints")) if match
-    }
+    steps = {int(match[1]): match.string for match in map(_STEP.fullmatch, _names(path / "checkpoints")) if match}
     for step in sorted(steps, reverse=True):
         directory = path / "checkpoints" / steps[step]
         if (directory / CONFIG).is_file():
             return directory
-    raise UserError(
-        f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}"
-    )
+    raise UserError(f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}")
 
 
-def find_base(
-    saved: SavedAdapter, base: str | None, revision: str | None, *, weights: bool
-) -> tuple[str, Path]:
+def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, weights: bool) -> tuple[str, Path]:
     """The base model's name and its directory here, downloaded as far as it is needed.
 
     Args:
@@ -91,9 +85,7 @@ def find_base(
         return name, _download(name, revision, weights)
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
-        raise UserError(
-            f"base model: {name!r} is no directory here and cannot be had from the hub: {why}"
-        ) from None
+        raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
 
 
 def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
@@ -120,9 +112,7 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
             for key, tensor in module.state_dict(keep_vars=True).items()
         }
         tensors = {key: tensor for key, tensor in saved.tensors.items() if key not in replaced}
-        check_tensors(
-            {key: tuple(p.shape) for key, p in places.items()}, tensors, origin=str(saved.directory)
-        )
+        check_tensors({key: tuple(p.shape) for key, p in places.items()}, tensors, origin=str(saved.directory))
         with torch.no_grad():
             for key, place in places.items():
                 place.copy_(tensors[key])
@@ -151,7 +141,5 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     if not weights:
         return Path(small)
     index = Path(small) / INDEX
-    wanted = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
-    )
+    wanted = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

@@ -184,9 +184,7 @@ def _check_index(checkpoint: Checkpoint, index: dict[str, Any]) -> None:
                 raise UserError(f"{path} does not fit: {file} holds {tensor.name!r}, the index {where}")
     absent = sorted(listed.keys() - checkpoint.tensors.keys())
     if absent:
-        raise UserError(
-            f"{path} does not fit: {absent[0]!r} is not in {listed[absent[0]]} ({len(absent)} such)"
-        )
+        raise UserError(f"{path} does not fit: {absent[0]!r} is not in {listed[absent[0]]} ({len(absent)} such)")
 
 
 def _read_into(file: Any, start: int, data: memoryview) -> None:

@@ -82,12 +82,12 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.is_dir():
-        raise UserError(f"{name} is a directory; a recipe is a YAML file")
     shipped = {str(p.relative_to(configs_dir()).with_suffix("")): p for p in sorted(configs_dir().rglob("*.yaml"))}
     known = name.removeprefix("configs/").removesuffix(".yaml")
     if known in shipped:
         return shipped[known]
+    if path.is_dir():
+        raise UserError(f"{name} is a directory; a recipe is a YAML file")
     near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
     close = difflib.get_close_matches(name, near + list(shipped), n=1, cutoff=0.5)
     raise UserError(f"recipe {name!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
@@ -100,7 +100,9 @@ def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
     values, locations = parse_file(path)
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"{path}: a recipe is a mapping with the sections model, adapter, data, ...; this file is {kind}")
+        raise UserError(
+            f"{path}: a recipe is a mapping with the sections model, adapter, data, ...; this file is {kind}"
+        )
     bases = values.pop("extends", [])
     layers: list[_Layer] = []
     for base in [bases] if isinstance(bases, str) else bases or []:
@@ -177,7 +179,9 @@ def _fields_of(section: tuple[str, ...], tag: str) -> set[str]:
     models: list[type[BaseModel]] = [Recipe]
     for name in section:
         models = _models(models[0].model_fields[name].annotation)
-    return {f for m in models if _tag_of(m) == tag for f in m.model_fields} or {f for m in models for f in m.model_fields}
+    return {f for m in models if _tag_of(m) == tag for f in m.model_fields} or {
+        f for m in models for f in m.model_fields
+    }
 
 
 def _resolve(loc: Sequence[str | int]) -> tuple[Key, type[BaseModel] | None]:
@@ -230,14 +234,21 @@ def _sentence(item: Any, dotted: str, key: Key, section: type[BaseModel] | None)
         return f"{dotted} is required but missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = str(context.get("discriminator", "method")).strip("'")
-        known = list(METHODS) if tag == "method" else [t.strip(" '") for t in context.get("expected_tags", "").split(",")]
+        known = (
+            list(METHODS) if tag == "method" else [t.strip(" '") for t in context.get("expected_tags", "").split(",")]
+        )
         if kind == "union_tag_not_found":
             return f"{dotted}.{tag} is required but missing; it must be one of {', '.join(filter(None, known))}"
         value = context.get("tag", "")
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{dotted}.{tag} must be one of {', '.join(known)}, got {value!r}{hint}"
-    limits = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">="), "less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
+    limits = {
+        "greater_than": ("gt", ">"),
+        "greater_than_equal": ("ge", ">="),
+        "less_than": ("lt", "<"),
+        "less_than_equal": ("le", "<="),
+    }
     if kind in limits:
         name, sign = limits[kind]
         return f"{dotted} must be {sign} {context[name]}, got {got!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -11,7 +11,10 @@ from ..data.config import DataConfig
 from ..model import ModelConfig
 from ..optim import LionW, OptimizerConfig, ScheduleConfig
 
-AdapterConfig = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # type: ignore[valid-type]  # noqa: UP007
+if TYPE_CHECKING:
+    AdapterConfig = Method
+else:
+    AdapterConfig = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
 Every = Literal["epoch"] | PositiveInt
 
 

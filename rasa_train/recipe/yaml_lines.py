@@ -58,7 +58,9 @@ def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         line = text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else ""
-        raise UserError(f"{source}{where}: YAML syntax: {error.problem or error.context}" + (f"\n  {line}" if line else "")) from None
+        raise UserError(
+            f"{source}{where}: YAML syntax: {error.problem or error.context}" + (f"\n  {line}" if line else "")
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: YAML cannot be read: {error}") from None
 
@@ -98,7 +100,9 @@ class _Walker:
             if not isinstance(name, str):
                 raise UserError(f"{self.source}:{line}: a key must be a word, got {name!r}")
             if name in seen:
-                raise UserError(f"{self.source}:{line}: the key {name!r} stands here and in line {seen[name]}; keep one")
+                raise UserError(
+                    f"{self.source}:{line}: the key {name!r} stands here and in line {seen[name]}; keep one"
+                )
             seen[name] = line
             text = self.lines[line - 1].strip() if line <= len(self.lines) else ""
             self.locations[(*key, name)] = Location(self.source, line, text)

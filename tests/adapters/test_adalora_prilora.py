@@ -73,9 +73,7 @@ FIELDS: dict[str, Any] = {"r": 3, "alpha": 10, "gamma": 0.5, "beta1": 0.8, "beta
 METHOD = AdaLoRA(**FIELDS, tinit_ratio=3 / STEPS, tfinal_ratio=5 / STEPS)
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, steps: range, total: int
-) -> list[float]:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, steps: range, total: int) -> list[float]:
     losses = []
     for step in steps:
         loss = model(batch(step)).loss
@@ -190,9 +188,7 @@ def test_penalty_is_zero_for_orthonormal_factors() -> None:
     assert penalty is not None and float(penalty.detach()) == pytest.approx(0.0, abs=1e-6)
     adapter.P.data *= 2  # now |P^T P - I| = |3 I| = 3 sqrt(5), one of twelve matrices
     penalty = METHOD.penalty(adapters(model))
-    assert penalty is not None and float(penalty.detach()) == pytest.approx(
-        0.5 * 3 * math.sqrt(5) / 12, rel=1e-5
-    )
+    assert penalty is not None and float(penalty.detach()) == pytest.approx(0.5 * 3 * math.sqrt(5) / 12, rel=1e-5)
     assert AdaLoRA(gamma=0).penalty(adapters(model)) is None
 
 
@@ -308,9 +304,7 @@ def test_pruning_takes_the_least_important_of_each_row() -> None:
         assert (row[order[:3]] == 0).all(), "a share of 0.33 of 10, rounded down"
         assert torch.equal(row[order[3:]], old[order[3:]])
     by_size_alone = before.abs().topk(3, largest=False).indices.sort().values
-    assert not torch.equal((adapter.A == 0).nonzero()[:, 1].view(-1, 3), by_size_alone), (
-        "the input counts too"
-    )
+    assert not torch.equal((adapter.A == 0).nonzero()[:, 1].view(-1, 3), by_size_alone), "the input counts too"
 
 
 def test_pruned_entries_grow_again_and_the_end_prunes_once_more() -> None:

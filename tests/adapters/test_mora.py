@@ -98,9 +98,7 @@ def test_other_types_are_refused(kind: int) -> None:
 
 def test_type_6_says_which_inputs_it_ignores(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        MoRA(r=8).build(
-            [site(1024, 4096, name="k"), site(4096, 4096, name="q"), site(4096, 14336, name="down")]
-        )
+        MoRA(r=8).build([site(1024, 4096, name="k"), site(4096, 4096, name="q"), site(4096, 14336, name="down")])
         MoRA(r=8, type=1).build([site(1024, 4096)])
     (record,) = caplog.records  # q = 202: 6 of 21 blocks; q = 384: 11 of 38
     assert record.getMessage().endswith("out < in: k 70%, down 71%")

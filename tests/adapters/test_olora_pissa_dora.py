@@ -252,9 +252,7 @@ def test_saved_and_read_back_to_the_bit(method: Method, tmp_path: Path) -> None:
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "method", [*STARTED, PiSSA(r=4, niter=4), DoRA(r=4)], ids=[*STARTED_IDS, "pissa-fast", "dora"]
-)
+@pytest.mark.parametrize("method", [*STARTED, PiSSA(r=4, niter=4), DoRA(r=4)], ids=[*STARTED_IDS, "pissa-fast", "dora"])
 def test_experts_are_linears_side_by_side(method: Method) -> None:
     torch.manual_seed(0)
     W = torch.randn(3, 12, 10)

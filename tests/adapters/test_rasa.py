@@ -88,7 +88,12 @@ def test_pool_gradient_is_the_sum_over_layers() -> None:
 
 
 def test_a_pool_belongs_to_one_kind_and_shape() -> None:
-    mixed = [*sites(2), *sites(2, kind="attn.q"), *sites(3, out=6, kind="attn.k")[1:], *sites(1, out=12, kind="attn.k")]
+    mixed = [
+        *sites(2),
+        *sites(2, kind="attn.q"),
+        *sites(3, out=6, kind="attn.k")[1:],
+        *sites(1, out=12, kind="attn.k"),
+    ]
     built = RaSA(r=4, k=1).build(mixed)
     assert sorted(built.pools) == ["attn__k__12x10", "attn__k__6x10", "attn__q", "mlp__up"]
     assert built.pools["attn__k__6x10"].A_S.shape == (2, 10)
@@ -200,7 +205,10 @@ def tiny() -> nn.Module:
 
 def test_targets() -> None:
     model = tiny()
-    assert {s.kind for s in find_sites(model, ["q_proj", "mlp.up_proj"])} == {"self_attn.q_proj", "mlp.up_proj"}
+    assert {s.kind for s in find_sites(model, ["q_proj", "mlp.up_proj"])} == {
+        "self_attn.q_proj",
+        "mlp.up_proj",
+    }
     assert {s.layer for s in find_sites(model, r".*\.1\..*_proj")} == {1}
     assert {s.kind for s in find_sites(model, "all-linear", ["down_proj"])} == {
         s.kind for s in find_sites(model) if s.kind != "mlp.down_proj"

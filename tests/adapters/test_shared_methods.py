@@ -269,9 +269,7 @@ def test_vb_lora_start() -> None:
 
 
 def test_vb_lora_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"vector_length must divide.*got 4, but layers\.0\.up is 12 x 10"
-    ) as error:
+    with pytest.raises(UserError, match=r"vector_length must divide.*got 4, but layers\.0\.up is 12 x 10") as error:
         VBLoRA(vector_length=4).build(sites())
     assert error.value.key == "adapter.vector_length"
     with pytest.raises(ValidationError, match=r"must be in \[1, num_vectors=8\], got 9"):

@@ -16,9 +16,7 @@ BATCHINGS = st.sampled_from(["length-grouped", "shuffled", "sequential"])
 
 
 @given(LENGTHS, BATCHINGS, st.integers(1, 64), st.integers(0, 9), st.integers(0, 9))
-def test_plan_covers_every_example_once(
-    lengths: Any, batching: Any, size: int, seed: int, epoch: int
-) -> None:
+def test_plan_covers_every_example_once(lengths: Any, batching: Any, size: int, seed: int, epoch: int) -> None:
     plan = plan_epoch(lengths, batching=batching, batch_size=size, seed=seed, epoch=epoch)
     assert sorted(np.concatenate(plan)) == list(range(len(lengths)))
     assert [len(batch) for batch in plan[:-1]] == [size] * (len(plan) - 1)
@@ -44,9 +42,7 @@ def test_plan_changes_with_seed_and_epoch(batching: Any) -> None:
 
 def test_length_groups_are_those_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given the same permutation, transformers' sampler gives the same order."""
-    lengths = np.random.default_rng(0).permutation(
-        30_000
-    )  # all different: nothing hangs on how ties are broken
+    lengths = np.random.default_rng(0).permutation(30_000)  # all different: nothing hangs on how ties are broken
     order = np.random.default_rng([7, 3]).permutation(len(lengths))
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.from_numpy(order))
     expected = get_length_grouped_indices(lengths.tolist(), batch_size=192)
@@ -81,9 +77,7 @@ def test_split_of_a_paper_batch_is_balanced_and_tight() -> None:
     work = [padded(worker, lengths) for worker in parts]
     assert {len(part) for worker in parts for part in worker} == {3}
     assert max(work) < 1.05 * min(work)
-    assert (
-        sum(work) < 1.2 * lengths.sum()
-    )  # a fifth of padding; 8 workers cut from a random order need far more
+    assert sum(work) < 1.2 * lengths.sum()  # a fifth of padding; 8 workers cut from a random order need far more
 
 
 def test_one_worker_with_room_keeps_the_order_of_the_file() -> None:

@@ -58,9 +58,7 @@ def test_combinations_without_meaning_name_their_key(wrong: dict[str, object], k
 
 
 def test_configuration_and_preparation_load_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys, rasa_train.data.prepare; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    )
+    code = "import sys, rasa_train.data.prepare; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "set()\n"

@@ -96,16 +96,10 @@ def test_token_on_the_border_of_a_mask_goes_with_the_overlap(bpe: Any) -> None:
 
 @pytest.mark.parametrize("supervise", ["response", "paper", "all"])
 @pytest.mark.parametrize("response", ["She sold 72  clips.", "é €\n\n 7", ""])
-def test_bpe_text_is_whole_with_one_bos_and_one_supervised_eos(
-    bpe: Any, supervise: str, response: str
-) -> None:
+def test_bpe_text_is_whole_with_one_bos_and_one_supervised_eos(bpe: Any, supervise: str, response: str) -> None:
     example = encode_one(bpe, ("How many?", response), supervise=supervise)
     assert bpe.decode(example.input_ids) == f"<s>{HEAD}How many?\n\n### Response:\n{response} </s>"
-    assert (
-        list(example.input_ids).count(bpe.bos_token_id)
-        == list(example.input_ids).count(bpe.eos_token_id)
-        == 1
-    )
+    assert list(example.input_ids).count(bpe.bos_token_id) == list(example.input_ids).count(bpe.eos_token_id) == 1
     assert example.labels[-1] == bpe.eos_token_id
     if supervise == "response":
         assert pieces(bpe, example)[-1] == (True, f"{response} </s>")
@@ -155,9 +149,7 @@ def test_truncation_cuts_on_the_right_and_loses_the_eos(characters: Any) -> None
 def test_counts_of_dropped_rows(characters: Any) -> None:
     rows = [("f:1", ("q", "r")), ("f:2", ("q" * 50, "r")), ("f:3", ("q" * 90, "r"))]
     limit = len(encode_one(characters, ("q" * 50, "r")).input_ids)
-    drop = Encoder(DataConfig(dataset="x", max_length=limit, over_length="drop"), characters, "pair").encode(
-        rows
-    )
+    drop = Encoder(DataConfig(dataset="x", max_length=limit, over_length="drop"), characters, "pair").encode(rows)
     assert (len(drop.examples), drop.dropped_over_length, drop.dropped_unsupervised, drop.truncated) == (
         2,
         1,
@@ -217,9 +209,7 @@ def test_chat_rows_supervise_the_assistants_turns(characters: Any) -> None:
 
 
 def test_both_ways_of_finding_turns_agree_on_bpe(bpe: Any) -> None:
-    messages = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant"), SENTENCES, strict=False)
-    ]
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), SENTENCES, strict=False)]
     found = []
     for template in (CHATML, MARKED):
         bpe.chat_template = template

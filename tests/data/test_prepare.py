@@ -60,9 +60,7 @@ def test_dataset_holds_what_the_encoder_gives(jsonl: Jsonl, bpe: Any) -> None:
     rows = rows_of(600)
     config = DataConfig(dataset=jsonl(rows))
     prepared = prepare(config, bpe)
-    expected = (
-        Encoder(config, bpe, "pair").encode([("", (row["query"], row["response"])) for row in rows]).examples
-    )
+    expected = Encoder(config, bpe, "pair").encode([("", (row["query"], row["response"])) for row in rows]).examples
     assert content(prepared.train) == [(e.input_ids.tolist(), e.labels.tolist()) for e in expected]
     assert prepared.train.lengths.tolist() == [len(e.input_ids) for e in expected]
     assert prepared.train.supervised.tolist() == [int((e.labels[1:] != -100).sum()) for e in expected]
@@ -70,9 +68,7 @@ def test_dataset_holds_what_the_encoder_gives(jsonl: Jsonl, bpe: Any) -> None:
     assert (stats.rows, stats.examples, stats.longest) == (600, 600, max(prepared.train.lengths))
     assert stats.tokens == sum(len(e.input_ids) for e in expected)
     assert (
-        stats.supervised_tokens
-        == supervised_tokens(prepared.train, np.arange(600))
-        == prepared.train.supervised.sum()
+        stats.supervised_tokens == supervised_tokens(prepared.train, np.arange(600)) == prepared.train.supervised.sum()
     )
     assert prepared.validation is None
     part = prepared.train.select([5, 3])
@@ -153,9 +149,7 @@ def test_processes_that_prepare_at_once_all_succeed(tmp_path: Path, cache: Path)
         for ready in tmp_path.glob("ready*"):
             ready.unlink()
         processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(i)], env=environment(), stdout=subprocess.PIPE, text=True
-            )
+            subprocess.Popen([sys.executable, "-c", code, str(i)], env=environment(), stdout=subprocess.PIPE, text=True)
             for i in range(3)
         ]
         answers = {process.communicate(timeout=60)[0] for process in processes}
@@ -185,9 +179,7 @@ def test_result_does_not_depend_on_the_workers(tmp_path: Path, bpe: Any) -> None
 
 def test_error_of_a_worker_is_the_same_error(jsonl: Jsonl, bpe: Any) -> None:
     chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}] * 500
-    config = DataConfig(
-        dataset=jsonl([*chats, {"messages": [{"role": "user", "content": "q"}]}]), num_workers=2
-    )
+    config = DataConfig(dataset=jsonl([*chats, {"messages": [{"role": "user", "content": "q"}]}]), num_workers=2)
     errors = []
     for threshold in (0, 10_000):
         with pytest.raises(UserError, match=r"train\.jsonl:501: .*use data.template: chat") as caught:
@@ -196,9 +188,7 @@ def test_error_of_a_worker_is_the_same_error(jsonl: Jsonl, bpe: Any) -> None:
     assert errors[0] == errors[1]
 
 
-def test_pool_is_used_only_past_the_threshold(
-    jsonl: Jsonl, bpe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pool_is_used_only_past_the_threshold(jsonl: Jsonl, bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a pool was started")
 
@@ -237,9 +227,7 @@ def test_validation_share_is_held_out(jsonl: Jsonl, bpe: Any, size: float, held_
     assert split.validation is not None
     assert len(split.validation) == held_out
     assert sorted(content(split.train) + content(split.validation)) == sorted(whole)
-    half = prepare(
-        DataConfig.model_validate({"dataset": path, "validation": {"size": size}, "fraction": 0.5}), bpe
-    )
+    half = prepare(DataConfig.model_validate({"dataset": path, "validation": {"size": size}, "fraction": 0.5}), bpe)
     assert half.validation is not None
     assert content(half.validation) == content(split.validation)
     assert half.stats.examples == len(split.train) // 2
@@ -276,9 +264,7 @@ def test_no_row_and_no_example_are_errors(jsonl: Jsonl, bpe: Any) -> None:
     with pytest.raises(UserError, match=r"train\.jsonl has no rows"):
         prepare(DataConfig(dataset=jsonl([])), bpe)
     path = jsonl(rows_of(6))
-    with pytest.raises(
-        UserError, match=r"no example is left of the 6 rows.*: 6 dropped as longer than max_length=9"
-    ):
+    with pytest.raises(UserError, match=r"no example is left of the 6 rows.*: 6 dropped as longer than max_length=9"):
         prepare(DataConfig(dataset=path, max_length=9, over_length="drop"), bpe)
     with pytest.raises(UserError, match=r"6 because no token carries loss .*6 were cut"):
         prepare(DataConfig(dataset=path, max_length=9), bpe)
@@ -335,9 +321,7 @@ def test_memory_stays_bounded(tmp_path: Path, bpe: Any) -> None:
     assert (after - before) * 1024 < 8 * tokens
 
 
-shared = pytest.mark.skipif(
-    "RASA_TRAIN_SHARED" not in os.environ, reason="RASA_TRAIN_SHARED names no directory"
-)
+shared = pytest.mark.skipif("RASA_TRAIN_SHARED" not in os.environ, reason="RASA_TRAIN_SHARED names no directory")
 
 
 @shared

@@ -50,9 +50,7 @@ def test_json_file_may_hold_lines(tmp_path: Path) -> None:
 def test_json_list_is_the_same_whatever_the_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, indent: int | None
 ) -> None:
-    rows = [
-        {"query": 'a "quoted", [odd] é\n' * i, "response": {"deep": [1, None, {"x": "}"}]}} for i in range(6)
-    ]
+    rows = [{"query": 'a "quoted", [odd] é\n' * i, "response": {"deep": [1, None, {"x": "}"}]}} for i in range(6)]
     path = tmp_path / "a.json"
     path.write_text("  " + json.dumps(rows, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8-sig")
     monkeypatch.setattr(sources, "_BLOCK", block)
@@ -128,9 +126,7 @@ def test_directory_of_files_by_split(tmp_path: Path) -> None:
     (tmp_path / ".train.jsonl").write_text("an editor's copy")
     assert read(tmp_path) == ROWS[:4]
     assert read(tmp_path, split="test") == ROWS[4:]
-    with pytest.raises(
-        UserError, match=r"no file of split 'validation' among test.jsonl, train-00000"
-    ) as caught:
+    with pytest.raises(UserError, match=r"no file of split 'validation' among test.jsonl, train-00000") as caught:
         read(tmp_path, split="validation")
     assert caught.value.key == "data.split"
 
@@ -153,9 +149,7 @@ def test_directory_of_save_to_disk(tmp_path: Path) -> None:
     assert read(tmp_path / "many", split="test") == [ROWS[1]]
     with pytest.raises(UserError, match="no split 'dev', there is train, test"):
         read(tmp_path / "many", split="dev")
-    prints = [
-        find_source(str(tmp_path / "many"), split=split)[0].fingerprint() for split in ("train", "test")
-    ]
+    prints = [find_source(str(tmp_path / "many"), split=split)[0].fingerprint() for split in ("train", "test")]
     assert prints[0] != prints[1]
 
 
@@ -177,9 +171,7 @@ def test_built_in_sets_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sources, "_hub_answers", lambda *_: True)
     source, columns = find_source("magicoder", split="train[:1%]", revision="abc")
     where, row = next(source.rows())
-    assert asked == [
-        ("ise-uiuc/Magicoder-Evol-Instruct-110K", None, {"split": "train[:1%]", "revision": "abc"})
-    ]
+    assert asked == [("ise-uiuc/Magicoder-Evol-Instruct-110K", None, {"split": "train[:1%]", "revision": "abc"})]
     assert find_columns(row, where, columns).extract(row, where) == ("q", "r")
     assert BUILT_IN["metamathqa"] == ("meta-math/MetaMathQA", {"query": "query", "response": "response"})
     assert "abc" in source.fingerprint()

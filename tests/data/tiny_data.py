@@ -10,10 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
-    "Below is an instruction that describes a task. Write a response that completes the request "
-    "appropriately.",
-    "### Instruction:\nHow many clips did Natalia sell altogether?\n\n### Response:\nShe sold 48 + 24 = 72 "
-    "clips.",
+    "Below is an instruction that describes a task. Write a response that completes the request appropriately.",
+    "### Instruction:\nHow many clips did Natalia sell altogether?\n\n### Response:\nShe sold 48 + 24 = 72 clips.",
     "Étienne paid 15 € for three naïve questions; the answer is: 7.",
 ]
 

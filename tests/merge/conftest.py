@@ -28,9 +28,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(5))
 
 
-def save_base(
-    directory: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shards: str = "1GB"
-) -> Path:
+def save_base(directory: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shards: str = "1GB") -> Path:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
     model.save_pretrained(directory, max_shard_size=shards)

@@ -177,9 +177,7 @@ def test_damaged_shards(case, tmp_path, damage):
         index["weight_map"][name] = "../base/" + shard.name
     (base / INDEX).write_text(json.dumps(index))
     message = refused(tmp_path, adapter, "--output", tmp_path / "out")
-    word = {"unlisted": "does not list it", "listed": "layers.9", "outside": "../base/"}.get(
-        damage, str(shard)
-    )
+    word = {"unlisted": "does not list it", "listed": "layers.9", "outside": "../base/"}.get(damage, str(shard))
     assert word in message
 
 
@@ -258,9 +256,7 @@ def small_disk(tmp_path):
     disk.mkdir()
     if shutil.which("mount") is None:
         pytest.skip("no mount here")
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("may not mount here")
     yield disk
     subprocess.run(["umount", disk], check=True)

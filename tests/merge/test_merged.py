@@ -92,9 +92,7 @@ def test_a_dtype_too_narrow_is_an_error(case, tmp_path):
     weights = load_file(base / "model.safetensors")
     weights["model.embed_tokens.weight"][0, 0] = 1e6
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"model\.embed_tokens\.weight has values that are not finite.*float16"
-    ):
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight has values that are not finite.*float16"):
         merge(adapter, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
 
@@ -139,9 +137,7 @@ def test_base_parameters_that_were_trained_replace_the_bases(case, tmp_path):
     saved = read_adapter(adapter)
     bias = "transformer.h.1.mlp.c_fc.bias"
     new_bias = torch.randn(128)
-    write_adapter(
-        adapter, saved.method, {**saved.tensors, bias: new_bias}, base_model=str(base), base_revision=None
-    )
+    write_adapter(adapter, saved.method, {**saved.tensors, bias: new_bias}, base_model=str(base), base_revision=None)
     merge(adapter, tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(merged[bias], new_bias)
@@ -199,9 +195,7 @@ def test_an_update_that_depends_on_the_weight_gets_it(case, tmp_path, monkeypatc
         export_lora(adapter, tmp_path / "lora")
 
 
-def fold_experts(
-    tmp_path: Path, config, sites: list[Site], method: Method | None = None
-) -> tuple[dict, dict, dict]:
+def fold_experts(tmp_path: Path, config, sites: list[Site], method: Method | None = None) -> tuple[dict, dict, dict]:
     """Merge LoRA on fused expert weights. Returns parameters before and after, and the deltas by path."""
     torch.manual_seed(4)
     model = AutoModelForCausalLM.from_config(config)
@@ -318,9 +312,7 @@ def golden(case: str) -> Path | None:
     places = [Path(__file__).parents[1] / "golden"]
     if shared := os.environ.get("RASA_TRAIN_SHARED"):
         places.append(Path(shared) / "golden")
-    return next(
-        (p / case for p in places if (p / case / "final").is_dir() and (p / "llama-base").is_dir()), None
-    )
+    return next((p / case for p in places if (p / case / "final").is_dir() and (p / "llama-base").is_dir()), None)
 
 
 @pytest.mark.parametrize("format", ["merged", "lora"])
@@ -332,9 +324,7 @@ def test_adapters_of_the_reference_implementation(tmp_path, name, format):
     if name.split("-")[1].rstrip("6") not in METHODS:
         pytest.skip("method not built yet")
     base = directory.parent / "llama-base"
-    rows = [
-        json.loads(line)["input_ids"] for line in (directory / "batches.jsonl").read_text().splitlines()[:6]
-    ]
+    rows = [json.loads(line)["input_ids"] for line in (directory / "batches.jsonl").read_text().splitlines()[:6]]
     (expected,) = load_file(directory / "final_logits_batch0.safetensors").values()
     tokens = torch.zeros(expected.shape[:2], dtype=torch.long)
     mask = torch.zeros_like(tokens)

@@ -53,7 +53,12 @@ def test_numbers_of_yaml_1_2(recipe: Path, text: str) -> None:
 
 
 def test_overrides_win_and_are_typed(recipe: Path) -> None:
-    overrides = ["adapter.r=16", "training.epochs=2", "adapter.targets=[q_proj, v_proj]", "output_dir=runs/a b"]
+    overrides = [
+        "adapter.r=16",
+        "training.epochs=2",
+        "adapter.targets=[q_proj, v_proj]",
+        "output_dir=runs/a b",
+    ]
     loaded = load_recipe(recipe, overrides).recipe
     assert (loaded.adapter.r, loaded.training.epochs, loaded.output_dir) == (16, 2, "runs/a b")
     assert loaded.adapter.targets == ["q_proj", "v_proj"]
