@@ -39,9 +39,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"name": "base", "model": Path(recipe.model.name)}]
     for method in METHODS:
         run = options.output / method
-        console.rule(f"rasa-train demo adapter.method={method}")
+        name = "demo" if method == "rasa" else f"demo_{method}"
+        console.rule(f"rasa-train {name}")
         started = time.perf_counter()
-        command("train", f"demo_{method}" if method != "rasa" else "demo", f"output_dir={run}", "--fresh")
+        command("train", name, f"output_dir={run}", "--fresh")
         seconds = time.perf_counter() - started
         command("merge", run, "--output", run / "merged", "--overwrite")
         summary = json.loads((run / "summary.json").read_text())
@@ -73,9 +74,11 @@ def exact_match(path: Path, problems: list[dict[str, str]], batch_size: int = 50
     """Share of problems whose last ``The answer is: N`` is right, greedy, with the template of the training."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from ..data.encode import prompt_text
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
