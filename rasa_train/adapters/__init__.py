@@ -9,6 +9,7 @@ from .lora import LoRA
 from .mora import MoRA
 from .nola import NOLA
 from .olora import OLoRA
+from .peft import Peft
 from .pissa import PiSSA
 from .prilora import PriLoRA
 from .rasa import RaSA
@@ -33,4 +34,5 @@ METHODS: dict[str, type[Method]] = {
     "prilora": PriLoRA,
     "full": Full,
     "bitfit": BitFit,
+    "peft": Peft,
 }

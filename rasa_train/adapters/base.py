@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -71,13 +71,14 @@ class Adapter(nn.Module, ABC):
         self.compute_dtype = torch.float32 if method.compute == "float32" else None
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         """dW drop(x).
 
         Args:
             x: input of the linear (..., in_features).
-            weight: the frozen W (out_features, in_features) of this site (and expert).
-            expert: which expert's update, for a site with ``num_experts``.
+            weight: the frozen W (*lead, out_features, in_features) of this site.
+            counts: for a site with ``num_experts``, how many rows of x (tokens, in_features) are each expert's:
+                first those of expert 0, then those of expert 1, ...
         Returns:
             (..., out_features) in the dtype of ``x``.
         """
@@ -122,14 +123,12 @@ class FactorAdapter(Adapter):
     def factors(self) -> Factors:
         """The factors in fp32, differentiable with respect to what is trained."""
 
-    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         B, d, A = self.factors()
-        if expert is not None:
-            B, d, A = B[expert], d[expert], A[expert]
         dropped = self.drop(x)
         # diag(d) goes into B, in fp32: that rounds once, and it is out x R work instead of tokens x R.
         Bd = (B * d.unsqueeze(-2)).to(dropped.dtype)
-        return F.linear(F.linear(dropped, A.to(dropped.dtype)), Bd).to(x.dtype)
+        return linear(linear(dropped, A.to(dropped.dtype), counts), Bd, counts).to(x.dtype)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         B, d, A = (t.float() for t in self.factors())
@@ -172,6 +171,23 @@ class Method(BaseModel, ABC):
     def build(self, sites: list[Site]) -> Built:
         """Make the adapters of all sites. Works on any device, meta included; draws from torch's RNG."""
 
+    def wrap(self, model: nn.Module) -> nn.Module | None:
+        """The model inside one of another library, which trains parameters of its own; None for a method that
+        gives adapters of sites (all but ``peft``)."""
+        return None
+
+    def merged(self, load_base: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The base parameters that a wrapping method changes, merged, fp32, by their name in the base; None for a
+        method that gives adapters of sites.
+
+        Args:
+            load_base: gives the base with its weights, fp32.
+            tensors: those of the saved adapter.
+        Raises:
+            UserError: the method is no change of weights, or the tensors do not fit.
+        """
+        return None
+
     def trains(self, parameter: str) -> bool:
         """Whether a parameter of the base model itself (by its name) is trained. Such parameters are held in
         fp32, computed with under autocast, and saved and merged by their own name."""
@@ -195,6 +211,14 @@ class Method(BaseModel, ABC):
     def rename_peft(cls, key: str) -> str | None:
         """Our name of a PEFT-style tensor (``base_model.model.`` removed), or None if it is not ours."""
         return None
+
+
+def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    """W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x by its own of the weights (E, out, in)."""
+    if counts is None:
+        return F.linear(x, weight)
+    parts = zip(torch.split(x, counts), weight.unbind(), strict=True)
+    return torch.cat([F.linear(rows, W) for rows, W in parts])
 
 
 def kaiming_uniform(*shape: int) -> nn.Parameter:

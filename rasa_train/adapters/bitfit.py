@@ -44,7 +44,7 @@ class AddedBias(Adapter):
         super().__init__(site, method)
         self.added_bias = zeros(site.out_features)
 
-    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         return self.added_bias.to(x.dtype).expand(*x.shape[:-1], -1)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:

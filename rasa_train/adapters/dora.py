@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from .base import Adapter, Built, Method, Site, kaiming_uniform, zeros
+from .base import Adapter, Built, Method, Site, kaiming_uniform, linear, zeros
 
 
 class DoRA(Method):
@@ -68,14 +67,16 @@ class DoRAAdapter(Adapter):
         # B = 0: by the very function of forward, so that m / |V| is exactly 1
         self.m.copy_(_row_norms(weight, self.B, self.A, self.scale))
 
-    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
-        A, B, m = (t if expert is None else t[expert] for t in (self.A, self.B, self.m))
-        g = m / _row_norms(weight, B, A, self.scale)
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+        g = self.m / _row_norms(weight, self.B, self.A, self.scale)
         dropped = self.drop(x)
         dtype = dropped.dtype
-        of_base = (g - 1.0).to(dtype) * F.linear(dropped, weight.to(dtype))
-        Bg = (B * (g * self.scale).unsqueeze(-1)).to(dtype)
-        return (of_base + F.linear(F.linear(dropped, A.to(dtype)), Bg)).to(x.dtype)
+        more = g - 1.0
+        if counts is not None:  # of each row of x, its expert's
+            more = more.repeat_interleave(torch.tensor(counts, device=g.device), 0)
+        of_base = more.to(dtype) * linear(dropped, weight.to(dtype), counts)
+        Bg = (self.B * (g * self.scale).unsqueeze(-1)).to(dtype)
+        return (of_base + linear(linear(dropped, self.A.to(dtype), counts), Bg, counts)).to(x.dtype)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:

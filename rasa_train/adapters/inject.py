@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from .base import Adapter, Method, Site
+from .experts import OTHER_NAMES, AdaptedExperts, expert_sites, is_fused, is_supported
 
 POOLS = "pools"
 """Name of the root module that holds what sites share. Only this placement works under DDP, ZeRO-3 and FSDP2."""
@@ -46,6 +47,8 @@ def find_sites(
         UserError: the model has no repeated layers, or an item of ``targets`` or ``exclude`` matches nothing.
     """
     sites = list(_all_linears(model))
+    if targets == "all-linear":
+        _check_experts(model)
     if not sites:
         raise UserError(
             f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name"
@@ -61,6 +64,13 @@ def find_sites(
     if not selected:
         raise UserError("adapter.exclude leaves nothing to adapt", key="adapter.exclude")
     return selected
+
+
+def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
+    """The model to train, with ``method`` in it, and the adapted sites. For all methods but ``peft`` the model is
+    ``model`` itself, and this is ``attach``."""
+    wrapped = method.wrap(model)
+    return (model, attach(model, method)) if wrapped is None else (wrapped, [])
 
 
 def attach(model: nn.Module, method: Method) -> list[Site]:
@@ -81,6 +91,9 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
         if method.trains(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters()):
+            module.float()  # torch wants its weight and bias in one dtype, under autocast too
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"adapter.method: {method.method} has nothing to train in this model", key="adapter.method")
     return sites
@@ -118,14 +131,31 @@ def saved_name(parameter_name: str) -> str:
 
 
 def _place(model: nn.Module, site: Site, adapter: Adapter) -> None:
-    parent_path, _, name = site.path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    base = getattr(parent, name)
-    adapter.to(base.weight.device)
-    if adapter.needs_weight and not base.weight.is_meta:
-        weight = base.weight.detach().float()
-        adapter.start(weight.t() if site.transposed else weight)
-    setattr(parent, name, AdaptedLinear(base, adapter))
+    parameter = model.get_parameter(site.weight)
+    adapter.to(parameter.device)
+    if adapter.needs_weight and not parameter.is_meta:
+        weight = parameter.detach() if site.rows is None else parameter.detach()[:, slice(*site.rows)]
+        adapter.start(weight.t().float() if site.transposed else weight.float())
+    path, _, name = site.path.rpartition(".")
+    if site.num_experts is None:
+        parent = model.get_submodule(path)
+        setattr(parent, name, AdaptedLinear(getattr(parent, name), adapter))
+        return
+    experts = model.get_submodule(path)
+    if not isinstance(experts, AdaptedExperts):
+        experts = AdaptedExperts(experts)
+        model.set_submodule(path, experts)
+    experts.add(name, adapter)
+
+
+def _check_experts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if is_fused(module) and not is_supported(module):
+            raise UserError(
+                f"adapter.targets: {path} of {type(model).__name__} holds the weights of its experts in a layout that "
+                f"cannot be adapted ({type(module).__name__}); name the linears to adapt, as [q_proj, v_proj]",
+                key="adapter.targets",
+            )
 
 
 def _all_linears(model: nn.Module) -> Iterator[Site]:
@@ -142,8 +172,11 @@ def _all_linears(model: nn.Module) -> Iterator[Site]:
         prefix = "" if len(outermost) == 1 else list_path + "."
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
+                path, kind = f"{list_path}.{index}.{name}", prefix + name
                 if isinstance(module, nn.Linear | Conv1D):
-                    yield _linear_site(f"{list_path}.{index}.{name}", prefix + name, index, module)
+                    yield _linear_site(path, kind, index, module)
+                elif is_fused(module) and is_supported(module):
+                    yield from expert_sites(path, kind, index, module)
 
 
 def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -> Site:
@@ -162,6 +195,13 @@ def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -
         transposed=isinstance(module, Conv1D),
         bias=module.bias is not None,
     )
+
+
+def _names(site: Site) -> list[str]:
+    """The kind, and what else it is called when it is an expert's."""
+    parent, _, name = site.kind.rpartition(".")
+    others = () if site.num_experts is None else OTHER_NAMES[name]
+    return [site.kind, *(f"{parent}.{other}" for other in others)]
 
 
 def _named(site: Site, names: set[str]) -> bool:
@@ -187,7 +227,7 @@ def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Sit
         return matched
     wanted: set[Site] = set()
     for name in targets:
-        hits = [s for s in sites if s.kind == name or s.kind.endswith("." + name) or s.path == name]
+        hits = [s for s in sites if name == s.path or any(n == name or n.endswith("." + name) for n in _names(s))]
         if not hits:
             close = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in kinds}, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

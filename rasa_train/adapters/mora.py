@@ -25,12 +25,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
 from ..errors import UserError
-from .base import Adapter, Built, Method, Site, zeros
+from .base import Adapter, Built, Method, Site, linear, zeros
 
 _log = logging.getLogger(__name__)
 
@@ -93,17 +92,17 @@ class MoRAAdapter(Adapter):
             self.register_buffer("cos", angle.cos(), persistent=False)  # (blocks, q / 2), fp32
             self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor, weight: Tensor, expert: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         dropped = self.drop(x)
-        M = (self.M if expert is None else self.M[expert]).to(dropped.dtype)
+        M = self.M.to(dropped.dtype)
         if self.maps == 6:
             blocks = _blocks(dropped, self.q, self.blocks)
             rotated = _rotate(blocks, self.cos.to(M.dtype), self.sin.to(M.dtype))
-            return _tile(F.linear(rotated, M).flatten(-2), self.site.out_features).to(x.dtype)
+            return _tile(linear(rotated, M, counts).flatten(-2), self.site.out_features).to(x.dtype)
         strided, tiled = self.maps in (1, 4), self.maps in (1, 3)
         z = _fold(dropped, self.q) if strided else _group(dropped, self.q)
         expand = _tile if tiled else _repeat
-        return expand(F.linear(z, M), self.site.out_features).to(x.dtype)
+        return expand(linear(z, M, counts), self.site.out_features).to(x.dtype)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         M, (b, a), q = self.M.float(), self.site.shape, self.q

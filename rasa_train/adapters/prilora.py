@@ -79,15 +79,16 @@ class PriLoRAAdapter(FactorAdapter):
     def factors(self) -> Factors:
         return Factors(self.B, self.A.new_full(self.A.shape[:-1], self.scale), self.A)
 
-    def watch(self, x: Tensor, expert: int | None) -> None:
+    def watch(self, x: Tensor, counts: list[int] | None) -> None:
         """Add the squares of the features of x (..., in_features), padding included. Under activation
         checkpointing it runs twice: all norms of a site grow by one factor, and only entries of one row are
         compared."""
         if self.squares is None:
             self.squares = torch.zeros_like(self.norms)
-        place = self.squares if expert is None else self.squares[expert]
         wide = torch.promote_types(x.dtype, torch.float32)
-        place += torch.linalg.vector_norm(x, dim=tuple(range(x.dim() - 1)), dtype=wide).square()
+        parts = [(self.squares, x)] if counts is None else zip(self.squares, torch.split(x, counts), strict=True)
+        for place, rows in parts:
+            place += torch.linalg.vector_norm(rows, dim=tuple(range(x.dim() - 1)), dtype=wide).square()
 
     def take_squares(self) -> Tensor:
         """Sums of squares (*lead, in_features) since the last call."""
@@ -102,7 +103,7 @@ class PriLoRAAdapter(FactorAdapter):
 
 @torch.no_grad()
 def _watch(adapter: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before each forward(x, weight, expert)."""
+    """Before each forward(x, weight, counts)."""
     assert isinstance(adapter, PriLoRAAdapter)
     if adapter.training:
-        adapter.watch(args[0], args[2] if len(args) > 2 else kwargs.get("expert"))
+        adapter.watch(args[0], args[2] if len(args) > 2 else kwargs.get("counts"))

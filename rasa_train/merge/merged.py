@@ -20,6 +20,7 @@ from torch import Tensor
 from ..adapters.base import Site
 from ..adapters.saved import CONFIG, read_adapter
 from ..errors import UserError
+from .bias import new_biases
 from .names import Piece, locate
 from .output import new_directory
 from .source import Source, find_adapter, find_base, load
@@ -56,7 +57,7 @@ class MergeReport:
     tensors: int
     """Tensors in the output."""
     adapted: int
-    """Weights that the adapter changes."""
+    """Weights and biases that the adapter changes or adds."""
     bytes: int
     """Size of the safetensors files."""
     seconds: float
@@ -96,25 +97,28 @@ def merge(
     checkpoint = open_checkpoint(base_dir)
     config = _read_config(base_dir)
     folding = Folding(load(saved, name, base_dir), checkpoint, dtype)
-    nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values())
+    nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values()) + folding.added_bytes
     tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
     with new_directory(Path(output), overwrite=overwrite, inputs=[base_dir, directory], nbytes=nbytes) as partial:
         written = sum(folding.write(file, partial / file, tick) for file in checkpoint.files)
         if checkpoint.index is not None:
             index = checkpoint.index
+            index["weight_map"] |= {name: file for file, added in folding.added.items() for name in added}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         _copy_small_files(base_dir, partial)
-        if dtype is not None:
-            _set_dtype(config, _name(dtype))
+        if dtype is not None or folding.switches:
+            config |= folding.switches
+            if dtype is not None:
+                _set_dtype(config, _name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return MergeReport(
         output=str(output),
         format="merged",
         method=saved.method.method,
         base_model=name,
-        tensors=len(checkpoint.tensors),
-        adapted=len(folding.sites),
+        tensors=len(checkpoint.tensors) + sum(map(len, folding.added.values())),
+        adapted=folding.adapted,
         bytes=written,
         seconds=round(time.perf_counter() - start, 3),
         rounding=folding.rounding,
@@ -128,8 +132,14 @@ class Folding:
         self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
         self.parameters = dict(source.model.named_parameters())
         self.sites: dict[str, list[Site]] = {name: [] for name in source.replaced}
+        self.biases: dict[str, Tensor] = {}
         for site in source.sites:
-            self.sites.setdefault(site.weight, []).append(site)
+            adapter = source.adapters[site.path]
+            if adapter.effective_rank:  # else dW = 0: only the bias changes
+                self.sites.setdefault(site.weight, []).append(site)
+            if site.bias and (bias := adapter.delta_bias()) is not None:
+                self.biases[f"{site.path}.bias"] = bias.detach().float()
+                self.sites.setdefault(f"{site.path}.bias", [])
         self.stored = checkpoint.tensors
         self.pieces = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
         self.sources: dict[str, list[str]] = {}
@@ -139,10 +149,19 @@ class Folding:
             self._check(parameter)
         self.error2 = self.update2 = 0.0  # squared norms
         self.kept: tuple[str, Tensor] | None = None
+        self.added, self.switches = self._add_biases()
 
     @property
     def rounding(self) -> float | None:
         return math.sqrt(self.error2 / self.update2) if self.update2 else None
+
+    @property
+    def adapted(self) -> int:
+        return len(self.sites) + sum(bool(bias.any()) for added in self.added.values() for bias in added.values())
+
+    @property
+    def added_bytes(self) -> int:
+        return sum(bias.nbytes for added in self.added.values() for bias in added.values())
 
     def stored_bytes(self, tensor: Stored) -> int:
         """Size in the output."""
@@ -155,10 +174,16 @@ class Folding:
         tensors = {tensor.name: tensor for tensor in self.checkpoint.files[file]}
         # Wide dtypes first: then every tensor is aligned. Pieces of one parameter side by side: then its
         # update is computed once.
-        order = sorted(tensors.values(), key=lambda t: (-self._width(t), self._group(t), t.start))
+        order = sorted(tensors.values(), key=lambda t: (self._group(t), t.start))
         entries = [(t.name, self._code(t), t.shape, self.stored_bytes(t)) for t in order]
+        added = self.added.get(file, {})
+        entries += [(name, CODES[t.dtype], tuple(t.shape), t.nbytes) for name, t in added.items()]
+        entries.sort(key=_width, reverse=True)
 
         def write(name: str, out: BinaryIO) -> None:
+            if name in added:
+                out.write(tensor_bytes(added[name]))
+                return
             tensor = tensors[name]
             if self._adapted(name):
                 out.write(tensor_bytes(self._merged(tensor)))
@@ -175,9 +200,15 @@ class Folding:
     def _merged(self, tensor: Stored) -> Tensor:
         piece, dtype = self.pieces[tensor.name], self._dtype(tensor)
         trained = self.source.replaced.get(piece.parameter)
-        W = tensor.read() if trained is None else piece.of(trained).clone()
-        if not self.sites[piece.parameter]:
-            return self._finite(tensor.name, W.to(dtype))
+        W = tensor.read()
+        if trained is not None:
+            before, W = W.float(), piece.of(trained).clone()
+            self.update2 += _norm2(before.sub_(W))
+            del before
+        if not self.sites[piece.parameter] and piece.parameter not in self.biases:
+            result = self._finite(tensor.name, W.to(dtype))
+            self.error2 += _norm2(W - result.to(W.dtype)) if dtype != W.dtype else 0.0
+            return result
         W = W.to(torch.promote_types(W.dtype, torch.float32))  # this memory is ours: it becomes W + dW
         update = self._update(piece, W)
         self.update2 += _norm2(update)
@@ -200,6 +231,8 @@ class Folding:
 
     def _parameter_update(self, parameter: str, W: Tensor | None) -> Tensor:
         sites, shape = self.sites[parameter], self.parameters[parameter].shape
+        if parameter in self.biases:
+            return self.biases[parameter]
         if W is None and any(self.source.adapters[site.path].needs_weight for site in sites):
             W = torch.empty(shape)
             for name in self.sources[parameter]:
@@ -226,6 +259,24 @@ class Folding:
                 "or the adapter is damaged, or the dtype is too narrow (then --dtype bfloat16 or float32)"
             )
         return values
+
+    def _add_biases(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, bool]]:
+        """Biases that the base has not, by the file that holds their weight; and what its config must say."""
+        new = new_biases(self.source)
+        added: dict[str, dict[str, Tensor]] = {}
+        for parameter, bias in new.tensors.items():
+            weight = parameter.removesuffix("bias") + "weight"
+            if len(names := self.sources.get(weight, [])) != 1 or not self.pieces[names[0]].whole:
+                raise UserError(f"{self.checkpoint.directory} has no tensor for {weight}, which gets a bias")
+            tensor = self.stored[names[0]]
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{tensor.name} is {tensor.dtype}: {QUANTISED}")
+            name = tensor.name.removesuffix("weight") + "bias"
+            stored = self._finite(name, bias.to(self._dtype(tensor)))
+            self.update2 += _norm2(bias)
+            self.error2 += _norm2(bias - stored.float())
+            added.setdefault(tensor.path.name, {})[name] = stored
+        return added, dict(new.switches)
 
     # -- checks and layout, from headers -------------------------------------------------------------------
 
@@ -262,10 +313,6 @@ class Folding:
     def _code(self, tensor: Stored) -> str:
         return CODES[self._dtype(tensor)] if tensor.dtype in FLOATS else tensor.dtype
 
-    def _width(self, tensor: Stored) -> int:
-        count = math.prod(tensor.shape)
-        return self.stored_bytes(tensor) // count if count else 0
-
     def _group(self, tensor: Stored) -> int:
         """Where in the file the first tensor of the same parameter begins."""
         piece = self.pieces.get(tensor.name)
@@ -281,6 +328,12 @@ def _rows(site: Site, t: Tensor) -> Tensor:
         return t
     start, end = site.rows
     return t[..., start:end] if site.transposed else t[..., start:end, :]
+
+
+def _width(entry: tuple[str, str, tuple[int, ...], int]) -> int:
+    """Bytes of one value of a tensor to be written."""
+    _, _, shape, nbytes = entry
+    return nbytes // (math.prod(shape) or 1)
 
 
 def _shape_of(piece: Piece, parameter: Tensor) -> tuple[int, ...]:

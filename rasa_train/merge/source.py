@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from ..adapters.base import Adapter, Site
 from ..adapters.inject import POOLS, find_sites
 from ..adapters.saved import CONFIG, SavedAdapter, check_tensors
 from ..errors import UserError
-from ..model import ModelConfig, meta_model
+from ..model import ModelConfig, load_model, meta_model
 from .weights import INDEX, SINGLE
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
@@ -34,6 +35,7 @@ class Source:
     model: PreTrainedModel
     """The base on the meta device: names and shapes."""
     sites: list[Site]
+    """Those that have an adapter."""
     adapters: dict[str, Adapter]
     """By the path of their site."""
     replaced: dict[str, Tensor]
@@ -95,6 +97,9 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
         UserError: the adapter does not fit this base: a name, a shape, or a value that is not finite.
     """
     model = _architecture(base_dir)
+    base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
+    if (merged := saved.method.merged(base, saved.tensors)) is not None:
+        return Source(saved, name, model, [], {}, merged)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     replaced = {key: tensor for key, tensor in saved.tensors.items() if key in shapes}
     check_tensors({key: shapes[key] for key in replaced}, replaced, origin=str(saved.directory))
@@ -105,6 +110,7 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
         with torch.random.fork_rng(devices=[]):  # building draws initial values that nobody will see
             built = saved.method.build(sites)
         adapters = built.adapters
+        sites = [site for site in sites if site.path in adapters]  # BitFit leaves some as they are
         owners = {**adapters, **{f"{POOLS}.{key}": pool for key, pool in built.pools.items()}}
         places = {
             f"{owner}.{key}": tensor

@@ -213,7 +213,7 @@ def test_adalora_of_fused_experts() -> None:
     x = torch.randn(3, 7, 10)
     for step in (1, 2):
         for group, outputs in (
-            (fused, [whole(x[i], torch.empty(0), i) for i in range(3)]),
+            (fused, [whole(x.flatten(0, 1), torch.empty(0), [7, 7, 7])]),
             (single, [adapter(x[i], torch.empty(0)) for i, adapter in enumerate(single.values())]),
         ):
             penalty = method.penalty(group)
@@ -388,8 +388,7 @@ def test_prilora_of_fused_experts() -> None:
     group = method.build([Site("e", "e", 0, 12, 10, "e", num_experts=3)]).adapters
     fused = group["e"].train()
     x = torch.randn(7, 10)
-    fused(x, torch.empty(0), 1)
-    fused(2 * x, torch.empty(0), expert=2)
+    fused(torch.cat([x, 2 * x]), torch.empty(0), [0, 7, 7])
     method.after_step(group, 1, 10)
     torch.testing.assert_close(fused.norms, 0.1 * torch.outer(torch.tensor([0.0, 1, 2]), x.norm(dim=0)))
     assert ((fused.A == 0).sum(-1) == 5).all() and fused.A.shape == (3, 6, 10)

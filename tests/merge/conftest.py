@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from rasa_train.adapters import METHODS
 from rasa_train.adapters.inject import attach, trainable
@@ -23,6 +32,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
     ),
+    "qwen2": Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    ),
+    "mixtral": MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=6, num_experts_per_tok=3, max_position_embeddings=64,
+    ),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }  # fmt: skip
 TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(5))
@@ -31,6 +52,10 @@ TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(5
 def save_base(directory: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shards: str = "1GB") -> Path:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "experts" in name:  # some models leave them empty
+                p.normal_(std=0.1)
     model.save_pretrained(directory, max_shard_size=shards)
     return directory
 
@@ -42,7 +67,8 @@ def save_adapter(directory: Path, base: Path, method: str = "rasa", **fields: ob
     """
     torch.manual_seed(2)
     model = load(base).float()
-    config = METHODS[method].model_validate({"method": method, "r": 4, "alpha": 8, **fields})
+    fields = {"method": method, **fields} if method == "bitfit" else {"method": method, "r": 4, "alpha": 8, **fields}
+    config = METHODS[method].model_validate(fields)
     attach(model, config)
     with torch.no_grad():
         for p in trainable(model).values():

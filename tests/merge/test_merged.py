@@ -27,14 +27,14 @@ from rasa_train.model import ModelConfig, meta_model
 from .conftest import load, logits, save_adapter, save_base
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("fields", [{"method": "lora"}, {"k": 0}, {"k": 1}, {"k": 4}], ids=str)
 def test_merged_model_computes_what_the_adapted_one_does(case, tmp_path, kind, fields):
     base, adapter, expected = case(kind, **fields)
     report = merge(adapter, tmp_path / "out")
     assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
     assert (logits(load(base)) - expected).abs().max() > 0.1
-    assert report.adapted == {"llama": 21, "tied": 14, "gpt2": 8}[kind]
+    assert report.adapted == {"llama": 21, "tied": 14, "gpt2": 8, "mixtral": 12, "qwen3_moe": 12}[kind]
     assert report.rounding == 0.0
 
 
@@ -179,10 +179,10 @@ class ScaledAdapter(Adapter):
     def delta(self, weight=None):
         return self.m[:, None] * weight.float()
 
-    def forward(self, x, weight, expert=None):
+    def forward(self, x, weight, counts=None):
         return x @ self.delta(weight).T
 
-    effective_rank = 0
+    effective_rank = 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -268,6 +268,111 @@ def test_fused_experts_that_are_stored_transposed(tmp_path):
         assert_close(new[down], old[down] + built[sites[0].path].delta().mT)
         assert torch.equal(new[gate_up][..., :18], old[gate_up][..., :18])
         assert_close(new[gate_up][..., 18:], old[gate_up][..., 18:] + built[sites[1].path].delta().mT)
+
+
+PER_EXPERT = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.2.w1.weight",
+    "qwen3_moe": "model.layers.1.mlp.experts.5.gate_proj.weight",
+}
+
+
+@pytest.mark.parametrize("layout", ["one tensor per expert", "fused"])
+@pytest.mark.parametrize("method", ["rasa", "dora"])
+@pytest.mark.parametrize("kind", PER_EXPERT)
+def test_a_mixture_of_experts_in_both_layouts(case, tmp_path, kind, method, layout):
+    base, adapter, expected = case(kind, method=method)
+    weights = load_file(base / "model.safetensors")
+    assert PER_EXPERT[kind] in weights, "else this tests nothing"
+    if layout == "fused":
+        weights = {name: t.contiguous() for name, t in load(base).state_dict().items()}
+        assert "model.layers.1.mlp.experts.gate_up_proj" in weights
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    merge(adapter, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == weights.keys()
+    assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"--format merged"):
+        export_lora(adapter, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("shards", ["1GB", "20KB"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"], ["down_proj"]], ids=str)
+def test_biases_are_added(case, tmp_path, targets, shards):
+    base, adapter, expected = case("llama", method="bitfit", targets=targets, shards=shards)
+    report = merge(adapter, tmp_path / "out", dtype=None if shards == "1GB" else torch.float32)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    attention = targets != ["down_proj"]
+    assert (config["attention_bias"], config["mlp_bias"]) == (attention, True)
+    assert report.adapted == 3 * (7 if targets == "all-linear" else len(targets))
+    # q, k, v, o and gate, up, down: zeros where none was trained, since a switch is for all of them
+    old, new = (open_checkpoint(d).tensors for d in (base, tmp_path / "out"))
+    assert len(new) == report.tensors == len(old) + 3 * (7 if attention else 3)
+    assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+    assert (logits(load(base)) - expected).abs().max() > 0.1
+    assert sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) == report.bytes
+
+
+def test_biases_are_rounded_to_the_dtype_of_their_weight(tmp_path):
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    save_adapter(tmp_path / "adapter", base, "bitfit")
+    report = merge(tmp_path / "adapter", tmp_path / "out")
+    bias = "model.layers.0.mlp.up_proj.added_bias"
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged[bias.replace("added_", "")], read_adapter(tmp_path / "adapter").tensors[bias].bfloat16())
+    assert 0 < report.rounding < 0.01
+
+
+def test_the_biases_of_the_base_are_trained_in_place(case, tmp_path):
+    base, adapter, expected = case("qwen2", method="bitfit", add_bias=False)
+    report = merge(adapter, tmp_path / "out")
+    assert (
+        report.adapted == 6
+        and load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    )
+    assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_that_the_architecture_has_no_place_for(case, tmp_path):
+    _, adapter, _ = case("qwen2", method="bitfit")  # q, k and v have one; o and the MLP cannot have any
+    with pytest.raises(UserError, match=r"Qwen2ForCausalLM has no place for the bias model\.layers\.0\.mlp\.down_proj"):
+        merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Shifted(Method):
+    """An update of the bias the linear has."""
+
+    method: str = "shifted"
+    r: int = 1
+    alpha: float = 1.0
+
+    def build(self, sites: list[Site]) -> Built:
+        return Built({site.path: ShiftedAdapter(site, self) for site in sites if site.bias}, {})
+
+
+class ShiftedAdapter(Adapter):
+    effective_rank = 0
+
+    def __init__(self, site: Site, method: Method) -> None:
+        super().__init__(site, method)
+        self.b = torch.nn.Parameter(torch.zeros(site.out_features))
+
+    def forward(self, x, weight, counts=None):
+        return self.b.expand(*x.shape[:-1], -1)
+
+    def delta(self, weight=None):
+        return torch.zeros(self.site.shape)
+
+    def delta_bias(self):
+        return self.b
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_an_update_of_a_bias_that_is_there(case, tmp_path, monkeypatch, kind):
+    monkeypatch.setitem(METHODS, "shifted", Shifted)
+    _, adapter, expected = case(kind, method="shifted")
+    assert merge(adapter, tmp_path / "out").adapted == {"qwen2": 6, "gpt2": 8}[kind]
+    assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_small_files_come_along_and_other_weights_do_not(case, tmp_path):

@@ -1,0 +1,116 @@
+"""Fused mixture-of-experts weights: one parameter holds the linears of all experts of a layer.
+
+    gate_up_proj (E, 2I, H)    gate_proj of every expert in the first I rows, up_proj in the others
+    down_proj    (E, H, I)
+
+This is the layout that transformers gives to Mixtral, Qwen-MoE, DeepSeek and most others. Each expert's linear
+is one of its own: it has its own ranks in an adapter, and its own pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Adapter, Site, linear
+
+OTHER_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_proj"), "down_proj": ("w2",)}
+"""What else the experts' linears are called: Mixtral's names, and the name of the fused parameter."""
+
+
+class AdaptedExperts(nn.Module):
+    """Frozen experts plus adapters: for each token the sum over its experts e, with weight p_e, of
+
+    down_e(act(gate_e x) * up_e x),   each of the three linears being W_e x + dW_e drop(x).
+
+    Without adapters' updates the result is that of transformers' own loop over experts ("eager"), bit by bit.
+    Dropout draws anew for each expert of a token.
+
+    Takes over the parameters of the module it replaces, so their names in the model stay what they were.
+    """
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.num_experts, self.intermediate_dim = int(base.num_experts), int(base.intermediate_dim)
+        self.gate_up_proj: nn.Parameter
+        self.down_proj: nn.Parameter
+        self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
+        self.gate = base._apply_gate  # the activation, in the model's own way
+        del base.gate_up_proj, base.down_proj
+        self.adapter = nn.ModuleDict()
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        self.adapter[name] = adapter
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(tokens, H) hidden states, (tokens, k) experts of each token and their weights -> (tokens, H)."""
+        tokens = len(hidden_states)
+        # Sorted by expert: linears see the tokens of one after those of another, each adapter is called once.
+        expert, order = top_k_index.t().flatten().sort(stable=True)
+        token, counts = order % tokens, torch.bincount(expert, minlength=self.num_experts).tolist()
+        x = hidden_states[token]
+        gate_up = linear(x, self.gate_up_proj, counts)
+        half = self.intermediate_dim
+        gate = self._update("gate_proj", x, self.gate_up_proj[:, :half], counts)
+        up = self._update("up_proj", x, self.gate_up_proj[:, half:], counts)
+        if gate is not None or up is not None:
+            halves = torch.split(gate_up, half, -1)
+            gate_up = torch.cat([h if u is None else h + u for h, u in zip(halves, (gate, up), strict=True)], -1)
+        y = self.gate(gate_up)
+        down = self._update("down_proj", y, self.down_proj, counts)
+        y = linear(y, self.down_proj, counts)
+        y = (y if down is None else y + down) * top_k_weights.t().flatten()[order].unsqueeze(-1)
+        result = torch.zeros_like(hidden_states)
+        # One expert after another: a token's terms are then added in one order always.
+        parts = torch.split(y.to(result.dtype), counts)
+        for where, part in zip(torch.split(token, counts), parts, strict=True):
+            result.index_add_(0, where, part)
+        return result
+
+    def _update(self, name: str, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor | None:
+        if name not in self.adapter:
+            return None
+        update: Tensor = self.adapter[name](x, weight, counts)
+        return update
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds fused expert weights, of this layout or another."""
+    return "Expert" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether fused expert weights are laid out as above: not transposed, interleaved, biased or ungated."""
+    flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    if any(getattr(module, name, None) != value for name, value in (flags | {"has_post_expert_norm": False}).items()):
+        return False
+    E, H, I = (int(getattr(module, name, 0)) for name in ("num_experts", "hidden_dim", "intermediate_dim"))
+    shapes: Mapping[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    # (0,) is a parameter that ZeRO-3 has partitioned
+    return shapes.keys() == {"gate_up_proj", "down_proj"} and all(
+        shape in ((0,), wanted)
+        for shape, wanted in zip((shapes["gate_up_proj"], shapes["down_proj"]), ((E, 2 * I, H), (E, H, I)), strict=True)
+    )
+
+
+def expert_sites(path: str, kind: str, layer: int, module: nn.Module) -> Iterator[Site]:
+    """Sites of one supported module: gate_proj, up_proj, down_proj, each of all experts."""
+    E, H, I = (int(getattr(module, name)) for name in ("num_experts", "hidden_dim", "intermediate_dim"))
+    for name, out_features, in_features, fused, rows in (
+        ("gate_proj", I, H, "gate_up_proj", (0, I)),
+        ("up_proj", I, H, "gate_up_proj", (I, 2 * I)),
+        ("down_proj", H, I, "down_proj", None),
+    ):
+        yield Site(
+            path=f"{path}.{name}",
+            kind=f"{kind}.{name}",
+            layer=layer,
+            out_features=out_features,
+            in_features=in_features,
+            weight=f"{path}.{fused}",
+            num_experts=E,
+            rows=rows,
+        )

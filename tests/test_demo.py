@@ -1,0 +1,63 @@
+"""The demo's problems are right and disjoint, its model is small and loads, and the whole of it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rasa_train.data.config import DataConfig
+from rasa_train.data.prepare import prepare
+from rasa_train.demo.problems import extract_answer, held_out, training_problems
+from rasa_train.model import ModelConfig
+
+
+def test_problems_are_deterministic_disjoint_and_right() -> None:
+    train, test = training_problems(), held_out()
+    assert (train, test) == (training_problems(), held_out()) and (len(train), len(test)) == (3000, 400)
+    assert not {p["query"] for p in train} & {p["query"] for p in test}
+    sums = 0
+    for problem in [*train, *test]:
+        assert set(problem) == {"query", "response", "type"}
+        answer = extract_answer(problem["response"])
+        assert answer is not None and re.fullmatch(r"\d+", answer)
+        assert problem["response"].splitlines()[-1] == f"The answer is: {answer}"
+        for a, sign, b, c in re.findall(r"(\d+) ([-+*x]) (\d+) = (\d+)", problem["response"]):
+            sums += 1
+            assert {"+": int(a) + int(b), "-": int(a) - int(b)}.get(sign, int(a) * int(b)) == int(c)
+    assert sums > 3000
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("The answer is: 5", "5"), ("The answer is: 5\nThe answer is: 6.", "6"), ("It is 5", None), ("", None)],
+)
+def test_extract_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_the_model_is_small_and_needs_no_network() -> None:
+    path = Path(ModelConfig(name="demo").name)
+    assert sum(p.stat().st_size for p in path.iterdir()) < 5_000_000
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert model.num_parameters() < 2_000_000 and tokenizer.pad_token is None, "like Llama: no pad token"
+    data = prepare(DataConfig(dataset="demo", max_length=192), tokenizer)
+    assert data.stats.examples == 3000 and data.stats.truncated == 0
+    first = data.train[0]
+    assert first.input_ids[0] == tokenizer.bos_token_id and list(first.input_ids).count(tokenizer.bos_token_id) == 1
+    assert first.input_ids[-1] == first.labels[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rasa_train.demo", "--output", str(tmp_path), "--questions", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    base, lora, rasa = json.loads((tmp_path / "demo.json").read_text())
+    assert base["exact_match"] < 0.1 and min(lora["exact_match"], rasa["exact_match"]) > 0.5
+    assert abs(rasa["trainable_parameters"] / lora["trainable_parameters"] - 1) < 0.01
+    assert "RaSA" in done.stdout and "exact match" in done.stdout
