@@ -42,8 +42,8 @@ class CheckResult:
             console.print("\nready to train", style="green")
 
 
-def check(recipe: Recipe) -> CheckResult:
-    """Everything that can be known without training.
+def check(recipe: Recipe, workers: int = 1) -> CheckResult:
+    """Everything that can be known without training, for this number of workers.
 
     Raises:
         UserError: something is wrong. What is only absent (the data set, the weights) is reported, not raised.
@@ -53,7 +53,7 @@ def check(recipe: Recipe) -> CheckResult:
     tokenizer: Tokenizer | None = None
     if not has_weights(recipe.model):
         problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
-    facts_of_model = plan(recipe, None)  # a wrong adapter is told before the data is looked at
+    facts_of_model = plan(recipe, None, workers)  # a wrong adapter is told before the data is looked at
     try:
         tokenizer = load_tokenizer(recipe.model)
         data = prepare(recipe.data, tokenizer)
@@ -63,7 +63,7 @@ def check(recipe: Recipe) -> CheckResult:
         if tokenizer is not None or has_weights(recipe.model):
             raise
         problems.append(str(error))
-    facts = plan(recipe, data) if data else facts_of_model
+    facts = plan(recipe, data, workers) if data else facts_of_model
     facts["problems"] = problems
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
     return CheckResult(facts, problems, samples)
@@ -98,8 +98,15 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
         ("tokens", number("tokens")),
         ("supervised", number("supervised_tokens")),
         ("steps", number("optimizer_steps")),
+        ("workers", f"{facts['workers']} ({facts['strategy']})"),
         *[
             ("memory" if i == 0 else "", f"{part.replace('_', ' ')} {size / 2**30:,.2f} GiB")
             for i, (part, size) in enumerate(facts["memory_bytes"].items())
         ],
+        ("", f"each worker, at most {facts['micro_batch_size']} sequences of {facts['longest']:,} tokens"),
+        *[
+            ("strategies" if i == 0 else "", f"{strategy} {size / 2**30:,.2f} GiB")
+            for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())
+        ],
+        *[("advice" if i == 0 else "", line) for i, line in enumerate(facts["advice"])],
     ]

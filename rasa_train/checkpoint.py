@@ -14,17 +14,22 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters.saved import read_safetensors
 from .data.cache import TokenDataset
+from .distributed import Engine
 from .errors import UserError
+from .group import from_first
 from .run_dir import write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKSUMS, OPTIMIZER, RULE, TRAINER = (
     "checksums.json",
@@ -74,12 +79,21 @@ def save(
     def write(directory: Path) -> None:
         write_adapter(directory)
         save_file(dict(optimizer_state), directory / OPTIMIZER, metadata={"format": "pt"})
+        check_header(directory / OPTIMIZER, optimizer_state)
         if rule_state:
             save_file({n: t.cpu().contiguous() for n, t in rule_state.items()}, directory / RULE)
         write_json(directory / TRAINER, {**asdict(progress), "data_key": data_key})
 
     write_directory(final, write)
     return final
+
+
+def check_header(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read a file back that was just written. Raises ``RuntimeError`` unless it has these tensors, in these shapes."""
+    with safe_open(path, framework="pt") as file:
+        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if written != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise RuntimeError(f"{path} was written with other tensors than it was given; is the disk sound?")
 
 
 def write_directory(final: Path, write: Callable[[Path], None]) -> None:
@@ -113,6 +127,19 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def agreed_newest(checkpoints: Path, warn: Callable[[str], None], accelerator: Accelerator) -> Path | None:
+    """The first worker's ``newest``. Raises ``UserError`` where another worker cannot see it."""
+    mine = newest(checkpoints, warn) if accelerator.is_main_process else None
+    found: Path | None = from_first(accelerator, mine)
+    if found and not (found / TRAINER).is_file():
+        raise UserError(
+            f"output_dir: worker {accelerator.process_index} does not see {found}; all nodes must share its file "
+            "system (at the same path)",
+            key="output_dir",
+        )
+    return found
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
@@ -143,22 +170,13 @@ def prune(checkpoints: Path, keep_last: int | None) -> None:
             shutil.rmtree(path)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Optimizer state as ``<state key>:<parameter name>`` -> tensor. Empty before the first step."""
-    return {
-        f"{key}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Put the state of ``optimizer.safetensors`` back. Tensors shaped like the parameter go to its device."""
+def load_optimizer(path: Path, engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put the state of ``optimizer.safetensors`` back, whatever engine and number of workers it came from."""
+    states: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in parameters.values()}
     for name, tensor in read_safetensors(path / OPTIMIZER).items():
         key, _, parameter_name = name.partition(":")
-        parameter = parameters[parameter_name]
-        placed = tensor.to(parameter.device) if tensor.shape == parameter.shape else tensor
-        optimizer.state[parameter][key] = placed
+        states[parameters[parameter_name]][key] = tensor
+    engine.load_optimizer_state(states)
 
 
 def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -166,6 +184,11 @@ def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
     saved = read_safetensors(path / RULE) if state else {}
     for name, buffer in state.items():
         buffer.copy_(saved[name])
+
+
+def digest(text: str) -> str:
+    """A short one, to compare."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _sha256(path: Path) -> str:

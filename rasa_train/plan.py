@@ -6,17 +6,23 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapters.base import Site
-from .adapters.inject import adapters, attach, trainable
+from .adapters.inject import adapt, adapters, trainable
 from .data.prepare import PreparedData
+from .distributed import decoder_layers
 from .model import count_parameters, meta_model
 from .optim import LionW
 from .recipe.schema import Recipe
 
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+USABLE = 0.9
+"""Share of a GPU's memory that a worker may fill: the rest is CUDA's own, NCCL's buffers and fragments."""
 
-def plan(recipe: Recipe, data: PreparedData | None) -> dict[str, Any]:
+
+def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[str, Any]:
     """The facts of a run; null for what cannot be known without the data.
 
     Raises:
@@ -25,7 +31,7 @@ def plan(recipe: Recipe, data: PreparedData | None) -> dict[str, Any]:
     model = meta_model(recipe.model)
     total = count_parameters(model)
     with torch.device("meta"):
-        sites = attach(model, recipe.adapter)
+        model, sites = adapt(model, recipe.adapter)
     trained = sum(p.numel() for p in trainable(model).values())
     training = recipe.training
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size) if data else None
@@ -50,41 +56,101 @@ def plan(recipe: Recipe, data: PreparedData | None) -> dict[str, Any]:
         "tokens": int(data.train.lengths.sum()) if data else None,
         "supervised_tokens": int(data.train.supervised.sum()) if data else None,
         "longest_example": int(data.train.lengths.max()) if data else None,
-        "memory_bytes": memory(recipe, model, sites, trained, total, data),
+        **_memory_facts(recipe, model, sites, data, workers),
+    }
+
+
+def _memory_facts(
+    recipe: Recipe, model: PreTrainedModel, sites: list[Site], data: PreparedData | None, workers: int
+) -> dict[str, Any]:
+    longest = int(data.train.lengths.max()) if data else recipe.data.max_length
+    wanted = recipe.training.micro_batch_size
+    size = min(
+        max(1, 16_384 // longest) if wanted == "auto" else wanted, math.ceil(recipe.training.batch_size / workers)
+    )
+
+    def parts(strategy: str) -> dict[str, int]:
+        return memory(recipe, model, sites, strategy, workers, tokens=size * longest)
+
+    totals = {strategy: parts(strategy)["total"] for strategy in STRATEGIES}
+    return {
+        "strategy": recipe.distributed.strategy,
+        "workers": workers,
+        "micro_batch_size": size,
+        "longest": longest,
+        "memory_bytes": parts(recipe.distributed.strategy),
+        "memory_bytes_by_strategy": totals,
+        "advice": advice(recipe, totals, workers),
     }
 
 
 def memory(
-    recipe: Recipe, model: PreTrainedModel, sites: list[Site], trained: int, total: int, data: PreparedData | None
-) -> dict[str, int | None]:
-    """Estimate per worker, by part. Exact for what is counted; ``activations`` and ``logits`` are a model of the
-    longest micro-batch: what the frozen layers keep for the backward pass, and the loss over the vocabulary."""
+    recipe: Recipe, model: PreTrainedModel, sites: list[Site], strategy: str, workers: int, *, tokens: int
+) -> dict[str, int]:
+    """Estimate of one worker's GPU memory in bytes, by part. Exact for what is counted; ``activations`` and
+    ``logits`` are a model of the largest micro-batch, of ``tokens`` padded tokens: what the frozen layers keep for the
+    backward pass, and the loss over the vocabulary."""
     config: PretrainedConfig = model.config.get_text_config()
-    bytes_each = 4 if recipe.model.dtype == "float32" else 2
-    states = 1 if isinstance(recipe.training.optimizer, LionW) else 2
-    parts: dict[str, int | None] = {
-        "base_weights": total * bytes_each,
-        "adapter_parameters": trained * 4,
-        "gradients": trained * 4,
-        "optimizer_state": trained * 4 * states,
-        "activations": None,
-        "logits": None,
+    half = 4 if recipe.model.dtype == "float32" else 2
+    # Whatever is trained is fp32; base weights that are (full fine-tuning) have no second copy.
+    of_base = {id(p): p.numel() for n, p in model.named_parameters() if recipe.adapter.trains(n)}
+    trained = sum(p.numel() for p in trainable(model).values())
+    adapter = trained - sum(of_base.values())
+    base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
+    moments = 1 if isinstance(recipe.training.optimizer, LionW) else 2
+    masters = strategy.startswith("zero")  # DeepSpeed steps on a copy of its own
+
+    share = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[strategy] if workers > 1 else 0
+
+    def divided(size: int, from_stage: int) -> int:
+        return math.ceil(size / workers) if share >= from_stage else size
+
+    offload = recipe.distributed.offload if strategy == recipe.distributed.strategy else "none"
+    parts = {
+        "base_weights": 0 if offload == "all" else divided(base, 3),
+        "adapter_parameters": adapter * 4 if strategy == "zero3" else divided(adapter * 4, 3),
+        "gradients": divided(trained * 4, 2),
+        "optimizer_state": 0 if offload != "none" else divided(trained * 4 * (moments + masters), 1),
     }
-    longest = int(data.train.lengths.max()) if data else recipe.data.max_length
-    size = recipe.training.micro_batch_size
-    if size == "auto":
-        size = max(1, min(16_384 // longest, recipe.training.batch_size))
-    tokens = size * longest
-    per_layer = (
-        4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)
-    ) * bytes_each
+    if share == 3 or offload == "all":
+        parts["gathered_weights"] = _gathered(model, strategy)
+    per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * half
     layers = config.num_hidden_layers
-    kept = (
-        layers * config.hidden_size * bytes_each + per_layer
-        if recipe.training.activation_checkpointing
-        else layers * per_layer
-    )
+    checkpointed = recipe.training.activation_checkpointing
+    kept = layers * config.hidden_size * half + per_layer if checkpointed else layers * per_layer
     parts["activations"] = tokens * kept
-    parts["logits"] = tokens * config.vocab_size * (bytes_each + 8)
-    parts["total"] = sum(v for v in parts.values() if v is not None)
+    parts["logits"] = tokens * config.vocab_size * (half + 8)
+    parts["total"] = sum(parts.values())
     return parts
+
+
+def _gathered(model: nn.Module, strategy: str) -> int:
+    """Bytes of the weights that are whole at one time: a layer, the next one that is fetched meanwhile, and what is
+    outside the layers (FSDP: all of it; ZeRO-3: one tensor of it)."""
+    layers = [[p for p in layer.parameters()] for layer in decoder_layers(model)]
+    inside = {id(p) for layer in layers for p in layer}
+    outside = [_bytes(p) for p in model.parameters() if id(p) not in inside]
+    rest = sum(outside) if strategy == "fsdp" else max(outside, default=0)
+    return 2 * max(sum(map(_bytes, layer)) for layer in layers) + rest
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def advice(recipe: Recipe, totals: dict[str, int], workers: int) -> list[str]:
+    """Which strategy to take on the GPU that is named in the recipe, or is there. Nothing without one."""
+    size = recipe.distributed.gpu_memory_gib
+    if size is None and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if size is None:
+        return []
+    fits = [strategy for strategy, total in totals.items() if total <= USABLE * size * 2**30]
+    if fits:
+        best = fits[0]  # in the order of STRATEGIES each divides more, and so exchanges more, than the one before
+        return [f"distributed.strategy={best}: {totals[best] / 2**30:,.1f} of {size:,.0f} GiB"]
+    least = min(totals, key=lambda strategy: totals[strategy])
+    ways = [] if recipe.training.activation_checkpointing else ["training.activation_checkpointing=true"]
+    ways += ["training.micro_batch_size=1", "data.max_length", "more workers"]
+    ways += ["distributed.offload=all with zero3"] if workers > 1 else ["distributed.strategy=zero3 offload=all"]
+    return [f"no strategy fits {size:,.0f} GiB; {least} needs {totals[least] / 2**30:,.1f}. Try", *ways]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,17 @@ def train(
     check: Annotated[bool, typer.Option("--check", help="Say what the run would be, and do not train.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in output_dir and start over.")] = False,
+    nproc: Annotated[
+        str, typer.Option("--nproc", metavar="N|auto", help="Workers on this machine; auto: one per GPU.")
+    ] = "auto",
+    nnodes: Annotated[int, typer.Option("--nnodes", min=1, help="Machines; the same command on each.")] = 1,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", help="Which of them this is, from 0.")] = None,
+    rdzv: Annotated[
+        str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where they meet: node 0 and a free port.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="Restarts from the last checkpoint when a worker dies.")
+    ] = 0,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Fine-tune a language model with RaSA, LoRA or a relative, as RECIPE says.
@@ -41,41 +54,49 @@ def train(
             return
         if recipe is None:
             raise typer.BadParameter("which recipe? For example: rasa-train configs/demo.yaml", param_hint="RECIPE")
+        if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
+            raise typer.BadParameter(f"must be a number of processes or auto, got {nproc!r}", param_hint="--nproc")
         from ..errors import UserError
         from ..recipe import load_recipe
 
-        loaded = load_recipe(recipe, overrides or [])
         try:
-            if check:
-                _check(loaded.recipe, as_json)
-                return
-            from ..launch import launch
+            loaded = load_recipe(recipe, overrides or [])
+        except UserError:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                sys.exit(2)  # the first worker of this machine says it
+            raise
+        try:
+            from ..launch import Workers, WorkersFailed, launch, number
 
-            summary = launch(loaded.recipe, fresh=fresh)
+            workers = Workers("auto" if nproc == "auto" else int(nproc), nnodes, node_rank, rdzv, max_restarts)
+            if check:
+                _check(loaded.recipe, number(workers), as_json)
+                return
+            try:
+                finished = launch(loaded.recipe, workers, fresh=fresh)
+            except WorkersFailed as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(1)
         except UserError as error:
             raise loaded.explain(error) from None
-        _finish(loaded.recipe.output_dir, summary, as_json)
+        if finished.summary is not None:
+            _finish(loaded.recipe.output_dir, finished.summary, finished.was_complete, as_json)
 
 
-def _finish(output_dir: str, summary: dict[str, Any] | None, as_json: bool) -> None:
-    done = summary is None
-    if summary is None:
-        from pathlib import Path
-
-        summary = json.loads((Path(output_dir) / "summary.json").read_text())
+def _finish(output_dir: str, summary: dict[str, Any], was_complete: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
-    elif done:
+    elif was_complete:
         print(f"{output_dir} is complete ({summary['steps']} steps, loss {summary['loss']:.4f}); --fresh starts over")
     else:
         print(f"done: {summary['steps']} steps, loss {summary['loss']:.4f}; the adapter is in {output_dir}/adapter")
         print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 
 
-def _check(recipe: Any, as_json: bool) -> None:
+def _check(recipe: Any, workers: int, as_json: bool) -> None:
     from ..check import check
 
-    result = check(recipe)
+    result = check(recipe, workers)
     if as_json:
         print(json.dumps(result.facts))
     else:
@@ -83,7 +104,16 @@ def _check(recipe: Any, as_json: bool) -> None:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_initialized():
+            # Not through the interpreter's end: threads of gloo sometimes abort there, after all is done.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise
 
 
 if __name__ == "__main__":

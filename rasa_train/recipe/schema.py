@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from ..adapters import METHODS, Method
 from ..data.config import DataConfig
+from ..distributed import DistributedConfig
 from ..model import ModelConfig
 from ..optim import LionW, OptimizerConfig, ScheduleConfig
 
@@ -51,13 +52,6 @@ class TrainingConfig(_Section):
     """``epoch``, or a number of steps: loss on ``data.validation``, where there is one."""
     log_every: PositiveInt = 10
     """Steps between two lines of progress when the output is no terminal."""
-
-
-class DistributedConfig(_Section):
-    """Section ``distributed:``."""
-
-    strategy: Literal["ddp"] = "ddp"
-    """How the workers share the work. One process is the case of one worker."""
 
 
 class TrackingConfig(_Section):

@@ -1,0 +1,44 @@
+"""A stop that was asked for: SIGTERM, SIGUSR1 (SLURM's warning), or a word from the process that started the worker.
+
+Light to import: a worker listens before it loads anything that takes seconds.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopSignal:
+    """Remembers that a stop was asked for until the step is done; the loop then saves and leaves.
+
+    Args:
+        word: a file that the launcher writes the signal's name to, for all workers of a machine at once.
+    """
+
+    def __init__(self, word: Path | None = None) -> None:
+        self._word, self._received = word, ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number).name
+
+    @property
+    def reason(self) -> str:
+        """Name of the signal; empty as long as nobody asked this worker to stop."""
+        if not self._received and self._word and self._word.exists():
+            self._received = self._word.read_text() or "a stop"
+        return self._received

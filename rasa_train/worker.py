@@ -1,0 +1,75 @@
+"""One worker process, started by ``launch`` (``python -m rasa_train.worker JOB``). It reports to files in JOB.
+
+Light until it listens for a stop. An exit code other than 0 makes torch's agent end, or restart, all workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from .errors import Stopped, UserError
+from .stop import StopSignal
+
+RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
+
+
+def main(job: Path) -> int:
+    """Train; returns the exit code."""
+    _die_with_parent()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the launcher's result
+    with StopSignal(job / STOP) as stop:
+        rank = os.environ.get("RANK", "0")
+        (job / f"{STARTED}{rank}").touch()
+        if any('"user error"' in path.read_text() for path in (job / OUTCOMES).glob("*.json")):
+            return 2  # a restart cannot help
+        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if restart and rank == "0":
+            print(f"a worker has died; restart {restart}", file=sys.stderr)
+        try:
+            import yaml
+
+            from .recipe.schema import Recipe
+            from .train import run
+
+            run(Recipe.model_validate(yaml.safe_load((job / RECIPE).read_text())), stop)
+            outcome: dict[str, Any] = {"kind": "done"}
+        except Stopped as stopped:
+            outcome = {"kind": "stopped", "message": str(stopped)}
+        except UserError as error:
+            outcome = {"kind": "user error", "message": str(error), "key": error.key}
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            message = f"{type(error).__name__}: {said}"
+            outcome = {"kind": "failed", "message": message, "trace": traceback.format_exc()}
+    outcome |= {"rank": int(rank), "host": socket.gethostname(), "time": time.time()}
+    outcome["restart"] = restart
+    path = job / OUTCOMES / f"{outcome['restart']}-{rank}.json"
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(outcome))
+    beside.replace(path)
+    return {"done": 0, "stopped": 0, "user error": 2, "failed": 1}[outcome["kind"]]
+
+
+def _die_with_parent() -> None:
+    """The launcher holds the lock of the run directory: no worker may outlive it (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stderr.flush()
+    # Not through the interpreter's end: threads of gloo sometimes abort there, after all is done.
+    os._exit(code)

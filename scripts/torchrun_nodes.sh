@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# rasa-train on several machines without a scheduler. Run on every machine, with its own node rank:
+#
+#   NODES=8 NODE_RANK=0 HEAD=10.0.0.1:29500 scripts/torchrun_nodes.sh RECIPE [section.key=value ...]   # on 10.0.0.1
+#   NODES=8 NODE_RANK=1 HEAD=10.0.0.1:29500 scripts/torchrun_nodes.sh RECIPE [section.key=value ...]   # on the next
+#
+# `rasa-train --nnodes` is torchrun's elastic agent with recipe and data checked first, one message for an error, and
+# exit code 75 after a stop (torchrun's own is 1). LAUNCHER=torchrun starts the same workers with torchrun itself.
+#
+# 8 x A100-40G hold a 7-8B base on every GPU (ddp). 70B and Mixtral need it divided (distributed.strategy=zero3): see
+# the arithmetic in slurm.sbatch, and `rasa-train RECIPE --check --nproc 8 --nnodes 8 distributed.gpu_memory_gib=40`.
+set -euo pipefail
+: "${NODES:?number of machines}" "${NODE_RANK:?rank of this machine, from 0}" "${HEAD:?HOST:PORT of machine 0}"
+GPUS=${GPUS:-auto}
+
+if [ "${LAUNCHER:-rasa-train}" = torchrun ]; then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restart meets the keys of the first start
+  if [ "$GPUS" = auto ]; then GPUS=gpu; fi
+  host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)
+  exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
+    --rdzv-id rasa-train --rdzv-conf "is_host=$host" --max-restarts 2 \
+    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -m rasa_train.cli.train "$@"
+fi
+exec rasa-train "$@" --nproc "$GPUS" --nnodes "$NODES" --node-rank "$NODE_RANK" --rdzv "$HEAD" --max-restarts 2

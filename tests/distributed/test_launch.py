@@ -1,0 +1,343 @@
+"""rasa-train with several workers, as a user starts, stops, kills and resumes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rasa_train.group import slow_workers
+from rasa_train.launch import first_host
+from tests.conftest import Cli
+
+from .conftest import adapter, difference, metrics
+
+RECIPE = """\
+model: {{name: {model}, dtype: float32}}
+adapter: {{method: rasa, r: 4, k: 1, alpha: 8, dropout: 0.1}}
+data: {{dataset: {data}, validation: {{size: 4}}}}
+training:
+  epochs: 4
+  batch_size: 8
+  micro_batch_size: 2
+  optimizer: {{name: adamw, lr: 1e-2}}
+  checkpoint_every: 6
+distributed: {{resident_size: 0, timeout_seconds: 60}}
+output_dir: run
+"""
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, token_rows: Path) -> Path:
+    """A directory with the recipe, and a run of it on one process."""
+    home = tmp_path_factory.mktemp("launch")
+    (home / "recipe.yaml").write_text(RECIPE.format(model=tiny_llama, data=token_rows))
+    subprocess.run(command("output_dir=one"), cwd=home, check=True, capture_output=True)
+    return home
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "rasa_train.cli.train", "recipe.yaml", *options]
+
+
+def start(home: Path, *options: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*options), cwd=home, stdout=pipe, stderr=pipe, text=True)
+
+
+def reach(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Wait until the run has done ``step`` steps."""
+    file = run / "metrics.jsonl"
+    while not (file.exists() and file.read_text().count("\n") >= step):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of its children, in the order in which they started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == process.pid:
+            found.append((int(fields[19]), int(path.parent.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def test_resume_across_strategies_and_world_sizes(home: Path) -> None:
+    """ZeRO-3 on two workers, one process, FSDP, ZeRO-1, DDP: each is asked to stop, the next goes on."""
+    run = home / "across"
+    stages = [
+        (["--nproc", "2", "distributed.strategy=zero3"], 3, signal.SIGTERM),
+        (["--nproc", "1"], 6, signal.SIGUSR1),
+        (["--nproc", "2", "distributed.strategy=fsdp"], 9, signal.SIGTERM),
+        (["--nproc", "2", "distributed.strategy=zero1"], 13, signal.SIGUSR1),
+        (["--nproc", "2"], None, None),
+    ]
+    for options, step, number in stages:
+        process = start(home, *options, "output_dir=across")
+        if step and number:
+            reach(process, run, step)
+            process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == (75 if number else 0), stderr
+        assert "Traceback" not in stderr
+        if number:
+            assert f"{number.name}: saved at step" in stderr and stdout == ""
+    found = difference(home / "one", run)
+    assert found["loss"] < 1e-5 and found["parameter"] < 1e-4, found
+    assert len(metrics(run)) == STEPS
+
+
+def test_killed_worker_is_named(home: Path) -> None:
+    process = start(home, "--nproc", "2", "output_dir=killed")
+    reach(process, home / "killed", 7)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 1 and stdout == ""
+    assert "worker 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
+
+
+def test_killed_worker_is_restarted(home: Path) -> None:
+    process = start(home, "--nproc", "2", "--max-restarts", "1", "--json", "output_dir=restarted")
+    reach(process, home / "restarted", 7)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "a worker has died; restart 1" in stderr and "step-00000006 (step 6 of 20)" in stderr
+    assert json.loads(stdout)["steps"] == STEPS, "stdout is one JSON object"
+    found = difference(home / "one", home / "restarted")
+    assert found["loss"] < 1e-5 and found["parameter"] < 1e-4, found
+
+
+def test_a_signal_to_one_worker_stops_all(home: Path) -> None:
+    options = ["--nproc", "2", "--max-restarts", "3", "distributed.strategy=zero2", "output_dir=one_signal"]
+    process = start(home, *options)
+    reach(process, home / "one_signal", 3)
+    os.kill(workers_of(process)[1], signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "SIGUSR1: saved at step" in stderr, stderr
+    steps = len(metrics(home / "one_signal"))
+    assert (home / "one_signal" / "checkpoints" / f"step-{steps:08d}").is_dir()
+
+
+def test_workers_end_with_the_launcher(home: Path) -> None:
+    process = start(home, "--nproc", "2", "training.epochs=1000", "output_dir=orphans")
+    reach(process, home / "orphans", 2)
+    workers = workers_of(process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert len(workers) == 2 and not alive
+
+
+def test_an_error_of_the_user_in_a_worker_is_told_once(home: Path) -> None:
+    options = ["--nproc", "2", "--max-restarts", "2", "training.optimizer.lr=1e30", "output_dir=nan"]
+    done = subprocess.run(command(*options), cwd=home, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: step 3: loss nan") == 1 and "Traceback" not in done.stderr
+
+
+def test_what_a_strategy_cannot_do(home: Path, cli: Cli) -> None:
+    recipe = home / "recipe.yaml"
+    wrong = cli("train", recipe, "--nproc", "2", "adapter={method: adalora, r: 4}", "distributed.strategy=zero2")
+    assert wrong.returncode == 2 and "adalora" in wrong.stderr and "must be ddp, got zero2" in wrong.stderr
+    wrong = cli("train", recipe, "distributed.offload=all", "distributed.strategy=zero2")
+    assert wrong.returncode == 2 and "one of zero3, fsdp, got zero2" in wrong.stderr
+    wrong = cli("train", recipe, "--nnodes", "2", "--node-rank", "0")
+    assert wrong.returncode == 2 and "--rdzv" in wrong.stderr
+    assert cli("train", recipe, "--nproc", "some").returncode == 2
+
+
+def test_host_memory_of_one_process(home: Path) -> None:
+    """One process divides nothing, but may keep weights and optimizer state in host memory. stdout stays clean."""
+    options = ["--nproc", "1", "--json", "distributed.strategy=zero3", "distributed.offload=all", "output_dir=host"]
+    done = subprocess.run(command(*options), cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == STEPS
+    assert difference(home / "one", home / "host")["loss"] < 1e-5
+
+
+def test_joins_torchrun(home: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = ["-m", "rasa_train.cli.train", "recipe.yaml", "output_dir=torchrun", "distributed.strategy=fsdp"]
+    done = subprocess.run([*torchrun, *program], cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the adapter is in torchrun/adapter") == 1
+    assert difference(home / "one", home / "torchrun")["loss"] < 1e-5
+
+
+def test_joins_slurm(home: Path) -> None:
+    """Two tasks with the variables that srun sets."""
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
+    pipe, options = subprocess.PIPE, command("output_dir=slurm", "distributed.strategy=zero2")
+    tasks = [
+        subprocess.Popen(
+            options,
+            cwd=home,
+            env={**os.environ, **slurm, "SLURM_PROCID": task, "SLURM_LOCALID": task},
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for task in "01"
+    ]
+    (first, error), (second, _) = (task.communicate(timeout=120) for task in tasks)
+    assert all(task.returncode == 0 for task in tasks), error
+    assert "the adapter is in slurm/adapter" in first and second == ""
+    assert difference(home / "one", home / "slurm")["loss"] < 1e-5
+
+
+def worker(home: Path, rank: int, port: int, *options: str) -> subprocess.Popen[str]:
+    """One of two workers, as a launcher would start it."""
+    env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*options), cwd=home, env={**os.environ, **env}, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_worker_that_does_not_come_is_named(home: Path) -> None:
+    first = worker(home, 0, 29_541, "output_dir=lonely", "distributed.timeout_seconds=3")
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 2 and "1 of 2 workers did not come within 3 s: worker 1." in error, error
+
+
+def test_workers_that_disagree_are_named(home: Path) -> None:
+    options = ["output_dir=disagree", "training.max_steps=2"]
+    both = [worker(home, rank, 29_542, *options, f"seed={rank}") for rank in (0, 1)]
+    _, error = both[0].communicate(timeout=60)
+    both[1].communicate(timeout=60)
+    assert [process.returncode for process in both] == [2, 2], error
+    assert "workers do not agree:" in error and "recipe: " in error and "on worker 1 (" in error
+
+
+def test_slow_workers() -> None:
+    places = ["a GPU 0", "a GPU 1", "b GPU 0", "b GPU 1"]
+    usual = [(0.01, 0.02)] * 3
+    assert slow_workers([*usual, (0.012, 0.02)], places) == []
+    assert slow_workers([*usual, (0.01, 0.3)], places) == ["worker 3 (b GPU 1) computes slowly: 300 ms, most 20 ms"]
+    (line,) = slow_workers([(0.01, 0.02), (0.01, 0.02), (0.9, 0.02), (0.01, 0.02)], places)
+    assert line.startswith("worker 2 (b GPU 0) receives slowly")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("gpu[003-005,9],x", "gpu003"), ("n[1,4]-ib,z", "n1-ib"), ("n-1.x.org,b", "n-1.x.org")],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_zero3_adapter_merges_like_one_process(home: Path, cli: Cli) -> None:
+    """Trained on a base that was divided as it was read; merged it gives the logits of the run on one process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = ["--nproc", "2", "distributed.strategy=zero3", "output_dir=zero3"]
+    subprocess.run(command(*options), cwd=home, check=True, capture_output=True)
+    logits = []
+    for run in ("one", "zero3"):
+        cli("merge", home / run, "--output", home / run / "merged", check=True)
+        model = AutoModelForCausalLM.from_pretrained(home / run / "merged", dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(model(torch.tensor([[1, 5, 7, 9, 11]])).logits)
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    assert (home / "zero3" / "adapter" / "adapter_config.json").read_bytes() == (
+        home / "one" / "adapter" / "adapter_config.json"
+    ).read_bytes()
+    assert adapter(home / "zero3").keys() == adapter(home / "one").keys()
+
+
+# -- two hosts -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces joined by a pair of interfaces: 10.78.0.1 and 10.78.0.2."""
+    if os.getuid() != 0 or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"rasa{os.getpid()}_{i}" for i in (0, 1)]
+    ends = [f"rv{os.getpid() % 100_000}_{i}" for i in (0, 1)]
+    commands = [f"netns add {name}" for name in names]
+    commands += [f"link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}"]
+    for i, (name, end) in enumerate(zip(names, ends, strict=True)):
+        commands += [f"-n {name} addr add 10.78.0.{i + 1}/24 dev {end}"]
+        commands += [f"-n {name} link set lo up", f"-n {name} link set {end} up"]
+    try:
+        for words in commands:
+            if subprocess.run(["ip", *words.split()], capture_output=True).returncode:
+                pytest.skip("network namespaces cannot be made here")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_hosts(home: Path, two_hosts: list[str]) -> None:
+    def on(node: int, *options: str) -> subprocess.Popen[str]:
+        nodes = ["--nnodes", "2", "--node-rank", str(node), "--rdzv", "10.78.0.1:29517", "--nproc", "1"]
+        words = ["ip", "netns", "exec", two_hosts[node], *command(*nodes, *options)]
+        return subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    nodes = [on(node, "output_dir=hosts") for node in (0, 1)]
+    (first, error), (second, other) = (node.communicate(timeout=150) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], (error, other)
+    assert "the adapter is in hosts/adapter" in first and second == ""
+    assert difference(home / "one", home / "hosts")["loss"] < 1e-5
+
+    alone = on(0, "output_dir=alone", "distributed.timeout_seconds=3")
+    _, error = alone.communicate(timeout=60)
+    assert alone.returncode == 2 and "the 2 nodes did not meet at 10.78.0.1:29517 within 3 s" in error
+
+
+def test_check_of_a_large_model(tmp_path: Path, cli: Cli) -> None:
+    """Memory arithmetic from shapes alone: what is divided, and which strategy a 40 GiB GPU needs."""
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "r.yaml").write_text(
+        "model: {name: shape}\nadapter: {method: rasa, r: 8}\ndata: {dataset: no.jsonl, max_length: 1024}\n"
+        "training: {micro_batch_size: 1, activation_checkpointing: true}\noutput_dir: o\n"
+        "distributed: {gpu_memory_gib: 40}\n"
+    )
+
+    def facts(*options: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(cli("train", "r.yaml", "--check", "--json", *options, check=True).stdout)
+        return answer
+
+    whole, divided = facts(), facts("--nproc", "8", "--nnodes", "8", "--rdzv", "a:1", "distributed.strategy=zero3")
+    assert whole["memory_bytes"]["base_weights"] == 2 * 70_553_706_496 and whole["workers"] == 1
+    assert divided["memory_bytes"]["base_weights"] == 2 * 70_553_706_496 // 64 and divided["workers"] == 64
+    assert "no strategy fits 40 GiB" in whole["advice"][0]
+    assert divided["advice"][0].startswith("distributed.strategy=zero3: ")
+    layer = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)  # bytes, without its adapters
+    assert 2 * layer < divided["memory_bytes"]["gathered_weights"] < 2.1 * layer + 2 * 128256 * 8192
+    by_strategy = divided["memory_bytes_by_strategy"]
+    assert by_strategy["zero3"] < by_strategy["fsdp"] < 40 * 2**30 < by_strategy["zero2"] < by_strategy["ddp"]

@@ -1,0 +1,102 @@
+"""The shape of the package: who may import whom, and what is in the wheel."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from rasa_train.recipe import configs_dir
+
+PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
+
+LAYERS = [
+    ["cli"],
+    ["demo"],
+    ["check"],
+    ["launch"],
+    ["worker"],
+    ["train", "plan", "merge"],
+    ["checkpoint"],
+    ["recipe", "run_dir", "progress"],
+    ["adapters", "data", "optim", "model"],
+    ["distributed"],
+    ["group"],
+    ["errors", "stop", "demo.problems", "__init__"],
+]
+"""From the top to the bottom. A component imports only from layers below its own, never from a sibling."""
+
+
+def component(module: str) -> str:
+    """``adapters.rasa`` -> ``adapters``; ``demo.problems`` stands for itself."""
+    known = {name for layer in LAYERS for name in layer}
+    return module if module in known else module.partition(".")[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package (without its name) that a file imports anywhere, functions included."""
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = here[: len(here) - node.level]
+                names = [".".join((*base, *(node.module or "").split("."))).strip(".")]
+                if node.module is None:
+                    names = [".".join((*base, alias.name)) for alias in node.names]
+            else:
+                names = [node.module or ""] if (node.module or "").startswith("rasa_train") else []
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("rasa_train")]
+        else:
+            continue
+        found |= {name.removeprefix("rasa_train").strip(".") or "__init__" for name in names}
+    return found
+
+
+def test_imports_point_downwards() -> None:
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    seen = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        own = component(module)
+        seen.add(own)
+        assert own in level, f"{path}: give {own} a place in LAYERS"
+        for imported in imports(path):
+            other = component(imported) if component(imported) in level else "__init__"
+            assert other == own or level[other] > level[own], f"{module} must not import {imported}"
+    assert seen == set(level), "every component was seen"
+
+
+def test_only_distributed_knows_deepspeed() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = {
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        }
+        if any(name.startswith("deepspeed") for name in names):
+            assert path.name == "distributed.py", path
+
+
+def test_files_stay_readable() -> None:
+    longest = max((len(path.read_text().splitlines()), path.name) for path in PACKAGE.rglob("*.py"))
+    assert longest[0] <= 750, longest
+
+
+def test_the_wheel_holds_recipes_and_the_demo(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=PACKAGE.parent, check=True, capture_output=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    recipes = {f"rasa_train/configs/{p.relative_to(configs_dir())}" for p in configs_dir().rglob("*.yaml")}
+    assert len(recipes) > 24 and recipes <= names
+    assert {f"rasa_train/demo/model/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names
+    assert "rasa_train/py.typed" in names and not any(name.startswith("tests/") for name in names)
