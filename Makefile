@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo test test-slow test-matrix check format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -30,6 +30,9 @@ test: $(VENV)/ready ## the test suite
 
 test-slow: $(VENV)/ready ## what takes minutes: the long matrices
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-matrix: $(VENV)/ready ## every strategy x method against one process (about 10 minutes)
+	$(BIN)/python -m pytest -m slow tests/distributed
 
 check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff check .
