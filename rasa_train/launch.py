@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -106,6 +107,11 @@ def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> bool:
 
 
 def _check_input(recipe: Recipe) -> None:
+    for tracker in recipe.tracking.trackers:
+        if find_spec(tracker) is None:  # accelerate would go on without it
+            raise UserError(
+                f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
+            )
     load_config(recipe.model)
     prepare(recipe.data, load_tokenizer(recipe.model))
 

@@ -117,6 +117,7 @@ BAD_INPUT = {
     ),
     "no adapter to start from": (["{recipe}", "adapter.init_from=nowhere"], "nowhere is no adapter"),
     "target": (["{recipe}", "adapter.targets=[q_porj]"], "did you mean 'q_proj'"),
+    "tracker": (["{recipe}", "tracking.trackers=[mlflow]"], "mlflow is not installed; pip install mlflow"),
     "no recipe": ([], "RECIPE"),
 }
 
