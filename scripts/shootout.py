@@ -82,7 +82,7 @@ def result(
     fields = [f"adapter.{key}={value}" for key, value in METHODS[method][0].items()]
     changes = [f"training.optimizer.lr={lr}", f"seed={seed}", f"data.fraction={FRACTION}", f"output_dir={run}"]
     recipe = load_recipe("demo", [f"adapter.method={method}", *fields, *changes, "training.log_every=1000"]).recipe
-    summary = launch(recipe, fresh=True)
+    summary = launch(recipe, fresh=True).summary
     assert summary is not None
     merge(run, run / "merged", overwrite=True)
     row = {
