@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, group
-from .adapters.base import Method, Site
+from .adapters.base import Adapter, Method, Site
 from .adapters.inject import adapt, adapters, rule_state, saved_tensors, trainable
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_adapter
@@ -62,7 +62,7 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
-        parameters = trainable(model)
+        parameters, placed = trainable(model), adapters(model)
 
         progress = Progress()
         if found:
@@ -96,13 +96,13 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(engine.optimizer, lr)
 
-            loss = train_step(engine, model, data.train, micro_batches, recipe, step)
+            loss = train_step(engine, placed, data.train, micro_batches, recipe, step)
             grad_norm = engine.step()
             if not math.isfinite(loss + grad_norm):
                 raise UserError(
                     f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Lower training.optimizer.lr?"
                 )
-            recipe.adapter.after_step(adapters(model), step + 1, total_steps)
+            recipe.adapter.after_step(placed, step + 1, total_steps)
             engine.zero_grad()
 
             epoch_done = position + 1 == steps_per_epoch
@@ -203,7 +203,7 @@ def facts(recipe: Recipe, data: PreparedData) -> dict[str, str]:
 
 def train_step(
     engine: Engine,
-    model: nn.Module,
+    placed: Mapping[str, Adapter],
     train: TokenDataset,
     micro_batches: list[list[np.ndarray]],
     recipe: Recipe,
@@ -211,7 +211,8 @@ def train_step(
 ) -> float:
     """Gradients of one global batch, accumulated over the micro-batches of this worker and summed over workers.
 
-    ``micro_batches[worker]`` are the example indices of each worker's micro-batches.
+    ``placed`` are the model's adapters by the path of their site, ``micro_batches[worker]`` the example indices of
+    each worker's micro-batches.
     Returns the mean loss over the supervised tokens of the global batch.
     """
     accelerator = engine.accelerator
@@ -233,7 +234,7 @@ def train_step(
             else:  # the mean of each micro-batch, then the mean of these
                 weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * len(everything))
             loss = loss * weight * workers  # engines average gradients over workers; the sum is wanted
-            if last and (penalty := recipe.adapter.penalty(adapters(model))) is not None:
+            if last and (penalty := recipe.adapter.penalty(placed)) is not None:
                 loss = loss + penalty
             engine.backward(loss, last=last)
     return group.sum_over_workers(accelerator, [loss_sum])[0] / total_tokens
