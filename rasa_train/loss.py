@@ -39,17 +39,18 @@ def install(model: nn.Module) -> Loss:
     """
     if not isinstance(model, PreTrainedModel):
         return from_logits
-    head = model.get_output_embeddings()
     if has_plain_head(model):
-        model.set_output_embeddings(LossHead(head))
+        model.set_output_embeddings(LossHead(model.get_output_embeddings()))
         model.forward = partial(_chunked, model)
     else:
         model.forward = partial(_of_own_logits, model.forward)
     return lambda model, batch: model(**batch)
 
 
-def has_plain_head(model: PreTrainedModel) -> bool:
+def has_plain_head(model: nn.Module) -> bool:
     """Whether the loss can be computed in chunks."""
+    if not isinstance(model, PreTrainedModel):
+        return False
     return model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear)
 
 

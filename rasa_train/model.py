@@ -83,10 +83,11 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
             layer.gradient_checkpointing = number < count
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer, for any number of tokens; layers that are alike share what is compiled."""
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each decoder layer with ``backend``, for any number of tokens; layers that are alike share what is
+    compiled."""
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import attention, checkpoint, group, memory
+from . import attention, checkpoint, group
 from . import loss as loss_of
 from .adapters.base import Adapter, Method, Site
 from .adapters.inject import adapt, adapters, rule_state, saved_tensors, trainable
@@ -23,37 +22,20 @@ from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_adapter
 from .checkpoint import Progress
 from .data.ahead import ahead
-from .data.batching import Limit, collate, flatten, plan_epoch, with_targets
+from .data.batching import Limit
 from .data.cache import TokenDataset
-from .data.encode import IGNORE, Example
 from .data.prepare import PreparedData, prepare
-from .distributed import Engine, decoder_layers, make_engine
+from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
 from .loss import Loss
 from .model import checkpoint_layers, compile_layers, load_model, load_tokenizer, meta_model, torch_dtype
-from .optim import LionW, lr_factor, make_optimizer, set_lr
+from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
-from .recipe.schema import Recipe, TrainingConfig
+from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_json
+from .steps import Step, batch_of, fit, on_device, plan_steps
 from .stop import StopSignal
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one worker needs to know of a step."""
-
-    batch: np.ndarray
-    """Examples of the global batch."""
-    mine: list[np.ndarray]
-    """Examples of each micro-batch of this worker; none where another worker has more to do."""
-    tensors: list[dict[str, Any]]
-    """Of each micro-batch, in (pinned) host memory."""
-    micro_batches: int
-    """Those of all workers that are not empty."""
 
 
 def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> dict[str, Any]:
@@ -105,7 +87,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        limit = fit(engine, losses, model, data.train, training)
+        limit = fit(engine, losses, model, data.train, training, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
         planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
         for step, work in enumerate(exits.enter_context(closing(ahead(planned))), progress.step):
@@ -213,10 +195,10 @@ def check_strategy(recipe: Recipe, workers: int) -> None:
                 "padding_free: false",
                 key="training.batching",
             )
-    if recipe.training.compile and divided and strategy != "fsdp":
+    if recipe.training.compile and divided:
         raise UserError(
-            f"training.compile must be false for distributed.strategy: {strategy}, whose hooks cannot be compiled; it "
-            "works with ddp and fsdp",
+            f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "
+            "a layer; it works with ddp",
             key="training.compile",
         )
     if divided and type(method).after_step is not Method.after_step:
@@ -239,30 +221,6 @@ def needs_whole_base(recipe: Recipe) -> bool:
 def facts(recipe: Recipe, data: PreparedData) -> dict[str, str]:
     """What must be the same on all workers."""
     return {**group.versions(), "recipe": checkpoint.digest(dump_recipe(recipe)), "data": data.key}
-
-
-def plan_steps(
-    recipe: Recipe, train: TokenDataset, limit: Limit, accelerator: Accelerator, steps: range, steps_per_epoch: int
-) -> Iterator[Step]:
-    """This worker's part of each of the ``steps``, its tensors made."""
-    training, epoch_now, batches = recipe.training, -1, list[np.ndarray]()
-    for step in steps:
-        epoch, position = divmod(step, steps_per_epoch)
-        if epoch != epoch_now:
-            epoch_now, batches = (
-                epoch,
-                plan_epoch(
-                    train.lengths,
-                    batching=training.batching,
-                    batch_size=training.batch_size,
-                    seed=recipe.seed,
-                    epoch=epoch,
-                ),
-            )
-        divided = limit.split(batches[position], train.lengths, accelerator.num_processes)
-        mine = divided[accelerator.process_index]
-        tensors = [batch_of(train, indices, training.flat) for indices in mine]
-        yield Step(batches[position], mine, tensors, sum(len(m) > 0 for worker in divided for m in worker))
 
 
 def train_step(
@@ -302,23 +260,6 @@ def train_step(
     return group.sum_over_workers(accelerator, [float(loss_sum)])[0] / total_tokens
 
 
-def batch_of(dataset: TokenDataset, indices: np.ndarray, flat: bool) -> dict[str, Any]:
-    """Tensors of these examples: right-padded, or one row (``flat``). No examples (a worker that has less to do) give
-    one unsupervised sequence, so that every worker calls the model equally often."""
-    nothing = [Example(np.zeros(8, np.int32), np.full(8, IGNORE, np.int32))]
-    examples = [dataset[i] for i in indices] or nothing
-    batch = with_targets((flatten(examples) if flat else collate(examples, pad_token_id=0)) or {})
-    return (
-        batch
-        if not torch.cuda.is_available()
-        else {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
-    )
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
-
-
 @torch.no_grad()
 def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, flat: bool) -> float:
     """Mean loss over the supervised tokens of a held-out set."""
@@ -326,89 +267,10 @@ def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, 
     model.eval()
     everything = np.argsort(-dataset.lengths, kind="stable")
     mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
-    with closing(ahead(batch_of(dataset, indices, flat) for indices in mine)) as batches:
-        loss = sum(float(losses(model, on_device(batch, accelerator.device))) for batch in batches)
+    device = accelerator.device
+    with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
+        loss = sum(float(losses(model, on_device(batch, device))) for batch in batches)
     return group.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
-
-
-def fit(engine: Engine, losses: Loss, model: nn.Module, train: TokenDataset, training: TrainingConfig) -> Limit:
-    """How much each worker computes at once. ``auto``: on a GPU as much as memory allows, tried with the longest
-    examples, and as few recomputed layers as will do; on a CPU 4k tokens, and none.
-
-    Workers that wait for each other in the forward pass cannot try: one that runs out of memory would hold up the
-    rest. They take 16k tokens, and recompute all layers.
-
-    Raises:
-        UserError: not even the longest example fits, on any worker.
-    """
-    workers, longest = engine.accelerator.num_processes, int(train.lengths.max())
-    limit = partial(limit_of, training, train, workers)
-    if engine.accelerator.device.type != "cuda":
-        if training.activation_checkpointing == "auto":
-            checkpoint_layers(model, 0)
-        return limit(4_096)
-    if engine.sharded:
-        return limit(memory.MOST)
-    layers = len(decoder_layers(model))
-    wanted = limit(memory.MOST)
-    auto = training.micro_batch_size == "auto" and training.micro_batch_tokens is None
-    given = wanted.tokens or (wanted.examples or 1) * longest
-
-    def fits(setting: memory.Setting) -> bool:
-        if training.activation_checkpointing == "auto":
-            checkpoint_layers(model, setting.checkpointed)
-        return memory_suffices(engine, losses, model, train, limit(setting.tokens), training)
-
-    setting = memory.search(
-        fits,
-        longest=longest,
-        layers=layers,
-        tokens="auto" if auto else given,
-        checkpointing=training.activation_checkpointing,
-    )
-    if training.activation_checkpointing == "auto":
-        checkpoint_layers(model, setting.checkpointed)
-    return limit(setting.tokens)
-
-
-def memory_suffices(
-    engine: Engine, losses: Loss, model: nn.Module, train: TokenDataset, limit: Limit, training: TrainingConfig
-) -> bool:
-    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU. Leaves no trace."""
-    device = engine.accelerator.device
-    by_length = np.argsort(-train.lengths, kind="stable")
-    ends = np.cumsum(train.lengths[by_length])
-    number = limit.examples or max(1, int((ends <= (limit.tokens or 0)).sum()))
-    state = {name: tensor.clone() for name, tensor in rule_state(model).items()}
-    failed = 0.0
-    engine.model.train()
-    try:
-        moments = 1 if isinstance(training.optimizer, LionW) else 2
-        room = torch.empty(sum(p.numel() for p in trainable(model).values()) * moments, device=device)
-        with engine.synchronizing(False):
-            loss = losses(engine.model, on_device(batch_of(train, by_length[:number], training.flat), device))
-            engine.backward(loss, last=False)
-        del room
-    except torch.OutOfMemoryError:
-        failed = 1.0
-    engine.zero_grad()
-    for name, tensor in rule_state(model).items():
-        tensor.copy_(state[name])
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return group.sum_over_workers(engine.accelerator, [failed])[0] == 0
-
-
-def limit_of(training: TrainingConfig, train: TokenDataset, workers: int, budget: int) -> Limit:
-    """What the recipe says; for ``auto`` about ``budget`` tokens, and something to do for every worker."""
-    most = math.ceil(training.batch_size / workers)
-    if training.micro_batch_tokens:
-        return Limit(tokens=training.micro_batch_tokens)
-    if training.micro_batch_size != "auto":
-        return Limit(examples=min(training.micro_batch_size, most))
-    if training.flat:
-        return Limit(tokens=budget, multiple_of=workers)
-    return Limit(examples=max(1, min(budget // int(train.lengths.max()), most)))
 
 
 def due(every: int | str, step: int, epoch_done: bool, done: bool) -> bool:

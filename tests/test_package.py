@@ -19,7 +19,7 @@ LAYERS = [
     ["launch"],
     ["worker"],
     ["train", "plan", "merge"],
-    ["checkpoint"],
+    ["checkpoint", "steps"],
     ["recipe", "run_dir", "progress"],
     ["adapters", "attention", "data", "loss", "memory", "model", "optim"],
     ["distributed"],
