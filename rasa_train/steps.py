@@ -159,8 +159,9 @@ def memory_suffices(
     engine.zero_grad()
     for name, tensor in rule_state(model).items():
         tensor.copy_(state[name])
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return group.sum_over_workers(engine.accelerator, [failed])[0] == 0
 
 
