@@ -137,7 +137,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scaled = [None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors]
+        # In fp32: rounded to bf16, the factor would be off by as much for every entry.
+        scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
 
