@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from . import group
-from .data.prepare import prepare
+from .data.prepare import PreparedData, prepare
 from .errors import Stopped, UserError
 from .model import load_config, load_tokenizer
 from .recipe.load import dump_recipe
@@ -80,40 +80,41 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         return Finished(None)
     directory.create()
     with directory.lock():
-        if not _open_run(recipe, directory, fresh):
+        data = _open_run(recipe, directory, fresh)
+        if data is None:
             return Finished(_summary(directory), was_complete=True)
         if per_node == workers.nodes == 1:
             from .train import run  # here, so that a wrong recipe is told sooner
 
             with StopSignal() as stop:
-                return Finished(run(recipe, stop))
+                return Finished(run(recipe, stop, data))
         _start_and_watch(recipe, workers, per_node)
         return Finished(_summary(directory))
 
 
-def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> bool:
-    """Make the directory that of this run. False when the run is complete. Wrong input ends here, before the old run
-    is deleted and before the weights are loaded."""
+def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedData | None:
+    """Make the directory that of this run, and prepare its data. None when the run is complete. Wrong input ends here,
+    before the old run is deleted and before the weights are loaded."""
     if not fresh:
         directory.check_same_run(dump_recipe(recipe))
         if directory.summary.exists():
-            return False
-    _check_input(recipe)
+            return None
+    data = _check_input(recipe)
     if fresh:
         directory.clear()
         directory.create()
     write_text(directory.recipe, dump_recipe(recipe))
-    return True
+    return data
 
 
-def _check_input(recipe: Recipe) -> None:
+def _check_input(recipe: Recipe) -> PreparedData:
     for tracker in recipe.tracking.trackers:
         if find_spec(tracker) is None:  # accelerate would go on without it
             raise UserError(
                 f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
             )
     load_config(recipe.model)
-    prepare(recipe.data, load_tokenizer(recipe.model))
+    return prepare(recipe.data, load_tokenizer(recipe.model))
 
 
 def _check_strategy(recipe: Recipe, workers: int) -> None:
@@ -137,15 +138,19 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
     places = group.join(recipe.distributed.timeout_seconds)
     _check_strategy(recipe, group.world_size())
     directory, first = RunDirectory(recipe.output_dir), group.rank() == 0
+    prepared: list[PreparedData] = []  # at most one: the cache is read once by whoever has looked after it
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def open_run() -> str:
         directory.create()
         lock.__enter__()
-        return "train" if _open_run(recipe, directory, fresh and not restarted) else "complete"
+        data = _open_run(recipe, directory, fresh and not restarted)
+        prepared.extend([data] if data else [])
+        return "train" if data else "complete"
 
     def prepare_node() -> str:
-        _check_input(recipe)
+        if not prepared:
+            prepared.append(_check_input(recipe))
         return "ready"
 
     lock = directory.lock()
@@ -159,7 +164,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
         from .train import run
 
         with StopSignal() as stop:
-            summary = run(recipe, stop)
+            summary = run(recipe, stop, *prepared)
         return Finished(summary if first else None)
     except (UserError, Stopped):
         if not first and os.environ.get("LOCAL_RANK", "0") != "0":

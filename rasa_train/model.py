@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from .distributed import decoder_layers
 from .errors import UserError
 
 
@@ -72,6 +74,20 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         use_safetensors=True,
         **extra,
     )
+
+
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    """Of a model whose checkpointing is enabled: recompute the first ``count`` decoder layers in the backward pass."""
+    for number, layer in enumerate(decoder_layers(model)):
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = number < count
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each decoder layer with ``backend``, for any number of tokens; layers that are alike share what is
+    compiled."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True, backend=backend)
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:

@@ -5,45 +5,51 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, group
+from . import attention, checkpoint, group
+from . import loss as loss_of
 from .adapters.base import Adapter, Method, Site
 from .adapters.inject import adapt, adapters, groups, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_adapter
 from .checkpoint import Progress
-from .data.batching import collate, plan_epoch, split_batch
+from .data.ahead import ahead
+from .data.batching import Limit
 from .data.cache import TokenDataset
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
-from .model import load_model, load_tokenizer, meta_model, torch_dtype
+from .loss import Loss
+from .model import checkpoint_layers, compile_layers, load_model, load_tokenizer, meta_model, torch_dtype
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
-from .recipe.schema import Recipe, TrainingConfig
+from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_json
+from .steps import Step, batch_of, fit, on_device, plan_steps
 from .stop import StopSignal
 
 
-def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
+def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> dict[str, Any]:
     """Train what the recipe says, going on where the run directory was left. Returns ``summary.json``'s content.
+
+    ``data`` is what ``recipe.data`` prepares, for a caller that has it already.
 
     Raises:
         UserError: the model, the data or the adapter to start from cannot be used.
         Stopped: ``stop`` was asked for; the state is saved, the same call goes on from there.
     """
     training, directory = recipe.training, RunDirectory(recipe.output_dir)
-    data = prepare(recipe.data, load_tokenizer(recipe.model))
+    data = data or prepare(recipe.data, load_tokenizer(recipe.model))
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
     total_steps = training.max_steps or training.epochs * steps_per_epoch
     trackers: list[str] = list(recipe.tracking.trackers)
@@ -52,9 +58,9 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
     group.same_everywhere(accelerator, facts(recipe, data))
 
     engine = make_engine(recipe.distributed, accelerator, training.max_grad_norm)
-    model, sites = build(recipe, engine)
+    model, sites, losses = build(recipe, engine)
 
-    with Reporter(total_steps, training.log_every, accelerator) as report:
+    with Reporter(total_steps, training.log_every, accelerator) as report, ExitStack() as exits:
         found = checkpoint.agreed_newest(directory.checkpoints, report.say, accelerator)
         origin = found or recipe.adapter.init_from
         if origin:
@@ -84,23 +90,17 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        micro_batch_size = resolve_micro_batch_size(training, data.train, accelerator.num_processes)
+        limit = fit(engine, losses, model, data.train, training, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
-        for step in range(progress.step, total_steps):
+        planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
+        for step, work in enumerate(exits.enter_context(closing(ahead(planned))), progress.step):
             started = time.perf_counter()
-            epoch, position = divmod(step, steps_per_epoch)
-            batch = epoch_plan(data.train, training, recipe.seed, epoch)[position]
-            micro_batches = split_batch(
-                batch,
-                data.train.lengths,
-                micro_batch_size=micro_batch_size,
-                num_workers=accelerator.num_processes,
-            )
+            batch, position = work.batch, step % steps_per_epoch
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(engine.optimizer, lr)
 
             with packed(fast):
-                loss = train_step(engine, placed, data.train, micro_batches, recipe, step)
+                loss = train_step(engine, losses, placed, data.train, work, recipe, step)
             grad_norm = engine.step()
             if not math.isfinite(loss + grad_norm):
                 raise UserError(
@@ -127,7 +127,7 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
             }
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
                 with packed(fast):
-                    row["validation_loss"] = validate(engine, data.validation, micro_batch_size)
+                    row["validation_loss"] = validate(engine, losses, data.validation, limit, training.flat)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
             if accelerator.is_main_process:
                 directory.log(row)
@@ -157,8 +157,9 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
     return summary
 
 
-def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
-    """The adapted model, before it is placed and divided.
+def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
+    """The adapted model, before it is placed and divided, its adapted sites, and how to get the loss of a batch from
+    what the engine makes of it.
 
     Raises:
         UserError: the model cannot be loaded, or the adapter does not fit it.
@@ -167,23 +168,44 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
     divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
     with engine.loading(torch_dtype(recipe.model), divide=divide):
         base = load_model(recipe.model)
-    if recipe.training.activation_checkpointing:
+    if recipe.training.flat:
+        attention.use_varlen(base)
+    if checkpointing := recipe.training.activation_checkpointing:
         # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
         base.gradient_checkpointing_enable({"use_reentrant": False})
+        if not isinstance(checkpointing, bool | str):
+            checkpoint_layers(base, checkpointing)
     torch.manual_seed(recipe.seed)
     model, sites = adapt(base, method)
+    losses = loss_of.install(model)
+    if recipe.training.compile:
+        compile_layers(model)
     if recipe.model.dtype != "float32" and any(map(method.trains, dict(model.named_parameters()))):
         # Base weights that are trained are held in fp32 and computed with under autocast. No cache: it would keep
         # the low-precision copies of the first step's weights for the whole run.
         kind, dtype = engine.accelerator.device.type, torch_dtype(recipe.model)
         model.forward = torch.autocast(kind, dtype, cache_enabled=False)(model.forward)
-    return model, sites
+    return model, sites, losses
 
 
 def check_strategy(recipe: Recipe, workers: int) -> None:
-    """Raise ``UserError`` if the method cannot do with the strategy."""
+    """Raise ``UserError`` if the method cannot do with the strategy, or the model without padding."""
     method, strategy = recipe.adapter, recipe.distributed.strategy
     divided = strategy != "ddp" and (workers > 1 or recipe.distributed.offload != "none")
+    if recipe.training.flat:
+        attention.check_packable(meta_model(recipe.model))
+        if method.method == "peft":
+            raise UserError(
+                "training.batching: methods of PEFT are trained with padding; take length-grouped or shuffled, and "
+                "padding_free: false",
+                key="training.batching",
+            )
+    if recipe.training.compile and divided:
+        raise UserError(
+            f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "
+            "a layer; it works with ddp",
+            key="training.compile",
+        )
     if divided and type(method).after_step is not Method.after_step:
         raise UserError(
             f"distributed.strategy: {method.method} has a rule after each step that needs the gradients and weights "
@@ -208,96 +230,52 @@ def facts(recipe: Recipe, data: PreparedData) -> dict[str, str]:
 
 def train_step(
     engine: Engine,
+    losses: Loss,
     placed: Mapping[str, Adapter],
     train: TokenDataset,
-    micro_batches: list[list[np.ndarray]],
+    work: Step,
     recipe: Recipe,
     step: int,
 ) -> float:
     """Gradients of one global batch, accumulated over the micro-batches of this worker and summed over workers.
 
-    ``placed`` are the model's adapters by the path of their site, ``micro_batches[worker]`` the example indices of
-    each worker's micro-batches.
+    ``placed`` are the model's adapters by the path of their site.
     Returns the mean loss over the supervised tokens of the global batch.
     """
     accelerator = engine.accelerator
-    workers, rank = accelerator.num_processes, accelerator.process_index
-    everything = [m for worker in micro_batches for m in worker if len(m)]
-    total_tokens = sum(int(train.supervised[m].sum()) for m in everything)
-    loss_sum = 0.0
-    for i, indices in enumerate(micro_batches[rank]):
-        last = i + 1 == len(micro_batches[rank])
+    total_tokens = int(train.supervised[work.batch].sum())
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for i, (indices, tensors) in enumerate(zip(work.mine, work.tensors, strict=True)):
+        last = i + 1 == len(work.mine)
         torch.manual_seed(group.micro_batch_seed(recipe.seed, step, int(indices[0]) if len(indices) else -1))
         with engine.synchronizing(last):
             # What stands in for an empty micro-batch must not enter any statistics; but workers that gather weights
             # from each other must all run the same code.
             engine.model.train(len(indices) > 0 or engine.sharded)
-            loss = token_losses(engine.model, batch_of(train, indices, accelerator.device))
-            loss_sum += float(loss.detach())
+            loss = losses(engine.model, on_device(tensors, accelerator.device))
+            loss_sum += loss.detach()
             if recipe.training.loss_average == "tokens":
                 weight = 1.0 / total_tokens
             else:  # the mean of each micro-batch, then the mean of these
-                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * len(everything))
-            loss = loss * weight * workers  # engines average gradients over workers; the sum is wanted
+                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * work.micro_batches)
+            loss = loss * weight * accelerator.num_processes  # engines average gradients; the sum is wanted
             if last and (penalty := recipe.adapter.penalty(placed)) is not None:
                 loss = loss + penalty
             engine.backward(loss, last=last)
-    return group.sum_over_workers(accelerator, [loss_sum])[0] / total_tokens
-
-
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum of the cross-entropies of the supervised tokens, fp32."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:].reshape(-1)
-    return F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, reduction="sum")
-
-
-def batch_of(dataset: TokenDataset, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded tensors of these examples. No examples (a worker that has less to do) give one unsupervised
-    sequence, so that every worker calls the model equally often."""
-    batch = collate([dataset[i] for i in indices], pad_token_id=0) or {
-        "input_ids": torch.zeros(1, 8, dtype=torch.long),
-        "attention_mask": torch.ones(1, 8, dtype=torch.long),
-        "labels": torch.full((1, 8), -100),
-    }
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return group.sum_over_workers(accelerator, [float(loss_sum)])[0] / total_tokens
 
 
 @torch.no_grad()
-def validate(engine: Engine, dataset: TokenDataset, micro_batch_size: int) -> float:
+def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, flat: bool) -> float:
     """Mean loss over the supervised tokens of a held-out set."""
     accelerator, model = engine.accelerator, engine.model
     model.eval()
     everything = np.argsort(-dataset.lengths, kind="stable")
-    plan = split_batch(
-        everything, dataset.lengths, micro_batch_size=micro_batch_size, num_workers=accelerator.num_processes
-    )
-    mine = plan[accelerator.process_index]
-    loss = sum(float(token_losses(model, batch_of(dataset, indices, accelerator.device))) for indices in mine)
+    mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
+    device = accelerator.device
+    with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
+        loss = sum(float(losses(model, on_device(batch, device))) for batch in batches)
     return group.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
-
-
-def epoch_plan(train: TokenDataset, training: TrainingConfig, seed: int, epoch: int) -> list[np.ndarray]:
-    """The global batches of one epoch; the plan of the current epoch is kept."""
-    key = (id(train), seed, epoch)
-    if _plan.get("key") != key:
-        batches = plan_epoch(
-            train.lengths, batching=training.batching, batch_size=training.batch_size, seed=seed, epoch=epoch
-        )
-        _plan.update(key=key, batches=batches)
-    return list(_plan["batches"])
-
-
-_plan: dict[str, Any] = {}
-
-
-def resolve_micro_batch_size(training: TrainingConfig, train: TokenDataset, workers: int) -> int:
-    """``auto``: as many of the longest sequences as make up 16k tokens on a GPU, 4k on a CPU."""
-    most = math.ceil(training.batch_size / workers)
-    if training.micro_batch_size != "auto":
-        return min(training.micro_batch_size, most)
-    budget = 16_384 if torch.cuda.is_available() else 4_096
-    return max(1, min(budget // int(train.lengths.max()), most))
 
 
 def due(every: int | str, step: int, epoch_done: bool, done: bool) -> bool:

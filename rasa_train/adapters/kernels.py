@@ -60,6 +60,7 @@ class Group:
         """By member that is still to be called: its output; without packed factors the input of its adapter."""
         self._fused = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # written out by hand: what lies between is compiled
     def __call__(self, index: int, x: Tensor) -> Tensor:
         """y (..., out) of member ``index`` for x (..., in)."""
         if index not in self._ready or self._input is not x:

@@ -124,6 +124,22 @@ def test_covering(base: Case, group: Group, tmp_path: Path) -> None:
     assert max(first) - min(first) < 1e-6, first
 
 
+def test_packed(base: Case, group: Group, tmp_path: Path) -> None:
+    """One row without padding, by a number of sequences and by a budget of tokens, with a trained head as well."""
+    cases = [
+        case(base, "rasa", "ddp", False, 2, "adamw"),
+        case(base, "rasa", "zero3", True, 2, "adamw"),
+        case(base, "lora", "fsdp", True, 2, "adamw"),
+        case(base, "full", "zero3", False, 1, "adamw"),
+    ]
+    for many in cases:
+        many["training"] |= {"batching": "packed", "max_steps": 8}
+    for many in cases[:2]:
+        del many["training"]["micro_batch_size"]
+        many["training"]["micro_batch_tokens"] = 40
+    assert_equal(compare(cases, group, tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_full_matrix(method: str, base: Case, group: Group, tmp_path: Path) -> None:
