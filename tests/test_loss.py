@@ -116,13 +116,14 @@ def test_a_bf16_head_gives_an_fp32_loss(autocast: bool) -> None:
         logits = F.linear(*pairs[1])
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
     expected = F.cross_entropy(logits.float(), targets, reduction="sum")
-    (loss / 510).backward()  # bf16 has no such factor: 0.4% off
-    (expected / 510).backward()
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    for a, b in zip(*pairs, strict=True):
+    exact = [t.detach().bfloat16().float().requires_grad_() for t in (hidden, weight)]
+    (loss / 510).backward()  # bf16 has no such factor: 0.4% off
+    (F.cross_entropy(F.linear(*exact), targets, reduction="sum") / 510).backward()
+    for a, b in zip(pairs[0], exact, strict=True):
         assert a.grad is not None and b.grad is not None and a.grad.dtype == a.dtype
-        assert F.cosine_similarity(a.grad.float().flatten(), b.grad.float().flatten(), dim=0) > 0.9999
-        assert float(a.grad.float().norm()) == pytest.approx(float(b.grad.float().norm()), rel=1e-3)
+        assert F.cosine_similarity(a.grad.float().flatten(), b.grad.flatten(), dim=0) > 0.9999
+        assert float(a.grad.float().norm()) == pytest.approx(float(b.grad.norm()), rel=2.5e-3)
 
 
 def test_no_more_logits_than_a_chunk() -> None:
