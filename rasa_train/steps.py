@@ -147,7 +147,7 @@ def memory_suffices(
 
     def attempt() -> None:  # a function, so that nothing of it is held afterwards
         room = torch.empty(size, device=device)
-        with packed(groups(model)), engine.synchronizing(False):
+        with packed([] if training.compile else groups(model)), engine.synchronizing(False):
             engine.backward(losses(engine.model, on_device(batch, device)), last=False)
         del room
 

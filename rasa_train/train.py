@@ -70,8 +70,8 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
         parameters, placed = trainable(model), adapters(model)
-        # Where parameters are divided, or hooks wait for their gradients, the adapters' plain forward serves.
-        fast = [] if engine.sharded else groups(model)
+        # Where parameters are divided, or in a compiled graph, the adapters' plain forward serves.
+        fast = [] if engine.sharded or training.compile else groups(model)
 
         progress = Progress()
         if found:

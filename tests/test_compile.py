@@ -10,8 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import adapt, groups
-from rasa_train.adapters.kernels import packed
+from rasa_train.adapters.inject import adapt
 from rasa_train.attention import use_varlen
 from rasa_train.data.batching import collate, flatten, with_targets
 from rasa_train.loss import install
@@ -24,7 +23,7 @@ FIELDS: dict[str, dict[str, Any]] = {"rasa": {"r": 4, "k": 1}, "vb-lora": {"vect
 LENGTHS = [(5, 9), (7, 3, 12), (20,), (4, 4, 4, 4), (33, 2), (8,), (11, 9)]
 
 
-def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False, fast: bool = True) -> list[int]:
+def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False) -> list[int]:
     """Train ``method`` compiled and not on batches of many shapes; graphs compiled up to each of them."""
     torch._dynamo.reset()
     counters.clear()
@@ -49,9 +48,8 @@ def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False
         for m, loss_of in zip((model, eager), losses, strict=True):
             m.train()
             m.zero_grad()
-            with packed(groups(m) if fast else []):
-                loss = loss_of(m, batch)
-                loss.backward()
+            loss = loss_of(m, batch)
+            loss.backward()
             results.append(float(loss.detach()))
         assert results[0] == pytest.approx(results[1], rel=1e-5)
         assert_same_gradients(model, eager)
