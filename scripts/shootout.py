@@ -3,10 +3,10 @@
     python scripts/shootout.py --output runs/shootout            # everything: about an hour and a half on one core
     python scripts/shootout.py --output runs/shootout --methods lora rasa --seeds 1 2 3
 
-For each method: runs with seed 0 at three learning rates, judged on problems that serve for nothing else, and at
-further ones while the best lies at the edge; then the best learning rate with every seed, judged on the demo's
-held-out problems. Each result is one line of ``results.jsonl``, and what is there is not run again. The time is that
-of one CPU thread, so that another load on the machine does not count. The table is printed in Markdown.
+For each method: runs with seed 0 at learning rates a factor of 2 apart, judged on problems that serve for nothing
+else, until the best one has a worse one on each side; then the best with every seed, judged on the demo's held-out
+problems. Each result is one line of ``results.jsonl``, and what is there is not run again. The time is that
+of one CPU thread, so that another load on the machine counts little. The table is printed in Markdown.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from rasa_train.recipe import load_recipe
 FRACTION = 0.5
 """Share of the demo's 3,000 problems: with all of them the better methods are close to each other."""
 FACTOR = 2.0
-"""From one learning rate of a grid to the next."""
+"""Between a learning rate and its neighbours."""
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    # method: (hyper-parameters, the middle of the first three peak learning rates)
+    # method: (hyper-parameters, the first peak learning rate that is tried)
     "lora": ({"r": 8, "alpha": 16}, 3e-3),
     "rasa": ({"r": 8, "k": 1, "alpha": 16}, 3e-3),
     "vera": ({"r": 256}, 4e-2),  # its cost grows with r: the budget would need r = 2400
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/shootout"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--most", type=int, default=5, help="learning rates tried for a method, at least three")
+    parser.add_argument("--most", type=int, default=5, help="learning rates tried for a method, at the most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -74,15 +74,16 @@ def main() -> None:
 
 
 def tuned(run: Callable[[float], dict[str, Any]], method: str, most: int) -> float:
-    """The best learning rate by exact match, then by loss, among three and more while the best lies at the edge."""
-    middle = METHODS[method][1]
-    grid = [middle / FACTOR, middle, middle * FACTOR]
+    """The best learning rate by exact match, then by loss: one with a worse neighbour on each side, unless ``most``
+    have been tried before it is found."""
+    start = METHODS[method][1]
+    rows = {lr: run(lr) for lr in (start, start * FACTOR)}
     while True:
-        rows = [run(lr) for lr in grid]
-        best = max(rows, key=lambda row: (row["exact_match"], -row["loss"]))["lr"]
-        if grid[0] < best < grid[-1] or len(grid) >= most:
-            return float(best)
-        grid = sorted([*grid, best / FACTOR if best == grid[0] else best * FACTOR])
+        best = max(rows, key=lambda lr: (rows[lr]["exact_match"], -rows[lr]["loss"]))
+        beside = best * FACTOR if best == max(rows) else best / FACTOR
+        if min(rows) < best < max(rows) or len(rows) >= most:
+            return best
+        rows[beside] = run(beside)
 
 
 def load_problems() -> list[dict[str, str]]:
@@ -109,7 +110,7 @@ def result(
         "method": method,
         "lr": lr,
         "seed": seed,
-        "exact_match": exact_match(run / "merged", problems),
+        "exact_match": exact_match(run / "merged", problems, batch_size=200),
         "cpu_seconds": seconds,
         **{key: summary[key] for key in ("trainable_parameters", "loss", "effective_rank")},
     }
@@ -126,7 +127,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], methods: list[str], seeds: list[int]) -> str:
     lines = [
-        "| method | hyper-parameters | trained | rank | lr (of the grid) | loss | exact match (range) | CPU s, one thread |",
+        "| method | hyper-parameters | trained | rank | lr (of those tried) | loss | exact match (range) | CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:
