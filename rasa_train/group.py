@@ -177,6 +177,15 @@ def from_first(accelerator: Accelerator, value: Any) -> Any:
     return box[0]
 
 
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """What ``value`` is on each worker."""
+    if accelerator.num_processes == 1:
+        return [value]
+    every: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(every, value)
+    return every
+
+
 def micro_batch_seed(seed: int, step: int, example: int) -> int:
     """Seed of the dropout masks of the micro-batch of ``step`` that begins with ``example``: the same on any number
     of workers, so there is no RNG state to save, and a resumed run draws what the uninterrupted one draws."""
@@ -188,7 +197,7 @@ def micro_batch_seed(seed: int, step: int, example: int) -> int:
 
 def same_everywhere(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raise ``UserError`` naming the workers whose ``facts`` (recipe, versions, weights) differ from the first's."""
-    every: list[dict[str, str]] = _gather(accelerator, dict(facts))
+    every: list[dict[str, str]] = gather(accelerator, dict(facts))
     different = [
         f"  {name}: {every[0][name]} on worker 0, {theirs[name]} on worker {worker} ({_group['places'][worker]})"
         for worker, theirs in enumerate(every)
@@ -236,7 +245,7 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
             f"Its network interfaces: {_interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
             key="distributed",
         ) from None
-    times: list[tuple[float, float]] = _gather(accelerator, (link, compute))
+    times: list[tuple[float, float]] = gather(accelerator, (link, compute))
     lines = [
         f"{workers} workers on {len({p.split()[0] for p in places})} host(s): "
         f"{size * 4 / 2**20:.1f} MiB of gradients are summed in {exchange * 1e3:.0f} ms"
@@ -271,14 +280,6 @@ def _timed(accelerator: Accelerator, work: Callable[[], object]) -> float:
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    if accelerator.num_processes == 1:
-        return [value]
-    every: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(every, value)
-    return every
 
 
 # -- about this process --------------------------------------------------------------------------------------

@@ -18,14 +18,14 @@ from . import checkpoint, group
 from .adapters.base import Adapter, Method, Site
 from .adapters.inject import adapt, adapters, rule_state, saved_tensors, trainable
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
-from .adapters.saved import load_tensors, read_adapter, write_adapter
+from .adapters.saved import load_tensors, read_adapter, write_config
 from .checkpoint import Progress
 from .data.batching import collate, plan_epoch, split_batch
 from .data.cache import TokenDataset
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
-from .model import load_model, load_tokenizer, meta_model, torch_dtype
+from .model import empty_model, load_model, load_tokenizer, meta_model, torch_dtype
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
@@ -56,9 +56,10 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
     with Reporter(total_steps, training.log_every, accelerator) as report:
         found = checkpoint.agreed_newest(directory.checkpoints, report.say, accelerator)
         origin = found or recipe.adapter.init_from
-        if origin:
+        if origin and engine.reads:
             load_tensors(model, read_adapter(origin).tensors, origin=str(origin))
-        group.same_everywhere(accelerator, group.fingerprints(model))
+        if not engine.first_reads:
+            group.same_everywhere(accelerator, group.fingerprints(model))
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
@@ -139,10 +140,9 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
 
     if not engine.sharded:
         ranks = effective_ranks(model)  # AdaLoRA's rule has changed them
-    tensors = engine.gathered(saved_tensors(model), shapes)
+    checkpoint.write_directory(directory.adapter, partial(write_current, engine, recipe, model, shapes), accelerator)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        checkpoint.write_directory(directory.adapter, partial(write_current, recipe, tensors))
         last = directory.last_metrics()
         summary = summarize(recipe, count, ranks, data, progress, last) | {"workers": accelerator.num_processes}
         write_json(directory.summary, summary)
@@ -161,7 +161,7 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
     method = recipe.adapter
     divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
     with engine.loading(torch_dtype(recipe.model), divide=divide):
-        base = load_model(recipe.model)
+        base = load_model(recipe.model) if engine.reads else empty_model(recipe.model)
     if recipe.training.activation_checkpointing:
         # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -269,6 +269,7 @@ def validate(engine: Engine, dataset: TokenDataset, micro_batch_size: int) -> fl
     )
     mine = plan[accelerator.process_index]
     loss = sum(float(token_losses(model, batch_of(dataset, indices, accelerator.device))) for indices in mine)
+    engine.release()
     return group.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
 
 
@@ -308,20 +309,34 @@ def save_checkpoint(
     data_key: str,
     progress: Progress,
 ) -> None:
-    """Every worker gives its part, the first writes."""
-    tensors = engine.gathered(saved_tensors(model), shapes)
-    state = engine.gathered_optimizer(trainable(model))
+    """Every worker gives its part. The first writes; if base weights are trained, each writes a share."""
+    of_base = any(map(recipe.adapter.trains, dict(model.named_parameters())))
+    writers = engine.accelerator.num_processes if of_base else 1
+    write = partial(write_current, engine, recipe, model, shapes, writers=writers)
+    parameters, state = trainable(model), rule_state(model)
+    checkpoint.save(
+        engine, directory.checkpoints, progress, write, parameters, state, data_key=data_key, writers=writers
+    )
     if engine.accelerator.is_main_process:
-        write = partial(write_current, recipe, tensors)
-        checkpoint.save(directory.checkpoints, progress, write, state, rule_state(model), data_key=data_key)
         checkpoint.prune(directory.checkpoints, recipe.training.keep_last)
-    engine.accelerator.wait_for_everyone()
 
 
-def write_current(recipe: Recipe, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    name, revision = recipe.model.name, recipe.model.revision
-    write_adapter(directory, recipe.adapter, tensors, base_model=name, base_revision=revision)
-    checkpoint.check_header(directory / ADAPTER_TENSORS, tensors)
+def write_current(
+    engine: Engine,
+    recipe: Recipe,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    *,
+    writers: int = 1,
+) -> list[Path]:
+    """Write the adapter as it is now, tensor by tensor. Every worker must call it; returns the files of this one."""
+    accelerator, written = engine.accelerator, []
+    if accelerator.is_main_process:
+        name, revision = recipe.model.name, recipe.model.revision
+        written = [write_config(path, recipe.adapter, base_model=name, base_revision=revision)]
+    tensors = engine.gathered(saved_tensors(model), shapes)
+    return written + checkpoint.write_tensors(path / ADAPTER_TENSORS, tensors, shapes, accelerator, writers)
 
 
 def effective_ranks(model: nn.Module) -> dict[str, int]:

@@ -127,7 +127,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], methods: list[str], seeds: list[int]) -> str:
     lines = [
-        "| method | hyper-parameters | trained | rank | lr (of those tried) | loss | exact match (range) | CPU seconds |",
+        "| method | hyper-parameters | trained | rank | lr (of tried) | loss | exact match (range) | CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:
