@@ -8,9 +8,11 @@ import resource
 import socket
 import statistics
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, WorkerLost
 
 if TYPE_CHECKING:  # a recipe is read without it
     from accelerate import Accelerator
@@ -94,13 +96,8 @@ def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
     workers = range(world_size())
     store.set(f"here/{rank()}", _here())
     deadline = time.monotonic() + timeout_seconds
-    places, missing = [], []
-    for worker in workers:
-        try:
-            store.wait([f"here/{worker}"], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
-            places.append(store.get(f"here/{worker}").decode())
-        except RuntimeError:  # torch's DistStoreError; what came late is known now, what did not is missing
-            missing.append(worker)
+    missing = [worker for worker in workers if not _is_set(store, f"here/{worker}", deadline)]
+    places = [store.get(f"here/{worker}").decode() for worker in workers if worker not in missing]
     if missing:
         came = ", ".join(sorted(set(places))) or "nobody"
         raise UserError(
@@ -190,6 +187,61 @@ def micro_batch_seed(seed: int, step: int, example: int) -> int:
     """Seed of the dropout masks of the micro-batch of ``step`` that begins with ``example``: the same on any number
     of workers, so there is no RNG state to save, and a resumed run draws what the uninterrupted one draws."""
     return ((seed * 1_000_003 + step) * 16_777_619 + example) % 2**63
+
+
+# -- losing a worker -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(timeout_seconds: int) -> Iterator[None]:
+    """Where workers exchange tensors. An exchange that breaks off, because a worker has died, hangs or cannot be
+    reached for ``timeout_seconds``, ends in ``WorkerLost`` on all the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "store" not in _group or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        missing = _missing(_group["store"])
+        names = ", ".join(f"worker {worker} ({_group['places'][worker]})" for worker in missing)
+        what = f"{names} did not answer" if missing else "all workers are there, but an exchange took too long"
+        raise WorkerLost(
+            f"{what} (distributed.timeout_seconds={timeout_seconds}): it has died, hangs, or cannot be reached. "
+            f"Worker {rank()} ({_group['places'][rank()]}) was told: {_first_line(error)}",
+            missing,
+        ) from None
+
+
+ROLL_CALL_SECONDS = 3.0
+"""How long after a broken exchange a worker waits for the others to say that they are alive. The timeouts of those
+that waited for the same one end together."""
+
+
+def _missing(store: Store) -> list[int]:
+    """Workers that do not answer now. The store is in the process of worker 0, so its silence is that worker's."""
+    found = [0]
+
+    def call_roll() -> None:
+        with suppress(RuntimeError):
+            store.set(f"alive/{rank()}", "")
+            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            missing = [worker for worker in range(world_size()) if not _is_set(store, f"alive/{worker}", deadline)]
+            found[:] = [0] if rank() in missing else missing
+            if rank() == 0:
+                time.sleep(ROLL_CALL_SECONDS)  # the others may still be calling
+
+    caller = threading.Thread(target=call_roll, daemon=True)  # a call to a dead store may never return
+    caller.start()
+    caller.join(3 * ROLL_CALL_SECONDS)
+    return found
+
+
+def _is_set(store: Store, key: str, deadline: float) -> bool:
+    """Whether it is set by the ``deadline``, of ``time.monotonic()``."""
+    try:
+        store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+    except RuntimeError:  # torch's DistStoreError
+        return False
+    return True
 
 
 # -- preflight -----------------------------------------------------------------------------------------------

@@ -112,6 +112,22 @@ def test_killed_worker_is_named(home: Path) -> None:
     assert "worker 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_hangs_is_named(rank: int, home: Path) -> None:
+    """The others wait for it for as long as they were told to, and the launcher ends it."""
+    options = ["distributed.timeout_seconds=5", "training.epochs=1000", f"output_dir=hangs{rank}"]
+    process = start(home, "--nproc", "2", *options)
+    reach(process, home / f"hangs{rank}", 3)
+    os.kill(workers_of(process)[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 1 and stdout == ""
+    assert f"worker {rank} (" in stderr and "did not answer (distributed.timeout_seconds=5)" in stderr, stderr
+    assert f"worker {1 - rank} (" not in stderr.partition("did not answer")[0]
+    assert "Traceback" not in stderr
+
+
 def test_killed_worker_is_restarted(home: Path) -> None:
     process = start(home, "--nproc", "2", "--max-restarts", "1", "--json", "output_dir=restarted")
     reach(process, home / "restarted", 7)
