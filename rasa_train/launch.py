@@ -354,13 +354,11 @@ def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool) -> No
         raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
     if failed is None:
         return
+    lost = by_kind.get("lost")
     killed = {r: f for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
-    lost = by_kind.get("lost")
-    # A worker that has lost another then kills it; the agent's time of that is in whole seconds.
-    if lost and (earliest is None or lost["time"] < earliest.timestamp + 1):
-        raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
-    if earliest is not None:
+    # A worker that has lost another kills it then; the agent's time of that is in whole seconds.
+    if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
         name = signal.Signals(-earliest.exitcode).name
         when = time.strftime("%H:%M:%S", time.localtime(earliest.timestamp))
         hint = " Was memory short?" if name == "SIGKILL" else ""
@@ -369,6 +367,8 @@ def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool) -> No
         raise WorkersFailed(
             f"{first['trace']}worker {first['rank']} ({first['host']}) failed first: {first['message']}"
         )
+    if lost:
+        raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
     if stop_asked:
         raise Stopped("stopped before the first step was done; the same command goes on")
     codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}

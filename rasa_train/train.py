@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import checkpoint, group
 from .adapters.base import Adapter, Method, Site
@@ -161,7 +162,7 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
     method = recipe.adapter
     divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
     with engine.loading(torch_dtype(recipe.model), divide=divide):
-        base = load_model(recipe.model) if engine.reads else empty_model(recipe.model)
+        base = read_base(recipe, engine)
     if recipe.training.activation_checkpointing:
         # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -173,6 +174,21 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
         kind, dtype = engine.accelerator.device.type, torch_dtype(recipe.model)
         model.forward = torch.autocast(kind, dtype, cache_enabled=False)(model.forward)
     return model, sites
+
+
+def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
+    """The base, with its weights where this worker reads them. If only the first does, the others wait for it as long
+    as it takes: a large base on a slow disk takes longer than an exchange may."""
+    if not engine.first_reads:
+        return load_model(recipe.model)
+    read: list[PreTrainedModel] = []
+
+    def work() -> str:
+        read.append(load_model(recipe.model))
+        return "read"
+
+    group.once("base", engine.reads, work)
+    return read[0] if read else empty_model(recipe.model)
 
 
 def check_strategy(recipe: Recipe, workers: int) -> None:

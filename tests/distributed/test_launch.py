@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rasa_train.group import slow_workers
-from rasa_train.launch import first_host
+from rasa_train.launch import WorkersFailed, _report, first_host
 from tests.conftest import Cli
 
 from .conftest import STEPS, adapter, command, difference, metrics, reach, start
@@ -69,6 +70,27 @@ def test_killed_worker_is_named(home: Path) -> None:
     assert time.monotonic() - began < 30
     assert process.returncode == 1 and stdout == ""
     assert "worker 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
+
+
+LOST = {"kind": "lost", "message": "worker 1 (b) did not answer", "rank": 0, "host": "a", "time": 1000.4}
+FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "rank": 1, "host": "b", "time": 997.0}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "exits", "told"),
+    [
+        ([LOST], {0: (1, 1000)}, "worker 1 (b) did not answer"),
+        ([LOST], {1: (-signal.SIGKILL, 1000)}, "worker 1 (b) did not answer"),  # by the worker that lost it
+        ([LOST], {1: (-signal.SIGKILL, 997)}, "worker 1 was ended by SIGKILL"),  # lost because of that
+        ([FAILED, LOST], {1: (1, 997)}, "Traceback\nworker 1 (b) failed first: disk full"),
+        ([], {0: (1, 1000)}, "workers ended without a word; exit codes by rank: {0: 1}"),
+    ],
+)
+def test_the_cause_is_told(outcomes: list[dict[str, Any]], exits: dict[int, tuple[int, int]], told: str) -> None:
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in exits.items()}
+    with pytest.raises(WorkersFailed) as error:
+        _report(outcomes, SimpleNamespace(failures=failures), stop_asked=False)
+    assert str(error.value).startswith(told)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])  # the store is in that of rank 0

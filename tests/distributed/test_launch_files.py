@@ -22,7 +22,7 @@ NODES = (0, 1)
 
 @pytest.fixture
 def bin_directory(tmp_path: Path) -> Path:
-    """First in the PATH: the commands of this package, of torch, and of SLURM."""
+    """First in the PATH: the commands of this package and of torch, SLURM's, and an ssh that stays here."""
     path = tmp_path / "bin"
     path.mkdir()
     programs = {
@@ -30,6 +30,7 @@ def bin_directory(tmp_path: Path) -> Path:
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
         "scontrol": f'echo "$@" >> {tmp_path}/scontrol',
         "scancel": f"for pid in $(cat {tmp_path}/tasks); do kill -${{1#--signal=}} $pid; done",
+        "ssh": 'while [[ $1 == -* ]]; do [[ $1 == -[op] ]] && shift; shift; done; shift; exec "$@"',
         # Two nodes, a task on each; the exit code of the first that is not 0, as srun's is the highest.
         "srun": f"""
             while [[ $1 == -* ]]; do shift; done
@@ -93,7 +94,7 @@ def test_slurm(home: Path, tmp_path: Path, bin_directory: Path) -> None:
 
 @pytest.mark.slow
 def test_deepspeed_hostfile(home: Path, tmp_path: Path, bin_directory: Path) -> None:
-    """One machine in the hostfile: more would need ssh."""
+    """One machine in the hostfile: more would need a real ssh."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     words = [str(SCRIPTS / "deepspeed_hostfile.sh"), str(tmp_path / "hosts"), "recipe.yaml", "output_dir=by_deepspeed"]
     job = start(["bash", *words], home, bin_directory, MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
