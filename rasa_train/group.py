@@ -226,7 +226,7 @@ def _missing(store: Store) -> list[int]:
             deadline = time.monotonic() + ROLL_CALL_SECONDS
             missing = [worker for worker in range(world_size()) if not _is_set(store, f"alive/{worker}", deadline)]
             found[:] = [0] if rank() in missing else missing
-            if rank() == 0:
+            if rank() == 0 and len(missing) < world_size() - 1:
                 time.sleep(ROLL_CALL_SECONDS)  # the others may still be calling
 
     caller = threading.Thread(target=call_roll, daemon=True)  # a call to a dead store may never return
