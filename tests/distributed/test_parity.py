@@ -168,7 +168,7 @@ def test_full_fine_tuning_across_strategies(base: Case, group: Group, tmp_path: 
 
     def until(step: int, strategy: str, directory: str) -> Case:
         found = case(base, "full", strategy, False, 2, "adamw")
-        found["training"] |= {"max_steps": step, "schedule": {"name": "constant"}}
+        found["training"] |= {"max_steps": step, "schedule": {"name": "constant", "warmup_steps": 0}}
         return {**found, "output_dir": str(tmp_path / directory)}
 
     group([until(20, "ddp", "whole"), until(5, "ddp", "run")], 1)
