@@ -444,13 +444,14 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
     for (tensors, name), dtype in zip(places, dtypes, strict=True):
         old = tensors[name]
         if id(old) not in filled:
+            of_model = isinstance(old, nn.Parameter)
             if accelerator.is_main_process:
                 new = old.detach().to(accelerator.device).contiguous()
-                old.data = old.data.new_empty(0)  # the memory must not stay with what refers to it
+                if of_model:
+                    old.data = old.data.new_empty(0)  # the memory must not stay with what refers to it
             else:
                 new = torch.empty(old.shape, dtype=dtype, device=accelerator.device)
             dist.broadcast(new.view(-1).view(torch.uint8), src=0)
-            of_model = isinstance(old, nn.Parameter)
             filled[id(old)] = old, nn.Parameter(new, requires_grad=old.requires_grad) if of_model else new
         tensors[name] = filled[id(old)][1]
 

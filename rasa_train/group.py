@@ -203,9 +203,10 @@ def watching(timeout_seconds: int) -> Iterator[None]:
             raise
         missing = _missing(_group["store"])
         names = ", ".join(f"worker {worker} ({_group['places'][worker]})" for worker in missing)
-        what = f"{names} did not answer" if missing else "all workers are there, but an exchange took too long"
+        what = f"{names} did not answer" if missing else "an exchange broke off, and all workers are there"
+        why = ": dead, hanging, or out of reach" if missing else ""
         raise WorkerLost(
-            f"{what} (distributed.timeout_seconds={timeout_seconds}): it has died, hangs, or cannot be reached. "
+            f"{what} (distributed.timeout_seconds={timeout_seconds}){why}. "
             f"Worker {rank()} ({_group['places'][rank()]}) was told: {_first_line(error)}",
             missing,
         ) from None
