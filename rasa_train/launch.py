@@ -21,13 +21,15 @@ from typing import Any, Literal
 
 from . import group
 from .data.prepare import PreparedData, prepare
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, WorkerLost
 from .model import load_config, load_tokenizer
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_text
 from .stop import StopSignal
 from .worker import OUTCOMES, RECIPE, STARTED, STOP
+
+GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
 
 
 class WorkersFailed(Exception):
@@ -163,9 +165,11 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
 
         from .train import run
 
-        with StopSignal() as stop:
+        with StopSignal() as stop, group.watching(recipe.distributed.timeout_seconds):
             summary = run(recipe, stop, *prepared)
         return Finished(summary if first else None)
+    except WorkerLost as lost:
+        raise WorkersFailed(f"{lost}\n{GOES_ON}") from None
     except (UserError, Stopped):
         if not first and os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(75 if sys.exc_info()[0] is Stopped else 2) from None  # said by another worker
@@ -355,20 +359,21 @@ def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool) -> No
         raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
     if failed is None:
         return
+    lost = by_kind.get("lost")
     killed = {r: f for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
-    if killed:
-        rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp))
+    rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
+    # A worker that has lost another kills it then; the agent's time of that is in whole seconds.
+    if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
         name = signal.Signals(-earliest.exitcode).name
         when = time.strftime("%H:%M:%S", time.localtime(earliest.timestamp))
         hint = " Was memory short?" if name == "SIGKILL" else ""
-        raise WorkersFailed(
-            f"worker {rank} was ended by {name} at {when}.{hint} The same command goes on from the last checkpoint; "
-            "--max-restarts does so by itself"
-        )
+        raise WorkersFailed(f"worker {rank} was ended by {name} at {when}.{hint} {GOES_ON}")
     if first := by_kind.get("failed"):
         raise WorkersFailed(
             f"{first['trace']}worker {first['rank']} ({first['host']}) failed first: {first['message']}"
         )
+    if lost:
+        raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
     if stop_asked:
         raise Stopped("stopped before the first step was done; the same command goes on")
     codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}

@@ -100,6 +100,20 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The base as ``load_model`` gives it, but its parameters on the meta device; buffers (rotary frequencies) have
+    their values."""
+    from accelerate import init_empty_weights
+
+    architecture = load_config(config)
+    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code, **extra
+        )
+    return model.eval()
+
+
 def has_weights(config: ModelConfig) -> bool:
     """Whether a local directory holds safetensors weights (True for a hub id: only a download can tell)."""
     path = Path(config.name)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
 from . import attention, checkpoint, group
 from . import loss as loss_of
@@ -20,7 +21,7 @@ from .adapters.base import Adapter, Method, Site
 from .adapters.inject import adapt, adapters, groups, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
-from .adapters.saved import load_tensors, read_adapter, write_adapter
+from .adapters.saved import load_tensors, read_adapter, write_config
 from .checkpoint import Progress
 from .data.ahead import ahead
 from .data.batching import Limit
@@ -29,7 +30,15 @@ from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
 from .loss import Loss
-from .model import checkpoint_layers, compile_layers, load_model, load_tokenizer, meta_model, torch_dtype
+from .model import (
+    checkpoint_layers,
+    compile_layers,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    torch_dtype,
+)
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
@@ -63,9 +72,10 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
     with Reporter(total_steps, training.log_every, accelerator) as report, ExitStack() as exits:
         found = checkpoint.agreed_newest(directory.checkpoints, report.say, accelerator)
         origin = found or recipe.adapter.init_from
-        if origin:
+        if origin and engine.reads:
             load_tensors(model, read_adapter(origin).tensors, origin=str(origin))
-        group.same_everywhere(accelerator, group.fingerprints(model))
+        if not engine.first_reads:
+            group.same_everywhere(accelerator, group.fingerprints(model))
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
@@ -144,10 +154,9 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
 
     if not engine.sharded:
         ranks = effective_ranks(model)  # AdaLoRA's rule has changed them
-    tensors = engine.gathered(saved_tensors(model), shapes)
+    checkpoint.write_directory(directory.adapter, partial(write_current, engine, recipe, model, shapes), accelerator)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        checkpoint.write_directory(directory.adapter, partial(write_current, recipe, tensors))
         last = directory.last_metrics()
         summary = summarize(recipe, count, ranks, data, progress, last) | {"workers": accelerator.num_processes}
         write_json(directory.summary, summary)
@@ -167,7 +176,7 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
     method = recipe.adapter
     divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
     with engine.loading(torch_dtype(recipe.model), divide=divide):
-        base = load_model(recipe.model)
+        base = read_base(recipe, engine)
     if recipe.training.flat:
         attention.use_varlen(base)
     if checkpointing := recipe.training.activation_checkpointing:
@@ -186,6 +195,21 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
         kind, dtype = engine.accelerator.device.type, torch_dtype(recipe.model)
         model.forward = torch.autocast(kind, dtype, cache_enabled=False)(model.forward)
     return model, sites, losses
+
+
+def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
+    """The base, with its weights where this worker reads them. If only the first does, the others wait for it as long
+    as it takes: a large base on a slow disk takes longer than an exchange may."""
+    if not engine.first_reads:
+        return load_model(recipe.model)
+    read: list[PreTrainedModel] = []
+
+    def work() -> str:
+        read.append(load_model(recipe.model))
+        return "read"
+
+    group.once("base", engine.reads, work)
+    return read[0] if read else empty_model(recipe.model)
 
 
 def check_strategy(recipe: Recipe, workers: int) -> None:
@@ -275,6 +299,7 @@ def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, 
     device = accelerator.device
     with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
         loss = sum(float(losses(model, on_device(batch, device))) for batch in batches)
+    engine.release()
     return group.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
 
 
@@ -291,20 +316,34 @@ def save_checkpoint(
     data_key: str,
     progress: Progress,
 ) -> None:
-    """Every worker gives its part, the first writes."""
-    tensors = engine.gathered(saved_tensors(model), shapes)
-    state = engine.gathered_optimizer(trainable(model))
+    """Every worker gives its part. The first writes; if base weights are trained, each writes a share."""
+    of_base = any(map(recipe.adapter.trains, dict(model.named_parameters())))
+    writers = engine.accelerator.num_processes if of_base else 1
+    write = partial(write_current, engine, recipe, model, shapes, writers=writers)
+    parameters, state = trainable(model), rule_state(model)
+    checkpoint.save(
+        engine, directory.checkpoints, progress, write, parameters, state, data_key=data_key, writers=writers
+    )
     if engine.accelerator.is_main_process:
-        write = partial(write_current, recipe, tensors)
-        checkpoint.save(directory.checkpoints, progress, write, state, rule_state(model), data_key=data_key)
         checkpoint.prune(directory.checkpoints, recipe.training.keep_last)
-    engine.accelerator.wait_for_everyone()
 
 
-def write_current(recipe: Recipe, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    name, revision = recipe.model.name, recipe.model.revision
-    write_adapter(directory, recipe.adapter, tensors, base_model=name, base_revision=revision)
-    checkpoint.check_header(directory / ADAPTER_TENSORS, tensors)
+def write_current(
+    engine: Engine,
+    recipe: Recipe,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    *,
+    writers: int = 1,
+) -> list[Path]:
+    """Write the adapter as it is now, tensor by tensor. Every worker must call it; returns the files of this one."""
+    accelerator, written = engine.accelerator, []
+    if accelerator.is_main_process:
+        name, revision = recipe.model.name, recipe.model.revision
+        written = [write_config(path, recipe.adapter, base_model=name, base_revision=revision)]
+    tensors = engine.gathered(saved_tensors(model), shapes)
+    return written + checkpoint.write_tensors(path / ADAPTER_TENSORS, tensors, shapes, accelerator, writers)
 
 
 def effective_ranks(model: nn.Module) -> dict[str, int]:

@@ -24,7 +24,7 @@ LAYERS = [
     ["adapters", "attention", "data", "loss", "memory", "model", "optim"],
     ["distributed"],
     ["group"],
-    ["errors", "stop", "demo.problems", "__init__"],
+    ["errors", "stop", "demo.problems", "tensor_file", "__init__"],
 ]
 """From the top to the bottom. A component imports only from layers below its own, never from a sibling."""
 
