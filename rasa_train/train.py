@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, group
 from .adapters.base import Adapter, Method, Site
+from .adapters.identity import base_samples
 from .adapters.inject import adapt, adapters, rule_state, saved_tensors, trainable
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_adapter
@@ -320,7 +321,8 @@ def save_checkpoint(
 
 def write_current(recipe: Recipe, tensors: Mapping[str, Tensor], directory: Path) -> None:
     name, revision = recipe.model.name, recipe.model.revision
-    write_adapter(directory, recipe.adapter, tensors, base_model=name, base_revision=revision)
+    samples = base_samples(name, revision)
+    write_adapter(directory, recipe.adapter, tensors, base_model=name, base_revision=revision, base_tensors=samples)
     checkpoint.check_header(directory / ADAPTER_TENSORS, tensors)
 
 
