@@ -133,7 +133,7 @@ class Folding:
         del update
         result = self._finite(tensor.name, W.to(dtype))
         if dtype != W.dtype:  # a row at a time would be slow, all at once as large as W
-            for some, stored in zip(W.split(ROWS), result.split(ROWS), strict=True):
+            for some, stored in zip(torch.split(W, ROWS), torch.split(result, ROWS), strict=True):
                 tally.error2 += _norm2(some.sub_(stored.to(W.dtype)))
         return result
 

@@ -47,10 +47,9 @@ class FactorSum(FactorAdapter):
         self.terms = terms
 
     def factors(self) -> Factors:
-        B, d, A = zip(
-            *((f.B, weight * f.d, f.A) for f, weight in ((a.factors(), w) for a, w in self.terms)), strict=True
-        )
-        return Factors(torch.cat(B, -1), torch.cat(d, -1), torch.cat(A, -2))
+        factors = [(adapter.factors(), weight) for adapter, weight in self.terms]
+        d = torch.cat([weight * f.d for f, weight in factors], -1)
+        return Factors(torch.cat([f.B for f, _ in factors], -1), d, torch.cat([f.A for f, _ in factors], -2))
 
     def delta_bias(self) -> Tensor | None:
         return _biases(self.terms)
