@@ -33,7 +33,7 @@ from .adapters.rasa import RaSA
 
 
 @dataclass
-class _Config(PeftConfig):
+class _Config(PeftConfig):  # type: ignore[misc]
     """What the configurations of both methods have in common, by PEFT's names."""
 
     r: int = field(default=8, metadata={"help": "Ranks per layer: the parameter budget of LoRA with the same r."})
@@ -83,7 +83,7 @@ class MoraConfig(_Config):
         self.peft_type: Any = "MORA"
 
 
-class AdaptedLayer(nn.Module, BaseTunerLayer):
+class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear of the base with one adapter of this package per adapter name of PEFT."""
 
     adapter_layer_names = ("rasa_train_adapters",)
@@ -103,7 +103,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        for name in self.active_adapters:
+        active: Any = self.active_adapters
+        for name in active:
             if name in self.rasa_train_adapters:
                 result = result + self.rasa_train_adapters[name](x, self._weight()).to(result.dtype)
         return result
@@ -127,8 +128,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> Tensor:
         """W (out, in), a view of the base's own."""
-        base = self.get_base_layer()
-        weight: Tensor = base.weight
+        base: nn.Module = BaseTunerLayer.get_base_layer(self)
+        weight = base.get_parameter("weight")
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _delta(self, name: str) -> Tensor:
@@ -137,7 +138,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return adapter.delta(self._weight())
 
 
-class _Tuner(BaseTuner):
+class _Tuner(BaseTuner):  # type: ignore[misc]
     """Builds the adapters of all layers at once, since layers share; pools hang at the tuner, once."""
 
     tuner_layer_cls = AdaptedLayer
@@ -155,11 +156,11 @@ class _Tuner(BaseTuner):
         built = self._built(peft_config, adapter_name)
         if current_key not in built.adapters:
             raise ValueError(
-                f"{current_key} is no linear of a decoder layer, so it cannot be adapted; exclude it from target_modules"
+                f"{current_key} is no linear of a decoder layer, so it cannot be adapted: take it out of target_modules"
             )
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
         layer.rasa_train_adapters[adapter_name] = built.adapters[current_key]
-        layer.set_adapter(self.active_adapters)
+        BaseTunerLayer.set_adapter(layer, self.active_adapters)
         if adapter_name not in self.active_adapters:
             layer.rasa_train_adapters[adapter_name].requires_grad_(False)
         layer.rasa_train_adapters[adapter_name].to(target.weight.device)
@@ -210,7 +211,7 @@ class RasaModel(_Tuner):
             return f"{match[1]}.rasa_{'mixing' if match[2] == 'd' else match[2]}.weight"
         if match := re.fullmatch(rf"(.*)rasa_train_pools\.{name}\.(.+)\.([AB])_S", key):
             return f"{match[1]}rasa_shared_{match[3]}.{match[2]}.weight"
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
 class MoraModel(_Tuner):
@@ -221,7 +222,7 @@ class MoraModel(_Tuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if match := re.fullmatch(rf"(.+)\.rasa_train_adapters\.{re.escape(adapter_name)}\.M", key):
             return f"{match[1]}.mora_M.weight"
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
 def _register() -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     ["check"],
     ["launch"],
     ["worker"],
-    ["train", "plan", "merge"],
+    ["train", "plan", "merge", "peft"],
     ["checkpoint"],
     ["recipe", "run_dir", "progress"],
     ["adapters", "data", "optim", "model", "reconstruct"],

@@ -138,16 +138,21 @@ def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, we
         raise UserError(f"{saved.directory / CONFIG} names no base model: give it with --base")
     if revision is None and name == saved.base_model:
         revision = saved.base_revision
+    hint = "" if base else " (the adapter names it): give the base with --base"
+    return name, find_model(name, revision, weights=weights, hint=hint)
+
+
+def find_model(name: str, revision: str | None, *, weights: bool, hint: str = "") -> Path:
+    """The directory of a model here, downloaded as far as it is needed. Raises ``UserError`` when there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"base model: {name} is a directory without a config.json, so it is no model")
-        return name, path
+        return path
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        hint = "" if base else " (the adapter names it): give the base with --base"
         raise UserError(f"base model: {name!r} does not exist{hint}")
     try:
-        return name, _download(name, revision, weights)
+        return _download(name, revision, weights)
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
@@ -159,7 +164,7 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     Raises:
         UserError: the adapter does not fit this base: a name, a shape, or a value that is not finite.
     """
-    model = _architecture(base_dir)
+    model = architecture(base_dir)
     base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
     if (merged := saved.method.merged(base, saved.tensors)) is not None:
         return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged)
@@ -197,7 +202,8 @@ def _names(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir()] if directory.is_dir() else []
 
 
-def _architecture(base_dir: Path) -> PreTrainedModel:
+def architecture(base_dir: Path) -> PreTrainedModel:
+    """The model of a directory on the meta device."""
     try:
         return meta_model(ModelConfig(name=str(base_dir)))
     except UserError as error:
