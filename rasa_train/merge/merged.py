@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
 
     def counted(nbytes: int) -> None:
         if stopped.is_set():
-            raise RuntimeError("another file could not be written")
+            raise _StoppedError
         with lock:
             tick(nbytes)
 
@@ -179,14 +179,20 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(write, file) for file in folding.checkpoint.files]
         try:
-            # in the order of time: the first that fails says why, the others only that it did
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C
             stopped.set()
-            pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for future in futures:
+        if not future.cancelled() and (error := future.exception()) and not isinstance(error, _StoppedError):
+            raise error
     return [future.result() for future in futures]
+
+
+class _StoppedError(Exception):
+    """Another file could not be written, so this one need not be."""
 
 
 def _threads(folding: Folding) -> int:
