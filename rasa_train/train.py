@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from . import attention, checkpoint, group
 from . import loss as loss_of
 from .adapters.base import Adapter, Method, Site
+from .adapters.identity import base_samples
 from .adapters.inject import adapt, adapters, groups, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
@@ -341,7 +342,8 @@ def write_current(
     accelerator, written = engine.accelerator, []
     if accelerator.is_main_process:
         name, revision = recipe.model.name, recipe.model.revision
-        written = [write_config(path, recipe.adapter, base_model=name, base_revision=revision)]
+        samples = base_samples(name, revision)
+        written = [write_config(path, recipe.adapter, base_model=name, base_revision=revision, base_tensors=samples)]
     tensors = engine.gathered(saved_tensors(model), shapes)
     return written + checkpoint.write_tensors(path / ADAPTER_TENSORS, tensors, shapes, accelerator, writers)
 

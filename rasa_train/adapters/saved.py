@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
     base_model: str | None
     base_revision: str | None
+    base_tensors: Mapping[str, str] = field(default_factory=dict)
+    """Samples of the base it was trained on (``identity.base_samples``); empty where they were not recorded."""
 
 
 def write_adapter(
@@ -59,21 +61,33 @@ def write_adapter(
     *,
     base_model: str,
     base_revision: str | None,
+    base_tensors: Mapping[str, str] | None = None,
 ) -> None:
     """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
-    write_config(directory, method, base_model=base_model, base_revision=base_revision)
+    write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     save_file(plain, directory / TENSORS, metadata={"format": "pt"})
 
 
-def write_config(directory: Path, method: Method, *, base_model: str, base_revision: str | None) -> Path:
-    """Write the file that says what the tensors of an adapter directory are. Returns its path."""
+def write_config(
+    directory: Path,
+    method: Method,
+    *,
+    base_model: str,
+    base_revision: str | None,
+    base_tensors: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the file that says what the tensors of an adapter directory are. Returns its path.
+
+    ``base_tensors`` are samples of the base (``identity.base_samples``), by which a merge knows it again.
+    """
     config = {
         "format": "rasa_train",
         "format_version": FORMAT_VERSION,
         **method.model_dump(exclude={"init_from"}),
         "base_model": base_model,
         "base_revision": base_revision,
+        **({"base_tensors": dict(base_tensors)} if base_tensors else {}),
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return directory / CONFIG
@@ -175,8 +189,11 @@ def _read_ours(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
     config.pop("format")
     base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
+    base_tensors = config.pop("base_tensors", {})
     method = _method(directory, str(config.get("method")), config)
-    return SavedAdapter(directory, method, read_safetensors(directory / TENSORS), base_model, base_revision)
+    return SavedAdapter(
+        directory, method, read_safetensors(directory / TENSORS), base_model, base_revision, base_tensors
+    )
 
 
 def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
