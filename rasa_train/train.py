@@ -25,6 +25,7 @@ from .data.cache import TokenDataset
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
+from .evaluate.training import TrainingEvaluation, best_of
 from .model import load_model, load_tokenizer, meta_model, torch_dtype
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
@@ -64,6 +65,9 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
         engine.prepare(model, partial(make_optimizer, training.optimizer))
         parameters, placed = trainable(model), adapters(model)
 
+        measure = None
+        if training.evaluate:
+            measure = TrainingEvaluation(recipe, divided=engine.sharded, say=report.say)
         progress = Progress()
         if found:
             progress = checkpoint.load_progress(found, data_key=data.key)
@@ -124,6 +128,10 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
                 row["validation_loss"] = validate(engine, data.validation, micro_batch_size)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
+            if measure and due(measure.every, progress.step, epoch_done, done):
+                row[f"eval_{measure.name}"] = group.from_first(
+                    accelerator, measure(model) if accelerator.is_main_process else None
+                )
             if accelerator.is_main_process:
                 directory.log(row)
             if trackers:
@@ -145,6 +153,8 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
         checkpoint.write_directory(directory.adapter, partial(write_current, recipe, tensors))
         last = directory.last_metrics()
         summary = summarize(recipe, count, ranks, data, progress, last) | {"workers": accelerator.num_processes}
+        if training.evaluate:
+            summary["evaluation"] = best_of(directory.metrics)
         write_json(directory.summary, summary)
     for tracker in accelerator.trackers:
         tracker.finish()

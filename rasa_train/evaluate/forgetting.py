@@ -127,7 +127,7 @@ def _definition(task: str, path: Path | None, theirs: Path) -> dict[str, Any]:
         ready_made = "gold" in json.loads(file.readline())
     source = DEFINITIONS / f"{LOCAL}{task}.yaml" if ready_made else theirs / TASKS[task]
     files = {"data_files": {split: str(path) for split in ("train", "validation", "test")}}
-    return load_yaml(source) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+    return dict(load_yaml(source)) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
 
 
 def _first_line(error: Exception) -> str:

@@ -94,11 +94,11 @@ class Evaluation:
             if options.fresh or not samples.continued:
                 for stale in path.parent.glob(f"{cache.name}*"):
                     stale.unlink()
-            rows, metrics, speed = [], self._forgetting(model.lm, cache), None
+            rows, metrics, speed = [], self.forgetting(model.lm, cache), None
             questions = sum(min(options.limit or n, n) for n in (t["questions"] for t in protocol.values()))
         else:
             samples = SampleFile(path, depends_on, fresh=options.fresh)
-            rows, metrics, speed = self.answer(model, self.suites[name], samples)
+            rows, metrics, speed = self.answer(lambda: model.lm, self.suites[name], samples)
             questions = len(self.suites[name].questions[: options.limit])
         result = {
             "suite": name,
@@ -124,7 +124,7 @@ class Evaluation:
         return self.suites[name].protocol()
 
     def answer(
-        self, model: _Lazy, suite: Suite, samples: SampleFile
+        self, lm: Callable[[], Any], suite: Suite, samples: SampleFile
     ) -> tuple[list[dict[str, Any]], dict[str, float], float | None]:
         """Verdicts, metrics, and tokens per second of what was made now."""
         questions = suite.questions[: self.options.limit]
@@ -137,7 +137,7 @@ class Evaluation:
 
         shown = self.reports(f"answering {suite.name}")
         responses = generate(
-            model.lm,
+            lm(),
             suite,
             questions,
             samples,
@@ -148,7 +148,8 @@ class Evaluation:
         rows, metrics = score(suite, responses, self.sandbox if suite.name == "code" else None, self.reports)
         return rows, metrics, round(progress.tokens_per_second, 1) if progress.fresh else None
 
-    def _forgetting(self, lm: Any, cache: Path | None) -> dict[str, float]:
+    def forgetting(self, lm: Any, cache: Path | None) -> dict[str, float]:
+        """Metrics of the three tasks; ``cache`` keeps likelihoods."""
         batch = max(self.options.tokens // 512, 1)
         return forgetting.evaluate(
             lm, self.tasks, limit=self.options.limit, batch_size=batch, cache=cache, say=self.say
