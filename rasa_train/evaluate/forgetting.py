@@ -78,21 +78,16 @@ def evaluate(
         limit: questions of each task.
         cache: a file that keeps each question's likelihoods, so that an interrupted evaluation goes on.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.api.model import CachingLM
+    from lm_eval.evaluator import evaluate as run_tasks
 
     lm.batch_size_per_gpu = batch_size
     metrics: dict[str, float] = {}
     for name, task in tasks.items():
         say(f"{name}: {min(limit or len(task.eval_docs), len(task.eval_docs))} questions")
-        done = simple_evaluate(
-            lm,
-            tasks=[task],
-            num_fewshot=0,
-            limit=limit,
-            use_cache=str(cache) if cache else None,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        task.set_config(key="num_fewshot", value=0)
+        model = CachingLM(lm, str(cache)) if cache else lm
+        done = run_tasks(model, {name: task}, limit=limit, bootstrap_iters=0, log_samples=False)
         assert done is not None
         (scores,) = done["results"].values()
         for metric in ("acc", "acc_norm"):

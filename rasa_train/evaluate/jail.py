@@ -116,6 +116,7 @@ def enter(entered: int, mapped: int) -> None:
     """A: the new namespaces. Its ids are written from outside, which alone may map more than one."""
     die_with_parent()
     call("unshare", libc.unshare(NEW_USER | NEW_NS | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS))
+    die_with_parent()  # the new capabilities have undone it
     os.write(entered, b"x")
     if not os.read(mapped, 1):
         raise SetupError("user ids could not be mapped")

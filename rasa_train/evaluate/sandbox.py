@@ -105,8 +105,10 @@ class Sandbox:
             try:
                 return self._judge(process, read, nonce, self._request(program, nonce, write))
             finally:
-                os.close(read)
                 _kill(process)
+                while _read(read, REPORT_BYTES, time.monotonic() + START_SECONDS):
+                    pass  # until the program is dead as well, which holds the other end
+                os.close(read)
 
     def run_all(self, programs: Iterable[str], workers: int | None = None) -> Iterator[Verdict]:
         """Verdicts in the order of the programs; ``workers`` at a time (default: one a core)."""

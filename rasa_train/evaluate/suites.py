@@ -105,6 +105,9 @@ def needs_harness() -> None:
         raise UserError("evaluation needs lm-evaluation-harness: pip install 'rasa_train[eval]'")
     import logging
 
+    import datasets
+
+    datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
