@@ -32,8 +32,14 @@ def suite() -> Suite:
 
 @pytest.fixture(scope="module")
 def lm() -> Any:
+    """The demo model with noise on its weights: untrained for the task it would say nothing."""
     config = ModelConfig(name="demo", dtype="float32")
-    return wrap(load_model(config), load_tokenizer(config))
+    model = load_model(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return wrap(model, load_tokenizer(config))
 
 
 class AlwaysStop(StopSignal):
@@ -206,7 +212,7 @@ def test_a_run_its_checkpoints_and_training_evaluate(cli: Any, tmp_path: Path) -
     assert (tmp_path / "run/evaluation/gsm8k/step-00000001.json").is_file()
 
     # merged in memory = merged on disk
-    cli("merge", "run", "--output", "merged", check=True)
+    cli("merge", "run", "--output", "merged", "--dtype", "float32", check=True)
     (subject,) = find_subjects(str(tmp_path / "run"), all_checkpoints=False, output=None)
     ours = load_lm(Plan(subject, dtype="float32")).model.state_dict()
     theirs = load_model(ModelConfig(name=str(tmp_path / "merged"), dtype="float32")).state_dict()

@@ -22,7 +22,8 @@ from rasa_train.evaluate.problems import (
 from rasa_train.evaluate.sandbox import Sandbox
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
-PROMPT = 'from typing import List\n\ndef add(a: int, b: List[int]=[]) -> int:\n    """ Add one.\n    >>> add(1)\n    2\n    """\n'
+PROMPT = "from typing import List\n\ndef add(a: int, b: List[int]=[]) -> int:\n"
+PROMPT += '    """ Add one.\n    >>> add(1)\n    2\n    """\n'
 PLUS = {
     "task_id": "T/0",
     "prompt": PROMPT,
