@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ Tick = Callable[[int, int], None]
 """Told of (done, in all) as verdicts come in."""
 
 
-def score_math(problems: Sequence[Row], responses: Sequence[str], tick: Tick | None = None) -> list[Row]:
+def score_math(
+    problems: Sequence[Row], responses: Sequence[str], tick: Tick | None = None, checker: Checker | None = None
+) -> list[Row]:
     """A verdict for each response: ``index``, ``correct`` (robust), ``math_sympy`` (the paper's rule),
-    ``math_sympy_or_string``, ``answer``, ``gold``, ``reason``."""
+    ``math_sympy_or_string``, ``answer``, ``gold``, ``reason``. ``checker`` is one to use that stays open."""
     pairs = [(p["gold"], marked_answer(text), given_answer(text)) for p, text in zip(problems, responses, strict=True)]
     rows: list[Row] = []
-    with Checker(workers=None if len(pairs) > 50 else 1) as checker:
-        for index, (pair, same) in enumerate(zip(pairs, checker.check(pairs), strict=True)):
+    with nullcontext(checker) if checker else Checker(workers=None if len(pairs) > 50 else 1) as used:
+        for index, (pair, same) in enumerate(zip(pairs, used.check(pairs), strict=True)):
             rows.append(
                 {
                     "index": index,

@@ -125,6 +125,14 @@ def test_the_papers_prompts(suite: Suite, tmp_path: Path) -> None:
     assert asked.prompt == f"{preamble}Do.\n\n### Response:\n\n\ndef f():"
 
 
+def test_lm_eval_can_score_the_task_itself(suite: Suite) -> None:
+    row = suite.questions[0].row
+    right = suite.task.process_results(row, [f"The answer is: {row['gold']}"])
+    wrong = suite.task.process_results(row, [f"The answer is: {row['gold']}1"])
+    names = ("math_sympy", "math_sympy_or_string", "accuracy")
+    assert (right, wrong) == (dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.0))
+
+
 def test_a_model_and_its_results(cli: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(DEMO, model)

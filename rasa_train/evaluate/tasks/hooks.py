@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import datasets
 
 from rasa_train.data.encode import prompt_text
+from rasa_train.evaluate.answers import Checker
 from rasa_train.evaluate.passk import mean_pass_at_k
 from rasa_train.evaluate.problems import Row, code_candidate, load, program
 from rasa_train.evaluate.sandbox import Sandbox
@@ -33,7 +35,7 @@ def code_prompt(doc: Row) -> str:
 
 
 def score_math(doc: Row, results: list[str]) -> dict[str, float]:
-    (row,) = answers_of([doc], results[:1])
+    (row,) = answers_of([doc], results[:1], checker=_checker())
     return {
         "math_sympy": float(row["math_sympy"]),
         "math_sympy_or_string": float(row["math_sympy_or_string"]),
@@ -46,6 +48,12 @@ def score_code(doc: Row, results: list[Any]) -> dict[str, float]:
     programs = [(doc["task_id"], program(doc, code_candidate(doc, text))) for text in responses]
     rows = verdicts_of(programs, Sandbox())
     return mean_pass_at_k([(len(rows), sum(row["passed"] for row in rows))])
+
+
+@cache
+def _checker() -> Checker:
+    """One for all questions: to start it takes seconds."""
+    return Checker(workers=1)
 
 
 def _same_keys(rows: list[Row]) -> list[Row]:
