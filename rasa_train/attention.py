@@ -6,6 +6,8 @@ begin, under the names that transformers' own flash attention uses (``cu_seq_len
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +54,19 @@ def use_varlen(model: PreTrainedModel) -> None:
     check_packable(model)
     if "flash" not in str(model.config._attn_implementation):
         model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def padded(model: nn.Module) -> Iterator[None]:
+    """``model`` attends to padded sequences again inside, as it does when it generates."""
+    flat = isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
+    if isinstance(model, PreTrainedModel) and flat:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if isinstance(model, PreTrainedModel) and flat:
+            model.set_attn_implementation(NAME)
 
 
 def varlen_attention(

@@ -7,7 +7,8 @@ a time. It happens in forward because DDP, ZeRO-3 and FSDP2 gather weights and r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,22 @@ def install(model: nn.Module) -> Loss:
     return lambda model, batch: model(**batch)
 
 
+@contextmanager
+def with_logits(model: nn.Module) -> Iterator[None]:
+    """``model`` gives logits again inside, and can generate."""
+    forward = model.__dict__.pop("forward", None)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
+        model.set_output_embeddings(head.base)
+    try:
+        yield
+    finally:
+        if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
+            model.set_output_embeddings(head)
+        if forward is not None:
+            model.__dict__["forward"] = forward
+
+
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the loss can be computed in chunks."""
     if not isinstance(model, PreTrainedModel):
@@ -63,9 +80,12 @@ def from_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 class LossHead(nn.Module):
     """The LM head of ``base``, by the same names, giving the loss instead of the logits."""
 
+    base: nn.Linear
+
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
+        object.__setattr__(self, "base", base)  # not registered: its tensors are this module's
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies, fp32; ``hidden`` (tokens, width), ``targets`` (tokens)."""

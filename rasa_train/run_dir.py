@@ -36,6 +36,7 @@ HARMLESS = {
     "training.keep_last",
     "training.validate_every",
     "training.log_every",
+    "training.evaluate",
 }
 """Keys of a recipe that may change between two starts of one run: they do not alter what is computed."""
 

@@ -30,6 +30,7 @@ from .data.cache import TokenDataset
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
+from .evaluate.training import TrainingEvaluation, best_of
 from .loss import Loss
 from .model import (
     checkpoint_layers,
@@ -84,6 +85,9 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         # Where parameters are divided, or in a compiled graph, the adapters' plain forward serves.
         fast = [] if engine.sharded or training.compile else groups(model)
 
+        measure = None
+        if training.evaluate:
+            measure = TrainingEvaluation(recipe, divided=engine.sharded, say=report.say)
         progress = Progress()
         if found:
             progress = checkpoint.load_progress(found, data_key=data.key)
@@ -140,6 +144,10 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
                 with packed(fast):
                     row["validation_loss"] = validate(engine, losses, data.validation, limit, training.flat)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
+            if measure and due(measure.every, progress.step, epoch_done, done):
+                with loss_of.with_logits(model), attention.padded(model), mixed(recipe, model), packed(fast):
+                    accuracy = measure(model) if accelerator.is_main_process else None
+                row[f"eval_{measure.name}"] = group.from_first(accelerator, accuracy)
             if accelerator.is_main_process:
                 directory.log(row)
             if trackers:
@@ -160,6 +168,8 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
     if accelerator.is_main_process:
         last = directory.last_metrics()
         summary = summarize(recipe, count, ranks, data, progress, last) | {"workers": accelerator.num_processes}
+        if training.evaluate:
+            summary["evaluation"] = best_of(directory.metrics)
         write_json(directory.summary, summary)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -190,12 +200,22 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
     losses = loss_of.install(model)
     if recipe.training.compile:
         compile_layers(model)
-    if recipe.model.dtype != "float32" and any(map(method.trains, dict(model.named_parameters()))):
-        # Base weights that are trained are held in fp32 and computed with under autocast. No cache: it would keep
-        # the low-precision copies of the first step's weights for the whole run.
-        kind, dtype = engine.accelerator.device.type, torch_dtype(recipe.model)
-        model.forward = torch.autocast(kind, dtype, cache_enabled=False)(model.forward)
+    if is_mixed(recipe, model):
+        model.forward = mixed(recipe, model)(model.forward)
     return model, sites, losses
+
+
+def is_mixed(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether base weights are trained in a low precision: they are held in fp32, and computed with under autocast."""
+    return recipe.model.dtype != "float32" and any(map(recipe.adapter.trains, dict(model.named_parameters())))
+
+
+def mixed(recipe: Recipe, model: nn.Module) -> torch.autocast:
+    """Around the forward of such a model. No cache: it would keep the low-precision copies of the first step's weights
+    for the whole run."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    enabled = is_mixed(recipe, model)
+    return torch.autocast(kind, torch_dtype(recipe.model) if enabled else None, enabled=enabled, cache_enabled=False)
 
 
 def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:

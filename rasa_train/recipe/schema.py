@@ -24,6 +24,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class EvaluateConfig(_Section):
+    """Section ``training.evaluate:``: task accuracy while training, into ``metrics.jsonl`` as ``eval_SUITE``; the best
+    checkpoint by it is named in ``summary.json``. Needs the extra ``eval``."""
+
+    suite: Literal["math", "gsm8k", "code", "forgetting"]
+    every: Every = "epoch"
+    """``epoch``, or a number of steps. The last step is always evaluated."""
+    limit: PositiveInt | None = 200
+    """Questions (of each task, for forgetting); null for all."""
+    data: str | None = None
+    """Local questions, as for ``rasa-eval --data``; null for the hub's."""
+
+
 class TrainingConfig(_Section):
     """Section ``training:``. Steps are optimizer steps, everywhere."""
 
@@ -61,6 +74,8 @@ class TrainingConfig(_Section):
     """How many checkpoints to keep; null keeps all (the paper scores each epoch's)."""
     validate_every: Every = "epoch"
     """``epoch``, or a number of steps: loss on ``data.validation``, where there is one."""
+    evaluate: EvaluateConfig | None = None
+    """Task accuracy while training; null measures none."""
     log_every: PositiveInt = 10
     """Steps between two lines of progress when the output is no terminal."""
 
