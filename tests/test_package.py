@@ -21,7 +21,7 @@ LAYERS = [
     ["train", "plan", "merge"],
     ["checkpoint"],
     ["recipe", "run_dir", "progress"],
-    ["adapters", "data", "optim", "model"],
+    ["adapters", "data", "optim", "model", "reconstruct"],
     ["distributed"],
     ["group"],
     ["errors", "stop", "demo.problems", "__init__"],
