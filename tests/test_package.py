@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
 LAYERS = [
     ["cli"],
     ["demo"],
-    ["check"],
+    ["report", "check", "sweep"],
+    ["analysis"],
     ["launch"],
     ["worker"],
     ["train", "plan", "merge"],

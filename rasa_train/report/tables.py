@@ -1,0 +1,170 @@
+"""The tables of a report, as plain values: a cell is what is shown and what it is sorted by."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from ..merge.output import size
+from .charts import Group
+from .runs import Run, lower_is_better
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    value: float | str | None = None
+    """For sorting, and for CSV; None (unknown) comes last."""
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    hint: str = ""
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(column.title for column in self.columns)
+        writer.writerows([cell.text if cell.value is None else cell.value for cell in row] for row in self.rows)
+        return out.getvalue()
+
+
+UNKNOWN = Cell("–")
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """A row a run; two columns (BEST, LAST) for each score that any run has."""
+    scores = list(dict.fromkeys(score.key for run in runs for score in run.scores))
+    columns = [
+        Column("run", number=False),
+        Column("state", number=False),
+        Column("method", number=False),
+        Column("r", "ranks a layer"),
+        Column("k", "of those, shared"),
+        Column("trained", "trainable parameters"),
+        Column("rank", "largest effective rank of an update"),
+        Column("steps"),
+        Column("tokens"),
+        Column("time"),
+        Column("memory", "peak of the first worker"),
+        Column("loss", "training loss, mean of the last 10 steps"),
+    ]
+    validated = any("validation_loss" in row for run in runs for row in run.metrics)
+    columns += [Column("validation", "validation loss, last")] if validated else []
+    for key in scores:
+        way = "lowest" if lower_is_better(key) else "highest"
+        columns += [Column(f"{key} BEST", f"{way} over the checkpoints"), Column(f"{key} LAST", "of the finished run")]
+    return Table(columns, [_run_row(run, scores, validated) for run in runs])
+
+
+def groups_table(groups: Sequence[Group]) -> Table | None:
+    """Mean and standard deviation over seeds; None when no recipe was run with two."""
+    if all(len(group.runs) < 2 for group in groups):
+        return None
+    scores = list(dict.fromkeys(score.key for group in groups for run in group.runs for score in run.scores))
+    columns = [Column("runs", number=False), Column("seeds"), Column("loss", "mean ± standard deviation")]
+    columns += [Column(f"{key} {which}", "mean ± standard deviation") for key in scores for which in ("BEST", "LAST")]
+    rows = []
+    for group in groups:
+        row = [Cell(group.name, group.name), Cell(str(len(group.runs)), len(group.runs))]
+        row.append(_spread([run.loss for run in group.runs]))
+        for key in scores:
+            pairs = [run.best_and_last().get(key) for run in group.runs]
+            row += [_spread([pair and pair[which] for pair in pairs]) for which in (0, 1)]
+        rows.append(row)
+    return Table(columns, rows)
+
+
+def differences_table(runs: Sequence[Run]) -> Table | None:
+    """The recipe keys that are not the same in all runs; None when there are none."""
+    known = [run for run in runs if run.recipe]
+    keys = list(dict.fromkeys(key for run in known for key in run.recipe))
+    differing = [
+        key
+        for key in keys
+        if key != "output_dir" and len({json.dumps(run.recipe.get(key), default=str) for run in known}) > 1
+    ]
+    if not differing:
+        return None
+    rows = []
+    for key in differing:
+        cells = [Cell(_value(run.recipe[key])) if key in run.recipe else UNKNOWN for run in known]
+        rows.append([Cell(key, key), *(Cell(cell.text, cell.text) for cell in cells)])
+    return Table([Column("key", number=False), *(Column(run.name, number=False) for run in known)], rows)
+
+
+def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
+    summary, last = run.summary, run.metrics[-1] if run.metrics else {}
+    ranks = summary.get("effective_rank")
+    rank = max(ranks.values(), default=None) if isinstance(ranks, dict) else None
+    peak = max((row.get("peak_memory_bytes") or 0 for row in run.metrics), default=0)
+    peak = peak or summary.get("peak_memory_bytes") or 0
+    steps = summary.get("steps", last.get("step"))
+    method = run.recipe.get("adapter.method", summary.get("method"))
+    row = [
+        Cell(run.name, run.name),
+        Cell(run.state, run.state),
+        Cell(str(method), str(method)) if method else UNKNOWN,
+        _whole(run.recipe.get("adapter.r")),
+        _whole(run.recipe.get("adapter.k")),
+        _whole(summary.get("trainable_parameters")),
+        _whole(rank),
+        _whole(steps),
+        _whole(run.total("tokens")),
+        _time(run.total("seconds")),
+        Cell(size(peak), peak) if peak else UNKNOWN,
+        _float(run.loss),
+    ]
+    if validated:
+        found = [row["validation_loss"] for row in run.metrics if row.get("validation_loss") is not None]
+        row.append(_float(found[-1] if found else None))
+    best_and_last = run.best_and_last()
+    for key in scores:
+        row += [_float(value) for value in best_and_last.get(key, (None, None))]
+    return row
+
+
+def _whole(value: Any) -> Cell:
+    return Cell(f"{value:,.0f}", value) if isinstance(value, int | float) else UNKNOWN
+
+
+def _float(value: Any) -> Cell:
+    return Cell(f"{value:.4g}", value) if isinstance(value, int | float) else UNKNOWN
+
+
+def _time(seconds: float | None) -> Cell:
+    if seconds is None:
+        return UNKNOWN
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    text = f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    return Cell(text, round(seconds, 1))
+
+
+def _spread(values: Sequence[float | None]) -> Cell:
+    present = [value for value in values if value is not None]
+    if not present:
+        return UNKNOWN
+    mean = fmean(present)
+    spread = f" ± {stdev(present):.2g}" if len(present) > 1 else ""
+    return Cell(f"{mean:.4g}{spread}", mean)
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
