@@ -151,7 +151,7 @@ def _mean(group: Group, curves: list[list[Point]], most: int) -> Series | None:
     points, spreads = [], []
     for step in sorted(values):
         at = values[step]
-        axes = set.intersection(*(set(x) for x, _ in at))
+        axes = [name for name in at[0][0] if all(name in x for x, _ in at)]
         points.append((step, {name: fmean(x[name] for x, _ in at) for name in axes}, fmean(y for _, y in at)))
         spreads.append(stdev([y for _, y in at]) if len(at) > 1 else 0.0)
     series = _series(_with_count(group), points, most)
@@ -185,7 +185,7 @@ def _by_setting(title: str, key: str, grouped: Sequence[Group], setting: str, ax
     for group in grouped:
         for run in group.runs:
             value, best = run.recipe.get(setting), run.best_and_last().get(key)
-            if value is None or best is None:
+            if value is None or best is None or not run.summary:  # half a run is no result
                 continue
             hidden = {"seed", "output_dir", setting, "model.revision"}
             rest = {name: v for name, v in run.recipe.items() if name not in hidden}

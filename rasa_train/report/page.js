@@ -147,10 +147,10 @@ class Plot {
     const width = this.area.clientWidth;
     if (!width || width < 40) return;
     const series = this.shown();
-    const labelled = width > 520 && series.length <= 6;
-    const longest = Math.max(0, ...series.map((s) => s.name.length));
+    const room = Math.max(0, ...series.map((s) => s.name.length)) * 7.6 + 14;
+    const labelled = room < width * 0.35 && series.length <= 6;
     const height = Math.max(220, Math.min(320, width * 0.55));
-    const right = labelled ? Math.min(width * 0.3, longest * 6.9 + 14) : 12;
+    const right = labelled ? room : 16;
     this.box = { left: 52, right: width - right, top: 22, bottom: height - 40 };
     const xs = series.flatMap((s) => s.x[this.axis]);
     const ys = series.flatMap((s) => (s.spread && !this.log ? s.y.flatMap((y, i) => [y - s.spread[i], y + s.spread[i]]) : s.y)).filter((y) => y !== null);
@@ -303,8 +303,7 @@ function channels(name) {
 function heatMap({ kind, layers, ranks, largest, values }) {
   const bytes = Uint8Array.from(atob(values), (c) => c.charCodeAt(0));
   const canvas = element("canvas", { width: ranks, height: layers, role: "img", "aria-label": `${kind}: ${layers} layers by ${ranks} shared ranks, largest weight ${format(largest)}` });
-  canvas.style.aspectRatio = `${Math.max(ranks, layers)} / ${layers}`;
-  canvas.style.minHeight = "5rem";
+  canvas.style.height = `${Math.max(72, Math.min(260, layers * 10))}px`;
   const context = canvas.getContext("2d");
   const image = context.createImageData(ranks, layers);
   const [low, high] = [channels("--heat-low"), channels("--heat-high")];

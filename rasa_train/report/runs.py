@@ -217,7 +217,7 @@ def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[s
     try:
         saved = read_adapter(find_adapter(path))
     except UserError as error:
-        problems.append(str(error))
+        problems.append(str(error).removeprefix(f"{path} ").replace(f"{path}/", ""))
         return {}, {}
     return mixing_weights(saved.tensors), saved.method.model_dump()
 

@@ -74,18 +74,23 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def groups_table(groups: Sequence[Group]) -> Table | None:
-    """Mean and standard deviation over seeds; None when no recipe was run with two."""
+    """Mean and standard deviation over the seeds whose run is complete; None when no recipe was run with two."""
     if all(len(group.runs) < 2 for group in groups):
         return None
     scores = list(dict.fromkeys(score.key for group in groups for run in group.runs for score in run.scores))
-    columns = [Column("runs", number=False), Column("seeds"), Column("loss", "mean ± standard deviation")]
+    columns = [
+        Column("runs", number=False),
+        Column("seeds", "complete runs"),
+        Column("loss", "mean ± standard deviation"),
+    ]
     columns += [Column(f"{key} {which}", "mean ± standard deviation") for key in scores for which in ("BEST", "LAST")]
     rows = []
     for group in groups:
-        row = [Cell(group.name, group.name), Cell(str(len(group.runs)), len(group.runs))]
-        row.append(_spread([run.loss for run in group.runs]))
+        done = [run for run in group.runs if run.summary]
+        count = str(len(done)) if len(done) == len(group.runs) else f"{len(done)} of {len(group.runs)}"
+        row = [Cell(group.name, group.name), Cell(count, len(done)), _spread([run.loss for run in done])]
         for key in scores:
-            pairs = [run.best_and_last().get(key) for run in group.runs]
+            pairs = [run.best_and_last().get(key) for run in done]
             row += [_spread([pair and pair[which] for pair in pairs]) for which in (0, 1)]
         rows.append(row)
     return Table(columns, rows)
