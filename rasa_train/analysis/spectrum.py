@@ -54,11 +54,13 @@ def spectrum(update: Update) -> Spectrum:
 def singular_values(update: Update) -> Tensor:
     """Largest first, fp64. Of factors: min(q, out, in) of them, and nothing of size out x in is made."""
     if isinstance(update, Tensor):
-        return torch.linalg.svdvals(update.double())
-    B, A = update
-    if B.shape[1] > min(B.shape[0], A.shape[1]):
-        return torch.linalg.svdvals(B.double() @ A.double())
-    return torch.linalg.svdvals(torch.linalg.qr(B.double())[1] @ torch.linalg.qr(A.double().mT)[1].mT)
+        core = update.double()
+    else:
+        B, A = (factor.double() for factor in update)
+        thin = B.shape[1] <= min(B.shape[0], A.shape[1])
+        core = torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT if thin else B @ A
+    s: Tensor = torch.linalg.svdvals(core)
+    return s
 
 
 @torch.no_grad()

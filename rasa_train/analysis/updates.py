@@ -146,18 +146,18 @@ def of_adapter(path: Path, base: str | None = None) -> Updates:
     return found | _dense(others, lambda site: _delta(source.adapters[site.path], site, weight), weight)
 
 
-def random_updates(L: int, b: int, a: int, q: int | None, kinds: int = 1, seed: int = 0) -> Updates:
-    """Normal updates of L layers (b x a): of rank q (factors whose product has entries of variance 1), or dense."""
+def random_updates(L: int, b: int, a: int, q: int | None, seed: int = 0) -> Updates:
+    """Normal updates of L layers (b x a), entries of variance 1: of rank q (factors), or dense."""
 
-    def read(number: int) -> KindUpdates:
-        generator = torch.Generator().manual_seed(seed + number)
+    def read() -> KindUpdates:
+        generator = torch.Generator().manual_seed(seed)
         names = [f"random.{i}" for i in range(L)]
         if q is None:
-            return KindUpdates(f"random {number}", names, torch.randn(L, b, a, generator=generator))
+            return KindUpdates("random", names, torch.randn(L, b, a, generator=generator))
         B = torch.randn(L, b, q, generator=generator) / q**0.5
-        return KindUpdates(f"random {number}", names, (B, torch.randn(L, q, a, generator=generator)))
+        return KindUpdates("random", names, (B, torch.randn(L, q, a, generator=generator)))
 
-    return {f"random {number}": lambda number=number: read(number) for number in range(kinds)}  # type: ignore[misc]
+    return {"random": read}
 
 
 def chosen(updates: Updates, kinds: Sequence[str]) -> Updates:

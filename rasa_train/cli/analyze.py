@@ -214,7 +214,8 @@ def _updates(source: Sequence[str], random: str | None, base: str | None, seed: 
         numbers = random.split(",")
         if len(numbers) not in (3, 4) or not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
             raise UserError(f"--random must be L,B,A or L,B,A,Q (layers, out, in, rank), got {random!r}")
-        return random_updates(*map(int, numbers[:3]), int(numbers[3]) if numbers[3:] else None, seed=seed)
+        L, b, a, *q = map(int, numbers)
+        return random_updates(L, b, a, q[0] if q else None, seed)
     return of_models(*source) if len(source) == 2 else of_adapter(Path(source[0]), base)
 
 
