@@ -97,6 +97,7 @@ def test_a_failing_run_does_not_stop_the_others_and_done_runs_are_skipped(recipe
     assert os.stat("runs/seed=1/adapter/adapter.safetensors").st_mtime_ns == first, "a complete run is not run again"
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_sweep_and_the_state_is_saved(recipe: Path) -> None:
     command = [sys.executable, "-m", "rasa_train.cli.train", str(recipe), "training.max_steps=100000"]
     process = subprocess.Popen([*command, "--sweep", "seed=1,2"], stderr=subprocess.PIPE, text=True)

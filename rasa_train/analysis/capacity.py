@@ -9,9 +9,6 @@ from typing import Any
 from ..reconstruct import Start, reconstruct
 from .updates import KindUpdates
 
-HALF_STEPS = 4
-"""Errors that a sweep gives."""
-
 
 @dataclass(frozen=True)
 class Capacity:
@@ -66,7 +63,8 @@ def capacity(
     for k in ks:
         found = reconstruct(updates.stack, r, k, sweeps=sweeps, start=start, seed=seed)
         norm2, e_lora = found.norm2, found.e_lora
-        e_rasa[k] = found.errors[::HALF_STEPS]
+        half_steps = 4 if k < r else 3  # without private ranks there is nothing to fit them to
+        e_rasa[k] = found.errors[::half_steps]
         tick()
     return Capacity(updates.kind, len(updates.names), updates.shape, norm2, e_lora, e_rasa)
 

@@ -199,7 +199,7 @@ def _factor_reader(
                 B, d, A = (factor.float() for factor in adapter.factors())
                 Bs.append(B * d.unsqueeze(-2))
                 As.append(A)
-        B, A = torch.stack(Bs), torch.stack(As)
+            B, A = torch.stack(Bs), torch.stack(As)
         first = adapters[group[0].path]
         private = None
         if isinstance(first, RaSAAdapter) and first.pool is not None:

@@ -14,7 +14,7 @@ from .runs import Run, Score, lower_is_better
 
 POINTS = 300
 """Points of one curve at the most: the means of as many stretches of it."""
-ALL_POINTS = 24_000
+ALL_POINTS = 6_000
 """Points of one chart at the most."""
 RUNS, MEANS = "each run", "mean over seeds"
 

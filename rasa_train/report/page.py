@@ -119,7 +119,7 @@ def _table(table: Table, caption: str) -> str:
             tag = 'th scope="row"' if i == 0 else "td"
             value = "" if cell.value is None else f' data-v="{escape(str(cell.value))}"'
             kind = "" if column.number else " class=text"
-            cells.append(f"<{tag}{kind}{value}>{escape(cell.text)}</{tag.split()[0]}>")
+            cells.append(f"<{tag}{kind}{value}>{_breakable(cell.text)}</{tag.split()[0]}>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="sortable">'
@@ -128,11 +128,17 @@ def _table(table: Table, caption: str) -> str:
 
 
 def _problems(runs: Sequence[Run]) -> str:
-    found = [(run, problem) for run in runs for problem in run.problems]
-    if not found:
-        return ""
-    items = "".join(f"<dt>{escape(run.name)}</dt><dd>{escape(problem)}</dd>" for run, problem in found)
-    return f'<dl class="problems">{items}</dl>'
+    items = [
+        f"<dt>{_breakable(run.name)}</dt>" + "".join(f"<dd>{escape(problem)}</dd>" for problem in run.problems)
+        for run in runs
+        if run.problems
+    ]
+    return f'<dl class="problems">{"".join(items)}</dl>' if items else ""
+
+
+def _breakable(text: str) -> str:
+    """Text that may be broken after its commas, as the names of a sweep's runs have them."""
+    return escape(text).replace(",", ",<wbr>")
 
 
 def _mixing(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -57,12 +57,6 @@ def runs_table(runs: Sequence[Run]) -> Table:
         Column("method", number=False),
         Column("r", "ranks a layer"),
         Column("k", "of those, shared"),
-        Column("trained", "trainable parameters"),
-        Column("rank", "largest effective rank of an update"),
-        Column("steps"),
-        Column("tokens"),
-        Column("time"),
-        Column("memory", "peak of the first worker"),
         Column("loss", "training loss, mean of the last 10 steps"),
     ]
     validated = any("validation_loss" in row for run in runs for row in run.metrics)
@@ -70,6 +64,14 @@ def runs_table(runs: Sequence[Run]) -> Table:
     for key in scores:
         way = "lowest" if lower_is_better(key) else "highest"
         columns += [Column(f"{key} BEST", f"{way} over the checkpoints"), Column(f"{key} LAST", "of the finished run")]
+    columns += [
+        Column("trained", "trainable parameters"),
+        Column("rank", "largest effective rank of an update"),
+        Column("steps"),
+        Column("tokens"),
+        Column("time"),
+        Column("memory", "peak of the first worker"),
+    ]
     return Table(columns, [_run_row(run, scores, validated) for run in runs])
 
 
@@ -128,12 +130,6 @@ def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
         Cell(str(method), str(method)) if method else UNKNOWN,
         _whole(run.recipe.get("adapter.r")),
         _whole(run.recipe.get("adapter.k")),
-        _whole(summary.get("trainable_parameters")),
-        _whole(rank),
-        _whole(steps),
-        _whole(run.total("tokens")),
-        _time(run.total("seconds")),
-        Cell(size(peak), peak) if peak else UNKNOWN,
         _float(run.loss),
     ]
     if validated:
@@ -142,6 +138,14 @@ def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
     best_and_last = run.best_and_last()
     for key in scores:
         row += [_float(value) for value in best_and_last.get(key, (None, None))]
+    row += [
+        _whole(summary.get("trainable_parameters")),
+        _whole(rank),
+        _whole(steps),
+        _whole(run.total("tokens")),
+        _time(run.total("seconds")),
+        Cell(size(peak), peak) if peak else UNKNOWN,
+    ]
     return row
 
 

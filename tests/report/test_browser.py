@@ -25,7 +25,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_run(
                 root / f"{method},seed={seed}", f"adapter.method={method}", f"seed={seed}", floor=floor + 0.01 * seed
             )
-    write_run(root / HOSTILE, steps=17, complete=False, floor=0.9)
+    write_run(root / HOSTILE, "adapter.k=2", steps=17, complete=False, floor=0.9)
     path = root / "report.html"
     path.write_text(render(read_runs(find_runs([root]))))
     return path
