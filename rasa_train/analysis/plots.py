@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .capacity import Capacity, relative
@@ -32,7 +33,9 @@ def figure_2(kinds: Sequence[Capacity], k: int) -> Figure:
     """Error over sweeps of one k, a line a kind, in units of LoRA's least error (the paper's Figure 2)."""
     figure, axes = _axes(f"Reconstruction error, k = {k}", "sweep", "error / LoRA's least error")
     axes.axhline(1, color=COLOURS[6], lw=1, ls="--")
-    axes.text(0, 1.002, "LoRA (SVD)", fontsize=8, color=COLOURS[6], va="bottom")
+    at_the_right = axes.get_yaxis_transform()
+    axes.text(1, 1.002, "LoRA (SVD)", fontsize=8, color=COLOURS[6], va="bottom", ha="right", transform=at_the_right)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for i, kind in enumerate(kinds):
         errors = [error / kind.e_lora for error in kind.e_rasa[k]]
         _line(axes, range(len(errors)), errors, i, kind.kind)

@@ -89,6 +89,19 @@ def test_reconstruct_reports_the_svd(tuned: tuple[Path, Path, dict[str, torch.Te
     assert all(kind["e_rasa"][k][-1] <= kind["e_lora"] for kind in best["kinds"] for k in ("1", "4"))
 
 
+@pytest.mark.slow
+def test_real_updates_of_full_fine_tuning(cli: Cli) -> None:
+    """Theorem 3.1 on what training really did: from LoRA's best point RaSA is never worse, and gets better."""
+    train = ("train", "demo", "adapter.method=full", "training.optimizer.lr=5e-4", "training.max_steps=10")
+    cli(*train, "output_dir=full", check=True)
+    args = ("analyze", "reconstruct", "full", "--k", "1,8", "--sweeps", 2, "--json")
+    found = json.loads(cli(*args, "--start", "theorem", check=True).stdout)
+    assert len(found["kinds"]) == 7 and all(kind["norm2"] > 0 for kind in found["kinds"])
+    for kind in found["kinds"]:
+        for errors in kind["e_rasa"].values():
+            assert errors[0] == pytest.approx(kind["e_lora"], rel=1e-6) and errors[-1] < kind["e_lora"]
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 4), st.integers(3, 12), st.integers(3, 12), st.integers(1, 4), st.data(), st.integers(0, 99))
 def test_errors_fall_for_any_shape(L: int, b: int, a: int, r: int, data: st.DataObject, seed: int) -> None:

@@ -246,3 +246,9 @@ def test_live_follows_a_run_to_its_end(make_run: MakeRun, tmp_path: Path) -> Non
     (run / "summary.json").write_text('{"steps": 10}')
     assert "1 complete" in process.communicate(timeout=60)[0] and process.returncode == 0
     assert '"reloadSeconds":null' in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["analyze", "report"])
+def test_help_loads_no_torch(name: str) -> None:
+    code = f"import sys, rasa_train.cli.{name}; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
