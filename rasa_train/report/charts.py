@@ -10,12 +10,14 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from .runs import Run, Score, lower_is_better
+from .runs import Run, Score, headlines, lower_is_better
 
 POINTS = 300
 """Points of one curve at the most: the means of as many stretches of it."""
 ALL_POINTS = 6_000
 """Points of one chart at the most."""
+METRICS = 8
+"""Scores of one suite that are all drawn."""
 RUNS, MEANS = "each run", "mean over seeds"
 
 
@@ -75,13 +77,23 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         _over_time("Training loss", "loss", runs, grouped, lambda run: _column(run, "loss")),
         _over_time("Validation loss", "validation loss", runs, grouped, lambda run: _column(run, "validation_loss")),
     ]
-    for key in dict.fromkeys(score.key for run in runs for score in run.scores):
+    first = headlines(runs)
+    for key in _drawn(runs, first):
         title = f"Forgetting: {key}" if "forget" in key.lower() else f"{key} by checkpoint"
         found.append(_over_time(title, key, runs, grouped, lambda run, key=key: _curve(run, key)))  # type: ignore[misc]
-        found.append(_by_setting(f"{key} by data fraction", key, grouped, "data.fraction", "share of the data"))
-        found.append(_by_setting(f"{key} by model", key, grouped, "model.name", "model"))
+        if key in first:
+            found.append(_by_setting(f"{key} by data fraction", key, grouped, "data.fraction", "share of the data"))
+            found.append(_by_setting(f"{key} by model", key, grouped, "model.name", "model"))
     found.append(_over_time("Gradient norm", "norm before clipping", runs, grouped, lambda r: _column(r, "grad_norm")))
     return [chart for chart in found if chart is not None]
+
+
+def _drawn(runs: Sequence[Run], first: Sequence[str]) -> list[str]:
+    """The scores that get a chart: all of a suite with few, the first one of a suite with many."""
+    suites: dict[str, dict[str, None]] = {}
+    for score in (score for run in runs for score in run.scores):
+        suites.setdefault(score.suite, {})[score.key] = None
+    return [key for keys in suites.values() for key in keys if len(keys) <= METRICS or key in first]
 
 
 # -- over time ---------------------------------------------------------------------------------------------
@@ -108,11 +120,10 @@ def _over_time(
 def _column(run: Run, key: str) -> list[Point]:
     points, tokens = [], 0.0
     for row in run.metrics:
-        tokens += row.get("tokens") or 0
-        value = row.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
-            x = {"step": float(row["step"]), "tokens": tokens, "epoch": float(row.get("epoch") or 0)}
-            points.append((float(row["step"]), x, float(value)))
+        tokens += row.get("tokens", 0)
+        if key in row:
+            x = {"step": float(row["step"]), "tokens": tokens, "epoch": float(row.get("epoch", 0))}
+            points.append((float(row["step"]), x, float(row[key])))
     return points
 
 
@@ -120,7 +131,7 @@ def _curve(run: Run, key: str) -> list[Point]:
     """Scores by step, one a step (the finished adapter is the last checkpoint)."""
     tokens, total = {}, 0.0
     for row in run.metrics:
-        total += row.get("tokens") or 0
+        total += row.get("tokens", 0)
         tokens[row["step"]] = total
     points: dict[float, Point] = {}
     for score in run.scores:

@@ -49,7 +49,7 @@ class Run:
     recipe: dict[str, Any]
     """Flat: ``{"adapter.r": 8, ...}``; empty when there is none."""
     metrics: list[dict[str, Any]]
-    """Lines of ``metrics.jsonl`` by step."""
+    """Lines of ``metrics.jsonl`` by step: the finite numbers in them, and ``eval_*``."""
     summary: dict[str, Any]
     """Empty until the run is complete."""
     scores: list[Score]
@@ -71,24 +71,27 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        if self.summary.get("steps"):
-            return int(self.summary["steps"])
-        if self.recipe.get("training.max_steps"):
-            return int(self.recipe["training.max_steps"])
+        known = self.fact("steps") or number(self.recipe.get("training.max_steps"))
+        if known:
+            return int(known)
         last = self.metrics[-1] if self.metrics else {}
-        epochs, epoch = self.recipe.get("training.epochs"), last.get("epoch")
+        epochs, epoch = number(self.recipe.get("training.epochs")), last.get("epoch")
         return round(last["step"] / epoch * epochs) if epochs and epoch else None
+
+    def fact(self, key: str) -> float | None:
+        """A number of the summary."""
+        return number(self.summary.get(key))
 
     @property
     def loss(self) -> float | None:
         """Mean training loss of the last steps; the summary's when there are no lines."""
-        losses = [row["loss"] for row in self.metrics[-RECENT:] if _number(row.get("loss"))]
-        return sum(losses) / len(losses) if losses else self.summary.get("loss")
+        losses = [row["loss"] for row in self.metrics[-RECENT:] if "loss" in row]
+        return sum(losses) / len(losses) if losses else self.fact("loss")
 
     def total(self, key: str) -> float | None:
         """Sum of a column of the metrics; the summary's value when there are no lines."""
-        values = [row[key] for row in self.metrics if _number(row.get(key))]
-        return sum(values) if values else self.summary.get(key)
+        values = [row[key] for row in self.metrics if key in row]
+        return sum(values) if values else self.fact(key)
 
     def best_and_last(self) -> dict[str, tuple[float, float]]:
         """(BEST over the checkpoints, LAST) of each score."""
@@ -98,8 +101,22 @@ class Run:
         return {key: (min(v) if lower_is_better(key) else max(v), v[-1]) for key, v in found.items()}
 
 
+def number(value: Any) -> float | None:
+    """``value`` if it is a finite number: files may hold anything."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if numeric else None
+
+
 def lower_is_better(name: str) -> bool:
     return any(word in name.lower() for word in LOWER_IS_BETTER)
+
+
+def headlines(runs: Iterable[Run]) -> list[str]:
+    """The first score of each suite: what tables show. The others are only drawn."""
+    first: dict[str, str] = {}
+    for score in (score for run in runs for score in run.scores):
+        first.setdefault(score.suite, score.key)
+    return list(first.values())
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -202,8 +219,9 @@ def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
+            row = {key: v for key, v in row.items() if number(v) is not None or key.startswith("eval_")}
             rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             damaged += 1
     if damaged:
         problems.append(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
@@ -230,9 +248,9 @@ def _scores(path: Path, metrics: list[dict[str, Any]], problems: list[str]) -> l
                 found += [(row["step"], s) for s in _numbers(key.removeprefix("eval_"), value, row)]
     for file in sorted((path / "evaluation").glob("*/*.json")):
         result = _mapping(file, problems, f"of the evaluation {file.parent.name}")
-        step = result.get("step")
+        step = number(result.get("step"))
         # what has no step is the finished adapter: it comes last
-        order = math.inf if file.stem == "adapter" or not _number(step) else float(step)  # type: ignore[arg-type]
+        order = math.inf if file.stem == "adapter" or step is None else step
         if not isinstance(result.get("metrics"), dict):
             problems += [f"evaluation/{file.parent.name}/{file.name} has no metrics"] if result else []
             continue
@@ -242,11 +260,8 @@ def _scores(path: Path, metrics: list[dict[str, Any]], problems: list[str]) -> l
 
 
 def _numbers(suite: str, value: Any, where: dict[str, Any]) -> Iterable[Score]:
-    step, epoch = (where[key] if _number(where.get(key)) else None for key in ("step", "epoch"))
-    for metric, number in (value if isinstance(value, dict) else {"": value}).items():
-        if _number(number) and not any(word in str(metric) for word in ("stderr", "seconds", "count")):
-            yield Score(suite, str(metric), float(number), step, epoch)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    step, epoch = number(where.get("step")), number(where.get("epoch"))
+    for metric, got in (value if isinstance(value, dict) else {"": value}).items():
+        found = number(got)
+        if found is not None and not any(word in str(metric) for word in ("stderr", "seconds", "count")):
+            yield Score(suite, str(metric), found, step, epoch)

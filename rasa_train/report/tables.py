@@ -12,7 +12,7 @@ from typing import Any
 
 from ..merge.output import size
 from .charts import Group
-from .runs import Run, lower_is_better
+from .runs import Run, headlines, lower_is_better, number
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ UNKNOWN = Cell("–")
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row a run; two columns (BEST, LAST) for each score that any run has."""
-    scores = list(dict.fromkeys(score.key for run in runs for score in run.scores))
+    """A row a run; two columns (BEST, LAST) for the first score of each suite."""
+    scores = headlines(runs)
     columns = [
         Column("run", number=False),
         Column("state", number=False),
@@ -79,7 +79,7 @@ def groups_table(groups: Sequence[Group]) -> Table | None:
     """Mean and standard deviation over the seeds whose run is complete; None when no recipe was run with two."""
     if all(len(group.runs) < 2 for group in groups):
         return None
-    scores = list(dict.fromkeys(score.key for group in groups for run in group.runs for score in run.scores))
+    scores = headlines(run for group in groups for run in group.runs)
     columns = [
         Column("runs", number=False),
         Column("seeds", "complete runs"),
@@ -119,10 +119,11 @@ def differences_table(runs: Sequence[Run]) -> Table | None:
 def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
     summary, last = run.summary, run.metrics[-1] if run.metrics else {}
     ranks = summary.get("effective_rank")
-    rank = max(ranks.values(), default=None) if isinstance(ranks, dict) else None
-    peak = max((row.get("peak_memory_bytes") or 0 for row in run.metrics), default=0)
-    peak = peak or summary.get("peak_memory_bytes") or 0
-    steps = summary.get("steps", last.get("step"))
+    found_ranks = [number(rank) for rank in ranks.values()] if isinstance(ranks, dict) else []
+    rank = max((rank for rank in found_ranks if rank is not None), default=None)
+    peak = max((row.get("peak_memory_bytes", 0) for row in run.metrics), default=0)
+    peak = peak or run.fact("peak_memory_bytes") or 0
+    steps = run.fact("steps") or last.get("step")
     method = run.recipe.get("adapter.method", summary.get("method"))
     row = [
         Cell(run.name, run.name),
@@ -133,7 +134,7 @@ def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
         _float(run.loss),
     ]
     if validated:
-        found = [row["validation_loss"] for row in run.metrics if row.get("validation_loss") is not None]
+        found = [row["validation_loss"] for row in run.metrics if "validation_loss" in row]
         row.append(_float(found[-1] if found else None))
     best_and_last = run.best_and_last()
     for key in scores:

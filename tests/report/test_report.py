@@ -16,7 +16,7 @@ import pytest
 
 from rasa_train.errors import UserError
 from rasa_train.report.charts import MEANS, RUNS, charts, groups
-from rasa_train.report.page import embed, render
+from rasa_train.report.page import embed, render, report_json
 from rasa_train.report.runs import find_runs, read_run, read_runs
 from rasa_train.report.tables import differences_table, groups_table, runs_table
 from tests.conftest import Cli
@@ -46,6 +46,19 @@ def test_scores_in_metrics_and_of_the_finished_adapter(make_run: MakeRun) -> Non
     write_score(path, "math", "adapter", 20, 2, {"pass@1": 0.4})
     found = read_run(path, "a").best_and_last()
     assert found == {"forgetting loss": (2, 2), "words": (0.25, 0.25), "math pass@1": (0.5, 0.4)}
+
+
+def test_the_first_score_of_a_suite_stands_for_it(make_run: MakeRun) -> None:
+    path = make_run("a", scores=False)
+    for step in (20, 40):
+        few = {"average": 0.5, "hellaswag/acc": 0.4}
+        write_score(path, "forgetting", f"step-{step}", step, step / 10, few)
+        write_score(path, "math", f"step-{step}", step, step / 10, {f"level {n}": 0.1 for n in range(12)})
+    run = read_run(path, "a")
+    titles = [column.title for column in runs_table([run]).columns if "BEST" in column.title]
+    assert titles == ["forgetting average BEST", "math level 0 BEST"]
+    drawn = [chart.y for chart in charts([run])][1:-1]
+    assert drawn == ["forgetting average", "forgetting hellaswag/acc", "math level 0"]
 
 
 BROKEN = {
@@ -81,6 +94,21 @@ def test_torn_files(make_run: MakeRun) -> None:
     for words in ("1 damaged line left out", "summary.json cannot be read", "recipe.yaml cannot", "damaged or no safe"):
         assert any(words in problem for problem in run.problems), (words, run.problems)
     assert "Training loss" in render([run])
+
+
+def test_files_that_hold_something_else(make_run: MakeRun) -> None:
+    """Values of the wrong type are values that are not there."""
+    path = make_run("run", steps=3)
+    lines = ['{"step": 4, "loss": "high", "tokens": null}', '{"step": "5"}', "7", "[1]", '{"step": 6, "loss": NaN}']
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("".join(line + "\n" for line in lines))
+    (path / "summary.json").write_text('{"steps": "many", "loss": [], "effective_rank": {"q": null}, "seconds": "x"}')
+    (path / "recipe.yaml").write_text("adapter: {r: eight, method: [rasa]}\ntraining: {epochs: x, max_steps: y}\n")
+    write_score(path, "math", "step-1", "one", None, {"pass@1": "all", "ok": True, "score": 0.5})  # type: ignore
+    run = read_run(path, "run")
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 6] and run.best_and_last()["math score"] == (0.5, 0.5)
+    assert any("3 damaged lines" in problem for problem in run.problems)
+    assert json.dumps(report_json([run]), allow_nan=False) and "Training loss" in render([run])
 
 
 def test_a_run_under_way(make_run: MakeRun) -> None:
