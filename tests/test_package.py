@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
 LAYERS = [
     ["cli"],
     ["demo"],
-    ["check"],
+    ["report", "check", "sweep"],
+    ["analysis"],
     ["launch"],
     ["worker"],
     ["train", "plan"],
@@ -101,4 +102,5 @@ def test_the_wheel_holds_recipes_and_the_demo(tmp_path: Path) -> None:
     recipes = {f"rasa_train/configs/{p.relative_to(configs_dir())}" for p in configs_dir().rglob("*.yaml")}
     assert len(recipes) > 24 and recipes <= names
     assert {f"rasa_train/demo/model/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names
+    assert {f"rasa_train/report/page.{ending}" for ending in ("html", "css", "js")} <= names
     assert "rasa_train/py.typed" in names and not any(name.startswith("tests/") for name in names)
