@@ -196,9 +196,9 @@ def _factor_reader(
             for site in group:
                 adapter = adapters[site.path]
                 assert isinstance(adapter, FactorAdapter)
-                B, d, A = (factor.float() for factor in adapter.factors())
-                Bs.append(B * d.unsqueeze(-2))
-                As.append(A)
+                factors = adapter.factors()
+                Bs.append(factors.Bd.float())
+                As.append(factors.A.float())
             B, A = torch.stack(Bs), torch.stack(As)
         first = adapters[group[0].path]
         private = None
