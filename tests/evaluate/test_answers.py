@@ -38,7 +38,7 @@ DIFFERENT = [
     ("x+1", "x-1"), ("5", "5i"),
     ("(1,2)", "[1,2]"), ("[1,2)", "(1,2]"), ("(1,2)", "(2,1)"), ("(3,4)", "(3,5)"), ("3,4", "3,5"), ("3", "3,4"),
     ("\\{1,2\\}", "\\{1,3\\}"), ("(1,2)\\cup(3,4)", "(1,4)"), ("(-\\infty,3]", "(-\\infty,3)"), ("x<5", "x>5"),
-    ("\\text{Evelyn}", "Evan"), ("\\text{(A)}", "B"), ("1000", "1,001"), ("0", "\\emptyset"),
+    ("\\text{Evelyn}", "Evan"), ("\\text{(A)}", "B"), ("1000", "1,001"), ("0", "\\emptyset"), ("2112_6", "2112_7"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"),
     ("5", "__import__('os').system('touch pwned')"), ("5", "\\frac{1}{"), ("5", "}{"),
 ]  # fmt: skip
@@ -127,11 +127,11 @@ def test_minervas_normalisation() -> None:
 
 
 def perturb(answer: str) -> str:
-    """Another answer of the same form: its last digit is one more."""
+    """Another answer of the same form: its first digit is one more."""
     digits = [match.start() for match in re.finditer(r"\d", answer)]
     if not digits:
         return "\\text{none}" if "text" in answer else f"{answer}+1"
-    at = digits[-1]
+    at = digits[0]
     return f"{answer[:at]}{(int(answer[at]) + 1) % 10}{answer[at + 1 :]}"
 
 
