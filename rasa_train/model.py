@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .distributed import decoder_layers
 from .errors import UserError
+from .precision import Base
 
 
 class ModelConfig(BaseModel):
@@ -30,6 +31,10 @@ class ModelConfig(BaseModel):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype the frozen base is held in and computes in. Adapter parameters are always fp32."""
+    base: Base = "bf16"
+    """How the frozen linears with adapters are held. ``bf16``: as ``dtype`` says (so fp32, if it says that). ``fp8``:
+    for speed, on GPUs with 8-bit matrix units. ``nf4``: 4 bits, for small cards (needs bitsandbytes). Adapters are
+    trained as with any base, and merging reads the original weights. ``ddp`` only."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; ``auto`` is transformers' choice (sdpa where the model has it)."""
     tokenizer: str | None = None

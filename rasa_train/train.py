@@ -19,7 +19,7 @@ from . import attention, checkpoint, group
 from . import loss as loss_of
 from .adapters.base import Adapter, Method, Site
 from .adapters.identity import base_samples
-from .adapters.inject import adapt, adapters, groups, rule_state, saved_tensors, trainable
+from .adapters.inject import adapt, adapters, groups, narrow_base, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_config
@@ -78,6 +78,12 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             load_tensors(model, read_adapter(origin).tensors, origin=str(origin))
         if not engine.first_reads:
             group.same_everywhere(accelerator, group.fingerprints(model))
+        difference = None
+        if recipe.model.base != "bf16":
+            difference = narrow_base(model, recipe.model.base, accelerator.device)
+            report.say(
+                f"base held in {recipe.model.base}: its linears differ by {difference:.2%} from {recipe.model.dtype}"
+            )
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
@@ -168,6 +174,8 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
     if accelerator.is_main_process:
         last = directory.last_metrics()
         summary = summarize(recipe, count, ranks, data, progress, last) | {"workers": accelerator.num_processes}
+        if difference is not None:
+            summary["base_difference"] = difference
         if training.evaluate:
             summary["evaluation"] = best_of(directory.metrics)
         write_json(directory.summary, summary)
@@ -245,6 +253,11 @@ def check_strategy(recipe: Recipe, workers: int) -> None:
                 "padding_free: false",
                 key="training.batching",
             )
+    if recipe.model.base != "bf16" and (divided or recipe.training.compile):
+        raise UserError(
+            f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
+            key="model.base",
+        )
     if recipe.training.compile and divided:
         raise UserError(
             f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "

@@ -26,7 +26,7 @@ LAYERS = [
     ["recipe", "run_dir", "progress"],
     ["adapters", "attention", "data", "loss", "memory", "model", "optim", "reconstruct"],
     ["distributed"],
-    ["group"],
+    ["group", "precision"],
     ["errors", "stop", "demo.problems", "tensor_file", "__init__"],
 ]
 """From the top to the bottom. A component imports only from layers below its own, never from a sibling."""

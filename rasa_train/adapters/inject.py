@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from ..precision import Base, Narrow, narrow
 from .base import Adapter, Method, Site
 from .experts import OTHER_NAMES, AdaptedExperts, expert_sites, is_fused, is_supported
 from .kernels import Group, plain, watched
@@ -44,6 +46,8 @@ class AdaptedLinear(nn.Module):
         self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
         self.transposed = adapter.site.transposed
         self.in_features, self.out_features = adapter.site.in_features, adapter.site.out_features
+        self.narrow: Narrow | None = None
+        """W in fewer bits; then ``weight`` is empty."""
         self.join(Group([self]), 0)
 
     def join(self, group: Group, index: int) -> None:
@@ -118,6 +122,29 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"adapter.method: {method.method} has nothing to train in this model", key="adapter.method")
     return sites
+
+
+@torch.no_grad()
+def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
+    """Hold the frozen weights of adapted linears (not of fused experts) as ``base`` says, on ``device``.
+
+    Returns the difference that this makes: |W' - W| / |W|, over all of them (Frobenius norms).
+
+    Raises:
+        UserError: weights of the base are trained, or the device, a package or a shape do not allow it.
+    """
+    linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    if not linears or any(module.weight.requires_grad for module in linears):
+        raise UserError(f"model.base: {base} needs frozen linears with adapters beside them", key="model.base")
+    norm2 = error2 = 0.0
+    for module in linears:
+        W = module.weight.detach().to(device)
+        W = W.t() if module.transposed else W
+        module.narrow = narrow(W, base)
+        norm2 += float(W.float().square().sum())
+        error2 += float((module.narrow.dense().float() - W.float()).square().sum())
+        module.weight = nn.Parameter(W.new_empty(0), requires_grad=False)
+    return math.sqrt(error2 / norm2)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

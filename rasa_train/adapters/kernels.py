@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..precision import Narrow, NarrowLinear
 from .base import Adapter, FactorAdapter, Factors
 
 ALIGNMENT = 8
@@ -39,6 +40,7 @@ class Linear(Protocol):
     """A linear with an adapter."""
 
     weight: Any  # Tensor; nn.Module's attributes are looser
+    narrow: Narrow | None
     bias: Any
     transposed: bool
     adapter: Adapter
@@ -93,6 +95,8 @@ def watched(adapter: Adapter, x: Tensor) -> None:
 
 def weight_of(member: Linear) -> Tensor:
     """W (out, in), whichever way it is stored."""
+    if member.narrow is not None:
+        return member.narrow.dense()
     weight: Tensor = member.weight
     return weight.t() if member.transposed else weight
 
@@ -100,7 +104,11 @@ def weight_of(member: Linear) -> Tensor:
 def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
     """y = W x + b + dW drop(x), by the adapter's own ``forward``."""
     weight = weight_of(member)
-    y = F.linear(x, weight, member.bias)
+    if member.narrow is None:
+        y = F.linear(x, weight, member.bias)
+    else:
+        y = NarrowLinear.apply(x, member.narrow)  # type: ignore[no-untyped-call]
+        y = y if member.bias is None else y + member.bias
     update: Tensor = member.adapter(dropped, weight)
     return y + update.to(y.dtype)
 
@@ -137,7 +145,7 @@ def can_be_packed(member: Linear) -> bool:
         isinstance(adapter, FactorAdapter)
         and adapter.compute_dtype is None
         and not weight.requires_grad
-        and weight.dim() == 2
+        and (weight.dim() == 2 or member.narrow is not None)
         and not (member.bias is not None and member.bias.requires_grad)
     )
 
@@ -170,7 +178,7 @@ class Packed:
         blocks = iter(_blocks(self.flat, shapes))
         A = _low(first, self.dtype, frozen) if common else next(blocks)
         Bds = [next(blocks) if Bd is not None else None for Bd in products]
-        weights = [weight_of(member) for member in members]
+        weights = [weight_of(member) if member.narrow is None else member.narrow for member in members]
         self.operands = Operands(weights, [m.bias for m in members], A, not common, Bds, columns)
         self._sources: list[tuple[GradientEdge, Callable[[Tensor], Tensor]]] = []
         with torch.no_grad():
@@ -213,7 +221,7 @@ class Packed:
 class Operands(NamedTuple):
     """What ``SharedInput`` multiplies with: constants, or views of the flat buffer, where A comes before the Bd."""
 
-    weights: list[Tensor]
+    weights: list[Tensor | Narrow]
     biases: list[Tensor | None]
     A: Tensor
     trains_A: bool
@@ -270,7 +278,11 @@ class SharedInput(torch.autograd.Function):
         z = dropped @ A.t()
         results, more = [], iter(loose)
         for W, bias, Bd, own in zip(weights, biases, Bds, columns, strict=True):
-            y = F.linear(rows, W, bias)
+            if isinstance(W, Narrow):
+                y = W.product(rows)
+                y = y if bias is None else y.add_(bias)
+            else:
+                y = F.linear(rows, W, bias)
             y.addmm_(z[:, own], (next(more) if Bd is None else Bd).t())
             results.append(y.view(*x.shape[:-1], len(W)))
         ctx.save_for_backward(dropped, mask, z, *loose)
@@ -308,7 +320,11 @@ class SharedInput(torch.autograd.Function):
                 d_loose.append(dy.t() @ z[:, own])
             elif needs_flat:
                 torch.mm(dy.t(), z[:, own], out=place)
-            if needs_x:
+            if not needs_x:
+                continue
+            if isinstance(W, Narrow):
+                dx = W.gradient(dy) if dx is None else dx.add_(W.gradient(dy))
+            else:
                 dx = dy @ W if dx is None else dx.addmm_(dy, W)
         if dx is not None:
             dx = dx.addmm_(g, A) if mask is None else dx.addcmul_(g @ A, mask, value=1.0 / (1.0 - ctx.p))
