@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
 LAYERS = [
     ["cli"],
     ["demo"],
-    ["check"],
+    ["check", "bench"],
     ["launch"],
     ["worker"],
     ["train", "plan", "merge"],

@@ -1,0 +1,145 @@
+"""The engines of a comparison: who computes which method, and how each is built on a shared frozen base."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..adapters.base import Method
+from ..adapters.inject import adapt, find_sites, trainable
+from ..adapters.lora import LoRA
+from ..adapters.mora import MoRA
+from ..adapters.rasa import RaSA
+from ..adapters.vera import VeRA
+from .peers import place_paper_rasa, place_per_linear
+from .shapes import shared_copy
+from .workloads import Loss
+
+Parameters = dict[str, nn.Parameter]
+NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
+"""What ``Engine.name`` can be."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One contender."""
+
+    name: str
+    method: Method | None
+    """None for the frozen base alone."""
+    place: Callable[[nn.Module, Any], Parameters]
+    """Put the method into a model; returns the trained parameters by the names that ours has for them."""
+    autocast: bool = False
+    """Its users run it under bf16 autocast."""
+    stock: bool = False
+    """With its own stack around it, it has full logits, padded batches and recomputed activations."""
+    needs: str | None = None
+    """Package it needs."""
+
+    @property
+    def label(self) -> tuple[str, str | None]:
+        return self.name, self.method and self.method.method
+
+    @property
+    def missing(self) -> bool:
+        return self.needs is not None and importlib.util.find_spec(self.needs) is None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine with a model and values in it."""
+
+    engine: Engine
+    model: nn.Module
+    parameters: Parameters
+
+
+def engines(width: int, dropout: float) -> list[Engine]:
+    """All of them, the frozen base first.
+
+    Hyper-parameters are the paper's for mathematics at LoRA r = 8; VeRA's rank is a quarter of the model's width, as
+    the paper's 1024 is of 4096. The per-linear function has no dropout: unsloth leaves its fast path when there is.
+    """
+    lora = LoRA(r=8, alpha=8, dropout=dropout)
+    rasa = RaSA(r=8, k=1, alpha=8, dropout=dropout)
+    return [
+        Engine("base", None, lambda model, method: {}),
+        Engine("paper", rasa, place_paper_rasa, stock=True),
+        Engine("peft", lora, _place_peft, autocast=True, stock=True, needs="peft"),
+        Engine("peft-tuned", lora, _place_peft_tuned, needs="peft"),
+        Engine("per-linear", LoRA(r=8, alpha=8), place_per_linear),
+        Engine("ours", lora, _place_ours),
+        Engine("ours", rasa, _place_ours),
+        Engine("ours", VeRA(r=min(1024, width // 4), dropout=dropout), _place_ours),
+        Engine("ours", MoRA(r=8, dropout=dropout), _place_ours),
+    ]
+
+
+def contender(engine: Engine, base: nn.Module) -> Contender:
+    """The engine on a copy of ``base`` that shares its weights, in training mode, as its method starts."""
+    model = shared_copy(base)
+    return Contender(engine, model, engine.place(model.train(), engine.method))
+
+
+def give(values: Mapping[str, Tensor], parameters: Parameters) -> None:
+    """Set the trained tensors."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def step(ran: Contender, loss: Loss) -> Tensor:
+    """Forward and backward of one micro-batch; the gradients are added to what is there. Returns the loss."""
+    device = next(ran.model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=ran.engine.autocast):
+        value = loss(ran.model)
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach()
+
+
+def values_for(engine: Engine, base: nn.Module) -> dict[str, Tensor]:
+    """Values of every trained tensor, fp32, as the method starts, but none zero: zeros run faster and hide errors."""
+    if engine.method is None:
+        return {}
+    torch.manual_seed(1)
+    parameters = _place_ours(shared_copy(base), engine.method)
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    return {name: value if value.any() else torch.randn_like(value) * 0.02 for name, value in values.items()}
+
+
+def _place_ours(model: nn.Module, method: Method) -> Parameters:
+    adapt(model, method)
+    return trainable(model)
+
+
+def _place_peft(model: nn.Module, method: LoRA, *, fp32: bool = True) -> Parameters:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    names = sorted({site.kind.rpartition(".")[2] for site in find_sites(model)})
+    config = LoraConfig(r=method.r, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=names)
+    inject_adapter_in_model(config, model)
+    cast_adapter_dtype(model, "default", autocast_adapter_dtype=fp32)
+    parameters: Parameters = {}
+    for name, parameter in model.named_parameters():
+        if ours := LoRA.rename_peft(name.replace(".default", "")):
+            parameters[ours] = parameter
+    return parameters
+
+
+def _place_peft_tuned(model: nn.Module, method: LoRA) -> Parameters:
+    """Adapters in the model's dtype, and on a GPU Liger's norms and SwiGLU if that is installed."""
+    parameters = _place_peft(model, method, fp32=False)
+    is_llama = isinstance(model, PreTrainedModel) and model.config.model_type == "llama"
+    if is_llama and next(model.parameters()).is_cuda and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        # Not its rotary embedding and losses: those are replaced for the whole process, for other engines as well.
+        apply_liger_kernel_to_llama(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+    return parameters

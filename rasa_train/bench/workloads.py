@@ -1,0 +1,121 @@
+"""What a step computes: the same tokens for every engine, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..data.batching import collate
+from ..data.encode import IGNORE, Example
+from ..train import token_losses
+from .shapes import LinearStack, random_model
+
+WORKLOADS = {
+    "packed": "sequences of mean length 250 laid end to end, about 70% of their tokens supervised",
+    "long": "4 sequences, as long as the tokens allow",
+    "padded": "3 sequences of mean length 250, padded to the longest: the paper's micro-batch",
+}
+MEAN_LENGTH = 250
+"""Tokens of a MetaMathQA example."""
+SPREAD = 0.45
+"""Of the logarithm of the lengths."""
+SUPERVISED = 0.7
+"""Share of an example that carries loss: its end."""
+PAPER_MICRO_BATCH = 3
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A frozen model and what is computed with it."""
+
+    base: nn.Module
+    loss: Loss
+    """Of a model made from ``base``: mean over the supervised tokens, as in training."""
+    stock_loss: Loss
+    """The same as transformers computes it: padded, with the logits of every position."""
+    tokens: int
+    """Of the sequences, without padding."""
+    width: int
+    """Of the model."""
+
+
+def lengths(workload: str, tokens: int) -> list[int]:
+    """Tokens of each sequence. ``packed`` and ``long`` have ``tokens`` of them together, ``padded`` always 3 of the
+    mean length. The same for the same arguments, on every machine."""
+    if workload == "long":
+        return [tokens // 4] * 4
+    random = np.random.default_rng(0)
+    centre = np.log(MEAN_LENGTH) - SPREAD**2 / 2  # so that the mean is MEAN_LENGTH
+    drawn = np.exp(random.normal(centre, SPREAD, size=max(PAPER_MICRO_BATCH, tokens // 16)))
+    whole = [max(16, round(length)) for length in drawn.tolist()]
+    if workload == "padded":
+        return whole[:PAPER_MICRO_BATCH]
+    result: list[int] = []
+    for length in whole:
+        left = tokens - sum(result)
+        if left <= length:
+            return [*result, left]
+        result.append(length)
+    raise AssertionError("fewer lengths than tokens / 16 were drawn")
+
+
+def examples(sizes: list[int], vocabulary: int) -> list[Example]:
+    """Random tokens; the last ``SUPERVISED`` of each sequence carry loss."""
+    random = np.random.default_rng(1)
+    result = []
+    for size in sizes:
+        input_ids = random.integers(vocabulary, size=size, dtype=np.int32)
+        labels = input_ids.copy()
+        labels[: round(size * (1 - SUPERVISED))] = IGNORE
+        result.append(Example(input_ids, labels))
+    return result
+
+
+def language_model(config: PretrainedConfig, sizes: list[int], *, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The training loss of a random model of this architecture on sequences of these sizes."""
+    batch = collate(examples(sizes, config.vocab_size), pad_token_id=0)
+    assert batch is not None
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
+
+    def loss(model: nn.Module) -> Tensor:
+        return token_losses(model, batch) / supervised
+
+    def stock_loss(model: nn.Module) -> Tensor:
+        result: Tensor = model(**batch, use_cache=False).loss
+        return result
+
+    base = random_model(config, dtype, device)
+    return Problem(base, loss, stock_loss, sum(sizes), config.hidden_size)
+
+
+def linears(sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The seven linears of one layer on as many rows as there are tokens, forward and backward down to the input."""
+    base = LinearStack(1024, 32, dtype, device)
+    rows = len(sizes) * max(sizes) if padded else sum(sizes)
+    generator = torch.Generator().manual_seed(1)
+    x, g = (torch.randn(rows, base.width, generator=generator).to(device, dtype) for _ in range(2))
+    x.requires_grad_()
+
+    def loss(model: nn.Module) -> Tensor:
+        x.grad = None
+        result: Tensor = (model(x) * g).sum() / rows
+        return result
+
+    return Problem(base, loss, loss, sum(sizes), base.width)
+
+
+def describe(sizes: list[int]) -> Mapping[str, float]:
+    return {
+        "sequences": len(sizes),
+        "tokens": sum(sizes),
+        "longest": max(sizes),
+        "mean_length": sum(sizes) / len(sizes),
+    }
