@@ -13,42 +13,44 @@ Ops     operations other than views and empty tensors: each is a kernel to launc
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..errors import UserError
-from .engines import Engine, contender, engines, step
-from .shapes import shared_copy
+from .engines import Engine, contender, engines
+from .shapes import random_model, shared_copy
 from .workloads import language_model
 
 LENGTHS = (8, 24)
 """Tokens of the two runs that bytes per token come from."""
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Count:
-    bytes_per_token_and_layer: float
-    """Of the adapter."""
     dispatched_ops: int
     """Of a micro-batch through 32 layers, the base and the loss included."""
+    bytes_per_token_and_layer: float
+    """Of the adapter."""
 
 
-class Counter(TorchDispatchMode):
-    """Counts while it is entered."""
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts while it is entered. Products of matrices are not computed: their values change no count."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes, self.ops = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _product(func, args, kwargs or {})
         if func.namespace == "aten" and not _moves_nothing(func):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
@@ -57,6 +59,17 @@ class Counter(TorchDispatchMode):
             self.bytes += sum(map(_size, read)) + sum(map(_size, written))
             self.ops += 1
         return result
+
+
+class FusedDropout(TorchFunctionMode):
+    """Dropout as on a GPU, one operation; on a CPU torch makes it of several."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.dropout:
+            return func(*args, **(kwargs or {}))
+        bound = inspect.signature(F.dropout).bind(*args, **(kwargs or {})).arguments
+        p, training = bound.get("p", 0.5), bound.get("training", True)
+        return torch.native_dropout(bound["input"], p, training)[0] if p and training else bound["input"]
 
 
 def count(
@@ -76,13 +89,13 @@ def count(
         for engine in engines(config.hidden_size, dropout)
         if not engine.missing and (only is None or engine.name in (*only, "base"))
     ]
-    narrow = [engine for engine in engines(NARROW["hidden_size"], dropout) if engine.label in {e.label for e in chosen}]
-    base = chosen[0]
-    assert base.method is None
-    nothing = _bytes_per_token(base, config)
+    names = {engine.label for engine in chosen}
+    narrow = [engine for engine in engines(NARROW["hidden_size"], dropout) if engine.label in names]
+    moved = _bytes_per_token(chosen, config)
+    ops = [counter.ops for counter in _run(narrow, LlamaConfig(**NARROW), LENGTHS[1], NARROW["num_hidden_layers"])]
     return {
-        engine.label: Count(_bytes_per_token(engine, config) - nothing, _dispatched(small))
-        for engine, small in zip(chosen, narrow, strict=True)
+        engine.label: Count(dispatched, own - moved[0])
+        for engine, dispatched, own in zip(chosen, ops, moved, strict=True)
     }
 
 
@@ -96,27 +109,40 @@ NARROW = {
 }
 
 
-def _bytes_per_token(engine: Engine, config: PretrainedConfig) -> float:
+def _bytes_per_token(engines: list[Engine], config: PretrainedConfig) -> list[float]:
     one = copy.deepcopy(config)
     one.vocab_size, one.num_hidden_layers = 64, 1
-    less, more = (_run(engine, one, tokens, config.num_hidden_layers).bytes for tokens in LENGTHS)
-    return (more - less) / (LENGTHS[1] - LENGTHS[0])
+    less, more = (_run(engines, one, tokens, config.num_hidden_layers) for tokens in LENGTHS)
+    return [(b.bytes - a.bytes) / (LENGTHS[1] - LENGTHS[0]) for a, b in zip(less, more, strict=True)]
 
 
-def _dispatched(engine: Engine) -> int:
-    return _run(engine, LlamaConfig(**NARROW), LENGTHS[1], NARROW["num_hidden_layers"]).ops
-
-
-def _run(engine: Engine, config: PretrainedConfig, tokens: int, layers: int) -> Counter:
-    """Forward and backward; the model has ``layers`` layers, of which those that ``config`` has are run."""
-    problem = language_model(config, [tokens], dtype=torch.bfloat16, device=CPU)
-    stack = problem.base.get_submodule("model.layers")
+def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: int) -> list[Counter]:
+    """Forward and backward of each; the model has ``layers`` layers, of which those that ``config`` has are run."""
+    base = random_model(config, torch.bfloat16, torch.device("meta")).to_empty(device="cpu")  # no values: quick
+    stack = base.get_submodule("model.layers")
     assert isinstance(stack, nn.ModuleList)
     stack.extend(shared_copy(stack[0]) for _ in range(layers - len(stack)))
-    ran = contender(engine, problem.base)
-    with Counter() as counter:
-        step(ran, problem.loss)
-    return counter
+    problem = language_model(base, [tokens])
+    counters = []
+    for engine in engines:
+        ran = contender(engine, problem)
+        with Counter() as counter, FusedDropout():
+            ran.step()
+        counters.append(counter)
+    return counters
+
+
+def _product(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives, or something of the same shape if it multiplies matrices."""
+    name = func.overloadpacket.__name__
+    if "out" in kwargs and name in ("mm", "addmm"):
+        return kwargs["out"]
+    if name == "addmm_":
+        return args[0]
+    if name in ("mm", "addmm"):
+        a, b = args[-2:]
+        return a.new_empty(a.shape[0], b.shape[1])
+    return func(*args, **kwargs)
 
 
 def _moves_nothing(func: Any) -> bool:
@@ -127,7 +153,9 @@ def _moves_nothing(func: Any) -> bool:
 def _overwrites(func: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the first tensor is written and not read."""
     name = func.overloadpacket.__name__
-    return name in ("zero_", "fill_", "copy_") or (name.startswith("addmm") and kwargs.get("beta", 1) == 0)
+    return name in ("zero_", "fill_", "copy_", "bernoulli_") or (
+        name.startswith("addmm") and kwargs.get("beta", 1) == 0
+    )
 
 
 def _size(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ from ..adapters.rasa import RaSA
 from ..adapters.vera import VeRA
 from .peers import place_paper_rasa, place_per_linear
 from .shapes import shared_copy
-from .workloads import Loss
+from .workloads import Loss, Problem
 
 Parameters = dict[str, nn.Parameter]
 NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
@@ -36,7 +36,7 @@ class Engine:
     place: Callable[[nn.Module, Any], Parameters]
     """Put the method into a model; returns the trained parameters by the names that ours has for them."""
     autocast: bool = False
-    """Its users run it under bf16 autocast."""
+    """Its users run it under autocast when the model is bf16."""
     stock: bool = False
     """With its own stack around it, it has full logits, padded batches and recomputed activations."""
     needs: str | None = None
@@ -44,7 +44,7 @@ class Engine:
 
     @property
     def label(self) -> tuple[str, str | None]:
-        return self.name, self.method and self.method.method
+        return self.name, None if self.method is None else self.method.method
 
     @property
     def missing(self) -> bool:
@@ -53,11 +53,25 @@ class Engine:
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine with a model and values in it."""
+    """An engine on a model, ready to run."""
 
-    engine: Engine
     model: nn.Module
     parameters: Parameters
+    loss: Loss
+
+    def step(self) -> Tensor:
+        """Forward and backward of one micro-batch; gradients are added to what is there. Returns the loss."""
+        loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def settle(self) -> None:
+        """What an optimizer step does to what an engine may have kept: gradients go, parameters are written."""
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad = None
+                    parameter.mul_(1.0)
 
 
 def engines(width: int, dropout: float) -> list[Engine]:
@@ -81,10 +95,21 @@ def engines(width: int, dropout: float) -> list[Engine]:
     ]
 
 
-def contender(engine: Engine, base: nn.Module) -> Contender:
-    """The engine on a copy of ``base`` that shares its weights, in training mode, as its method starts."""
-    model = shared_copy(base)
-    return Contender(engine, model, engine.place(model.train(), engine.method))
+def contender(engine: Engine, problem: Problem, *, own_stack: bool = False) -> Contender:
+    """The engine on a copy of the problem's model that shares its weights, in training mode, as its method starts.
+
+    With its own stack a ``stock`` engine has the loss of transformers and recomputes activations.
+    """
+    model = shared_copy(problem.base).train()
+    parameters = engine.place(model, engine.method)
+    stock = own_stack and engine.stock
+    if stock and isinstance(model, PreTrainedModel):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = (problem.stock_loss if stock else problem.loss)(model)
+    if engine.autocast and problem.dtype == torch.bfloat16:
+        kind = next(model.parameters()).device.type
+        loss = torch.autocast(kind, problem.dtype)(loss)
+    return Contender(model, parameters, loss)
 
 
 def give(values: Mapping[str, Tensor], parameters: Parameters) -> None:
@@ -94,21 +119,12 @@ def give(values: Mapping[str, Tensor], parameters: Parameters) -> None:
             parameter.copy_(values[name])
 
 
-def step(ran: Contender, loss: Loss) -> Tensor:
-    """Forward and backward of one micro-batch; the gradients are added to what is there. Returns the loss."""
-    device = next(ran.model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=ran.engine.autocast):
-        value = loss(ran.model)
-    value.backward()  # type: ignore[no-untyped-call]
-    return value.detach()
-
-
-def values_for(engine: Engine, base: nn.Module) -> dict[str, Tensor]:
+def values_for(method: Method | None, base: nn.Module) -> dict[str, Tensor]:
     """Values of every trained tensor, fp32, as the method starts, but none zero: zeros run faster and hide errors."""
-    if engine.method is None:
+    if method is None:
         return {}
     torch.manual_seed(1)
-    parameters = _place_ours(shared_copy(base), engine.method)
+    parameters = _place_ours(shared_copy(base), method)
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     return {name: value if value.any() else torch.randn_like(value) * 0.02 for name, value in values.items()}
 
@@ -138,7 +154,7 @@ def _place_peft_tuned(model: nn.Module, method: LoRA) -> Parameters:
     parameters = _place_peft(model, method, fp32=False)
     is_llama = isinstance(model, PreTrainedModel) and model.config.model_type == "llama"
     if is_llama and next(model.parameters()).is_cuda and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
 
         # Not its rotary embedding and losses: those are replaced for the whole process, for other engines as well.
         apply_liger_kernel_to_llama(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from ..adapters.base import Method
 from ..adapters.inject import AdaptedLinear, adapt, trainable
-from .engines import Contender, Engine, contender, give, step, values_for
+from .engines import Contender, Engine, contender, give, values_for
+from .shapes import random_model
 from .workloads import language_model
 
 MAX_LOSS_ERROR = 2e-3
@@ -51,17 +52,17 @@ def check(engine: Engine, device: torch.device) -> Verdict:
         num_key_value_heads=2,
         initializer_range=0.15,  # so that the loss is far from that of a model that says nothing
     )
-    problem = language_model(config, [40, 23], dtype=torch.bfloat16, device=device)
-    values = values_for(engine, problem.base)
-    ran = contender(engine, problem.base)
+    problem = language_model(random_model(config, torch.bfloat16, device), [40, 23])
+    values = values_for(engine.method, problem.base)
+    ran = contender(engine, problem)
     give(values, ran.parameters)
     ran.model.eval()
-    loss = float(step(ran, problem.loss))
+    loss = float(ran.step())
 
     exact = written_out(problem.base, engine.method)
     parameters = trainable(exact)
     give(values, parameters)
-    expected = float(step(Contender(replace(engine, autocast=False), exact, parameters), problem.loss))
+    expected = float(Contender(exact, parameters, problem.loss(exact)).step())
     pairs = [(_gradient(ran.parameters[name]), _gradient(parameter)) for name, parameter in parameters.items()]
     return Verdict(
         loss_error=abs(loss / expected - 1),

@@ -60,7 +60,7 @@ class PerLinear(nn.Module):
         self.B = _parameter(base, base.out_features, method.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _PerLinear.apply(x, self.weight, self.bias, self.A, self.B, self.scale)
+        y: Tensor = _PerLinear.apply(x, self.weight, self.bias, self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
         return y
 
 

@@ -10,7 +10,7 @@ def table(result: dict[str, Any]) -> str:
     workload = result["workload"]
     lines = [
         f"{result['shape']}, {workload['name']}: {workload['sequences']} sequences, {workload['tokens']:,} tokens, "
-        f"dropout {result['dropout']}; {result['device']}; median of {result['rounds']} rounds",
+        f"{result['dtype']}, dropout {result['dropout']}; {result['device']}; median of {result['rounds']} rounds",
         "",
         f"{'engine':<12}{'method':<8}{'ms/step':>9}{'range':>16}{'over base':>11}{'tokens/s':>11}{'peak MiB':>10}",
     ]

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..group import versions
 from . import gate
 from .counters import count
-from .engines import Contender, Engine, contender, engines, give, step, values_for
-from .shapes import LINEARS, architecture
+from .engines import Contender, Engine, contender, engines, give, values_for
+from .shapes import LINEARS, architecture, random_model
 from .timing import interleaved, peak_in_own_process
-from .workloads import Loss, Problem, describe, language_model, lengths, linears
+from .workloads import Problem, describe, language_model, lengths, linears
 
 Label = tuple[str, str | None]
 
@@ -31,6 +30,7 @@ def compare(
     workload: str,
     *,
     tokens: int,
+    dtype: torch.dtype,
     dropout: float,
     own_stacks: bool,
     only: set[str] | None,
@@ -43,6 +43,7 @@ def compare(
     Args:
         shape: ``linears-1024``, a name in ``SHAPES``, or a path.
         tokens: of one step, for the workloads ``packed`` and ``long``.
+        dtype: of the base; the gate is run in bf16 whatever it is.
         own_stacks: give ``stock`` engines full logits, padded batches and recomputed activations, as their users
             have; else all but the adapter is the same for all.
         only: names of the engines to run, besides the frozen base; None for all.
@@ -51,7 +52,7 @@ def compare(
         UserError: the shape is none.
     """
     sizes = lengths(workload, tokens)
-    problem = _problem(shape, sizes, workload == "padded", device)
+    problem = _problem(shape, sizes, workload == "padded", dtype, device)
     chosen = [e for e in engines(problem.width, dropout) if only is None or e.name in (*only, "base")]
     skipped = [{**_names(e), "why": f"{e.needs} is not installed"} for e in chosen if e.missing]
     chosen = [e for e in chosen if not e.missing]
@@ -61,23 +62,21 @@ def compare(
     failed = [{**_names(e), **vars(verdicts[e.label])} for e in chosen if not verdicts[e.label].passed]
     chosen = [e for e in chosen if verdicts[e.label].passed]
 
-    losses = {e.label: problem.stock_loss if own_stacks and e.stock else problem.loss for e in chosen}
-    build = partial(_ready, problem.base, recompute=own_stacks)
     held = _held(problem.base)
     ready: dict[Label, Contender] = {}
     peaks: dict[Label, int | None] = {}
     for engine in chosen:
-        label, loss = engine.label, losses[engine.label]
         print(f"building {_title(engine)}", file=sys.stderr)
+        build = partial(_ready, problem, engine, own_stacks)
         if device.type == "cuda":
-            ready[label], grown = _gpu_peak(partial(build, engine), loss, device)
-            peaks[label] = held + grown
+            ready[engine.label], grown = _gpu_peak(build, device)
+            peaks[engine.label] = held + grown
         else:
-            own = peak_in_own_process(partial(_twice, partial(build, engine), loss))
-            peaks[label] = None if own is None else held + own
-            ready[label] = build(engine)
-    works = {label: partial(step, ran, losses[label]) for label, ran in ready.items()}
-    settle = {label: partial(_settle, ran) for label, ran in ready.items()}
+            own = peak_in_own_process(partial(_twice, build))
+            peaks[engine.label] = None if own is None else held + own
+            ready[engine.label] = build()
+    works = {label: ran.step for label, ran in ready.items()}
+    settle = {label: ran.settle for label, ran in ready.items()}
     print(f"timing {warmup} + {rounds} rounds", file=sys.stderr)
     times = interleaved(works, settle, warmup=warmup, rounds=rounds, device=device)
     base = times["base", None]
@@ -101,6 +100,7 @@ def compare(
         "skipped": skipped,
         "shape": shape,
         "workload": {"name": workload, **describe(sizes)},
+        "dtype": str(dtype).removeprefix("torch."),
         "dropout": dropout,
         "own_stacks": own_stacks,
         "rounds": rounds,
@@ -111,7 +111,7 @@ def compare(
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one thread"
-    optional = {}
+    optional: dict[str, str | None] = {}
     for package in ("peft", "liger-kernel"):
         try:
             optional[package] = version(package)
@@ -121,48 +121,37 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": name, "date": date, "versions": {**versions(), **optional}}
 
 
-def _problem(shape: str, sizes: list[int], padded: bool, device: torch.device) -> Problem:
+def _problem(shape: str, sizes: list[int], padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
     if shape == LINEARS:
-        return linears(sizes, padded=padded, dtype=torch.bfloat16, device=device)
-    return language_model(architecture(shape), sizes, dtype=torch.bfloat16, device=device)
+        return linears(sizes, padded=padded, dtype=dtype, device=device)
+    return language_model(random_model(architecture(shape), dtype, device), sizes)
 
 
-def _ready(base: nn.Module, engine: Engine, *, recompute: bool) -> Contender:
-    ran = contender(engine, base)
-    give(values_for(engine, base), ran.parameters)
-    if recompute and engine.stock and isinstance(ran.model, PreTrainedModel):
-        ran.model.gradient_checkpointing_enable({"use_reentrant": False})
+def _ready(problem: Problem, engine: Engine, own_stack: bool) -> Contender:
+    ran = contender(engine, problem, own_stack=own_stack)
+    give(values_for(engine.method, problem.base), ran.parameters)
     return ran
 
 
-def _settle(ran: Contender) -> None:
-    """What an optimizer step does to what an engine may have kept: gradients go, parameters are written."""
-    with torch.no_grad():
-        for parameter in ran.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad = None
-                parameter.mul_(1.0)
-
-
-def _twice(build: Callable[[], Contender], loss: Loss) -> None:
+def _twice(build: Callable[[], Contender]) -> None:
     ran = build()
     for _ in range(2):
-        step(ran, loss)
-        _settle(ran)
+        ran.step()
+        ran.settle()
 
 
-def _gpu_peak(build: Callable[[], Contender], loss: Loss, device: torch.device) -> tuple[Contender, int]:
+def _gpu_peak(build: Callable[[], Contender], device: torch.device) -> tuple[Contender, int]:
     """A contender, and the bytes allocated at most during its step. What other engines hold is not counted: it is
     there before and during the step alike."""
     before = torch.cuda.memory_allocated(device)
     ran = build()
-    step(ran, loss)
-    _settle(ran)
+    ran.step()
+    ran.settle()
     own = torch.cuda.memory_allocated(device) - before
     torch.cuda.reset_peak_memory_stats(device)
     idle = torch.cuda.memory_allocated(device)
-    step(ran, loss)
-    _settle(ran)
+    ran.step()
+    ran.settle()
     return ran, own + torch.cuda.max_memory_allocated(device) - idle
 
 

@@ -21,12 +21,12 @@ def seconds(work: Work, device: torch.device) -> float:
         started = time.process_time()
         work()
         return time.process_time() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     work()
     end.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def interleaved(

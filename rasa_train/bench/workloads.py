@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from ..data.batching import collate
 from ..data.encode import IGNORE, Example
 from ..train import token_losses
-from .shapes import LinearStack, random_model
+from .shapes import LinearStack
 
 WORKLOADS = {
     "packed": "sequences of mean length 250 laid end to end, about 70% of their tokens supervised",
@@ -28,7 +28,8 @@ SUPERVISED = 0.7
 """Share of an example that carries loss: its end."""
 PAPER_MICRO_BATCH = 3
 
-Loss = Callable[[nn.Module], Tensor]
+Loss = Callable[[], Tensor]
+"""Runs a forward: the mean loss over the supervised tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,15 @@ class Problem:
     """A frozen model and what is computed with it."""
 
     base: nn.Module
-    loss: Loss
-    """Of a model made from ``base``: mean over the supervised tokens, as in training."""
-    stock_loss: Loss
+    loss: Callable[[nn.Module], Loss]
+    """Of a model made from ``base``, as in training. May change the model."""
+    stock_loss: Callable[[nn.Module], Loss]
     """The same as transformers computes it: padded, with the logits of every position."""
     tokens: int
     """Of the sequences, without padding."""
     width: int
     """Of the model."""
+    dtype: torch.dtype
 
 
 def lengths(workload: str, tokens: int) -> list[int]:
@@ -78,22 +80,20 @@ def examples(sizes: list[int], vocabulary: int) -> list[Example]:
     return result
 
 
-def language_model(config: PretrainedConfig, sizes: list[int], *, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The training loss of a random model of this architecture on sequences of these sizes."""
-    batch = collate(examples(sizes, config.vocab_size), pad_token_id=0)
+def language_model(base: PreTrainedModel, sizes: list[int]) -> Problem:
+    """The training loss of a model on sequences of these sizes."""
+    batch = collate(examples(sizes, base.config.vocab_size), pad_token_id=0)
     assert batch is not None
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
     supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
 
-    def loss(model: nn.Module) -> Tensor:
-        return token_losses(model, batch) / supervised
+    def loss(model: nn.Module) -> Loss:
+        return lambda: token_losses(model, batch) / supervised
 
-    def stock_loss(model: nn.Module) -> Tensor:
-        result: Tensor = model(**batch, use_cache=False).loss
-        return result
+    def stock_loss(model: nn.Module) -> Loss:
+        return lambda: model(**batch, use_cache=False).loss
 
-    base = random_model(config, dtype, device)
-    return Problem(base, loss, stock_loss, sum(sizes), config.hidden_size)
+    return Problem(base, loss, stock_loss, sum(sizes), base.config.hidden_size, base.dtype)
 
 
 def linears(sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -104,12 +104,10 @@ def linears(sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch
     x, g = (torch.randn(rows, base.width, generator=generator).to(device, dtype) for _ in range(2))
     x.requires_grad_()
 
-    def loss(model: nn.Module) -> Tensor:
-        x.grad = None
-        result: Tensor = (model(x) * g).sum() / rows
-        return result
+    def loss(model: nn.Module) -> Loss:
+        return lambda: (model(x) * g).sum() / rows
 
-    return Problem(base, loss, loss, sum(sizes), base.width)
+    return Problem(base, loss, loss, sum(sizes), base.width, dtype)
 
 
 def describe(sizes: list[int]) -> Mapping[str, float]:

@@ -47,6 +47,10 @@ def bench(
         ),
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Of the base. auto: bfloat16, or float32 on a CPU that multiplies bfloat16 slowly."),
+    ] = "auto",
     warmup: Annotated[int, typer.Option(min=1, help="Steps of each engine that are not timed.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each engine that are timed.")] = 8,
     counters: Annotated[
@@ -85,6 +89,7 @@ def bench(
             shape or ("llama-3.1-8b" if on_gpu else LINEARS),
             workload,
             tokens=tokens or (16_384 if on_gpu else 1_024),
+            dtype=_dtype(dtype, on_gpu),
             dropout=dropout,
             own_stacks=own_stacks,
             only=only,
@@ -113,6 +118,13 @@ def _device(name: str) -> Any:
     if name == "cuda" and not available:
         raise UserError("--device cuda: torch sees no GPU here; --device cpu measures on the processor")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _dtype(name: str, on_gpu: bool) -> Any:
+    import torch
+
+    fast = on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return getattr(torch, ("bfloat16" if fast else "float32") if name == "auto" else name)
 
 
 def main() -> None:
