@@ -44,3 +44,19 @@ def counters_table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     return "\n".join(lines)
+
+
+def data_table(result: dict[str, Any]) -> str:
+    """Of ``data.measure``."""
+    mib = 2**20
+    return "\n".join(
+        (
+            f"{result['rows']:,} rows, {result['tokens']:,} tokens (mean {result['mean_length']:.0f}, "
+            f"{result['supervised_share']:.0%} supervised), {result['bytes'] / mib:,.0f} MiB of text",
+            f"tokenised and cached in {result['seconds']:.0f} s, {result['cpu_seconds']:.0f} s of CPU: "
+            f"{result['rows_per_second_and_core']:,.0f} rows/s per core",
+            f"cache {result['cache_bytes'] / mib:,.0f} MiB; at most {result['peak_memory_bytes'] / mib:,.0f} MiB of "
+            f"memory, and {result['peak_worker_memory_bytes'] / mib:,.0f} MiB in a worker",
+            f"second start: first step after {result['second_start_seconds_to_first_step']:.1f} s",
+        )
+    )

@@ -56,6 +56,11 @@ def bench(
     counters: Annotated[
         bool, typer.Option("--counters", help="Count bytes and operations instead: the same on every machine.")
     ] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Measure the data side instead: tokenising, caching, the second start.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="For --data: hub id or directory of a tokenizer.")] = None,
+    rows: Annotated[int, typer.Option(min=100, help="For --data. (default: MetaMathQA's)")] = 395_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
 ) -> None:
     """Measure what adapters cost, engine beside engine on the same model and tokens.
@@ -75,6 +80,15 @@ def bench(
 
             result = count_all(shape or "llama-3.1-8b", dropout, only)
             print(json.dumps(result) if as_json else counters_table(result))
+            return
+        if data:
+            if tokenizer is None:
+                raise UserError("--data needs --tokenizer: a hub id, or a directory with a tokenizer.json")
+            from ..bench.data import measure
+            from ..bench.report import data_table
+
+            measured = measure(tokenizer, rows)
+            print(json.dumps(measured) if as_json else data_table(measured))
             return
         import torch
 
