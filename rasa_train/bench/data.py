@@ -25,8 +25,8 @@ from ..model import ModelConfig, load_tokenizer
 ROWS = 395_000
 """Of MetaMathQA."""
 QUERY, RESPONSE = 175, 315
-"""Mean characters of the fields. With the alpaca template they are about 250 tokens, as MetaMathQA's are; invented words
-take more tokens than English ones, so there are fewer characters than in MetaMathQA."""
+"""Mean characters of the fields. With the alpaca template they are about 250 tokens, as MetaMathQA's are; invented
+words take more tokens than English ones, so there are fewer characters than in MetaMathQA."""
 SPREAD = 0.45
 """Of the logarithm of the lengths."""
 
