@@ -27,6 +27,8 @@ from .group import world_size
 if TYPE_CHECKING:  # a recipe is read without it
     from accelerate import Accelerator
 
+BUCKET = 64 << 20
+"""Bytes of gradients that are exchanged at a time under ``ddp``."""
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
@@ -148,28 +150,38 @@ class DataParallel(Engine):
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     ) -> None:
-        device = self.accelerator.device
-        model.to(device)
-        self.model = model
-        if self.accelerator.num_processes > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            # Buffers are constants, or the state of a method's rule that already agrees.
-            self.model = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        self.model = model.to(self.accelerator.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters)
 
     def synchronizing(self, last: bool) -> AbstractContextManager[None]:
-        if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):
-            return self.model.no_sync()
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> float:
+        self._average_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         return float(norm)
+
+    def _average_gradients(self) -> None:
+        """Once a step, in a few large exchanges. Not by torch's DistributedDataParallel: it waits for the gradient of
+        each parameter in each backward pass, and those of packed factors come all at once, after the last one."""
+        if self.accelerator.num_processes == 1:
+            return
+        bucket: list[Tensor] = []
+        size = 0
+        for parameter in self.parameters:
+            if parameter.grad is None:  # not reached by this worker's examples
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
+            if size >= BUCKET:
+                _average(bucket, self.accelerator.num_processes)
+                bucket, size = [], 0
+        _average(bucket, self.accelerator.num_processes)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
@@ -185,6 +197,17 @@ class DataParallel(Engine):
             for key, tensor in state.items():
                 like = tensor.shape == parameter.shape
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device) if like else tensor
+
+
+def _average(tensors: list[Tensor], workers: int) -> None:
+    """Mean over workers, in place, in one exchange."""
+    if not tensors:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors]).div_(workers)
+    dist.all_reduce(together)
+    parts = torch.split(together, [tensor.numel() for tensor in tensors])  # type: ignore[no-untyped-call]
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 class FullyShard(Engine):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from . import checkpoint, group
 from .adapters.base import Adapter, Method, Site
-from .adapters.inject import adapt, adapters, rule_state, saved_tensors, trainable
+from .adapters.inject import adapt, adapters, groups, rule_state, saved_tensors, trainable
+from .adapters.kernels import packed
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_adapter
 from .checkpoint import Progress
@@ -63,6 +64,8 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
         parameters, placed = trainable(model), adapters(model)
+        # Where parameters are divided, or hooks wait for their gradients, the adapters' plain forward serves.
+        fast = [] if engine.sharded else groups(model)
 
         progress = Progress()
         if found:
@@ -96,7 +99,8 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(engine.optimizer, lr)
 
-            loss = train_step(engine, placed, data.train, micro_batches, recipe, step)
+            with packed(fast):
+                loss = train_step(engine, placed, data.train, micro_batches, recipe, step)
             grad_norm = engine.step()
             if not math.isfinite(loss + grad_norm):
                 raise UserError(
@@ -122,7 +126,8 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
                 "seconds": seconds,
             }
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
-                row["validation_loss"] = validate(engine, data.validation, micro_batch_size)
+                with packed(fast):
+                    row["validation_loss"] = validate(engine, data.validation, micro_batch_size)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
             if accelerator.is_main_process:
                 directory.log(row)

@@ -3,7 +3,7 @@
 ``Site``     where an update goes: metadata of one frozen weight, never the weight itself.
 ``Method``   a frozen config; ``build(sites)`` sees all sites at once, so sharing needs no hook.
 ``Adapter``  the update of one site: ``forward`` (what is added to the base output) and ``delta`` (dW).
-``FactorAdapter``  an adapter that is dW = B diag(d) A: it gives ``factors()``, the rest is derived.
+``FactorAdapter``  an adapter that is dW = diag(b) B diag(d) A: it gives ``factors()``, the rest is derived.
 """
 
 from __future__ import annotations
@@ -54,11 +54,20 @@ class Site:
 
 
 class Factors(NamedTuple):
-    """dW = B diag(d) A; B (..., out, R), d (..., R), A (..., R, in); ``...`` is the site's ``lead``."""
+    """dW = diag(b) B diag(d) A; B (..., out, R), d (..., R), A (..., R, in), b (..., out); ``...`` is the site's
+    ``lead``. No b is a b of ones."""
 
     B: Tensor
     d: Tensor
     A: Tensor
+    b: Tensor | None = None
+
+    @property
+    def Bd(self) -> Tensor:
+        """diag(b) B diag(d) (..., out, R). The diagonals go into B, which is out x R work; into z = A x it would be
+        tokens x R, and round once more."""
+        Bd = self.B * self.d.unsqueeze(-2)
+        return Bd if self.b is None else Bd * self.b.unsqueeze(-1)
 
 
 class Adapter(nn.Module, ABC):
@@ -72,10 +81,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-        """dW drop(x).
+        """dW x.
 
         Args:
-            x: input of the linear (..., in_features).
+            x: input of the linear (..., in_features), after ``drop``.
             weight: the frozen W (*lead, out_features, in_features) of this site.
             counts: for a site with ``num_experts``, how many rows of x (tokens, in_features) are each expert's:
                 first those of expert 0, then those of expert 1, ...
@@ -111,28 +120,33 @@ class Adapter(nn.Module, ABC):
         """The largest rank that dW can have."""
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the adapter's input, cast to the dtype the adapter computes in."""
+        """Dropout on the adapter's input, cast to the dtype the adapter computes in. Linears that share their input
+        share what this gives."""
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    watches: ClassVar[bool] = False
+    """In training ``watch`` is called with each input of the linear, before dropout."""
+
+    def watch(self, x: Tensor, counts: list[int] | None = None) -> None:
+        """Take what the method's rule needs of x; arguments as those of ``forward``."""
+
 
 class FactorAdapter(Adapter):
-    """dW = B diag(d) A. Subclasses say what the factors are; nothing else is theirs to say."""
+    """dW = diag(b) B diag(d) A. Subclasses say what the factors are; nothing else is theirs to say."""
 
     @abstractmethod
     def factors(self) -> Factors:
         """The factors in fp32, differentiable with respect to what is trained."""
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-        B, d, A = self.factors()
-        dropped = self.drop(x)
-        # diag(d) goes into B, in fp32: that rounds once, and it is out x R work instead of tokens x R.
-        Bd = (B * d.unsqueeze(-2)).to(dropped.dtype)
-        return linear(linear(dropped, A.to(dropped.dtype), counts), Bd, counts).to(x.dtype)
+        factors = self.factors()
+        A, Bd = factors.A.to(x.dtype), factors.Bd.to(x.dtype)
+        return linear(linear(x, A, counts), Bd, counts)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        B, d, A = (t.float() for t in self.factors())
-        return (B * d.unsqueeze(-2)) @ A
+        factors = self.factors()
+        return factors.Bd.float() @ factors.A.float()
 
     @property
     def effective_rank(self) -> int:

@@ -69,14 +69,13 @@ class DoRAAdapter(Adapter):
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         g = self.m / _row_norms(weight, self.B, self.A, self.scale)
-        dropped = self.drop(x)
-        dtype = dropped.dtype
+        dtype = x.dtype
         more = g - 1.0
         if counts is not None:  # of each row of x, its expert's
             more = more.repeat_interleave(torch.tensor(counts, device=g.device), 0)
-        of_base = more.to(dtype) * linear(dropped, weight.to(dtype), counts)
+        of_base = more.to(dtype) * linear(x, weight.to(dtype), counts)
         Bg = (self.B * (g * self.scale).unsqueeze(-1)).to(dtype)
-        return (of_base + linear(linear(dropped, self.A.to(dtype), counts), Bg, counts)).to(x.dtype)
+        return of_base + linear(linear(x, self.A.to(dtype), counts), Bg, counts)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:

@@ -9,7 +9,7 @@ is one of its own: it has its own ranks in an adapter, and its own pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +54,14 @@ class AdaptedExperts(nn.Module):
         x = hidden_states[token]
         gate_up = linear(x, self.gate_up_proj, counts)
         half = self.intermediate_dim
-        gate = self._update("gate_proj", x, self.gate_up_proj[:, :half], counts)
-        up = self._update("up_proj", x, self.gate_up_proj[:, half:], counts)
+        dropped = self._watched(("gate_proj", "up_proj"), x, counts)
+        gate = self._update("gate_proj", dropped, self.gate_up_proj[:, :half], counts)
+        up = self._update("up_proj", dropped, self.gate_up_proj[:, half:], counts)
         if gate is not None or up is not None:
             halves = torch.split(gate_up, half, -1)
             gate_up = torch.cat([h if u is None else h + u for h, u in zip(halves, (gate, up), strict=True)], -1)
         y = self.gate(gate_up)
-        down = self._update("down_proj", y, self.down_proj, counts)
+        down = self._update("down_proj", self._watched(("down_proj",), y, counts), self.down_proj, counts)
         y = linear(y, self.down_proj, counts)
         y = (y if down is None else y + down) * top_k_weights.t().flatten()[order].unsqueeze(-1)
         result = torch.zeros_like(hidden_states)
@@ -70,11 +71,20 @@ class AdaptedExperts(nn.Module):
             result.index_add_(0, where, part)
         return result
 
+    def _watched(self, names: Sequence[str], x: Tensor, counts: list[int]) -> Tensor:
+        """The input of these linears for their adapters: one dropout mask for all."""
+        found = (self.adapter[name] for name in names if name in self.adapter)
+        own = [adapter for adapter in found if isinstance(adapter, Adapter)]
+        for adapter in own:
+            if adapter.watches and adapter.training:
+                adapter.watch(x, counts)
+        return own[0].drop(x) if own else x
+
     def _update(self, name: str, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor | None:
         if name not in self.adapter:
             return None
         update: Tensor = self.adapter[name](x, weight, counts)
-        return update
+        return update.to(weight.dtype)
 
 
 def is_fused(module: nn.Module) -> bool:

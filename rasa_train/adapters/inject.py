@@ -6,18 +6,28 @@ import difflib
 import re
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from .base import Adapter, Method, Site
 from .experts import OTHER_NAMES, AdaptedExperts, expert_sites, is_fused, is_supported
+from .kernels import Group
 
 POOLS = "pools"
 """Name of the root module that holds what sites share. Only this placement works under DDP, ZeRO-3 and FSDP2."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names of a mixture-of-experts router: ``all-linear`` leaves it alone."""
+
+
+SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Linears of one module that every known architecture calls one after the other with the same input: ``kernels.Group``
+computes them together (and finds out where this is not so)."""
 
 
 class AdaptedLinear(nn.Module):
@@ -26,16 +36,22 @@ class AdaptedLinear(nn.Module):
     Takes over the layer's own ``weight`` and ``bias``, so their names in the model stay what they were.
     """
 
+    group: Group
+
     def __init__(self, base: nn.Linear | Conv1D, adapter: Adapter) -> None:
         super().__init__()
         self.weight, self.bias, self.adapter = base.weight, base.bias, adapter
         self.transposed = adapter.site.transposed
         self.in_features, self.out_features = adapter.site.in_features, adapter.site.out_features
+        self.join(Group([self]), 0)
+
+    def join(self, group: Group, index: int) -> None:
+        """Be computed as member ``index`` of ``group``."""
+        object.__setattr__(self, "group", group)  # no module of this one: its members are elsewhere in the model
+        self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.t() if self.transposed else self.weight
-        update: Tensor = self.adapter(x, weight)
-        return F.linear(x, weight, self.bias) + update
+        return self.group(self.index, x)
 
 
 def find_sites(
@@ -85,6 +101,7 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     for site in sites:
         if site.path in built.adapters:
             _place(model, site, built.adapters[site.path])
+    _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
     for name, parameter in list(model.named_parameters()):
@@ -102,6 +119,11 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters in ``model`` by the path of their site."""
     return {module.site.path: module for module in model.modules() if isinstance(module, Adapter)}
+
+
+def groups(model: nn.Module) -> list[Group]:
+    """The groups of linears that are computed together."""
+    return list({id(m.group): m.group for m in model.modules() if isinstance(m, AdaptedLinear)}.values())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -146,6 +168,16 @@ def _place(model: nn.Module, site: Site, adapter: Adapter) -> None:
         experts = AdaptedExperts(experts)
         model.set_submodule(path, experts)
     experts.add(name, adapter)
+
+
+def _form_groups(model: nn.Module) -> None:
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in SHARED_INPUTS:
+            members = [child for name in names if isinstance(child := children.get(name), AdaptedLinear)]
+            group = Group(members)
+            for index, member in enumerate(members):
+                member.join(group, index)
 
 
 def _check_experts(model: nn.Module) -> None:

@@ -93,23 +93,27 @@ class MoRAAdapter(Adapter):
             self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-        dropped = self.drop(x)
-        M = self.M.to(dropped.dtype)
+        if self.maps == 6 and counts is None:
+            # M R_g instead of R_g x: a few rotated matrices, not every token. One product for each block.
+            turned = self._turned(self.M).to(x.dtype)
+            blocks = _blocks(x, self.q, self.blocks).reshape(-1, self.blocks, self.q).transpose(0, 1)
+            outputs = torch.bmm(blocks, turned.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+            return _tile(outputs, self.site.out_features)
+        M = self.M.to(x.dtype)
         if self.maps == 6:
-            blocks = _blocks(dropped, self.q, self.blocks)
+            blocks = _blocks(x, self.q, self.blocks)
             rotated = _rotate(blocks, self.cos.to(M.dtype), self.sin.to(M.dtype))
-            return _tile(linear(rotated, M, counts).flatten(-2), self.site.out_features).to(x.dtype)
+            return _tile(linear(rotated, M, counts).flatten(-2), self.site.out_features)
         strided, tiled = self.maps in (1, 4), self.maps in (1, 3)
-        z = _fold(dropped, self.q) if strided else _group(dropped, self.q)
+        z = _fold(x, self.q) if strided else _group(x, self.q)
         expand = _tile if tiled else _repeat
-        return expand(linear(z, M, counts), self.site.out_features).to(x.dtype)
+        return expand(linear(z, M, counts), self.site.out_features)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         M, (b, a), q = self.M.float(), self.site.shape, self.q
         out, in_ = (torch.arange(n, device=M.device) for n in (b, a))
         if self.maps == 6:
-            # M R_g is R_g^T = R_-g applied to every row of M. Columns of the pad belong to inputs 0, 1, ...
-            turned = _rotate(M.unsqueeze(-3), self.cos[:, None], -self.sin[:, None])  # (blocks, q, q)
+            turned = self._turned(M)  # columns of the pad belong to inputs 0, 1, ...
             dW = M.new_zeros(*self.site.lead, self.blocks * q, a)
             for g, block in enumerate(turned.unbind(-3)):
                 width = min(q, a - g * q)
@@ -122,6 +126,10 @@ class MoRAAdapter(Adapter):
         dW, pad = rows[..., in_ % q], -a % q
         dW[..., :pad] += rows[..., q - pad :]
         return dW
+
+    def _turned(self, M: Tensor) -> Tensor:
+        """M R_g (..., blocks, q, q): R_g^T = R_-g applied to every row of M."""
+        return _rotate(M.unsqueeze(-3), self.cos[:, None], -self.sin[:, None])
 
     @property
     def effective_rank(self) -> int:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from .base import Adapter, Built, FactorAdapter, Factors, Method, Site, kaiming_uniform, zeros
 
@@ -64,6 +64,7 @@ class PriLoRA(Method):
 
 class PriLoRAAdapter(FactorAdapter):
     rule_state = ("norms",)
+    watches = True
 
     def __init__(self, site: Site, method: PriLoRA, r: int) -> None:
         super().__init__(site, method)
@@ -74,12 +75,12 @@ class PriLoRAAdapter(FactorAdapter):
         self.register_buffer("norms", torch.zeros(*site.lead, site.in_features), persistent=False)
         # Of this step and this worker: no buffer, which DDP may overwrite with the first worker's.
         self.squares: Tensor | None = None
-        self.register_forward_pre_hook(_watch, with_kwargs=True)
 
     def factors(self) -> Factors:
         return Factors(self.B, self.A.new_full(self.A.shape[:-1], self.scale), self.A)
 
-    def watch(self, x: Tensor, counts: list[int] | None) -> None:
+    @torch.no_grad()
+    def watch(self, x: Tensor, counts: list[int] | None = None) -> None:
         """Add the squares of the features of x (..., in_features), padding included. Under activation
         checkpointing it runs twice: all norms of a site grow by one factor, and only entries of one row are
         compared."""
@@ -99,11 +100,3 @@ class PriLoRAAdapter(FactorAdapter):
         importance = self.A.abs() * self.norms.unsqueeze(-2)
         lowest = importance.topk(int(ratio * self.site.in_features), largest=False, sorted=False).indices
         self.A.scatter_(-1, lowest, 0.0)
-
-
-@torch.no_grad()
-def _watch(adapter: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before each forward(x, weight, counts)."""
-    assert isinstance(adapter, PriLoRAAdapter)
-    if adapter.training:
-        adapter.watch(args[0], args[2] if len(args) > 2 else kwargs.get("counts"))

@@ -59,4 +59,4 @@ class TiedLoRAAdapter(FactorAdapter):
         A, B = self.pool.A, self.pool.B
         if self.u is None or self.v is None:
             return Factors(B, A.new_ones(A.shape[:-1]), A)
-        return Factors(self.v.unsqueeze(-1) * B, self.u, A)
+        return Factors(B, self.u, A, self.v)

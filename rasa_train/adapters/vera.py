@@ -95,4 +95,5 @@ class VeRAAdapter(FactorAdapter):
 
     def factors(self) -> Factors:
         A = self.pool.A[:, : self.site.in_features].expand(*self.site.lead, -1, -1)
-        return Factors(self.b.unsqueeze(-1) * self.pool.B[: self.site.out_features], self.d, A)
+        B = self.pool.B[: self.site.out_features].expand(*self.site.lead, -1, -1)
+        return Factors(B, self.d, A, self.b)

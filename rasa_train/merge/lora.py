@@ -95,10 +95,10 @@ def export_lora(
 
 @torch.no_grad()
 def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
-    """(A, B diag(d)) in fp32, without the ranks whose d is zero (AdaLoRA prunes by zeros)."""
-    B, d, A = (t.float() for t in adapter.factors())
-    kept = _nonzero(d)
-    return A[kept], (B * d)[:, kept]
+    """(A, diag(b) B diag(d)) in fp32, without the ranks whose d is zero (AdaLoRA prunes by zeros)."""
+    factors = adapter.factors()
+    kept = _nonzero(factors.d)
+    return factors.A.float()[kept], factors.Bd.float()[:, kept]
 
 
 def _write_factors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rasa_train.adapters import METHODS
 from rasa_train.adapters.adalora import AdaLoRA
 from rasa_train.adapters.base import Method, Site
-from rasa_train.adapters.inject import adapters, attach, rule_state, saved_tensors, trainable
+from rasa_train.adapters.inject import AdaptedLinear, adapters, attach, rule_state, saved_tensors, trainable
+from rasa_train.adapters.kernels import packed
 from rasa_train.adapters.prilora import PriLoRA
 from rasa_train.errors import UserError
 from rasa_train.merge.lora import lora_factors
@@ -292,7 +294,7 @@ def test_pruning_takes_the_least_important_of_each_row() -> None:
     for step in range(1, 4):
         parts = [torch.randn(2, 5, 10) * scales, torch.randn(3, 4, 10) * scales]  # two micro-batches
         for x in parts:
-            adapter(x, torch.empty(0))
+            adapter.watch(x)
         tokens = torch.cat([x.reshape(-1, 10) for x in parts])
         norms = 0.8 * norms + 0.2 * tokens.norm(dim=0)
         before = adapter.A.detach().clone()
@@ -319,11 +321,14 @@ def test_pruned_entries_grow_again_and_the_end_prunes_once_more() -> None:
     assert all(zeros == {0.0} for step, zeros in enumerate(history, 1) if step not in (5, 10, 13))
 
 
-def test_only_training_is_watched() -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_only_training_is_watched(fast: bool) -> None:
     method, adapter, group = one(prune_every=1)
-    with torch.no_grad():
-        adapter.eval()(1e6 * torch.randn(5, 10), torch.empty(0))
-    adapter.train()(x := torch.randn(5, 10, dtype=torch.bfloat16), torch.empty(0))
+    linear = AdaptedLinear(nn.Linear(10, 12, bias=False).bfloat16().requires_grad_(False), adapter)
+    with packed([linear.group]) if fast else nullcontext():
+        with torch.no_grad():
+            linear.eval()(1e6 * torch.randn(5, 10, dtype=torch.bfloat16))
+        linear.train()(x := torch.randn(5, 10, dtype=torch.bfloat16))
     method.after_step(group, 1, 10)
     torch.testing.assert_close(adapter.norms, 0.1 * x.float().norm(dim=0))
     assert list(rule_state_names(adapter)) == ["norms"] and "norms" not in adapter.state_dict()
@@ -388,7 +393,7 @@ def test_prilora_of_fused_experts() -> None:
     group = method.build([Site("e", "e", 0, 12, 10, "e", num_experts=3)]).adapters
     fused = group["e"].train()
     x = torch.randn(7, 10)
-    fused(torch.cat([x, 2 * x]), torch.empty(0), [0, 7, 7])
+    fused.watch(torch.cat([x, 2 * x]), [0, 7, 7])
     method.after_step(group, 1, 10)
     torch.testing.assert_close(fused.norms, 0.1 * torch.outer(torch.tensor([0.0, 1, 2]), x.norm(dim=0)))
     assert ((fused.A == 0).sum(-1) == 5).all() and fused.A.shape == (3, 6, 10)

@@ -1,0 +1,205 @@
+"""The fast path against gradients by finite differences, and against the plain path for every method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rasa_train.adapters import METHODS
+from rasa_train.adapters.inject import adapt, adapters, groups, trainable
+from rasa_train.adapters.kernels import Operands, SharedInput, _blocks, packed
+from rasa_train.adapters.lora import LoRA
+from tests.adapters.test_contract import FIELDS, HEADS
+
+WITH_SITES = [name for name in METHODS if name not in ("full", "peft")]
+NO_FACTORS = {"mora", "dora", "bitfit"}
+IDS = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(kind: str, dtype: torch.dtype, method: str, **fields: Any) -> nn.Module:
+    sizes = {
+        "llama": {**HEADS, "hidden_size": 32, "intermediate_size": 48, "attention_bias": True},
+        "gpt2": {"vocab_size": 40, "n_layer": 2, "n_embd": 32, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+        "mixtral": {**HEADS, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4},
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes[kind])).to(dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model, _ = adapt(model, METHODS[method].model_validate({"method": method, **FIELDS[method], **fields}))
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.train()
+
+
+def losses(model: nn.Module) -> list[float]:
+    """Of two micro-batches with dropout; their gradients add up."""
+    result = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loss = model(input_ids=IDS.roll(seed, 1), labels=IDS, use_cache=False).loss
+        loss.backward()
+        result.append(float(loss.detach()))
+    return result
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def flat(values: dict[str, Tensor]) -> Tensor:
+    return torch.cat([values[name].flatten() for name in sorted(values)])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", ["all", "frozen A", "loose", "bias", "unused"])
+def test_gradients_by_finite_differences(case: str, p: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    weights, ranks = [random(5, 6), random(3, 6)], [2, 3]
+    x, biases = random(2, 4, 6), [random(5), None] if case == "bias" else [None, None]
+    common = case == "frozen A"
+    columns = [slice(0, 2), slice(0, 2)] if common else [slice(0, 2), slice(2, 5)]
+    ranks = [2, 2] if common else ranks
+    shapes = ([] if common else [(5, 6)]) + [(5, ranks[0])] + ([] if case == "loose" else [(3, ranks[1])])
+    buffer = random(sum(a * b for a, b in shapes))
+    frozen_A, loose = random(2, 6), [random(3, 3)] if case == "loose" else []
+
+    def ours(x: Tensor, flat: Tensor, *loose: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        blocks = _blocks(flat.detach(), shapes)
+        A = frozen_A if common else blocks.pop(0)
+        operands = Operands(weights, biases, A, not common, [*blocks, *[None] * len(loose)], columns)
+        outputs = SharedInput.apply(x, p, operands, flat, *loose)
+        return outputs[0] if case == "unused" else torch.cat(outputs, -1)
+
+    inputs = [t.requires_grad_() for t in (x, buffer, *loose)]
+    assert torch.autograd.gradcheck(ours, inputs)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(x, p)
+    blocks = _blocks(buffer, shapes)
+    A = frozen_A if common else blocks.pop(0)
+    both = zip(weights, biases, [*blocks, *loose], columns, strict=True)
+    expected = [nn.functional.linear(x, W, b) + dropped @ A[own].T @ Bd.T for W, b, Bd, own in both]
+    assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("method", WITH_SITES)
+def test_fast_is_plain(method: str, kind: str) -> None:
+    if (method, kind) == ("bitfit", "mixtral"):
+        pytest.skip("bitfit can add no bias to fused experts")
+    model = tiny(kind, torch.float32, method, dropout=0.1)
+    wanted, theirs = losses(model), gradients(model)
+    with packed(groups(model)):
+        fast = [group for group in groups(model) if group.packed is not None]
+        got = losses(model)
+    assert bool(fast) == (method not in NO_FACTORS) and all(group.packed is None for group in groups(model))
+    ours = gradients(model)
+    assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert ours.keys() == theirs.keys() and (flat(ours) - flat(theirs)).norm() < 1e-5 * flat(theirs).norm()
+
+
+@pytest.mark.parametrize("method", ["lora", "rasa", "vera", "pissa"])
+def test_bfloat16_is_as_near_to_fp32_as_the_plain_path(method: str) -> None:
+    torch.manual_seed(0)
+    exact = tiny("llama", torch.float32, method)
+    model = tiny("llama", torch.bfloat16, method)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+            theirs.copy_(mine)  # the same rounded base
+    losses(exact), losses(model)
+    wanted, plain = flat(gradients(exact)), flat(gradients(model))
+    with packed(groups(model)):
+        losses(model)
+    fast = flat(gradients(model))
+    assert fast.dtype == torch.float32
+    assert (fast - wanted).norm() < 1.2 * (plain - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("method", ["lora", "rasa", "vera"])
+def test_one_linear_in_bfloat16(method: str) -> None:
+    """Without a network that amplifies rounding: cosine of all gradients to those of the plain path."""
+    model = tiny("llama", torch.bfloat16, method)
+    torch.manual_seed(3)
+    linear, x = model.model.layers[0].mlp.down_proj, torch.randn(64, 48, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 32)
+    found = []
+    for fast in (False, True):
+        with packed([linear.group] if fast else []):
+            (linear(x) * weight).sum().backward()
+        assert x.grad is not None
+        found.append(torch.cat([x.grad.float().flatten(), flat(gradients(model))]))
+        x.grad = None
+    assert torch.cosine_similarity(*found, dim=0) > 0.9999
+
+
+def test_what_shares_an_input_is_computed_together() -> None:
+    model = tiny("llama", torch.float32, "rasa")
+    sizes = sorted(len(group.members) for group in groups(model))
+    assert sizes == [1, 1, 1, 1, 2, 2, 3, 3], "o, down; gate and up; q, k and v, in each of two layers"
+
+
+def test_linears_that_do_not_share_their_input() -> None:
+    """An encoder's states for k and v, say: the result stays right."""
+    model = tiny("llama", torch.float32, "lora")
+    attention, mine, theirs = model.model.layers[0].self_attn, torch.randn(4, 32), torch.randn(4, 32)
+    names = {"q_proj": mine, "k_proj": theirs, "v_proj": theirs}
+
+    def run() -> Tensor:
+        total = sum(attention.get_submodule(name)(x).square().sum() for name, x in names.items())
+        total.backward()
+        return total.detach()
+
+    wanted, plain = run(), gradients(model)
+    with packed(groups(model)):
+        got = [run(), run()]
+    assert_close(got, [wanted, wanted])
+    assert_close(flat(gradients(model)), 2 * flat(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_padded_ranks_and_freshness() -> None:
+    model = tiny("llama", torch.float32, "rasa")  # rank 3 + 2
+    with packed(groups(model)):
+        group = next(group for group in groups(model) if len(group.members) == 3)
+        assert group.packed is not None and group.packed.operands.A.shape == (24, 32)
+        before = model(input_ids=IDS).logits
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter += 0.1
+    wanted = model(input_ids=IDS).logits
+    with torch.no_grad(), packed(groups(model)):
+        after = model(input_ids=IDS).logits
+    assert_close(after, wanted, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 0.01
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_fp32_arithmetic_stays_plain() -> None:
+    model = tiny("llama", torch.bfloat16, "lora", compute="float32")
+    with packed(groups(model)):
+        assert all(group.packed is None for group in groups(model))
+    assert isinstance(METHODS["lora"].model_validate({"method": "lora"}), LoRA) and adapters(model)
+
+
+def test_under_activation_checkpointing() -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = tiny("llama", torch.float32, "rasa", dropout=0.1)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with packed(groups(model)):
+            losses(model)
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
