@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PretrainedConfig
 
+from ..adapters.kernels import packed
 from ..errors import UserError
 from .engines import Engine, contender, engines
 from .shapes import random_model, shared_copy
@@ -38,6 +39,8 @@ LENGTHS = (8, 24)
 class Count:
     dispatched_ops: int
     """Of a micro-batch through 32 layers, the base and the loss included."""
+    packing_ops: int
+    """Beside them, once an optimizer step."""
     bytes_per_token_and_layer: float
     """Of the adapter."""
 
@@ -92,10 +95,10 @@ def count(
     names = {engine.label for engine in chosen}
     narrow = [engine for engine in engines(NARROW["hidden_size"], dropout) if engine.label in names]
     moved = _bytes_per_token(chosen, config)
-    ops = [counter.ops for counter in _run(narrow, LlamaConfig(**NARROW), LENGTHS[1], NARROW["num_hidden_layers"])]
+    ran = _run(narrow, LlamaConfig(**NARROW), LENGTHS[1], NARROW["num_hidden_layers"])
     return {
-        engine.label: Count(dispatched, own - moved[0])
-        for engine, dispatched, own in zip(chosen, ops, moved, strict=True)
+        engine.label: Count(totals.ops, totals.packing_ops, own - moved[0])
+        for engine, totals, own in zip(chosen, ran, moved, strict=True)
     }
 
 
@@ -116,20 +119,30 @@ def _bytes_per_token(engines: list[Engine], config: PretrainedConfig) -> list[fl
     return [(b.bytes - a.bytes) / (LENGTHS[1] - LENGTHS[0]) for a, b in zip(less, more, strict=True)]
 
 
-def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: int) -> list[Counter]:
-    """Forward and backward of each; the model has ``layers`` layers, of which those that ``config`` has are run."""
+class _Totals(NamedTuple):
+    ops: int
+    """Of a micro-batch."""
+    packing_ops: int
+    bytes: int
+
+
+def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: int) -> list[_Totals]:
+    """A step of each; the model has ``layers`` layers, of which those that ``config`` has are run."""
     base = random_model(config, torch.bfloat16, torch.device("meta")).to_empty(device="cpu")  # no values: quick
     stack = base.get_submodule("model.layers")
     assert isinstance(stack, nn.ModuleList)
     stack.extend(shared_copy(stack[0]) for _ in range(layers - len(stack)))
     problem = language_model(base, [tokens])
-    counters = []
+    results = []
     for engine in engines:
         ran = contender(engine, problem)
         with Counter() as counter, FusedDropout():
-            ran.step()
-        counters.append(counter)
-    return counters
+            with packed(ran.groups):
+                before = counter.ops
+                ran.micro_batch()
+                ops = counter.ops - before
+            results.append(_Totals(ops, counter.ops - ops, counter.bytes))
+    return results
 
 
 def _product(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters.base import Method
-from ..adapters.inject import adapt, find_sites, trainable
+from ..adapters.inject import adapt, find_sites, groups, trainable
+from ..adapters.kernels import Group, packed
 from ..adapters.lora import LoRA
 from ..adapters.mora import MoRA
 from ..adapters.rasa import RaSA
 from ..adapters.vera import VeRA
 from .peers import place_paper_rasa, place_per_linear
-from .shapes import shared_copy
+from .shapes import LinearStack, shared_copy
 from .workloads import Loss, Problem
 
 Parameters = dict[str, nn.Parameter]
@@ -58,9 +59,19 @@ class Contender:
     model: nn.Module
     parameters: Parameters
     loss: Loss
+    groups: list[Group]
+    """What ours packs; nothing in the models of others."""
 
     def step(self) -> Tensor:
-        """Forward and backward of one micro-batch; gradients are added to what is there. Returns the loss."""
+        """An optimizer step of one micro-batch, without the optimizer. Returns the loss.
+
+        Packing is done once an optimizer step, so for ours no micro-batch can be dearer than this.
+        """
+        with packed(self.groups):
+            return self.micro_batch()
+
+    def micro_batch(self) -> Tensor:
+        """Forward and backward; gradients are added to what is there. Returns the loss."""
         loss = self.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -109,7 +120,9 @@ def contender(engine: Engine, problem: Problem, *, own_stack: bool = False) -> C
     if engine.autocast and problem.dtype == torch.bfloat16:
         kind = next(model.parameters()).device.type
         loss = torch.autocast(kind, problem.dtype)(loss)
-    return Contender(model, parameters, loss)
+    # Of a stack of linears only the first layer is run, so only its price is asked.
+    run = model.layers[0] if isinstance(model, LinearStack) else model
+    return Contender(model, parameters, loss, groups(run))
 
 
 def give(values: Mapping[str, Tensor], parameters: Parameters) -> None:

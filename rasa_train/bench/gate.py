@@ -62,7 +62,7 @@ def check(engine: Engine, device: torch.device) -> Verdict:
     exact = written_out(problem.base, engine.method)
     parameters = trainable(exact)
     give(values, parameters)
-    expected = float(Contender(exact, parameters, problem.loss(exact)).step())
+    expected = float(Contender(exact, parameters, problem.loss(exact), []).step())
     pairs = [(_gradient(ran.parameters[name]), _gradient(parameter)) for name, parameter in parameters.items()]
     return Verdict(
         loss_error=abs(loss / expected - 1),

@@ -36,11 +36,11 @@ def counters_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['shape']}, dropout {result['dropout']}",
         "",
-        f"{'engine':<12}{'method':<8}{'adapter KB/token/layer':>24}{'ops/micro-batch':>17}",
+        f"{'engine':<12}{'method':<8}{'adapter KB/token/layer':>24}{'ops/micro-batch':>17}{'packing ops/step':>18}",
     ]
     lines += [
         f"{row['engine']:<12}{row['method'] or '-':<8}{row['bytes_per_token_and_layer'] / 1e3:>24.1f}"
-        f"{row['dispatched_ops']:>17,}"
+        f"{row['dispatched_ops']:>17,}{row['packing_ops']:>18,}"
         for row in result["rows"]
     ]
     return "\n".join(lines)
