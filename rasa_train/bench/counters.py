@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from ..adapters.kernels import packed
 from ..errors import UserError
-from .engines import Engine, contender, engines
+from .engines import Engine, Label, contender, engines
 from .shapes import random_model, shared_copy
 from .workloads import language_model
 
@@ -75,10 +76,8 @@ class FusedDropout(TorchFunctionMode):
         return torch.native_dropout(bound["input"], p, training)[0] if p and training else bound["input"]
 
 
-def count(
-    config: PretrainedConfig, dropout: float, only: set[str] | None = None
-) -> dict[tuple[str, str | None], Count]:
-    """Count all engines, or ``only`` those of these names, on a model of this architecture.
+def count(config: PretrainedConfig, dropout: float, only: Collection[Label] | None = None) -> dict[Label, Count]:
+    """Count all engines, or ``only`` these, and always the frozen base, on a model of this architecture.
 
     Raises:
         UserError: the architecture is neither Llama's nor Mistral's, so how to run one layer of it is not known.
@@ -90,7 +89,7 @@ def count(
     chosen = [
         engine
         for engine in engines(config.hidden_size, dropout)
-        if not engine.missing and (only is None or engine.name in (*only, "base"))
+        if not engine.missing and (only is None or engine.method is None or engine.label in only)
     ]
     names = {engine.label for engine in chosen}
     narrow = [engine for engine in engines(NARROW["hidden_size"], dropout) if engine.label in names]

@@ -23,6 +23,8 @@ from .shapes import LinearStack, shared_copy
 from .workloads import Loss, Problem
 
 Parameters = dict[str, nn.Parameter]
+Label = tuple[str, str | None]
+"""Names of an engine and its method."""
 NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
 """What ``Engine.name`` can be."""
 
@@ -44,7 +46,7 @@ class Engine:
     """Package it needs."""
 
     @property
-    def label(self) -> tuple[str, str | None]:
+    def label(self) -> Label:
         return self.name, None if self.method is None else self.method.method
 
     @property

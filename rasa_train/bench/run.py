@@ -17,12 +17,10 @@ from ..errors import UserError
 from ..group import versions
 from . import gate
 from .counters import count
-from .engines import Contender, Engine, contender, engines, give, values_for
+from .engines import Contender, Engine, Label, contender, engines, give, values_for
 from .shapes import LINEARS, architecture, random_model
 from .timing import interleaved, peak_in_own_process
 from .workloads import Problem, describe, language_model, lengths, linears
-
-Label = tuple[str, str | None]
 
 
 def compare(
@@ -176,6 +174,8 @@ def count_all(shape: str, dropout: float, only: set[str] | None) -> dict[str, An
     """
     if shape == LINEARS:
         raise UserError(f"--counters counts a whole model, not {LINEARS}; try --shape llama-3.1-8b", key="--shape")
-    counted = count(architecture(shape), dropout, only)
+    config = architecture(shape)
+    labels = [engine.label for engine in engines(config.hidden_size, dropout) if only is None or engine.name in only]
+    counted = count(config, dropout, labels)
     rows = [{"engine": engine, "method": method, **vars(c)} for (engine, method), c in counted.items()]
     return {"rows": rows, "shape": shape, "dropout": dropout, **machine(torch.device("cpu"))}

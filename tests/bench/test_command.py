@@ -19,7 +19,7 @@ ROW = {"engine", "method", "seconds_per_step", "over_base", "tokens_per_second",
 
 
 def test_json_of_a_comparison(cli: Cli, tiny_llama: Path) -> None:
-    arguments = ("--shape", tiny_llama, "--device", "cpu", "--tokens", 64, "--engines", "paper,ours", "--rounds", 2)
+    arguments = ("--shape", tiny_llama, "--device", "cpu", "--tokens", 64, "--engines", "paper,ours", "--rounds", 1)
     done = cli("bench", *arguments, "--workload", "padded", "--own-stacks", "--json", check=True)
     result = json.loads(done.stdout)
     labels = [(row["engine"], row["method"]) for row in result["rows"]]
