@@ -89,6 +89,8 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
     def number(name: str) -> str:
         return unknown if facts[name] is None else f"{facts[name]:,}"
 
+    size, tokens = facts["micro_batch_size"], facts["micro_batch_tokens"]
+    at_once = f"at most {size} sequences of {facts['longest']:,} tokens" if size else f"{tokens:,} tokens at a time"
     return [
         ("method", facts["method"]),
         ("trained", f"{facts['trainable_parameters']:,} parameters ({share})"),
@@ -103,7 +105,7 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
             ("memory" if i == 0 else "", f"{part.replace('_', ' ')} {size / 2**30:,.2f} GiB")
             for i, (part, size) in enumerate(facts["memory_bytes"].items())
         ],
-        ("", f"each worker, at most {facts['micro_batch_size']} sequences of {facts['longest']:,} tokens"),
+        ("", f"each worker, {at_once}"),
         *[
             ("strategies" if i == 0 else "", f"{strategy} {size / 2**30:,.2f} GiB")
             for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())

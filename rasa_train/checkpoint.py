@@ -1,7 +1,8 @@
 """Checkpoints: a directory that is there whole or not at all, and is read only if every byte is right.
 
 A checkpoint is an adapter directory (so it can be merged and evaluated) plus ``optimizer.safetensors``, whose
-tensors are keyed by the adapter's names, and ``trainer.json``. Nothing in it knows how many workers there were.
+tensors are keyed by the adapter's names, and ``trainer.json``. What is large is written by all workers, each a part
+(``optimizer-00001-of-00008.safetensors``) with whole tensors in it, so any number of workers can read it.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters.saved import read_safetensors
+from .adapters.saved import part, read_safetensors
 from .data.cache import TokenDataset
 from .distributed import Engine
 from .errors import UserError
-from .group import from_first
+from .group import from_first, gather
 from .run_dir import write_json
+from .tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,54 +67,89 @@ def directory_name(step: int) -> str:
 
 
 def save(
+    engine: Engine,
     checkpoints: Path,
     progress: Progress,
-    write_adapter: Callable[[Path], None],
-    optimizer_state: Mapping[str, Tensor],
+    write_adapter: Callable[[Path], list[Path]],
+    parameters: Mapping[str, nn.Parameter],
     rule_state: Mapping[str, Tensor],
     *,
     data_key: str,
+    writers: int,
 ) -> Path:
-    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it."""
-    final = checkpoints / directory_name(progress.step)
+    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it. Every worker must call it;
+    ``write_adapter`` returns the files that the worker has written."""
+    final, first = checkpoints / directory_name(progress.step), engine.accelerator.is_main_process
 
-    def write(directory: Path) -> None:
-        write_adapter(directory)
-        save_file(dict(optimizer_state), directory / OPTIMIZER, metadata={"format": "pt"})
-        check_header(directory / OPTIMIZER, optimizer_state)
-        if rule_state:
+    def write(directory: Path) -> list[Path]:
+        written = write_adapter(directory)
+        keys = {key for state in engine.optimizer.state.values() for key in state}
+        names = [f"{key}:{name}" for key in keys for name in parameters]
+        state = engine.gathered_optimizer(parameters)
+        written += write_tensors(directory / OPTIMIZER, state, names, engine.accelerator, writers)
+        if first and rule_state:
             save_file({n: t.cpu().contiguous() for n, t in rule_state.items()}, directory / RULE)
-        write_json(directory / TRAINER, {**asdict(progress), "data_key": data_key})
+            written.append(directory / RULE)
+        if first:
+            write_json(directory / TRAINER, {**asdict(progress), "data_key": data_key})
+            written.append(directory / TRAINER)
+        return written
 
-    write_directory(final, write)
+    write_directory(final, write, engine.accelerator)
     return final
 
 
-def check_header(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read a file back that was just written. Raises ``RuntimeError`` unless it has these tensors, in these shapes."""
-    with safe_open(path, framework="pt") as file:
-        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if written != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-        raise RuntimeError(f"{path} was written with other tensors than it was given; is the disk sound?")
+def write_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    names: Iterable[str],
+    accelerator: Accelerator,
+    writers: int = 1,
+) -> list[Path]:
+    """Write ``tensors`` as they come. Every worker must call it, because each tensor is gathered from all of them.
+
+    Args:
+        names: those that may come.
+        writers: so many workers, from the first, write a part of the file each.
+    Returns:
+        The file that this worker has written, if any.
+    """
+    me, sizes = accelerator.process_index, [0] * writers
+    mine = [part(path, me, writers)] if me < writers else []
+    with TensorFile(mine[0], names) if mine else nullcontext() as file:
+        for name, tensor in tensors:
+            owner = sizes.index(min(sizes))
+            sizes[owner] += tensor.nbytes
+            if file is not None and owner == me:
+                file.add(name, tensor)
+    return mine
 
 
-def write_directory(final: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory by ``write`` and put it at ``final`` (replacing what is there) with its checksums."""
-    beside = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write(beside)
-        write_json(beside / CHECKSUMS, {p.name: _sha256(p) for p in sorted(beside.iterdir())})
-        for path in beside.iterdir():
-            _fsync(path)
-        _fsync(beside)
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
-        _fsync(final.parent)
-    finally:
+def write_directory(final: Path, write: Callable[[Path], list[Path]], accelerator: Accelerator) -> None:
+    """Fill a directory by ``write`` and put it at ``final`` (replacing what is there) with its checksums. Every worker
+    must call it; ``write`` returns the files that the worker has written."""
+    beside, first = final.with_name(f".{final.name}.partial"), accelerator.is_main_process
+    if first:
         shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        mine = {}
+        for path in write(beside):
+            mine[path.name] = _sha256(path)
+            _fsync(path)
+        every = gather(accelerator, mine)
+        if first:
+            write_json(beside / CHECKSUMS, {name: sums[name] for sums in every for name in sorted(sums)})
+            _fsync(beside)
+            if final.exists():
+                shutil.rmtree(final)
+            beside.rename(final)
+            _fsync(final.parent)
+    finally:
+        if first:
+            shutil.rmtree(beside, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:

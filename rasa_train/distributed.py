@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from .errors import UserError
-from .group import world_size
+from .group import average, from_first, world_size
 
 if TYPE_CHECKING:  # a recipe is read without it
     from accelerate import Accelerator
@@ -68,6 +68,8 @@ class Engine(ABC):
 
     sharded: ClassVar[bool]
     """Workers hold parts of the trained tensors, or wait for each other in the forward pass."""
+    first_reads: ClassVar[bool] = False
+    """Before ``prepare`` only the first worker has values; those of the others are on the meta device until then."""
 
     def __init__(self, config: DistributedConfig, accelerator: Accelerator, max_grad_norm: float | None) -> None:
         self.config, self.accelerator = config, accelerator
@@ -76,6 +78,11 @@ class Engine(ABC):
         """What is called with a batch; set by ``prepare``."""
         self.optimizer: torch.optim.Optimizer
         """Whose learning rate is set; made by ``prepare``."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether this worker reads the base, and the adapter to start from."""
+        return self.accelerator.is_main_process or not self.first_reads
 
     def loading(self, dtype: torch.dtype, *, divide: bool) -> AbstractContextManager[None]:
         """Around the loading of the base in ``dtype``. ``divide``: weights may be divided as they are read."""
@@ -103,6 +110,10 @@ class Engine(ABC):
     def zero_grad(self) -> None: ...
 
     @abstractmethod
+    def release(self) -> None:
+        """After a forward pass that no backward pass follows: let go of what it has gathered."""
+
+    @abstractmethod
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor of the model. Every worker must call it."""
 
@@ -115,24 +126,20 @@ class Engine(ABC):
         """The reverse of ``optimizer_state``, for all parameters at once."""
 
     @torch.no_grad()
-    def gathered(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Whole tensors in host memory on the first worker, nothing on the others. Every worker must call it."""
-        result = {}
-        for name, tensor in tensors.items():
-            whole = self.whole(tensor)
+    def gathered(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, one at a time, those of larger dtypes first. Every worker must go through all of them."""
+        for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+            whole = self.whole(tensors[name])
             assert tuple(whole.shape) == tuple(shapes[name]), (name, tuple(whole.shape), shapes[name])
-            if self.accelerator.is_main_process:
-                result[name] = whole.cpu().clone()
-        return result
+            yield name, whole
 
-    def gathered_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """``<state key>:<parameter name>`` -> tensor on the first worker, nothing on the others."""
-        result = {}
+    def gathered_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        """``<state key>:<parameter name>`` and the whole tensor, one at a time. Every worker must go through all."""
         for name, parameter in parameters.items():
             for key, tensor in self.optimizer_state(parameter).items():
-                if self.accelerator.is_main_process:
-                    result[f"{key}:{name}"] = torch.as_tensor(tensor).detach().cpu().clone().contiguous()
-        return result
+                yield f"{key}:{name}", torch.as_tensor(tensor)
 
 
 def make_engine(config: DistributedConfig, accelerator: Accelerator, max_grad_norm: float | None) -> Engine:
@@ -179,12 +186,15 @@ class DataParallel(Engine):
             bucket.append(parameter.grad)
             size += parameter.grad.nbytes
             if size >= BUCKET:
-                _average(bucket, self.accelerator.num_processes)
+                average(bucket, self.accelerator.num_processes)
                 bucket, size = [], 0
-        _average(bucket, self.accelerator.num_processes)
+        average(bucket, self.accelerator.num_processes)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
+
+    def release(self) -> None:
+        """Nothing was gathered."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -199,24 +209,16 @@ class DataParallel(Engine):
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device) if like else tensor
 
 
-def _average(tensors: list[Tensor], workers: int) -> None:
-    """Mean over workers, in place, in one exchange."""
-    if not tensors:
-        return
-    together = torch.cat([tensor.flatten() for tensor in tensors]).div_(workers)
-    dist.all_reduce(together)
-    parts = torch.split(together, [tensor.numel() for tensor in tensors])  # type: ignore[no-untyped-call]
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
 class FullyShard(Engine):
     """torch's FSDP2: every tensor is divided by its rows; each decoder layer is gathered when it is needed.
 
     Pools are in the root's group, with the embeddings: they stay gathered from the first layer to the last.
+    The first worker reads the model and sends it to the others layer by layer, so that no other ever holds more of it
+    than its own part and one layer.
     """
 
     sharded = True
+    first_reads = True
 
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -232,7 +234,9 @@ class FullyShard(Engine):
         if self.config.offload == "all" and kind == "cuda":
             options["offload_policy"] = CPUOffloadPolicy()
         for layer in decoder_layers(model):
+            _fill_from_first(layer, self.accelerator)
             fully_shard(layer, **options)
+        _fill_from_first(model, self.accelerator)
         fully_shard(model, **options)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not whole, f"not divided among workers: {whole[:3]}"
@@ -258,6 +262,10 @@ class FullyShard(Engine):
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
+    def release(self) -> None:
+        """The root's group stays gathered for a backward pass; its parameters are others meanwhile."""
+        self.model.reshard()  # type: ignore[operator]
+
     def whole(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
@@ -268,6 +276,7 @@ class FullyShard(Engine):
         return whole
 
     def optimizer_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        assert type(parameter) is not nn.Parameter, "a gathered parameter has no state: release it first"
         return {key: self.whole(torch.as_tensor(t)) for key, t in self.optimizer.state.get(parameter, {}).items()}
 
     def load_optimizer_state(self, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
@@ -366,6 +375,9 @@ class Zero(Engine):
     def zero_grad(self) -> None:
         """DeepSpeed has done it in ``step``."""
 
+    def release(self) -> None:
+        """DeepSpeed has done it after the forward pass."""
+
     def whole(self, tensor: Tensor) -> Tensor:
         if not _divided(tensor):
             return tensor
@@ -424,6 +436,36 @@ def _deepspeed(accelerator: Accelerator) -> Any:
             dist_backend="nccl" if accelerator.device.type == "cuda" else "gloo", auto_mpi_discovery=False
         )
     return deepspeed
+
+
+@torch.no_grad()
+def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give all parameters and buffers below ``module`` that are not divided yet the values and the dtypes that they
+    have on the first worker, on the device of each. Tied parameters stay tied."""
+    from torch.distributed.tensor import DTensor
+
+    places: list[tuple[dict[str, Any], str]] = [
+        (tensors, name)
+        for child in module.modules()
+        for tensors in (vars(child)["_parameters"], vars(child)["_buffers"])
+        for name, tensor in tensors.items()
+        if tensor is not None and not isinstance(tensor, DTensor)
+    ]
+    dtypes = from_first(accelerator, [tensors[name].dtype for tensors, name in places])
+    filled: dict[int, tuple[Tensor, Tensor]] = {}  # with what was there before, so that its id stays its own
+    for (tensors, name), dtype in zip(places, dtypes, strict=True):
+        old = tensors[name]
+        if id(old) not in filled:
+            of_model = isinstance(old, nn.Parameter)
+            if accelerator.is_main_process:
+                new = old.detach().to(accelerator.device).contiguous()
+                if of_model:
+                    old.data = old.data.new_empty(0)  # the memory must not stay with what refers to it
+            else:
+                new = torch.empty(old.shape, dtype=dtype, device=accelerator.device)
+            dist.broadcast(new.view(-1).view(torch.uint8), src=0)
+            filled[id(old)] = old, nn.Parameter(new, requires_grad=old.requires_grad) if of_model else new
+        tensors[name] = filled[id(old)][1]
 
 
 def _group_of_one() -> None:

@@ -1,4 +1,4 @@
-"""The two ways a command may end early that are nobody's bug."""
+"""The ways a command may end early that are nobody's bug."""
 
 
 class UserError(Exception):
@@ -15,3 +15,11 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """A stop was asked for (SIGTERM, SIGUSR1) and the state is saved. Commands exit with code 75."""
+
+
+class WorkerLost(Exception):
+    """An exchange among the workers broke off, because some of them, ``ranks``, died, hang or cannot be reached."""
+
+    def __init__(self, message: str, ranks: list[int]) -> None:
+        super().__init__(message)
+        self.ranks = ranks

@@ -8,9 +8,11 @@ import resource
 import socket
 import statistics
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, WorkerLost
 
 if TYPE_CHECKING:  # a recipe is read without it
     from accelerate import Accelerator
@@ -94,13 +96,8 @@ def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
     workers = range(world_size())
     store.set(f"here/{rank()}", _here())
     deadline = time.monotonic() + timeout_seconds
-    places, missing = [], []
-    for worker in workers:
-        try:
-            store.wait([f"here/{worker}"], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
-            places.append(store.get(f"here/{worker}").decode())
-        except RuntimeError:  # torch's DistStoreError; what came late is known now, what did not is missing
-            missing.append(worker)
+    missing = [worker for worker in workers if not _is_set(store, f"here/{worker}", deadline)]
+    places = [store.get(f"here/{worker}").decode() for worker in workers if worker not in missing]
     if missing:
         came = ", ".join(sorted(set(places))) or "nobody"
         raise UserError(
@@ -163,6 +160,17 @@ def sum_over_workers(accelerator: Accelerator, values: list[float]) -> list[floa
     return [float(v) for v in total.tolist()]
 
 
+def average(tensors: list[Tensor], workers: int) -> None:
+    """Mean over all workers, in place, in one exchange."""
+    if not tensors:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors]).div_(workers)
+    dist.all_reduce(together)
+    parts = torch.split(together, [tensor.numel() for tensor in tensors])  # type: ignore[no-untyped-call]
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def stop_agreed(accelerator: Accelerator, reason: str) -> bool:
     """Whether any worker was asked to stop (has a ``reason``). Every worker must call it at the same step."""
     return sum_over_workers(accelerator, [float(bool(reason))])[0] > 0
@@ -177,10 +185,75 @@ def from_first(accelerator: Accelerator, value: Any) -> Any:
     return box[0]
 
 
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """What ``value`` is on each worker."""
+    if accelerator.num_processes == 1:
+        return [value]
+    every: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(every, value)
+    return every
+
+
 def micro_batch_seed(seed: int, step: int, example: int) -> int:
     """Seed of the dropout masks of the micro-batch of ``step`` that begins with ``example``: the same on any number
     of workers, so there is no RNG state to save, and a resumed run draws what the uninterrupted one draws."""
     return ((seed * 1_000_003 + step) * 16_777_619 + example) % 2**63
+
+
+# -- losing a worker -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(timeout_seconds: int) -> Iterator[None]:
+    """Where workers exchange tensors. An exchange that breaks off, because a worker has died, hangs or cannot be
+    reached for ``timeout_seconds``, ends in ``WorkerLost`` on all the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "store" not in _group or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        missing = _missing(_group["store"])
+        names = ", ".join(f"worker {worker} ({_group['places'][worker]})" for worker in missing)
+        what = f"{names} did not answer" if missing else "an exchange broke off, and all workers are there"
+        why = ": dead, hanging, or out of reach" if missing else ""
+        raise WorkerLost(
+            f"{what} (distributed.timeout_seconds={timeout_seconds}){why}. "
+            f"Worker {rank()} ({_group['places'][rank()]}) was told: {_first_line(error)}",
+            missing,
+        ) from None
+
+
+ROLL_CALL_SECONDS = 3.0
+"""How long after a broken exchange a worker waits for the others to say that they are alive. The timeouts of those
+that waited for the same one end together."""
+
+
+def _missing(store: Store) -> list[int]:
+    """Workers that do not answer now. The store is in the process of worker 0, so its silence is that worker's."""
+    found = [0]
+
+    def call_roll() -> None:
+        with suppress(RuntimeError):
+            store.set(f"alive/{rank()}", "")
+            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            missing = [worker for worker in range(world_size()) if not _is_set(store, f"alive/{worker}", deadline)]
+            found[:] = [0] if rank() in missing else missing
+            if rank() == 0 and len(missing) < world_size() - 1:
+                time.sleep(ROLL_CALL_SECONDS)  # the others may still be calling
+
+    caller = threading.Thread(target=call_roll, daemon=True)  # a call to a dead store may never return
+    caller.start()
+    caller.join(3 * ROLL_CALL_SECONDS)
+    return found
+
+
+def _is_set(store: Store, key: str, deadline: float) -> bool:
+    """Whether it is set by the ``deadline``, of ``time.monotonic()``."""
+    try:
+        store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+    except RuntimeError:  # torch's DistStoreError
+        return False
+    return True
 
 
 # -- preflight -----------------------------------------------------------------------------------------------
@@ -188,7 +261,7 @@ def micro_batch_seed(seed: int, step: int, example: int) -> int:
 
 def same_everywhere(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raise ``UserError`` naming the workers whose ``facts`` (recipe, versions, weights) differ from the first's."""
-    every: list[dict[str, str]] = _gather(accelerator, dict(facts))
+    every: list[dict[str, str]] = gather(accelerator, dict(facts))
     different = [
         f"  {name}: {every[0][name]} on worker 0, {theirs[name]} on worker {worker} ({_group['places'][worker]})"
         for worker, theirs in enumerate(every)
@@ -236,7 +309,7 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
             f"Its network interfaces: {_interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
             key="distributed",
         ) from None
-    times: list[tuple[float, float]] = _gather(accelerator, (link, compute))
+    times: list[tuple[float, float]] = gather(accelerator, (link, compute))
     lines = [
         f"{workers} workers on {len({p.split()[0] for p in places})} host(s): "
         f"{size * 4 / 2**20:.1f} MiB of gradients are summed in {exchange * 1e3:.0f} ms"
@@ -271,14 +344,6 @@ def _timed(accelerator: Accelerator, work: Callable[[], object]) -> float:
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    if accelerator.num_processes == 1:
-        return [value]
-    every: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(every, value)
-    return every
 
 
 # -- about this process --------------------------------------------------------------------------------------

@@ -20,14 +20,16 @@ from types import FrameType
 from typing import Any, Literal
 
 from . import group
-from .data.prepare import prepare
-from .errors import Stopped, UserError
+from .data.prepare import PreparedData, prepare
+from .errors import Stopped, UserError, WorkerLost
 from .model import load_config, load_tokenizer
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_text
 from .stop import StopSignal
 from .worker import OUTCOMES, RECIPE, STARTED, STOP
+
+GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
 
 
 class WorkersFailed(Exception):
@@ -80,40 +82,41 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         return Finished(None)
     directory.create()
     with directory.lock():
-        if not _open_run(recipe, directory, fresh):
+        data = _open_run(recipe, directory, fresh)
+        if data is None:
             return Finished(_summary(directory), was_complete=True)
         if per_node == workers.nodes == 1:
             from .train import run  # here, so that a wrong recipe is told sooner
 
             with StopSignal() as stop:
-                return Finished(run(recipe, stop))
+                return Finished(run(recipe, stop, data))
         _start_and_watch(recipe, workers, per_node)
         return Finished(_summary(directory))
 
 
-def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> bool:
-    """Make the directory that of this run. False when the run is complete. Wrong input ends here, before the old run
-    is deleted and before the weights are loaded."""
+def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedData | None:
+    """Make the directory that of this run, and prepare its data. None when the run is complete. Wrong input ends here,
+    before the old run is deleted and before the weights are loaded."""
     if not fresh:
         directory.check_same_run(dump_recipe(recipe))
         if directory.summary.exists():
-            return False
-    _check_input(recipe)
+            return None
+    data = _check_input(recipe)
     if fresh:
         directory.clear()
         directory.create()
     write_text(directory.recipe, dump_recipe(recipe))
-    return True
+    return data
 
 
-def _check_input(recipe: Recipe) -> None:
+def _check_input(recipe: Recipe) -> PreparedData:
     for tracker in recipe.tracking.trackers:
         if find_spec(tracker) is None:  # accelerate would go on without it
             raise UserError(
                 f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
             )
     load_config(recipe.model)
-    prepare(recipe.data, load_tokenizer(recipe.model))
+    return prepare(recipe.data, load_tokenizer(recipe.model))
 
 
 def _check_strategy(recipe: Recipe, workers: int) -> None:
@@ -137,15 +140,19 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
     places = group.join(recipe.distributed.timeout_seconds)
     _check_strategy(recipe, group.world_size())
     directory, first = RunDirectory(recipe.output_dir), group.rank() == 0
+    prepared: list[PreparedData] = []  # at most one: the cache is read once by whoever has looked after it
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def open_run() -> str:
         directory.create()
         lock.__enter__()
-        return "train" if _open_run(recipe, directory, fresh and not restarted) else "complete"
+        data = _open_run(recipe, directory, fresh and not restarted)
+        prepared.extend([data] if data else [])
+        return "train" if data else "complete"
 
     def prepare_node() -> str:
-        _check_input(recipe)
+        if not prepared:
+            prepared.append(_check_input(recipe))
         return "ready"
 
     lock = directory.lock()
@@ -158,9 +165,11 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
 
         from .train import run
 
-        with StopSignal() as stop:
-            summary = run(recipe, stop)
+        with StopSignal() as stop, group.watching(recipe.distributed.timeout_seconds):
+            summary = run(recipe, stop, *prepared)
         return Finished(summary if first else None)
+    except WorkerLost as lost:
+        raise WorkersFailed(f"{lost}\n{GOES_ON}") from None
     except (UserError, Stopped):
         if not first and os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(75 if sys.exc_info()[0] is Stopped else 2) from None  # said by another worker
@@ -350,20 +359,21 @@ def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool) -> No
         raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
     if failed is None:
         return
+    lost = by_kind.get("lost")
     killed = {r: f for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
-    if killed:
-        rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp))
+    rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
+    # A worker that has lost another kills it then; the agent's time of that is in whole seconds.
+    if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
         name = signal.Signals(-earliest.exitcode).name
         when = time.strftime("%H:%M:%S", time.localtime(earliest.timestamp))
         hint = " Was memory short?" if name == "SIGKILL" else ""
-        raise WorkersFailed(
-            f"worker {rank} was ended by {name} at {when}.{hint} The same command goes on from the last checkpoint; "
-            "--max-restarts does so by itself"
-        )
+        raise WorkersFailed(f"worker {rank} was ended by {name} at {when}.{hint} {GOES_ON}")
     if first := by_kind.get("failed"):
         raise WorkersFailed(
             f"{first['trace']}worker {first['rank']} ({first['host']}) failed first: {first['message']}"
         )
+    if lost:
+        raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
     if stop_asked:
         raise Stopped("stopped before the first step was done; the same command goes on")
     codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from .distributed import decoder_layers
 from .errors import UserError
 
 
@@ -74,6 +76,20 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     )
 
 
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    """Of a model whose checkpointing is enabled: recompute the first ``count`` decoder layers in the backward pass."""
+    for number, layer in enumerate(decoder_layers(model)):
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = number < count
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each decoder layer with ``backend``, for any number of tokens; layers that are alike share what is
+    compiled."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True, backend=backend)
+
+
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """The same architecture on the meta device: names and shapes, no memory."""
     architecture = load_config(config)
@@ -82,6 +98,20 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
             architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code
         )
     return model
+
+
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The base as ``load_model`` gives it, but its parameters on the meta device; buffers (rotary frequencies) have
+    their values."""
+    from accelerate import init_empty_weights
+
+    architecture = load_config(config)
+    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code, **extra
+        )
+    return model.eval()
 
 
 def has_weights(config: ModelConfig) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from lion_pytorch import Lion
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -17,7 +16,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
 )
-from torch import nn
+from torch import Tensor, nn
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -69,18 +68,44 @@ class ScheduleConfig(_Config):
     """Learning rate at the end, as a share of the peak."""
 
 
+class Lion(torch.optim.Optimizer):
+    """The optimizer of ``LionW``, with its state and, to the bit, its arithmetic as in lion-pytorch; a few kernels for
+    many tensors instead of several for each."""
+
+    AT_ONCE = 64
+    """Tensors updated together: bounds the memory of the updates where tensors are large."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: LionW) -> None:
+        super().__init__(parameters, {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay})
+        self.peak_lr = config.lr
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            for at in range(0, len(trained), self.AT_ONCE):
+                self._update(trained[at : at + self.AT_ONCE], group)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        averages = [self.state[p]["exp_avg"] for p in parameters]
+        updates = torch._foreach_mul(averages, beta1)
+        torch._foreach_add_(updates, grads, alpha=1.0 - beta1)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(parameters, 1.0 - lr * (group["weight_decay"] / self.peak_lr))
+        torch._foreach_add_(parameters, updates, alpha=-lr)
+        torch._foreach_mul_(averages, beta2)
+        torch._foreach_add_(averages, grads, alpha=1.0 - beta2)
+
+
 def make_optimizer(config: LionW | AdamW, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    parameters = list(parameters)
     if isinstance(config, LionW):
-        lion: torch.optim.Optimizer = Lion(
-            parameters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            decoupled_weight_decay=True,
-        )
-        return lion
-    return torch.optim.AdamW(
+        return Lion(parameters, config)
+    return torch.optim.AdamW(  # torch takes its foreach implementation on a GPU
         parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
 

@@ -11,8 +11,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapters.base import Site
 from .adapters.inject import adapt, adapters, trainable
+from .attention import check_packable
 from .data.prepare import PreparedData
 from .distributed import decoder_layers
+from .loss import CHUNK, has_plain_head
+from .memory import MOST
 from .model import count_parameters, meta_model
 from .optim import LionW
 from .recipe.schema import Recipe
@@ -29,6 +32,8 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[st
         UserError: the architecture is not to be had, or the adapter does not fit it.
     """
     model = meta_model(recipe.model)
+    if recipe.training.flat:
+        check_packable(model)
     total = count_parameters(model)
     with torch.device("meta"):
         model, sites = adapt(model, recipe.adapter)
@@ -64,19 +69,21 @@ def _memory_facts(
     recipe: Recipe, model: PreTrainedModel, sites: list[Site], data: PreparedData | None, workers: int
 ) -> dict[str, Any]:
     longest = int(data.train.lengths.max()) if data else recipe.data.max_length
-    wanted = recipe.training.micro_batch_size
-    size = min(
-        max(1, 16_384 // longest) if wanted == "auto" else wanted, math.ceil(recipe.training.batch_size / workers)
-    )
+    training, most = recipe.training, math.ceil(recipe.training.batch_size / workers)
+    wanted = training.micro_batch_size
+    size = min(max(1, MOST // longest) if wanted == "auto" else wanted, most)
+    by_tokens = training.flat and wanted == "auto"
+    tokens = max(training.micro_batch_tokens or MOST, longest) if by_tokens else size * longest
 
     def parts(strategy: str) -> dict[str, int]:
-        return memory(recipe, model, sites, strategy, workers, tokens=size * longest)
+        return memory(recipe, model, sites, strategy, workers, tokens=tokens)
 
     totals = {strategy: parts(strategy)["total"] for strategy in STRATEGIES}
     return {
         "strategy": recipe.distributed.strategy,
         "workers": workers,
-        "micro_batch_size": size,
+        "micro_batch_size": None if by_tokens else size,
+        "micro_batch_tokens": tokens,
         "longest": longest,
         "memory_bytes": parts(recipe.distributed.strategy),
         "memory_bytes_by_strategy": totals,
@@ -88,8 +95,8 @@ def memory(
     recipe: Recipe, model: PreTrainedModel, sites: list[Site], strategy: str, workers: int, *, tokens: int
 ) -> dict[str, int]:
     """Estimate of one worker's GPU memory in bytes, by part. Exact for what is counted; ``activations`` and
-    ``logits`` are a model of the largest micro-batch, of ``tokens`` padded tokens: what the frozen layers keep for the
-    backward pass, and the loss over the vocabulary."""
+    ``logits`` are a model of the largest micro-batch, of ``tokens`` tokens with their padding: what the layers that are
+    not recomputed keep for the backward pass (``auto``: without recomputing), and the loss over the vocabulary."""
     config: PretrainedConfig = model.config.get_text_config()
     half = 4 if recipe.model.dtype == "float32" else 2
     # Whatever is trained is fp32; base weights that are (full fine-tuning) have no second copy.
@@ -116,10 +123,12 @@ def memory(
         parts["gathered_weights"] = _gathered(model, strategy)
     per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * half
     layers = config.num_hidden_layers
-    checkpointed = recipe.training.activation_checkpointing
-    kept = layers * config.hidden_size * half + per_layer if checkpointed else layers * per_layer
+    wanted = recipe.training.activation_checkpointing
+    recomputed = 0 if wanted == "auto" else layers if wanted is True else min(int(wanted), layers)
+    kept = recomputed * config.hidden_size * half + (layers - recomputed + bool(recomputed)) * per_layer
     parts["activations"] = tokens * kept
-    parts["logits"] = tokens * config.vocab_size * (half + 8)
+    chunked = has_plain_head(model)
+    parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * (half + 4) if chunked else tokens * (half + 8))
     parts["total"] = sum(parts.values())
     return parts
 

@@ -28,11 +28,15 @@ HARMLESS = {
     "data.num_workers",
     "data.cache_dir",
     "training.micro_batch_size",
+    "training.micro_batch_tokens",
+    "training.padding_free",
     "training.activation_checkpointing",
+    "training.compile",
     "training.checkpoint_every",
     "training.keep_last",
     "training.validate_every",
     "training.log_every",
+    "training.evaluate",
 }
 """Keys of a recipe that may change between two starts of one run: they do not alter what is computed."""
 

@@ -5,45 +5,62 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
-from . import checkpoint, group
+from . import attention, checkpoint, group
+from . import loss as loss_of
 from .adapters.base import Adapter, Method, Site
+from .adapters.identity import base_samples
 from .adapters.inject import adapt, adapters, groups, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
 from .adapters.saved import TENSORS as ADAPTER_TENSORS
-from .adapters.saved import load_tensors, read_adapter, write_adapter
+from .adapters.saved import load_tensors, read_adapter, write_config
 from .checkpoint import Progress
-from .data.batching import collate, plan_epoch, split_batch
+from .data.ahead import ahead
+from .data.batching import Limit
 from .data.cache import TokenDataset
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
-from .model import load_model, load_tokenizer, meta_model, torch_dtype
+from .evaluate.training import TrainingEvaluation, best_of
+from .loss import Loss
+from .model import (
+    checkpoint_layers,
+    compile_layers,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    torch_dtype,
+)
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
-from .recipe.schema import Recipe, TrainingConfig
+from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_json
+from .steps import Step, batch_of, fit, on_device, plan_steps
 from .stop import StopSignal
 
 
-def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
+def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> dict[str, Any]:
     """Train what the recipe says, going on where the run directory was left. Returns ``summary.json``'s content.
+
+    ``data`` is what ``recipe.data`` prepares, for a caller that has it already.
 
     Raises:
         UserError: the model, the data or the adapter to start from cannot be used.
         Stopped: ``stop`` was asked for; the state is saved, the same call goes on from there.
     """
     training, directory = recipe.training, RunDirectory(recipe.output_dir)
-    data = prepare(recipe.data, load_tokenizer(recipe.model))
+    data = data or prepare(recipe.data, load_tokenizer(recipe.model))
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
     total_steps = training.max_steps or training.epochs * steps_per_epoch
     trackers: list[str] = list(recipe.tracking.trackers)
@@ -52,21 +69,25 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
     group.same_everywhere(accelerator, facts(recipe, data))
 
     engine = make_engine(recipe.distributed, accelerator, training.max_grad_norm)
-    model, sites = build(recipe, engine)
+    model, sites, losses = build(recipe, engine)
 
-    with Reporter(total_steps, training.log_every, accelerator) as report:
+    with Reporter(total_steps, training.log_every, accelerator) as report, ExitStack() as exits:
         found = checkpoint.agreed_newest(directory.checkpoints, report.say, accelerator)
         origin = found or recipe.adapter.init_from
-        if origin:
+        if origin and engine.reads:
             load_tensors(model, read_adapter(origin).tensors, origin=str(origin))
-        group.same_everywhere(accelerator, group.fingerprints(model))
+        if not engine.first_reads:
+            group.same_everywhere(accelerator, group.fingerprints(model))
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
         ranks = effective_ranks(model)
         engine.prepare(model, partial(make_optimizer, training.optimizer))
         parameters, placed = trainable(model), adapters(model)
-        # Where parameters are divided, or hooks wait for their gradients, the adapters' plain forward serves.
-        fast = [] if engine.sharded else groups(model)
+        # Where parameters are divided, or in a compiled graph, the adapters' plain forward serves.
+        fast = [] if engine.sharded or training.compile else groups(model)
 
+        measure = None
+        if training.evaluate:
+            measure = TrainingEvaluation(recipe, divided=engine.sharded, say=report.say)
         progress = Progress()
         if found:
             progress = checkpoint.load_progress(found, data_key=data.key)
@@ -84,23 +105,17 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        micro_batch_size = resolve_micro_batch_size(training, data.train, accelerator.num_processes)
+        limit = fit(engine, losses, model, data.train, training, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
-        for step in range(progress.step, total_steps):
+        planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
+        for step, work in enumerate(exits.enter_context(closing(ahead(planned))), progress.step):
             started = time.perf_counter()
-            epoch, position = divmod(step, steps_per_epoch)
-            batch = epoch_plan(data.train, training, recipe.seed, epoch)[position]
-            micro_batches = split_batch(
-                batch,
-                data.train.lengths,
-                micro_batch_size=micro_batch_size,
-                num_workers=accelerator.num_processes,
-            )
+            batch, position = work.batch, step % steps_per_epoch
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(engine.optimizer, lr)
 
             with packed(fast):
-                loss = train_step(engine, placed, data.train, micro_batches, recipe, step)
+                loss = train_step(engine, losses, placed, data.train, work, recipe, step)
             grad_norm = engine.step()
             if not math.isfinite(loss + grad_norm):
                 raise UserError(
@@ -127,8 +142,12 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
             }
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
                 with packed(fast):
-                    row["validation_loss"] = validate(engine, data.validation, micro_batch_size)
+                    row["validation_loss"] = validate(engine, losses, data.validation, limit, training.flat)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
+            if measure and due(measure.every, progress.step, epoch_done, done):
+                with loss_of.with_logits(model), attention.padded(model), mixed(recipe, model), packed(fast):
+                    accuracy = measure(model) if accelerator.is_main_process else None
+                row[f"eval_{measure.name}"] = group.from_first(accelerator, accuracy)
             if accelerator.is_main_process:
                 directory.log(row)
             if trackers:
@@ -144,12 +163,13 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
 
     if not engine.sharded:
         ranks = effective_ranks(model)  # AdaLoRA's rule has changed them
-    tensors = engine.gathered(saved_tensors(model), shapes)
+    checkpoint.write_directory(directory.adapter, partial(write_current, engine, recipe, model, shapes), accelerator)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
-        checkpoint.write_directory(directory.adapter, partial(write_current, recipe, tensors))
         last = directory.last_metrics()
         summary = summarize(recipe, count, ranks, data, progress, last) | {"workers": accelerator.num_processes}
+        if training.evaluate:
+            summary["evaluation"] = best_of(directory.metrics)
         write_json(directory.summary, summary)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -157,8 +177,9 @@ def run(recipe: Recipe, stop: StopSignal) -> dict[str, Any]:
     return summary
 
 
-def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
-    """The adapted model, before it is placed and divided.
+def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
+    """The adapted model, before it is placed and divided, its adapted sites, and how to get the loss of a batch from
+    what the engine makes of it.
 
     Raises:
         UserError: the model cannot be loaded, or the adapter does not fit it.
@@ -166,24 +187,70 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site]]:
     method = recipe.adapter
     divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
     with engine.loading(torch_dtype(recipe.model), divide=divide):
-        base = load_model(recipe.model)
-    if recipe.training.activation_checkpointing:
+        base = read_base(recipe, engine)
+    if recipe.training.flat:
+        attention.use_varlen(base)
+    if checkpointing := recipe.training.activation_checkpointing:
         # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
         base.gradient_checkpointing_enable({"use_reentrant": False})
+        if not isinstance(checkpointing, bool | str):
+            checkpoint_layers(base, checkpointing)
     torch.manual_seed(recipe.seed)
     model, sites = adapt(base, method)
-    if recipe.model.dtype != "float32" and any(map(method.trains, dict(model.named_parameters()))):
-        # Base weights that are trained are held in fp32 and computed with under autocast. No cache: it would keep
-        # the low-precision copies of the first step's weights for the whole run.
-        kind, dtype = engine.accelerator.device.type, torch_dtype(recipe.model)
-        model.forward = torch.autocast(kind, dtype, cache_enabled=False)(model.forward)
-    return model, sites
+    losses = loss_of.install(model)
+    if recipe.training.compile:
+        compile_layers(model)
+    if is_mixed(recipe, model):
+        model.forward = mixed(recipe, model)(model.forward)
+    return model, sites, losses
+
+
+def is_mixed(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether base weights are trained in a low precision: they are held in fp32, and computed with under autocast."""
+    return recipe.model.dtype != "float32" and any(map(recipe.adapter.trains, dict(model.named_parameters())))
+
+
+def mixed(recipe: Recipe, model: nn.Module) -> torch.autocast:
+    """Around the forward of such a model. No cache: it would keep the low-precision copies of the first step's weights
+    for the whole run."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    enabled = is_mixed(recipe, model)
+    return torch.autocast(kind, torch_dtype(recipe.model) if enabled else None, enabled=enabled, cache_enabled=False)
+
+
+def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
+    """The base, with its weights where this worker reads them. If only the first does, the others wait for it as long
+    as it takes: a large base on a slow disk takes longer than an exchange may."""
+    if not engine.first_reads:
+        return load_model(recipe.model)
+    read: list[PreTrainedModel] = []
+
+    def work() -> str:
+        read.append(load_model(recipe.model))
+        return "read"
+
+    group.once("base", engine.reads, work)
+    return read[0] if read else empty_model(recipe.model)
 
 
 def check_strategy(recipe: Recipe, workers: int) -> None:
-    """Raise ``UserError`` if the method cannot do with the strategy."""
+    """Raise ``UserError`` if the method cannot do with the strategy, or the model without padding."""
     method, strategy = recipe.adapter, recipe.distributed.strategy
     divided = strategy != "ddp" and (workers > 1 or recipe.distributed.offload != "none")
+    if recipe.training.flat:
+        attention.check_packable(meta_model(recipe.model))
+        if method.method == "peft":
+            raise UserError(
+                "training.batching: methods of PEFT are trained with padding; take length-grouped or shuffled, and "
+                "padding_free: false",
+                key="training.batching",
+            )
+    if recipe.training.compile and divided:
+        raise UserError(
+            f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "
+            "a layer; it works with ddp",
+            key="training.compile",
+        )
     if divided and type(method).after_step is not Method.after_step:
         raise UserError(
             f"distributed.strategy: {method.method} has a rule after each step that needs the gradients and weights "
@@ -208,96 +275,53 @@ def facts(recipe: Recipe, data: PreparedData) -> dict[str, str]:
 
 def train_step(
     engine: Engine,
+    losses: Loss,
     placed: Mapping[str, Adapter],
     train: TokenDataset,
-    micro_batches: list[list[np.ndarray]],
+    work: Step,
     recipe: Recipe,
     step: int,
 ) -> float:
     """Gradients of one global batch, accumulated over the micro-batches of this worker and summed over workers.
 
-    ``placed`` are the model's adapters by the path of their site, ``micro_batches[worker]`` the example indices of
-    each worker's micro-batches.
+    ``placed`` are the model's adapters by the path of their site.
     Returns the mean loss over the supervised tokens of the global batch.
     """
     accelerator = engine.accelerator
-    workers, rank = accelerator.num_processes, accelerator.process_index
-    everything = [m for worker in micro_batches for m in worker if len(m)]
-    total_tokens = sum(int(train.supervised[m].sum()) for m in everything)
-    loss_sum = 0.0
-    for i, indices in enumerate(micro_batches[rank]):
-        last = i + 1 == len(micro_batches[rank])
+    total_tokens = int(train.supervised[work.batch].sum())
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for i, (indices, tensors) in enumerate(zip(work.mine, work.tensors, strict=True)):
+        last = i + 1 == len(work.mine)
         torch.manual_seed(group.micro_batch_seed(recipe.seed, step, int(indices[0]) if len(indices) else -1))
         with engine.synchronizing(last):
             # What stands in for an empty micro-batch must not enter any statistics; but workers that gather weights
             # from each other must all run the same code.
             engine.model.train(len(indices) > 0 or engine.sharded)
-            loss = token_losses(engine.model, batch_of(train, indices, accelerator.device))
-            loss_sum += float(loss.detach())
+            loss = losses(engine.model, on_device(tensors, accelerator.device))
+            loss_sum += loss.detach()
             if recipe.training.loss_average == "tokens":
                 weight = 1.0 / total_tokens
             else:  # the mean of each micro-batch, then the mean of these
-                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * len(everything))
-            loss = loss * weight * workers  # engines average gradients over workers; the sum is wanted
+                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * work.micro_batches)
+            loss = loss * weight * accelerator.num_processes  # engines average gradients; the sum is wanted
             if last and (penalty := recipe.adapter.penalty(placed)) is not None:
                 loss = loss + penalty
             engine.backward(loss, last=last)
-    return group.sum_over_workers(accelerator, [loss_sum])[0] / total_tokens
-
-
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum of the cross-entropies of the supervised tokens, fp32."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:].reshape(-1)
-    return F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, reduction="sum")
-
-
-def batch_of(dataset: TokenDataset, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded tensors of these examples. No examples (a worker that has less to do) give one unsupervised
-    sequence, so that every worker calls the model equally often."""
-    batch = collate([dataset[i] for i in indices], pad_token_id=0) or {
-        "input_ids": torch.zeros(1, 8, dtype=torch.long),
-        "attention_mask": torch.ones(1, 8, dtype=torch.long),
-        "labels": torch.full((1, 8), -100),
-    }
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return group.sum_over_workers(accelerator, [float(loss_sum)])[0] / total_tokens
 
 
 @torch.no_grad()
-def validate(engine: Engine, dataset: TokenDataset, micro_batch_size: int) -> float:
+def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, flat: bool) -> float:
     """Mean loss over the supervised tokens of a held-out set."""
     accelerator, model = engine.accelerator, engine.model
     model.eval()
     everything = np.argsort(-dataset.lengths, kind="stable")
-    plan = split_batch(
-        everything, dataset.lengths, micro_batch_size=micro_batch_size, num_workers=accelerator.num_processes
-    )
-    mine = plan[accelerator.process_index]
-    loss = sum(float(token_losses(model, batch_of(dataset, indices, accelerator.device))) for indices in mine)
+    mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
+    device = accelerator.device
+    with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
+        loss = sum(float(losses(model, on_device(batch, device))) for batch in batches)
+    engine.release()
     return group.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
-
-
-def epoch_plan(train: TokenDataset, training: TrainingConfig, seed: int, epoch: int) -> list[np.ndarray]:
-    """The global batches of one epoch; the plan of the current epoch is kept."""
-    key = (id(train), seed, epoch)
-    if _plan.get("key") != key:
-        batches = plan_epoch(
-            train.lengths, batching=training.batching, batch_size=training.batch_size, seed=seed, epoch=epoch
-        )
-        _plan.update(key=key, batches=batches)
-    return list(_plan["batches"])
-
-
-_plan: dict[str, Any] = {}
-
-
-def resolve_micro_batch_size(training: TrainingConfig, train: TokenDataset, workers: int) -> int:
-    """``auto``: as many of the longest sequences as make up 16k tokens on a GPU, 4k on a CPU."""
-    most = math.ceil(training.batch_size / workers)
-    if training.micro_batch_size != "auto":
-        return min(training.micro_batch_size, most)
-    budget = 16_384 if torch.cuda.is_available() else 4_096
-    return max(1, min(budget // int(train.lengths.max()), most))
 
 
 def due(every: int | str, step: int, epoch_done: bool, done: bool) -> bool:
@@ -313,20 +337,35 @@ def save_checkpoint(
     data_key: str,
     progress: Progress,
 ) -> None:
-    """Every worker gives its part, the first writes."""
-    tensors = engine.gathered(saved_tensors(model), shapes)
-    state = engine.gathered_optimizer(trainable(model))
+    """Every worker gives its part. The first writes; if base weights are trained, each writes a share."""
+    of_base = any(map(recipe.adapter.trains, dict(model.named_parameters())))
+    writers = engine.accelerator.num_processes if of_base else 1
+    write = partial(write_current, engine, recipe, model, shapes, writers=writers)
+    parameters, state = trainable(model), rule_state(model)
+    checkpoint.save(
+        engine, directory.checkpoints, progress, write, parameters, state, data_key=data_key, writers=writers
+    )
     if engine.accelerator.is_main_process:
-        write = partial(write_current, recipe, tensors)
-        checkpoint.save(directory.checkpoints, progress, write, state, rule_state(model), data_key=data_key)
         checkpoint.prune(directory.checkpoints, recipe.training.keep_last)
-    engine.accelerator.wait_for_everyone()
 
 
-def write_current(recipe: Recipe, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    name, revision = recipe.model.name, recipe.model.revision
-    write_adapter(directory, recipe.adapter, tensors, base_model=name, base_revision=revision)
-    checkpoint.check_header(directory / ADAPTER_TENSORS, tensors)
+def write_current(
+    engine: Engine,
+    recipe: Recipe,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    *,
+    writers: int = 1,
+) -> list[Path]:
+    """Write the adapter as it is now, tensor by tensor. Every worker must call it; returns the files of this one."""
+    accelerator, written = engine.accelerator, []
+    if accelerator.is_main_process:
+        name, revision = recipe.model.name, recipe.model.revision
+        samples = base_samples(name, revision)
+        written = [write_config(path, recipe.adapter, base_model=name, base_revision=revision, base_tensors=samples)]
+    tensors = engine.gathered(saved_tensors(model), shapes)
+    return written + checkpoint.write_tensors(path / ADAPTER_TENSORS, tensors, shapes, accelerator, writers)
 
 
 def effective_ranks(model: nn.Module) -> dict[str, int]:

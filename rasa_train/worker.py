@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, WorkerLost
 from .stop import StopSignal
 
 RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
@@ -28,7 +28,7 @@ def main(job: Path) -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the launcher's result
     with StopSignal(job / STOP) as stop:
         rank = os.environ.get("RANK", "0")
-        (job / f"{STARTED}{rank}").touch()
+        (job / f"{STARTED}{rank}").write_text(str(os.getpid()))
         if any('"user error"' in path.read_text() for path in (job / OUTCOMES).glob("*.json")):
             return 2  # a restart cannot help
         restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -37,15 +37,20 @@ def main(job: Path) -> int:
         try:
             import yaml
 
+            from . import group
             from .recipe.schema import Recipe
             from .train import run
 
-            run(Recipe.model_validate(yaml.safe_load((job / RECIPE).read_text())), stop)
+            recipe = Recipe.model_validate(yaml.safe_load((job / RECIPE).read_text()))
+            with group.watching(recipe.distributed.timeout_seconds):
+                run(recipe, stop)
             outcome: dict[str, Any] = {"kind": "done"}
         except Stopped as stopped:
             outcome = {"kind": "stopped", "message": str(stopped)}
         except UserError as error:
             outcome = {"kind": "user error", "message": str(error), "key": error.key}
+        except WorkerLost as lost:
+            outcome = {"kind": "lost", "message": str(lost), "lost": lost.ranks}
         except Exception as error:
             said = (str(error).strip().splitlines() or [""])[0]
             message = f"{type(error).__name__}: {said}"
@@ -56,7 +61,17 @@ def main(job: Path) -> int:
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(outcome))
     beside.replace(path)
-    return {"done": 0, "stopped": 0, "user error": 2, "failed": 1}[outcome["kind"]]
+    _end(job, outcome.get("lost", []))
+    return {"done": 0, "stopped": 0, "user error": 2, "lost": 1, "failed": 1}[outcome["kind"]]
+
+
+def _end(job: Path, ranks: list[int]) -> None:
+    """End those of the workers that are on this machine. One that hangs does not hear the agent's SIGTERM, and the
+    agent would wait for it for half a minute."""
+    for path in (job / f"{STARTED}{rank}" for rank in ranks):
+        if path.exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGKILL)
 
 
 def _die_with_parent() -> None:

@@ -36,19 +36,16 @@ def recipe(tmp_path: Path, tiny_llama: Path, token_rows: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["train", "merge"])
-def test_help_loads_no_torch(name: str) -> None:
-    code = f"import sys, rasa_train.cli.{name}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+@pytest.mark.parametrize("name", ["analyze", "bench", "eval", "merge", "report", "train"])
+def test_help_loads_nothing_heavy(name: str) -> None:
+    """What takes seconds to import; rich and typer are all that help needs."""
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'datasets', 'lm_eval'}"
+    code = (
+        f"import sys; from typer.testing import CliRunner; from rasa_train.cli.{name} import app\n"
+        "shown = CliRunner().invoke(app, ['--help']); assert shown.exit_code == 0 and 'Usage' in shown.output\n"
+        f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
-    best = 9.0
-    for _ in range(3):  # a busy machine is not the program's fault
-        start = time.perf_counter()
-        shown = subprocess.run(
-            [sys.executable, "-m", f"rasa_train.cli.{name}", "--help"], capture_output=True, text=True
-        )
-        best = min(best, time.perf_counter() - start)
-    assert shown.returncode == 0 and "Usage" in shown.stdout
-    assert best < 1.0
 
 
 @pytest.mark.parametrize(("method", "count", "rank"), [("lora", 20_971_520, 8), ("rasa", 20_980_256, 39)])

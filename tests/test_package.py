@@ -15,16 +15,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
 LAYERS = [
     ["cli"],
     ["demo"],
-    ["check", "bench"],
+    ["report", "check", "sweep", "bench"],
+    ["analysis"],
     ["launch"],
     ["worker"],
-    ["train", "plan", "merge"],
-    ["checkpoint"],
+    ["train", "plan"],
+    ["evaluate"],
+    ["merge", "peft"],
+    ["checkpoint", "steps"],
     ["recipe", "run_dir", "progress"],
-    ["adapters", "data", "optim", "model"],
+    ["adapters", "attention", "data", "loss", "memory", "model", "optim", "reconstruct"],
     ["distributed"],
     ["group"],
-    ["errors", "stop", "demo.problems", "__init__"],
+    ["errors", "stop", "demo.problems", "tensor_file", "__init__"],
 ]
 """From the top to the bottom. A component imports only from layers below its own, never from a sibling."""
 
@@ -99,4 +102,5 @@ def test_the_wheel_holds_recipes_and_the_demo(tmp_path: Path) -> None:
     recipes = {f"rasa_train/configs/{p.relative_to(configs_dir())}" for p in configs_dir().rglob("*.yaml")}
     assert len(recipes) > 24 and recipes <= names
     assert {f"rasa_train/demo/model/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names
+    assert {f"rasa_train/report/page.{ending}" for ending in ("html", "css", "js")} <= names
     assert "rasa_train/py.typed" in names and not any(name.startswith("tests/") for name in names)

@@ -6,13 +6,14 @@ import difflib
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from .base import Adapter, Method, Site
 from .experts import OTHER_NAMES, AdaptedExperts, expert_sites, is_fused, is_supported
-from .kernels import Group
+from .kernels import Group, plain, watched
 
 POOLS = "pools"
 """Name of the root module that holds what sites share. Only this placement works under DDP, ZeRO-3 and FSDP2."""
@@ -51,6 +52,9 @@ class AdaptedLinear(nn.Module):
         self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # what a group remembers between calls has no place in a graph
+            watched(self.adapter, x)
+            return plain(self, x, self.adapter.drop(x))
         return self.group(self.index, x)
 
 

@@ -74,8 +74,7 @@ class Group:
     def _compute(self, indices: Sequence[int], x: Tensor) -> None:
         adapters = [self.members[index].adapter for index in indices]
         for adapter in adapters:
-            if adapter.watches and adapter.training:
-                adapter.watch(x)
+            watched(adapter, x)
         self._fused = self._together and self.packed is not None and x.dtype == self.packed.dtype
         if self._fused and self.packed is not None:
             ready = self.packed.outputs(x)
@@ -84,6 +83,12 @@ class Group:
             ready = (adapters[0].drop(x),) * len(adapters)
         self._ready = dict(zip(indices, ready, strict=True))
         self._input = x
+
+
+def watched(adapter: Adapter, x: Tensor) -> None:
+    """Show the adapter its input, if its rule wants to see it."""
+    if adapter.watches and adapter.training:
+        adapter.watch(x)
 
 
 def weight_of(member: Linear) -> Tensor:

@@ -64,7 +64,9 @@ class MoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Files of the reference implementation's fork of PEFT."""
+        """Files of the reference implementation's fork of PEFT, and of the plug-in (``rasa_train.peft``)."""
+        if config.get("peft_type") == "MORA":
+            return {"r": config["r"], "type": config["mora_type"], "dropout": config.get("mora_dropout", 0.0)}
         if config.get("peft_type") != "LORA" or not config.get("use_mora"):
             return None
         return {"r": config["r"], "type": config["mora_type"], "dropout": config.get("lora_dropout", 0.0)}
@@ -72,7 +74,7 @@ class MoRA(Method):
     @classmethod
     def rename_peft(cls, key: str) -> str | None:
         # lora_A and lora_B are one and the same matrix there.
-        match = re.fullmatch(r"(.+)\.lora_[AB]\.weight", key)
+        match = re.fullmatch(r"(.+)\.(?:lora_[AB]|mora_M)\.weight", key)
         return f"{match[1]}.M" if match else None
 
 

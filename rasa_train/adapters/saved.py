@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
     base_model: str | None
     base_revision: str | None
+    base_tensors: Mapping[str, str] = field(default_factory=dict)
+    """Samples of the base it was trained on (``identity.base_samples``); empty where they were not recorded."""
 
 
 def write_adapter(
@@ -59,18 +61,36 @@ def write_adapter(
     *,
     base_model: str,
     base_revision: str | None,
+    base_tensors: Mapping[str, str] | None = None,
 ) -> None:
     """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
+    write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
+    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    save_file(plain, directory / TENSORS, metadata={"format": "pt"})
+
+
+def write_config(
+    directory: Path,
+    method: Method,
+    *,
+    base_model: str,
+    base_revision: str | None,
+    base_tensors: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the file that says what the tensors of an adapter directory are. Returns its path.
+
+    ``base_tensors`` are samples of the base (``identity.base_samples``), by which a merge knows it again.
+    """
     config = {
         "format": "rasa_train",
         "format_version": FORMAT_VERSION,
         **method.model_dump(exclude={"init_from"}),
         "base_model": base_model,
         "base_revision": base_revision,
+        **({"base_tensors": dict(base_tensors)} if base_tensors else {}),
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(plain, directory / TENSORS, metadata={"format": "pt"})
+    return directory / CONFIG
 
 
 def read_adapter(directory: str | Path) -> SavedAdapter:
@@ -118,7 +138,26 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file. Raises ``UserError`` when it is absent, torn, or no safetensors file."""
+    """All tensors of one file, or of the parts that it is in (see ``part``), read from the disk as they are used.
+
+    Raises:
+        UserError: the file or a part is absent, torn, or no safetensors file.
+    """
+    if parts := sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
+        wanted = [part(path, i, len(parts)) for i in range(len(parts))]
+        if parts != wanted or path.exists():
+            raise UserError(f"{path} is in parts, and not all are there: {', '.join(p.name for p in parts)}")
+        return {name: tensor for p in parts for name, tensor in _read_file(p).items()}
+    return _read_file(path)
+
+
+def part(path: Path, index: int, count: int) -> Path:
+    """``adapter.safetensors`` -> ``adapter-00001-of-00002.safetensors``: where part ``index`` (from 0) is of a file
+    that ``count`` workers write; the file itself for one."""
+    return path if count == 1 else path.with_stem(f"{path.stem}-{index + 1:05d}-of-{count:05d}")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickled = path.with_suffix(".bin")
         why = f"; {pickled.name} is a pickle, which is never opened" if pickled.is_file() else ""
@@ -150,8 +189,11 @@ def _read_ours(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
     config.pop("format")
     base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
+    base_tensors = config.pop("base_tensors", {})
     method = _method(directory, str(config.get("method")), config)
-    return SavedAdapter(directory, method, read_safetensors(directory / TENSORS), base_model, base_revision)
+    return SavedAdapter(
+        directory, method, read_safetensors(directory / TENSORS), base_model, base_revision, base_tensors
+    )
 
 
 def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:

@@ -131,7 +131,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
     stack = base.get_submodule("model.layers")
     assert isinstance(stack, nn.ModuleList)
     stack.extend(shared_copy(stack[0]) for _ in range(layers - len(stack)))
-    problem = language_model(base, [tokens])
+    problem = language_model(base, [tokens], flat=False)
     results = []
     for engine in engines:
         ran = contender(engine, problem)

@@ -52,7 +52,7 @@ def check(engine: Engine, device: torch.device) -> Verdict:
         num_key_value_heads=2,
         initializer_range=0.15,  # so that the loss is far from that of a model that says nothing
     )
-    problem = language_model(random_model(config, torch.bfloat16, device), [40, 23])
+    problem = language_model(random_model(config, torch.bfloat16, device), [40, 23], flat=True)
     values = values_for(engine.method, problem.base)
     ran = contender(engine, problem)
     give(values, ran.parameters)

@@ -122,7 +122,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _problem(shape: str, sizes: list[int], padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
     if shape == LINEARS:
         return linears(sizes, padded=padded, dtype=dtype, device=device)
-    return language_model(random_model(architecture(shape), dtype, device), sizes)
+    return language_model(random_model(architecture(shape), dtype, device), sizes, flat=not padded)
 
 
 def _ready(problem: Problem, engine: Engine, own_stack: bool) -> Contender:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.batching import collate
+from ..attention import use_varlen
+from ..data.batching import collate, flatten, with_targets
 from ..data.encode import IGNORE, Example
-from ..train import token_losses
+from ..loss import install
+from ..steps import on_device
 from .shapes import LinearStack
 
 WORKLOADS = {
@@ -80,18 +82,21 @@ def examples(sizes: list[int], vocabulary: int) -> list[Example]:
     return result
 
 
-def language_model(base: PreTrainedModel, sizes: list[int]) -> Problem:
-    """The training loss of a model on sequences of these sizes."""
-    batch = collate(examples(sizes, base.config.vocab_size), pad_token_id=0)
-    assert batch is not None
-    batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
-    supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
+def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Problem:
+    """The training loss of a model on sequences of these sizes: one after the other in a row (``flat``), or padded."""
+    made = examples(sizes, base.config.vocab_size)
+    stock = on_device(collate(made, pad_token_id=0) or {}, base.device)
+    batch = on_device(with_targets((flatten(made) if flat else collate(made, pad_token_id=0)) or {}), base.device)
+    supervised = len(batch["targets"])
 
     def loss(model: nn.Module) -> Loss:
-        return lambda: token_losses(model, batch) / supervised
+        if flat and isinstance(model, PreTrainedModel):
+            use_varlen(model)
+        losses = install(model)
+        return lambda: losses(model, batch) / supervised
 
     def stock_loss(model: nn.Module) -> Loss:
-        return lambda: model(**batch, use_cache=False).loss
+        return lambda: model(**stock, use_cache=False).loss
 
     return Problem(base, loss, stock_loss, sum(sizes), base.config.hidden_size, base.dtype)
 

@@ -1,4 +1,4 @@
-"""``rasa-merge``: fold an adapter into its base, or export it as a plain LoRA."""
+"""``rasa-merge``: fold an adapter into its base, export it for other programs, or extract one."""
 
 from __future__ import annotations
 
@@ -15,53 +15,92 @@ from ..errors import UserError
 from .errors import user_errors
 
 if TYPE_CHECKING:
-    from ..merge import ExportReport, MergeReport
+    from ..merge import ExportReport, ExtractReport, MergeReport, VerifyReport
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+EXTRACT = "Extract an adapter"
 
 
 @app.command()
 def merge(
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or output_dir of a run.")
-    ],
-    output: Annotated[Path, typer.Option(help="Directory to write; new or empty.")],
+        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or output_dir of a run.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory to write; new or empty.")] = ...,  # type: ignore[assignment]
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="DIR:WEIGHT", help="Of several adapters, each with its weight: their sum."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, hub id or directory. (default: the adapter's)")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take a base whose weights are not those trained on.")
+    ] = False,
     format: Annotated[
-        Literal["merged", "lora"],
-        typer.Option(help="merged: an ordinary checkpoint. lora: an equivalent LoRA adapter for PEFT and vLLM."),
+        Literal["merged", "lora", "peft"],
+        typer.Option(
+            help="merged: an ordinary checkpoint. lora: an equal LoRA for PEFT and vLLM. "
+            "peft: PEFT's own format of lora, dora and vera."
+        ),
     ] = "merged",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Dtype of the merged checkpoint. (default: the base's)"),
     ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut an exported LoRA to this rank; the error is reported.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Files written at a time.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the adapted and the merged model on prompts and compare.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Write a model card and say what --upload would upload."),
+    ] = None,
+    upload: Annotated[bool, typer.Option("--upload", help="With --push: do it, to a private repository.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that has files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    finetuned: Annotated[
+        str | None,
+        typer.Option("--extract", metavar="FINETUNED", help="Fine-tuned checkpoint.", rich_help_panel=EXTRACT),
+    ] = None,
+    method: Annotated[Literal["rasa", "lora"], typer.Option(rich_help_panel=EXTRACT)] = "rasa",
+    r: Annotated[int, typer.Option(min=1, help="Ranks a layer.", rich_help_panel=EXTRACT)] = 8,
+    k: Annotated[
+        int | None, typer.Option(min=0, help="Shared ranks a layer. (default: r // 8)", rich_help_panel=EXTRACT)
+    ] = None,
+    sweeps: Annotated[int, typer.Option(min=0, help="Of the coordinate descent.", rich_help_panel=EXTRACT)] = 50,
+    targets: Annotated[
+        str, typer.Option(help="Names, comma-separated, or all-linear.", rich_help_panel=EXTRACT)
+    ] = "all-linear",
 ) -> None:
     """Fold an adapter into its base model and write an ordinary Hugging Face checkpoint."""
     with user_errors():
-        if format == "lora" and dtype is not None:
-            raise UserError(f"--dtype {dtype} is for --format merged: a LoRA export is fp32, so that it is exact")
-        import torch
+        report: MergeReport | ExportReport | ExtractReport
+        if upload and push is None:
+            raise UserError("--upload needs --push OWNER/NAME")
+        if finetuned is not None:
+            if adapter is not None or adapters or base is None:
+                raise UserError("--extract FINETUNED makes an adapter: it needs --base MODEL, and no adapter is given")
+            names: Any = targets.split(",") if targets != "all-linear" else targets
+            report = _extract(finetuned, base, output, method, r, k, sweeps, names, overwrite)
+            run, verified = Path(finetuned), None
+        else:
+            _check(format, dtype, max_rank, verify)
+            given, run = _given(adapter, adapters)
+            where = {"base": base, "revision": revision, "any_base": any_base}
+            options: Any = where | {"overwrite": overwrite}
+            report = _write(given, output, format, dtype, max_rank, threads, options)
+            verified = _verify(given, report, run, where) if verify else None
+        facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
+        if push is not None:
+            from ..merge.hub import push as push_directory
+            from ..merge.hub import write_card
 
-        from ..merge import export_lora, find_adapter
-        from ..merge import merge as merge_checkpoint
-
-        directory = find_adapter(adapter)
-        if directory not in (adapter, adapter / "adapter"):
-            print(
-                f"{adapter} has no adapter/ yet: taking its newest checkpoint, {directory.name}",
-                file=sys.stderr,
-            )
-        report: MergeReport | ExportReport
-        with _bar() as progress:
-            common: Any = {"base": base, "revision": revision, "overwrite": overwrite, "progress": progress}
-            if format == "lora":
-                report = export_lora(directory, output, **common)
-            else:
-                report = merge_checkpoint(directory, output, dtype=getattr(torch, dtype) if dtype else None, **common)
-        print(json.dumps(report.as_json()) if as_json else _describe(report))
+            write_card(output, run, facts)
+            print(push_directory(output, push, upload=upload), file=sys.stderr if as_json else sys.stdout)
+        print(json.dumps(facts) if as_json else _describe(report, verified))
 
 
 def main() -> None:
@@ -69,26 +108,144 @@ def main() -> None:
     app()
 
 
-def _describe(report: MergeReport | ExportReport) -> str:
-    from ..merge import ExportReport
+def _check(format: str, dtype: str | None, max_rank: int | None, verify: bool) -> None:
+    if format != "merged" and dtype is not None:
+        raise UserError(f"--dtype {dtype} is for --format merged: an exported adapter is fp32, so that it is exact")
+    if format != "merged" and verify:
+        raise UserError(f"--verify is for --format merged, got --format {format}")
+    if format != "lora" and max_rank is not None:
+        raise UserError(f"--max-rank {max_rank} is for --format lora, got --format {format}")
+
+
+def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]:
+    """What ``merge`` takes: one directory, or several with weights; and the first as it was given."""
+    from ..merge import find_adapter
+
+    if (adapter is None) == (not adapters):
+        raise UserError("give one ADAPTER_OR_RUN, or several with --adapter DIR:WEIGHT")
+    if adapter is not None:
+        directory = find_adapter(adapter)
+        if directory not in (adapter, adapter / "adapter"):
+            print(f"{adapter} has no adapter/ yet: taking its newest checkpoint, {directory.name}", file=sys.stderr)
+        return directory, adapter
+    weighted = []
+    for item in adapters or ():
+        path, colon, weight = item.rpartition(":")
+        try:
+            weighted.append((find_adapter(Path(path if colon else item)), float(weight) if colon else 1.0))
+        except ValueError:
+            raise UserError(f"--adapter {item}: the weight after the colon must be a number, got {weight!r}") from None
+    return weighted, weighted[0][0]
+
+
+def _write(
+    given: Any,
+    output: Path,
+    format: str,
+    dtype: str | None,
+    max_rank: int | None,
+    threads: int | None,
+    options: dict[str, Any],
+) -> MergeReport | ExportReport:
+    import torch
+
+    from ..merge import export_lora, export_peft
+    from ..merge import merge as merge_checkpoint
+
+    if format == "peft":
+        if not isinstance(given, Path):
+            raise UserError("--format peft is for one adapter; a sum can be exported with --format lora")
+        return export_peft(given, output, **options)
+    with _bar() as progress:
+        if format == "lora":
+            return export_lora(given, output, max_rank=max_rank, progress=progress, **options)
+        stored = getattr(torch, dtype) if dtype else None
+        return merge_checkpoint(given, output, dtype=stored, threads=threads, progress=progress, **options)
+
+
+def _verify(given: Any, report: Any, run: Path, where: dict[str, Any]) -> VerifyReport:
+    import yaml
+
+    from ..merge import verify
+
+    recipe = run / "recipe.yaml"
+    template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
+    return verify(given, report.output, template=template, exact=report.rounding == 0.0, **where)
+
+
+def _extract(
+    finetuned: str,
+    base: str,
+    output: Path,
+    method: Literal["rasa", "lora"],
+    r: int,
+    k: int | None,
+    sweeps: int,
+    targets: Any,
+    overwrite: bool,
+) -> ExtractReport:
+    if k is not None and (k > r or method == "lora"):
+        raise UserError(f"--k must be in [0, --r={r}], for --method rasa; got {k} for {method}")
+    from ..merge import extract
+
+    with _bar() as progress:
+        return extract(
+            finetuned, base, output, method=method, r=r, k=k, sweeps=sweeps, targets=targets,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+
+
+def _describe(report: MergeReport | ExportReport | ExtractReport, verified: VerifyReport | None) -> str:
+    from ..merge import ExportReport, ExtractReport
     from ..merge.output import size
 
+    lines = [f"{report.output}  {size(report.bytes)} in {report.seconds:.1f} s"]
+    if isinstance(report, ExtractReport):
+        return "\n".join([*lines, *_error_table(report)])
     done = f"{report.method} on {report.base_model}: {report.adapted} weights"
-    lines = [f"{report.output}  {size(report.bytes)} in {report.seconds:.1f} s", done]
-    if isinstance(report, ExportReport):
-        lines[1] += f" as LoRA of rank {report.rank}, exact"
+    if isinstance(report, ExportReport) and report.format == "peft":
+        lines.append(f"{done}, in PEFT's own format")
+    elif isinstance(report, ExportReport):
+        lines.append(f"{done} as LoRA of rank {report.rank}, exact")
+        if report.error:
+            lines[-1] = f"{done} as LoRA of rank {report.rank}: {report.error:.3%} of the update is lost, by norm"
         if report.max_lora_rank is None:
-            lines.append("vLLM takes no LoRA of such a rank: merge instead")
+            lines.append("vLLM takes no LoRA of such a rank: --max-rank 512 cuts it, or merge instead")
         else:
-            rank = report.max_lora_rank
-            lines.append(f"vLLM: --enable-lora --max-lora-rank {rank} --lora-modules NAME={report.output}")
+            lines.append(
+                f"vllm serve {report.base_model} --enable-lora --max-lora-rank {report.max_lora_rank} "
+                f"--lora-modules NAME={report.output}"
+            )
     else:
-        lines[1] += f" of {report.tensors} tensors changed"
+        lines.append(f"{done} of {report.tensors} tensors changed")
         if report.rounding is None:
             lines.append("the update is zero: the output is the base")
         elif report.rounding:
             lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
+    if not report.base_checked:
+        lines.append("note: the adapter does not record which weights it was trained on; only shapes were checked")
+    if verified:
+        lines.append(
+            f"verified on {verified.prompts} prompts ({verified.template}, {verified.tokens} tokens) in fp32: logits "
+            f"differ by up to {verified.logits:.3g} (the adapter changes them by {verified.adapter_logits:.3g}), "
+            f"KL {verified.kl:.3g}, loss {verified.loss:.4f} {verified.loss_difference:+.2g}"
+        )
     return "\n".join(lines)
+
+
+def _error_table(report: ExtractReport) -> list[str]:
+    """Squared errors over the squared norm of the update, of each kind and of all."""
+    rows = {**report.kinds, "all": report.total()}
+    width = max(map(len, rows))
+    name = report.method if report.method == "lora" else f"rasa r={report.r} k={report.k}"
+    lines = [f"{'':{width}}  {name:>14}  {f'lora r={report.r}':>10}   (share of the squared update that is left)"]
+    for kind, row in rows.items():
+        error, lora = (100 * e / row.norm2 if row.norm2 else 0.0 for e in (row.error, row.lora_error))
+        lines.append(f"{kind:{width}}  {error:13.3f}%  {lora:9.3f}%")
+    if report.others_changed:
+        n, first = len(report.others_changed), report.others_changed[0]
+        lines.append(f"not in the adapter: {n} other tensors that fine-tuning changed (first: {first})")
+    return lines
 
 
 @contextmanager

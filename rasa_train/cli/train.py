@@ -38,6 +38,15 @@ def train(
     max_restarts: Annotated[
         int, typer.Option("--max-restarts", min=0, help="Restarts from the last checkpoint when a worker dies.")
     ] = 0,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", metavar="KEY=V1,V2,...", help="A run for each value (repeat for a grid), below output_dir."
+        ),
+    ] = None,
+    print_commands: Annotated[
+        bool, typer.Option("--print", help="With --sweep: print the command of each run, and run none.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Fine-tune a language model with RaSA, LoRA or a relative, as RECIPE says.
@@ -59,6 +68,16 @@ def train(
         from ..errors import UserError
         from ..recipe import load_recipe
 
+        if sweep or print_commands:
+            given = {"--check": check, "--fresh": fresh}
+            flags = [flag for flag, on in given.items() if on]
+            valued = {"--nproc": (nproc, "auto"), "--max-restarts": (max_restarts, 0)}
+            flags += [f"{name}={value}" for name, (value, default) in valued.items() if value != default]
+            if nnodes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise UserError(
+                    "--sweep starts its runs on one machine: --print gives the command of each, for a queue"
+                )
+            sys.exit(_sweep(recipe, overrides or [], sweep or [], flags, print_commands, as_json))
         try:
             loaded = load_recipe(recipe, overrides or [])
         except UserError:
@@ -91,6 +110,35 @@ def _finish(output_dir: str, summary: dict[str, Any], was_complete: bool, as_jso
     else:
         print(f"done: {summary['steps']} steps, loss {summary['loss']:.4f}; the adapter is in {output_dir}/adapter")
         print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
+
+
+def _sweep(
+    recipe: str, overrides: list[str], sweeps: list[str], flags: list[str], print_commands: bool, as_json: bool
+) -> int:
+    """Exit code 0 when every run is complete, otherwise that of the first that failed."""
+    from ..errors import UserError
+    from ..sweep import commands, grid, run
+
+    if not sweeps:
+        raise UserError("--print gives the commands of a sweep: say what to sweep, as --sweep adapter.r=8,16")
+    points = grid(recipe, overrides, sweeps)
+    if print_commands:
+        lines = commands(points, flags)
+        print(json.dumps(lines) if as_json else "\n".join(lines))
+        return 0
+    flags = [*flags, "--json"] if as_json else flags
+    outcomes = run(points, flags, lambda line: print(line, file=sys.stderr, flush=True), capture=as_json)
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    if as_json:
+        print(json.dumps({"runs": [outcome.as_json() for outcome in outcomes]}))
+    else:
+        print(
+            f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done",
+            *(f"  failed: {o.point.name}" for o in failed),
+            sep="\n",
+        )
+        print(f"compare them with: rasa-report {points[0].output_dir.parent}")
+    return failed[0].exit_code if failed else 0
 
 
 def _check(recipe: Any, workers: int, as_json: bool) -> None:

@@ -1,14 +1,35 @@
-"""Which examples form a step, who computes them, and the padded tensors."""
+"""Which examples form a step, who computes them, and their tensors: padded rows, or one row without padding."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from rasa_train.data.encode import IGNORE, Example
 
-Batching = Literal["length-grouped", "shuffled", "sequential"]
+Batching = Literal["length-grouped", "shuffled", "sequential", "packed"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that one worker computes at once: examples, or ``tokens`` of one row without padding."""
+
+    examples: int | None = None
+    tokens: int | None = None
+    multiple_of: int = 1
+    """With ``tokens``: see ``pack_batch``."""
+
+    def split(self, indices: np.ndarray, lengths: np.ndarray, num_workers: int) -> list[list[np.ndarray]]:
+        """``split_batch`` or ``pack_batch``."""
+        if self.tokens:
+            return pack_batch(
+                indices, lengths, max_tokens=self.tokens, num_workers=num_workers, multiple_of=self.multiple_of
+            )
+        assert self.examples
+        return split_batch(indices, lengths, micro_batch_size=self.examples, num_workers=num_workers)
 
 
 class HasTargets(Protocol):
@@ -30,7 +51,8 @@ def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed
 
     Args:
         lengths: tokens of each example; shape (examples,).
-        batching: ``length-grouped``; ``shuffled``: a random order; ``sequential``: the order of the file.
+        batching: ``length-grouped``; ``shuffled`` and ``packed``: a random order; ``sequential``: the order of the
+            file.
         batch_size: examples of a step, over all workers.
         seed, epoch: the plan depends on these and nothing else.
     """
@@ -67,14 +89,49 @@ def split_batch(
     by_length = np.argsort(-lengths[indices], kind="stable")  # places in the batch
     pieces = np.array_split(by_length, -(-len(indices) // micro_batch_size)) if len(indices) else []
     micro_batches = [indices[np.sort(places)] for places in pieces]
-    nothing = indices[:0]
-    micro_batches += [nothing] * (-len(micro_batches) % num_workers)
+    return _deal(micro_batches, [int(lengths[part].max()) * len(part) for part in micro_batches], num_workers)
+
+
+def pack_batch(
+    indices: np.ndarray, lengths: np.ndarray, *, max_tokens: int, num_workers: int, multiple_of: int = 1
+) -> list[list[np.ndarray]]:
+    """``split_batch`` for rows without padding: as few micro-batches of at most ``max_tokens`` tokens as will do, of
+    nearly the same number of tokens (a longer example is a micro-batch of its own).
+
+    Args:
+        max_tokens: the most tokens a worker computes at once.
+        multiple_of: of how many micro-batches there are a multiple, where the batch has so many examples; with the
+            number of workers nobody is idle, but what is in a micro-batch depends on that number.
+    Returns:
+        ``result[worker][round]``, an array of indices.
+    """
+    limit = max(max_tokens, int(lengths[indices].max(initial=0)))
+    by_length = np.argsort(-lengths[indices], kind="stable")  # places in the batch
+    count = -(-int(lengths[indices].sum()) // limit)
+    while True:
+        count = min(-(-count // multiple_of) * multiple_of, len(indices))
+        tokens, places = np.zeros(count, np.int64), [list[int]() for _ in range(count)]
+        for place in by_length:  # the longest that is left to whatever has least
+            lightest = int(tokens.argmin())
+            places[lightest].append(int(place))
+            tokens[lightest] += lengths[indices[place]]
+        if tokens.max(initial=0) <= limit:
+            most_first = np.argsort(-tokens, kind="stable")
+            micro_batches = [indices[sorted(places[i])] for i in most_first]
+            return _deal(micro_batches, tokens[most_first].tolist(), num_workers)
+        count += 1
+
+
+def _deal(micro_batches: list[np.ndarray], costs: list[int], num_workers: int) -> list[list[np.ndarray]]:
+    """In rounds, the first of a round to whoever has had least; empty ones fill the last round."""
+    missing = -len(micro_batches) % num_workers
+    filled = [*zip(micro_batches, costs, strict=True), *[(np.zeros(0, np.int64), 0)] * missing]
     result: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
-    work = np.zeros(num_workers)  # padded tokens
-    for at in range(0, len(micro_batches), num_workers):
-        for worker, part in zip(np.argsort(work, kind="stable"), micro_batches[at : at + num_workers], strict=True):
+    work = np.zeros(num_workers)
+    for at in range(0, len(filled), num_workers):
+        for worker, (part, cost) in zip(np.argsort(work, kind="stable"), filled[at : at + num_workers], strict=True):
             result[worker].append(part)
-            work[worker] += lengths[part].max(initial=0) * len(part)
+            work[worker] += cost
     return result
 
 
@@ -113,6 +170,49 @@ def collate(
         labels[row, start + 1 : end] = example.labels[1:]
     arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict[str, Any] | None:
+    """Examples one after the other in one row; None for no examples. What fills the row up is a sequence of its own.
+
+    The label of an example's first token becomes -100.
+
+    Returns:
+        ``input_ids``, ``labels`` and ``position_ids`` (which start again with each example), int64, shape (1, tokens);
+        where each begins, and the end (``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32); and the longest
+        (``max_length_q`` and ``max_length_k``).
+    """
+    if not examples:
+        return None
+    lengths = [len(example.input_ids) for example in examples]
+    if rest := -sum(lengths) % pad_to_multiple_of:
+        lengths.append(rest)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    input_ids = np.zeros(starts[-1], np.int64)
+    labels = np.full(starts[-1], IGNORE, np.int64)
+    for start, example in zip(starts, examples, strict=False):
+        end = start + len(example.input_ids)
+        input_ids[start:end] = example.input_ids
+        labels[start + 1 : end] = example.labels[1:]
+    position_ids = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    rows = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    at = torch.from_numpy(starts.astype(np.int32))
+    return {
+        **{name: torch.from_numpy(row).unsqueeze(0) for name, row in rows.items()},
+        "cu_seq_lens_q": at,
+        "cu_seq_lens_k": at,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """``batch`` with ``positions`` (of the tokens whose successor is supervised, in the flattened batch) and
+    ``targets`` (those successors) in the place of ``labels``; int64, shape (supervised tokens,)."""
+    labels = batch.pop("labels")
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    positions = (following != IGNORE).nonzero().squeeze(1)
+    return {**batch, "positions": positions, "targets": following[positions]}
 
 
 def supervised_tokens(dataset: HasTargets, indices: np.ndarray) -> int:

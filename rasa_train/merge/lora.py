@@ -2,12 +2,14 @@
 
     dW = B diag(d) A   ->   lora_B = B diag(d),  lora_A = A,  lora_alpha = r, so that the scale is 1
 
-d stays on one side: its entries can be negative. PEFT and vLLM load the result without knowing the method.
+d stays on one side: its entries can be negative. PEFT and vLLM load the result without knowing the method. With a
+largest rank the product is cut by its singular values, which is the best there is of that rank.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import FactorAdapter, Site
-from ..adapters.saved import CONFIG, PEFT_TENSORS, read_adapter
+from ..adapters.saved import CONFIG, PEFT_TENSORS
 from ..errors import UserError
 from .output import new_directory
-from .source import Source, find_adapter, find_base, load
+from .source import Adapters, Source, open_source
 from .weights import tensor_bytes, write_tensors
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,7 +33,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. ``rounding`` is 0: nothing is rounded."""
+    """What an export did."""
 
     output: str
     format: str
@@ -42,8 +44,13 @@ class ExportReport:
     bytes: int
     seconds: float
     rounding: float
+    """0: nothing is rounded."""
+    base_checked: bool
+    """Whether the base is known to be the one that the adapter was trained on."""
     rank: int
     """The largest rank of a site."""
+    error: float
+    """norm(written - dW) / norm(dW) over all sites: what ``max_rank`` costs. 0 without it."""
     max_lora_rank: int | None
     """vLLM's option, or None when the rank is more than it takes."""
 
@@ -52,43 +59,49 @@ class ExportReport:
 
 
 def export_lora(
-    adapter: str | Path,
+    adapter: Adapters,
     output: str | Path,
     *,
     base: str | None = None,
     revision: str | None = None,
+    any_base: bool = False,
+    max_rank: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the adapter as a LoRA adapter directory. Of the base only the configuration is needed.
 
+    Args:
+        adapter, base, revision, any_base: as of ``open_source``.
+        max_rank: cut larger ranks to this.
     Raises:
         UserError: the method is no factor method, the adapter does not fit, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    directory = find_adapter(Path(adapter))
-    saved = read_adapter(directory)
-    name, base_dir = find_base(saved, base, revision, weights=False)
-    source = load(saved, name, base_dir)
+    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
     _check(source)
     ranks = {site.path: int(_kept(source, site).numel()) for site in source.sites}
+    if max_rank is not None:
+        ranks = {path: min(rank, max_rank) for path, rank in ranks.items()}
     sizes = {s.path: 4 * ranks[s.path] * (s.in_features + s.out_features) for s in source.sites}
-    inputs = [directory, *([base_dir] if Path(name).is_dir() else [])]
+    inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=sum(sizes.values())) as partial:
-        written = _write_factors(source, ranks, partial / PEFT_TENSORS, progress)
+        written, error = _write_factors(source, ranks, partial / PEFT_TENSORS, progress)
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, ranks), indent=2) + "\n")
     rank = max(ranks.values())
     return ExportReport(
         output=str(output),
         format="lora",
-        method=saved.method.method,
-        base_model=name,
+        method=source.label,
+        base_model=source.base,
         tensors=2 * len(ranks),
         adapted=len(ranks),
         bytes=written,
         seconds=round(time.perf_counter() - start, 3),
         rounding=0.0,
+        base_checked=source.checked,
         rank=rank,
+        error=error,
         max_lora_rank=next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
     )
 
@@ -101,9 +114,24 @@ def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
     return factors.A.float()[kept], factors.Bd.float()[:, kept]
 
 
+@torch.no_grad()
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best approximation of B A of that rank, through QR of the factors: nothing of the size of dW is made.
+
+    Returns:
+        A' (rank, in), B' (out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
+    """
+    Q, R = torch.linalg.qr(B.double())
+    P, S = torch.linalg.qr(A.double().mT)
+    U, s, Vh = torch.linalg.svd(R @ S.mT)
+    root, lost = s[:rank].sqrt(), float((s[rank:] ** 2).sum())
+    return (root[:, None] * (Vh[:rank] @ P.mT)).float(), (Q @ U[:, :rank] * root).float(), lost, float((s**2).sum())
+
+
 def _write_factors(
     source: Source, ranks: dict[str, int], path: Path, progress: Callable[[int, int], None] | None
-) -> int:
+) -> tuple[int, float]:
+    """Size of the file, and the relative error of what was cut."""
     entries, sides = [], {}
     for site in source.sites:
         for side, shape in (
@@ -114,16 +142,26 @@ def _write_factors(
             entries.append((name, "F32", shape, 4 * shape[0] * shape[1]))
             sides[name] = site, side
     total, done = sum(entry[-1] for entry in entries), 0
+    lost2 = norm2 = 0.0
+    now: tuple[Site, Tensor, Tensor] | None = None
 
     def write(name: str, out: BinaryIO) -> None:
-        nonlocal done
+        nonlocal done, lost2, norm2, now
         site, side = sides[name]
-        A, B = lora_factors(_factor_adapter(source, site))
-        done += out.write(tensor_bytes(A if side == "A" else B))
+        if now is None or now[0] != site:
+            A, B = lora_factors(_factor_adapter(source, site))
+            if ranks[site.path] < A.shape[0]:
+                A, B, lost, of = truncated(A, B, ranks[site.path])
+                lost2 += lost
+            else:
+                of = float(((A @ A.mT) * (B.mT @ B)).sum())
+            norm2 += of
+            now = site, A, B
+        done += out.write(tensor_bytes(now[1] if side == "A" else now[2]))
         if progress is not None:
             progress(done, total)
 
-    return write_tensors(path, entries, write)
+    return write_tensors(path, entries, write), math.sqrt(lost2 / norm2) if norm2 else 0.0
 
 
 def _peft_config(source: Source, ranks: dict[str, int]) -> dict[str, Any]:
@@ -141,12 +179,12 @@ def _peft_config(source: Source, ranks: dict[str, int]) -> dict[str, Any]:
         "use_rslora": False,
         "fan_in_fan_out": any(site.transposed for site in source.sites),
         "inference_mode": True,
-        "target_modules": _target_modules(source.model, source.sites),
+        "target_modules": target_modules(source.model, source.sites),
     }
     return config | ({"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {})
 
 
-def _target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
+def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
     """The shortest names that select just these sites: last names, else kinds, else whole paths."""
     wanted, paths = {site.path for site in sites}, [path for path, _ in model.named_modules()]
     kinds = Counter(site.kind for site in sites)
@@ -157,13 +195,12 @@ def _target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
 
 
 def _check(source: Source) -> None:
-    method = source.saved.method.method
     if source.replaced:
         first = next(iter(source.replaced))
         raise UserError(f"the adapter has base parameters ({first}), which no LoRA can hold: use --format merged")
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):
-            raise UserError(f"adapter.method: {method!r} is no product of low-rank factors: use --format merged")
+            raise UserError(f"adapter.method: {source.label!r} is no product of low-rank factors: use --format merged")
         if site.num_experts is not None or site.rows is not None:
             raise UserError(f"{site.path} is a fused weight, which PEFT's LoRA has no name for: use --format merged")
 

@@ -1,30 +1,32 @@
-"""The adapter folded into the base: an ordinary Hugging Face checkpoint, written tensor by tensor.
+"""The adapter folded into the base: an ordinary Hugging Face checkpoint, written file by file.
 
-stored = round(W + dW)        W + dW in fp32, one rounding, to the dtype that W has in the file
+A merge that was killed goes on with the files it had finished. Memory is that of a few tensors, whatever the model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..adapters.base import Site
-from ..adapters.saved import CONFIG, read_adapter
+from .. import __version__
+from ..adapters.saved import CONFIG
 from ..errors import UserError
-from .bias import new_biases
-from .names import Piece, locate
+from .folding import QUANTISED, Folding, Tally, dtype_name
 from .output import new_directory
-from .source import Source, find_adapter, find_base, load
-from .weights import CODES, FLOATS, INDEX, Checkpoint, Stored, open_checkpoint, tensor_bytes, write_tensors
+from .source import Adapters, open_source
+from .weights import INDEX, open_checkpoint
 
 WEIGHTS = {
     ".safetensors",
@@ -41,9 +43,14 @@ WEIGHTS = {
     ".npz",
 }
 """Endings of files that hold weights: they would contradict the merged ones."""
-QUANTISED = "a quantised base cannot be merged into; give the original with --base, or use --format lora"
 SMALL = 200_000_000
 """Bytes; a larger file beside a model is no tokenizer."""
+FINISHED = ".finished.json"
+"""In a directory under way: the files in it that are whole and on the disk, with their tallies."""
+BYTES_A_VALUE = 10
+"""Memory that folding takes for each value of a tensor: W and dW in fp32, and what was read or is written."""
+MEMORY = 1_200_000_000
+"""Bytes that all threads together may take for tensors, as far as their number can see to it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class MergeReport:
     format: str
     method: str
     base_model: str
+    base_checked: bool
+    """Whether the base is known to be the one that the adapter was trained on."""
     tensors: int
     """Tensors in the output."""
     adapted: int
@@ -70,285 +79,134 @@ class MergeReport:
 
 
 def merge(
-    adapter: str | Path,
+    adapter: Adapters,
     output: str | Path,
     *,
     base: str | None = None,
     revision: str | None = None,
+    any_base: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the base with the adapter folded in to the directory ``output``.
 
     Args:
-        adapter: an adapter directory, or a run directory.
+        adapter: an adapter directory or a run directory; or several as (directory, weight): the weighted sum of
+            their updates.
         base: hub id or directory; default: what the adapter names.
+        any_base: take a base whose weights are not those trained on.
         dtype: of all floating-point tensors of the output; default: what each has in the base.
-        progress: called with (bytes read, bytes in all).
+        threads: files written at a time; default: the processors, fewer where tensors are so large that memory
+            would go beyond 2 GB.
+        progress: called with (bytes read, bytes in all), by one thread at a time.
     Raises:
         UserError: the adapter does not fit, files are damaged, values are not finite, or ``output`` cannot be
             written. ``output`` is then what it was.
     """
     start = time.perf_counter()
-    directory = find_adapter(Path(adapter))
-    saved = read_adapter(directory)
-    name, base_dir = find_base(saved, base, revision, weights=True)
-    checkpoint = open_checkpoint(base_dir)
-    config = _read_config(base_dir)
-    folding = Folding(load(saved, name, base_dir), checkpoint, dtype)
+    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    checkpoint = open_checkpoint(source.directory)
+    config = _read_config(source.directory)
+    folding = Folding(source, checkpoint, dtype)
     nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values()) + folding.added_bytes
     tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
-    with new_directory(Path(output), overwrite=overwrite, inputs=[base_dir, directory], nbytes=nbytes) as partial:
-        written = sum(folding.write(file, partial / file, tick) for file in checkpoint.files)
+    read = [source.directory, *source.origins]
+    key = _key(source.directory, checkpoint.files, source.origins, dtype, source.label)
+    with new_directory(Path(output), overwrite=overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
+        tallies = _write_files(folding, partial, threads or _threads(folding), tick)
         if checkpoint.index is not None:
             index = checkpoint.index
             index["weight_map"] |= {name: file for file, added in folding.added.items() for name in added}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _copy_small_files(base_dir, partial)
+        _copy_small_files(source.directory, partial)
         if dtype is not None or folding.switches:
             config |= folding.switches
             if dtype is not None:
-                _set_dtype(config, _name(dtype))
+                _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tallies.append(folding.of_biases)
+    update2, error2 = (sum(getattr(tally, name) for tally in tallies) for name in ("update2", "error2"))
     return MergeReport(
         output=str(output),
         format="merged",
-        method=saved.method.method,
-        base_model=name,
+        method=source.label,
+        base_model=source.base,
+        base_checked=source.checked,
         tensors=len(checkpoint.tensors) + sum(map(len, folding.added.values())),
         adapted=folding.adapted,
-        bytes=written,
+        bytes=sum(tally.bytes for tally in tallies),
         seconds=round(time.perf_counter() - start, 3),
-        rounding=folding.rounding,
+        rounding=math.sqrt(error2 / update2) if update2 else None,
     )
 
 
-class Folding:
-    """W + dW for each tensor of one checkpoint, with all that can be checked from headers checked first."""
+def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[int], None]) -> list[Tally]:
+    """Write the files that are not there yet, several at a time, and note each when it is on the disk."""
+    note, finished, lock = partial / FINISHED, {}, threading.Lock()
+    if note.is_file():
+        finished = {file: Tally(**tally) for file, tally in json.loads(note.read_text()).items()}
+    stopped = threading.Event()
 
-    def __init__(self, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-        self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
-        self.parameters = dict(source.model.named_parameters())
-        self.sites: dict[str, list[Site]] = {name: [] for name in source.replaced}
-        self.biases: dict[str, Tensor] = {}
-        for site in source.sites:
-            adapter = source.adapters[site.path]
-            if adapter.effective_rank:  # else dW = 0: only the bias changes
-                self.sites.setdefault(site.weight, []).append(site)
-            if site.bias and (bias := adapter.delta_bias()) is not None:
-                self.biases[f"{site.path}.bias"] = bias.detach().float()
-                self.sites.setdefault(f"{site.path}.bias", [])
-        self.stored = checkpoint.tensors
-        self.pieces = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
-        self.sources: dict[str, list[str]] = {}
-        for name, piece in self.pieces.items():
-            self.sources.setdefault(piece.parameter, []).append(name)
-        for parameter in self.sites:
-            self._check(parameter)
-        self.error2 = self.update2 = 0.0  # squared norms
-        self.kept: tuple[str, Tensor] | None = None
-        self.added, self.switches = self._add_biases()
+    def counted(nbytes: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        with lock:
+            tick(nbytes)
 
-    @property
-    def rounding(self) -> float | None:
-        return math.sqrt(self.error2 / self.update2) if self.update2 else None
+    def write(file: str) -> Tally:
+        if file in finished and (partial / file).stat().st_size == finished[file].bytes:
+            counted(sum(tensor.nbytes for tensor in folding.checkpoint.files[file]))
+            return finished[file]
+        try:
+            tally = folding.write(file, partial / file, counted)
+        except BaseException:
+            stopped.set()
+            raise
+        with (partial / file).open("rb") as written:
+            os.fsync(written.fileno())
+        with lock:
+            finished[file] = tally
+            beside = note.with_suffix(".partial")
+            beside.write_text(json.dumps({name: asdict(each) for name, each in finished.items()}))
+            beside.replace(note)
+        return tally
 
-    @property
-    def adapted(self) -> int:
-        return len(self.sites) + sum(bool(bias.any()) for added in self.added.values() for bias in added.values())
-
-    @property
-    def added_bytes(self) -> int:
-        return sum(bias.nbytes for added in self.added.values() for bias in added.values())
-
-    def stored_bytes(self, tensor: Stored) -> int:
-        """Size in the output."""
-        if tensor.dtype not in FLOATS:
-            return tensor.nbytes
-        return math.prod(tensor.shape) * self._dtype(tensor).itemsize
-
-    def write(self, file: str, path: Path, tick: Callable[[int], None]) -> int:
-        """Write the counterpart of one base file. Returns its size, bytes."""
-        tensors = {tensor.name: tensor for tensor in self.checkpoint.files[file]}
-        # Wide dtypes first: then every tensor is aligned. Pieces of one parameter side by side: then its
-        # update is computed once.
-        order = sorted(tensors.values(), key=lambda t: (self._group(t), t.start))
-        entries = [(t.name, self._code(t), t.shape, self.stored_bytes(t)) for t in order]
-        added = self.added.get(file, {})
-        entries += [(name, CODES[t.dtype], tuple(t.shape), t.nbytes) for name, t in added.items()]
-        entries.sort(key=_width, reverse=True)
-
-        def write(name: str, out: BinaryIO) -> None:
-            if name in added:
-                out.write(tensor_bytes(added[name]))
-                return
-            tensor = tensors[name]
-            if self._adapted(name):
-                out.write(tensor_bytes(self._merged(tensor)))
-            elif self._code(tensor) == tensor.dtype:
-                tensor.copy_to(out)
-            else:
-                out.write(tensor_bytes(self._finite(name, tensor.read().to(self._dtype(tensor)))))
-            tick(tensor.nbytes)
-
-        return write_tensors(path, entries, write, self.checkpoint.metadata[file])
-
-    # -- one tensor ----------------------------------------------------------------------------------------
-
-    def _merged(self, tensor: Stored) -> Tensor:
-        piece, dtype = self.pieces[tensor.name], self._dtype(tensor)
-        trained = self.source.replaced.get(piece.parameter)
-        W = tensor.read()
-        if trained is not None:
-            before, W = W.float(), piece.of(trained).clone()
-            self.update2 += _norm2(before.sub_(W))
-            del before
-        if not self.sites[piece.parameter] and piece.parameter not in self.biases:
-            result = self._finite(tensor.name, W.to(dtype))
-            self.error2 += _norm2(W - result.to(W.dtype)) if dtype != W.dtype else 0.0
-            return result
-        W = W.to(torch.promote_types(W.dtype, torch.float32))  # this memory is ours: it becomes W + dW
-        update = self._update(piece, W)
-        self.update2 += _norm2(update)
-        W += update
-        del update
-        result = self._finite(tensor.name, W.to(dtype))
-        if dtype != W.dtype:
-            self.error2 += _norm2(W.sub_(result.to(W.dtype)))
-        return result
-
-    @torch.no_grad()
-    def _update(self, piece: Piece, W: Tensor) -> Tensor:
-        """dW of one tensor of the checkpoint, fp32, laid out as it is stored."""
-        if piece.whole:
-            return self._parameter_update(piece.parameter, W)
-        if self.kept is None or self.kept[0] != piece.parameter:
-            self.kept = None
-            self.kept = piece.parameter, self._parameter_update(piece.parameter, None)
-        return piece.of(self.kept[1])
-
-    def _parameter_update(self, parameter: str, W: Tensor | None) -> Tensor:
-        sites, shape = self.sites[parameter], self.parameters[parameter].shape
-        if parameter in self.biases:
-            return self.biases[parameter]
-        if W is None and any(self.source.adapters[site.path].needs_weight for site in sites):
-            W = torch.empty(shape)
-            for name in self.sources[parameter]:
-                self.pieces[name].of(W).copy_(self.stored[name].read())
-        if len(sites) == 1 and sites[0].rows is None:
-            return self._delta(sites[0], W)
-        update = torch.zeros(shape)
-        for site in sites:
-            _rows(site, update).add_(self._delta(site, W))
-        return update
-
-    def _delta(self, site: Site, W: Tensor | None) -> Tensor:
-        """dW of one site as its part of the parameter is stored: transposed where the parameter is."""
-        rows = None if W is None else _rows(site, W)
-        weight = rows if rows is None or not site.transposed else rows.mT
-        delta = self.source.adapters[site.path].delta(weight)
-        return delta.mT if site.transposed else delta
-
-    def _finite(self, name: str, values: Tensor) -> Tensor:
-        # aminmax hands NaN and infinities through, and is forty times faster than isfinite
-        if values.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(values)):
-            raise UserError(
-                f"{name} has values that are not finite after the merge, as {_name(values.dtype)}: the base "
-                "or the adapter is damaged, or the dtype is too narrow (then --dtype bfloat16 or float32)"
-            )
-        return values
-
-    def _add_biases(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, bool]]:
-        """Biases that the base has not, by the file that holds their weight; and what its config must say."""
-        new = new_biases(self.source)
-        added: dict[str, dict[str, Tensor]] = {}
-        for parameter, bias in new.tensors.items():
-            weight = parameter.removesuffix("bias") + "weight"
-            if len(names := self.sources.get(weight, [])) != 1 or not self.pieces[names[0]].whole:
-                raise UserError(f"{self.checkpoint.directory} has no tensor for {weight}, which gets a bias")
-            tensor = self.stored[names[0]]
-            if tensor.dtype not in FLOATS:
-                raise UserError(f"{tensor.name} is {tensor.dtype}: {QUANTISED}")
-            name = tensor.name.removesuffix("weight") + "bias"
-            stored = self._finite(name, bias.to(self._dtype(tensor)))
-            self.update2 += _norm2(bias)
-            self.error2 += _norm2(bias - stored.float())
-            added.setdefault(tensor.path.name, {})[name] = stored
-        return added, dict(new.switches)
-
-    # -- checks and layout, from headers -------------------------------------------------------------------
-
-    def _check(self, parameter: str) -> None:
-        names, where = self.sources.get(parameter, []), self.checkpoint.directory
-        if not names:
-            raise UserError(f"{where} has no tensor for {parameter}, which is adapted: is it the right base?")
-        whole = self.parameters[parameter]
-        for name in names:
-            piece, tensor = self.pieces[name], self.stored[name]
-            if piece.unknown:
-                raise UserError(
-                    f"{where} stores {parameter} in a form that cannot be merged ({piece.unknown}): use --format lora"
-                )
-            if tensor.dtype not in FLOATS:
-                raise UserError(f"{name} is {tensor.dtype}: {QUANTISED}")
-            expected = _shape_of(piece, whole)
-            if tensor.shape != expected:
-                raise UserError(
-                    f"{name} in {tensor.path} has shape {tensor.shape}, the model's {parameter} needs "
-                    f"{expected}: config.json and weights are not of one model"
-                )
-        if sum(math.prod(self.stored[name].shape) for name in names) != whole.numel():
-            raise UserError(
-                f"{where} holds the adapted weight {parameter} in part only, or twice: {len(names)} tensors"
-            )
-
-    def _adapted(self, name: str) -> bool:
-        return name in self.pieces and self.pieces[name].parameter in self.sites
-
-    def _dtype(self, tensor: Stored) -> torch.dtype:
-        return self.dtype or FLOATS[tensor.dtype]
-
-    def _code(self, tensor: Stored) -> str:
-        return CODES[self._dtype(tensor)] if tensor.dtype in FLOATS else tensor.dtype
-
-    def _group(self, tensor: Stored) -> int:
-        """Where in the file the first tensor of the same parameter begins."""
-        piece = self.pieces.get(tensor.name)
-        if piece is None or piece.whole or piece.parameter not in self.sites:
-            return tensor.start
-        together = (self.stored[name] for name in self.sources[piece.parameter])
-        return min(other.start for other in together if other.path == tensor.path)
+    if threads == 1:
+        return [write(file) for file in folding.checkpoint.files]
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(write, file) for file in folding.checkpoint.files]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C
+            stopped.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for future in futures:
+        if not future.cancelled() and (error := future.exception()) and not isinstance(error, _StoppedError):
+            raise error
+    return [future.result() for future in futures]
 
 
-def _rows(site: Site, t: Tensor) -> Tensor:
-    """The site's output rows of its parameter (or of something laid out like it), as they are stored."""
-    if site.rows is None:
-        return t
-    start, end = site.rows
-    return t[..., start:end] if site.transposed else t[..., start:end, :]
+class _StoppedError(Exception):
+    """Another file could not be written, so this one need not be."""
 
 
-def _width(entry: tuple[str, str, tuple[int, ...], int]) -> int:
-    """Bytes of one value of a tensor to be written."""
-    _, _, shape, nbytes = entry
-    return nbytes // (math.prod(shape) or 1)
+def _threads(folding: Folding) -> int:
+    fit = MEMORY // (BYTES_A_VALUE * max(folding.largest, 1))
+    return int(max(1, min(os.cpu_count() or 1, len(folding.checkpoint.files), fit)))
 
 
-def _shape_of(piece: Piece, parameter: Tensor) -> tuple[int, ...]:
-    try:
-        return tuple(piece.of(parameter).shape)
-    except IndexError:  # more experts in the file than in the model
-        return ()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _norm2(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t)) ** 2
+def _key(
+    base: Path, files: Sequence[str] | Mapping[str, Any], origins: Sequence[Path], dtype: torch.dtype | None, label: str
+) -> str:
+    """Of all that a merge's files are made from: names, sizes and times of the inputs, and what is done to them."""
+    paths = [base / file for file in files] + [path for origin in origins for path in sorted(origin.iterdir())]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps([__version__, label, str(dtype), stats]).encode()).hexdigest()
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:

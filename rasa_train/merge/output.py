@@ -11,17 +11,24 @@ from pathlib import Path
 
 from ..errors import UserError
 
+KEY = ".key"
+"""File in a directory under way: the ``key`` of what is written there."""
+
 
 @contextmanager
-def new_directory(output: Path, *, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> Iterator[Path]:
+def new_directory(
+    output: Path, *, overwrite: bool, inputs: Sequence[Path], nbytes: int, key: str = ""
+) -> Iterator[Path]:
     """Give a temporary directory beside ``output``; when the block ends well, it becomes ``output``.
 
-    An error removes it again. A killed process leaves ``.NAME.partial-PID``, which the next one removes.
+    An error removes it again. A killed process leaves ``.NAME.partial-PID``: the next one goes on in it when its
+    ``key`` is the same, and removes it otherwise. Hidden files in it do not become part of ``output``.
 
     Args:
         overwrite: replace an ``output`` that has files.
         inputs: directories that are read: ``output`` must lie neither in one nor around one.
         nbytes: what is going to be written, at least: a disk that is too small is found before the work.
+        key: of all that decides what is written. Empty: nothing is ever gone on with.
     Raises:
         UserError: ``output`` is refused or cannot be written.
     """
@@ -32,14 +39,20 @@ def new_directory(output: Path, *, overwrite: bool, inputs: Sequence[Path], nbyt
     lock, ours = None, False
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(output)
+        lock = _settle_stale(output, partial, key)
+        ours = lock is not None
+        there = sum(path.stat().st_size for path in partial.iterdir()) if ours else 0
         free = shutil.disk_usage(output.parent).free
-        if free < nbytes:
-            raise UserError(f"cannot write {output}: it needs {size(nbytes)}, the disk has {size(free)} free")
-        partial.mkdir()
-        ours = True
-        lock = _lock(partial)
+        if free < nbytes - there:
+            raise UserError(f"cannot write {output}: it needs {size(nbytes - there)}, the disk has {size(free)} free")
+        if not ours:
+            partial.mkdir()
+            ours = True
+            lock = _lock(partial)
+            (partial / KEY).write_text(key)
         yield partial
+        for hidden in partial.glob(".*"):
+            hidden.unlink()
         _sync(partial)
         _become(partial, output)
     except BaseException as error:
@@ -83,20 +96,38 @@ def _check(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
         raise UserError(f"--output {output} has files but is no model or adapter: --overwrite does not replace that")
 
 
-def _remove_stale(output: Path) -> None:
-    """Remove what a killed merge into the same directory left; undo a replacement it was killed in."""
+def _settle_stale(output: Path, partial: Path, key: str) -> int | None:
+    """Deal with what a killed merge into the same directory left, and undo a replacement it was killed in.
+
+    Returns:
+        the lock of ``partial`` where it can be gone on with, moved there; None where there is none.
+    """
     for replaced in output.parent.glob(f".{_literal(output.name)}.replaced-*"):
         if output.exists():
             shutil.rmtree(replaced)
         else:
             replaced.rename(output)
-    for partial in output.parent.glob(f".{_literal(output.name)}.partial-*"):
-        lock = _lock(partial)
+    found = None
+    for stale in output.parent.glob(f".{_literal(output.name)}.partial-*"):
+        lock = _lock(stale)
+        if found is None and lock is not None and key and _read_key(stale) == key:
+            found = lock
+            if stale != partial:
+                stale.rename(partial)
+            continue
         try:
-            shutil.rmtree(partial)
+            shutil.rmtree(stale)
         finally:
             if lock is not None:
                 os.close(lock)
+    return found
+
+
+def _read_key(directory: Path) -> str:
+    try:
+        return (directory / KEY).read_text()
+    except OSError:
+        return ""
 
 
 def _lock(directory: Path) -> int | None:

@@ -1,10 +1,11 @@
-"""What goes into a merge or an export: the adapter, and the base model it belongs to."""
+"""What goes into a merge or an export: the adapter, or a weighted sum of several, and the base model."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.base import Adapter, Site
+from ..adapters.identity import base_samples
 from ..adapters.inject import POOLS, find_sites
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors
+from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter
 from ..errors import UserError
 from ..model import ModelConfig, load_model, meta_model
+from .total import total
 from .weights import INDEX, SINGLE
+
+Adapters = str | Path | Sequence[tuple[str | Path, float]]
+"""An adapter, or several with their weights."""
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 """What is downloaded of a hub model beside its weights."""
@@ -27,11 +33,16 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "L
 
 @dataclass(frozen=True)
 class Source:
-    """A saved adapter with its values in place, on the CPU."""
+    """A saved adapter, or a weighted sum of several, with its values in place, on the CPU."""
 
-    saved: SavedAdapter
+    label: str
+    """The method, or the sum: ``0.7 rasa + 0.3 lora``."""
     base: str
     """Base model as the user or the adapter names it: a hub id or a directory."""
+    directory: Path
+    """Where the base is on this machine."""
+    origins: list[Path]
+    """Directories of the adapters."""
     model: PreTrainedModel
     """The base on the meta device: names and shapes."""
     sites: list[Site]
@@ -40,6 +51,58 @@ class Source:
     """By the path of their site."""
     replaced: dict[str, Tensor]
     """Base parameters that were trained themselves, by their name: they take the place of the base's."""
+    checked: bool = False
+    """Whether the base is known to be the one that the adapter was trained on."""
+
+
+def open_source(
+    adapter: Adapters, base: str | None, revision: str | None, *, weights: bool, any_base: bool = False
+) -> Source:
+    """Read the adapters, find their base and see that they fit it.
+
+    Args:
+        adapter: an adapter or run directory; or several as (directory, weight).
+        base, revision, weights: as of ``find_base``.
+        any_base: take a base whose weights are not those trained on.
+    Raises:
+        UserError: an adapter or the base cannot be read, or they do not fit.
+    """
+    given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
+    read = [(read_adapter(find_adapter(Path(path))), weight) for path, weight in given]
+    first = read[0][0]
+    if base is None and (others := {s.base_model for s, _ in read} - {first.base_model}):
+        raise UserError(
+            f"the adapters name several bases, {first.base_model!r} and {min(map(str, others))!r}: say with --base "
+            "which one it is"
+        )
+    name, base_dir = find_base(first, base, revision, weights=weights)
+    checked = all([any_base or _check_identity(saved, base_dir) for saved, _ in read])
+    sources = [load(saved, name, base_dir) for saved, _ in read]
+    if len(sources) == 1 and read[0][1] == 1:
+        return replace(sources[0], checked=checked)
+    if any(source.replaced for source in sources):
+        raise UserError("an adapter with base parameters of its own cannot be part of a sum, or be weighted")
+    sites, adapters = total([(s.sites, s.adapters, weight) for s, (_, weight) in zip(sources, read, strict=True)])
+    label = " + ".join(f"{weight:g} {saved.method.method}" for saved, weight in read)
+    origins = [saved.directory for saved, _ in read]
+    return Source(label, name, base_dir, origins, sources[0].model, sites, adapters, {}, checked)
+
+
+def _check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
+    """Whether the base is the one trained on; False where that cannot be told.
+
+    Raises:
+        UserError: it is another one.
+    """
+    found = base_samples(str(base_dir), only=saved.base_tensors)
+    different = [name for name, sample in found.items() if sample != saved.base_tensors[name]]
+    if different:
+        raise UserError(
+            f"{base_dir} is not the base that {saved.directory} was trained on ({saved.base_model}): its "
+            f"{different[0]} is another ({len(different)} of {len(found)} sampled tensors are). Give the right one "
+            "with --base, or --any-base if this is what you want"
+        )
+    return bool(found)
 
 
 def find_adapter(path: Path) -> Path:
@@ -75,16 +138,21 @@ def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, we
         raise UserError(f"{saved.directory / CONFIG} names no base model: give it with --base")
     if revision is None and name == saved.base_model:
         revision = saved.base_revision
+    hint = "" if base else " (the adapter names it): give the base with --base"
+    return name, find_model(name, revision, weights=weights, hint=hint)
+
+
+def find_model(name: str, revision: str | None, *, weights: bool, hint: str = "") -> Path:
+    """The directory of a model here, downloaded as far as it is needed. Raises ``UserError`` when there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"base model: {name} is a directory without a config.json, so it is no model")
-        return name, path
+        return path
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        hint = "" if base else " (the adapter names it): give the base with --base"
         raise UserError(f"base model: {name!r} does not exist{hint}")
     try:
-        return name, _download(name, revision, weights)
+        return _download(name, revision, weights)
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
@@ -96,10 +164,10 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     Raises:
         UserError: the adapter does not fit this base: a name, a shape, or a value that is not finite.
     """
-    model = _architecture(base_dir)
+    model = architecture(base_dir)
     base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
     if (merged := saved.method.merged(base, saved.tensors)) is not None:
-        return Source(saved, name, model, [], {}, merged)
+        return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     replaced = {key: tensor for key, tensor in saved.tensors.items() if key in shapes}
     check_tensors({key: shapes[key] for key in replaced}, replaced, origin=str(saved.directory))
@@ -124,7 +192,7 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
                 place.copy_(tensors[key])
         for adapter in adapters.values():
             adapter.eval()
-    return Source(saved, name, model, sites, adapters, replaced)
+    return Source(saved.method.method, name, base_dir, [saved.directory], model, sites, adapters, replaced)
 
 
 _STEP = re.compile(r"step-(\d+)")
@@ -134,7 +202,8 @@ def _names(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir()] if directory.is_dir() else []
 
 
-def _architecture(base_dir: Path) -> PreTrainedModel:
+def architecture(base_dir: Path) -> PreTrainedModel:
+    """The model of a directory on the meta device."""
     try:
         return meta_model(ModelConfig(name=str(base_dir)))
     except UserError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ..adapters import METHODS, Method
 from ..data.config import DataConfig
 from ..distributed import DistributedConfig
+from ..errors import UserError
 from ..model import ModelConfig
 from ..optim import LionW, OptimizerConfig, ScheduleConfig
 
@@ -23,6 +24,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class EvaluateConfig(_Section):
+    """Section ``training.evaluate:``: task accuracy while training, into ``metrics.jsonl`` as ``eval_SUITE``; the best
+    checkpoint by it is named in ``summary.json``. Needs the extra ``eval``."""
+
+    suite: Literal["math", "gsm8k", "code", "forgetting"]
+    every: Every = "epoch"
+    """``epoch``, or a number of steps. The last step is always evaluated."""
+    limit: PositiveInt | None = 200
+    """Questions (of each task, for forgetting); null for all."""
+    data: str | None = None
+    """Local questions, as for ``rasa-eval --data``; null for the hub's."""
+
+
 class TrainingConfig(_Section):
     """Section ``training:``. Steps are optimizer steps, everywhere."""
 
@@ -33,25 +47,58 @@ class TrainingConfig(_Section):
     batch_size: PositiveInt = 32
     """Sequences per step, over all workers and micro-batches (the paper: 192; the default is ours)."""
     micro_batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Sequences that one worker computes at a time. Changes speed and memory, not the result."""
+    """Sequences that one worker computes at a time. Changes speed and memory, not the result. ``auto``: as many as
+    memory allows, tried on the longest before the first step."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens that one worker computes at a time, in the place of a number of sequences; only without padding."""
     optimizer: OptimizerConfig = LionW()
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this L2 norm (the paper: 1.0); null never clips."""
-    batching: Literal["length-grouped", "shuffled", "sequential"] = "length-grouped"
-    """Which sequences make a batch: similar lengths together (the paper), any, or file order."""
+    batching: Literal["length-grouped", "shuffled", "sequential", "packed"] = "length-grouped"
+    """Which sequences make a batch: similar lengths together (the paper), any, or file order. ``packed``: any, and
+    computed without padding."""
+    padding_free: bool = False
+    """Compute the sequences of a micro-batch as one row without padding, in whatever order ``batching`` gives. The
+    result is the same; models whose attention cannot be kept to each sequence are refused."""
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
     """Mean over the supervised tokens of the whole batch, or the mean of micro-batch means (the reference)."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass: much less memory, about a third more work."""
+    activation_checkpointing: bool | Literal["auto"] | PositiveInt = False
+    """Recompute layers in the backward pass: much less memory, about a third more work. ``true``: all layers; a
+    number: the first so many; ``auto``: as many as memory asks for, tried before the first step."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: a minute or more at the start, then faster steps on a GPU."""
     checkpoint_every: Every = "epoch"
     """``epoch``, or a number of steps. The last step is always saved."""
     keep_last: PositiveInt | None = None
     """How many checkpoints to keep; null keeps all (the paper scores each epoch's)."""
     validate_every: Every = "epoch"
     """``epoch``, or a number of steps: loss on ``data.validation``, where there is one."""
+    evaluate: EvaluateConfig | None = None
+    """Task accuracy while training; null measures none."""
     log_every: PositiveInt = 10
     """Steps between two lines of progress when the output is no terminal."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether a micro-batch is one row without padding."""
+        return self.padding_free or self.batching == "packed"
+
+    @model_validator(mode="after")
+    def _tokens_need_no_padding(self) -> TrainingConfig:
+        if self.micro_batch_tokens and not self.flat:
+            raise UserError(
+                f"training.micro_batch_tokens: {self.micro_batch_tokens} needs batching: packed, or padding_free: "
+                f"true, got batching: {self.batching}",
+                key="training.micro_batch_tokens",
+            )
+        if self.micro_batch_tokens and self.micro_batch_size != "auto":
+            raise UserError(
+                f"training.micro_batch_tokens: {self.micro_batch_tokens} replaces micro_batch_size, got "
+                f"micro_batch_size: {self.micro_batch_size}; leave one of them out",
+                key="training.micro_batch_tokens",
+            )
+        return self
 
 
 class TrackingConfig(_Section):

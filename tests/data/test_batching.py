@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from rasa_train.data.batching import collate, plan_epoch, split_batch
+from rasa_train.data.batching import Limit, collate, flatten, pack_batch, plan_epoch, split_batch, with_targets
 from rasa_train.data.encode import Example
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=400).map(np.array)
-BATCHINGS = st.sampled_from(["length-grouped", "shuffled", "sequential"])
+BATCHINGS = st.sampled_from(["length-grouped", "shuffled", "sequential", "packed"])
 
 
 @given(LENGTHS, BATCHINGS, st.integers(1, 64), st.integers(0, 9), st.integers(0, 9))
@@ -122,3 +122,62 @@ def test_collate_never_asks_for_the_first_token() -> None:
 
 def test_collate_of_nothing_is_none() -> None:
     assert collate([], pad_token_id=0) is None
+
+
+@given(LENGTHS, st.integers(1, 3000), st.integers(1, 5), st.booleans(), st.randoms(use_true_random=False))
+def test_packs_are_exact_and_within_the_budget(
+    lengths: Any, tokens: int, workers: int, busy: bool, random: Any
+) -> None:
+    batch = np.array(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
+    multiple = workers if busy else 1
+    parts = pack_batch(batch, lengths, max_tokens=tokens, num_workers=workers, multiple_of=multiple)
+    assert len(parts) == workers and len({len(worker) for worker in parts}) == 1
+    together = [part for worker in parts for part in worker if len(part)]
+    assert sorted(index for part in together for index in part) == sorted(batch)
+    limit = max(tokens, lengths[batch].max())
+    sums = [lengths[part].sum() for part in together]
+    assert max(sums) <= limit
+    # Any two of the fullest packing would overflow together: at most twice as many as there must be, and one.
+    assert len(together) <= 2 * -(-lengths[batch].sum() // limit) + multiple
+    if busy:
+        assert len(together) % workers == 0 or len(together) == len(batch)
+    else:
+        alone = pack_batch(batch, lengths, max_tokens=tokens, num_workers=1)[0]
+        assert sorted(map(tuple, together)) == sorted(map(tuple, alone))  # whoever computes them
+
+
+def test_packs_of_a_paper_batch_are_full_and_equal() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5.5, 0.6, 192).astype(int).clip(20, 4096)
+    parts = pack_batch(rng.permutation(192), lengths, max_tokens=8192, num_workers=1)[0]
+    sums = [int(lengths[part].sum()) for part in parts]
+    assert len(sums) == -(-lengths.sum() // 8192) and max(sums) < 1.01 * min(sums)
+
+
+def test_a_limit_is_of_examples_or_of_tokens() -> None:
+    lengths, batch = np.array([5, 4, 3, 2]), np.arange(4)
+    assert [len(part) for part in Limit(examples=3).split(batch, lengths, 1)[0]] == [2, 2]
+    assert [lengths[part].sum() for part in Limit(tokens=9).split(batch, lengths, 1)[0]] == [7, 7]
+
+
+def test_flatten_puts_examples_one_after_the_other() -> None:
+    a = Example(np.array([5, 6, 7], np.int32), np.array([5, 6, 7], np.int32))
+    b = Example(np.array([8, 9], np.int32), np.array([-100, 9], np.int32))
+    row = flatten([a, b], pad_to_multiple_of=4)
+    assert row is not None and flatten([]) is None
+    assert row["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    assert row["labels"].tolist() == [[-100, 6, 7, -100, 9, -100, -100, -100]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert row["cu_seq_lens_q"].tolist() == row["cu_seq_lens_k"].tolist() == [0, 3, 5, 8]
+    assert row["cu_seq_lens_q"].dtype == torch.int32 and row["max_length_q"] == row["max_length_k"] == 3
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_targets_follow_their_positions(flat: bool) -> None:
+    a = Example(np.array([5, 6, 7], np.int32), np.array([5, -100, 7], np.int32))
+    b = Example(np.array([8, 9], np.int32), np.array([-100, 9], np.int32))
+    rows = flatten([a, b]) if flat else collate([a, b], pad_token_id=0)
+    batch = with_targets(rows or {})
+    assert "labels" not in batch and batch["targets"].tolist() == [7, 9]
+    flat_ids = batch["input_ids"].flatten()
+    assert flat_ids[batch["positions"]].tolist() == [6, 8] and flat_ids[batch["positions"] + 1].tolist() == [7, 9]

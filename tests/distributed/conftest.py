@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,45 @@ def difference(one: str | Path, many: str | Path) -> dict[str, float]:
         "grad_norm": max(abs(x["grad_norm"] / y["grad_norm"] - 1) for x, y in zip(a, b, strict=True)),
         "parameter": max(float((left[name] - right[name]).abs().max()) for name in left),
     }
+
+
+RECIPE = """\
+model: {{name: {model}, dtype: float32}}
+adapter: {{method: rasa, r: 4, k: 1, alpha: 8, dropout: 0.1}}
+data: {{dataset: {data}, validation: {{size: 4}}}}
+training:
+  epochs: 4
+  batch_size: 8
+  micro_batch_size: 2
+  optimizer: {{name: adamw, lr: 1e-2}}
+  checkpoint_every: 6
+distributed: {{resident_size: 0, timeout_seconds: 60}}
+output_dir: run
+"""
+STEPS = 20
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, token_rows: Path) -> Path:
+    """A directory with the recipe, and a run of it on one process."""
+    home = tmp_path_factory.mktemp("launch")
+    (home / "recipe.yaml").write_text(RECIPE.format(model=tiny_llama, data=token_rows))
+    subprocess.run(command("output_dir=one"), cwd=home, check=True, capture_output=True)
+    return home
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "rasa_train.cli.train", "recipe.yaml", *options]
+
+
+def start(home: Path, *options: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*options), cwd=home, stdout=pipe, stderr=pipe, text=True)
+
+
+def reach(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Wait until the run has done ``step`` steps."""
+    file = run / "metrics.jsonl"
+    while not (file.exists() and file.read_text().count("\n") >= step):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)

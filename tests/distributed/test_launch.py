@@ -11,56 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rasa_train.group import slow_workers
-from rasa_train.launch import first_host
+from rasa_train.launch import WorkersFailed, _report, first_host
 from tests.conftest import Cli
 
-from .conftest import adapter, difference, metrics
-
-RECIPE = """\
-model: {{name: {model}, dtype: float32}}
-adapter: {{method: rasa, r: 4, k: 1, alpha: 8, dropout: 0.1}}
-data: {{dataset: {data}, validation: {{size: 4}}}}
-training:
-  epochs: 4
-  batch_size: 8
-  micro_batch_size: 2
-  optimizer: {{name: adamw, lr: 1e-2}}
-  checkpoint_every: 6
-distributed: {{resident_size: 0, timeout_seconds: 60}}
-output_dir: run
-"""
-STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, token_rows: Path) -> Path:
-    """A directory with the recipe, and a run of it on one process."""
-    home = tmp_path_factory.mktemp("launch")
-    (home / "recipe.yaml").write_text(RECIPE.format(model=tiny_llama, data=token_rows))
-    subprocess.run(command("output_dir=one"), cwd=home, check=True, capture_output=True)
-    return home
-
-
-def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "rasa_train.cli.train", "recipe.yaml", *options]
-
-
-def start(home: Path, *options: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command(*options), cwd=home, stdout=pipe, stderr=pipe, text=True)
-
-
-def reach(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """Wait until the run has done ``step`` steps."""
-    file = run / "metrics.jsonl"
-    while not (file.exists() and file.read_text().count("\n") >= step):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+from .conftest import STEPS, adapter, command, difference, metrics, reach, start
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
@@ -110,6 +70,43 @@ def test_killed_worker_is_named(home: Path) -> None:
     assert time.monotonic() - began < 30
     assert process.returncode == 1 and stdout == ""
     assert "worker 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
+
+
+LOST = {"kind": "lost", "message": "worker 1 (b) did not answer", "rank": 0, "host": "a", "time": 1000.4}
+FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "rank": 1, "host": "b", "time": 997.0}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "exits", "told"),
+    [
+        ([LOST], {0: (1, 1000)}, "worker 1 (b) did not answer"),
+        ([LOST], {1: (-signal.SIGKILL, 1000)}, "worker 1 (b) did not answer"),  # by the worker that lost it
+        ([LOST], {1: (-signal.SIGKILL, 997)}, "worker 1 was ended by SIGKILL"),  # lost because of that
+        ([FAILED, LOST], {1: (1, 997)}, "Traceback\nworker 1 (b) failed first: disk full"),
+        ([], {0: (1, 1000)}, "workers ended without a word; exit codes by rank: {0: 1}"),
+    ],
+)
+def test_the_cause_is_told(outcomes: list[dict[str, Any]], exits: dict[int, tuple[int, int]], told: str) -> None:
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in exits.items()}
+    with pytest.raises(WorkersFailed) as error:
+        _report(outcomes, SimpleNamespace(failures=failures), stop_asked=False)
+    assert str(error.value).startswith(told)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])  # the store is in that of rank 0
+def test_a_worker_that_hangs_is_named(rank: int, home: Path) -> None:
+    """The others wait for it for as long as they were told to, and the launcher ends it."""
+    options = ["distributed.timeout_seconds=5", "training.epochs=1000", f"output_dir=hangs{rank}"]
+    process = start(home, "--nproc", "2", *options)
+    reach(process, home / f"hangs{rank}", 3)
+    os.kill(workers_of(process)[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 1 and stdout == ""
+    assert f"worker {rank} (" in stderr and "did not answer (distributed.timeout_seconds=5)" in stderr, stderr
+    assert f"worker {1 - rank} (" not in stderr.partition("did not answer")[0]
+    assert "Traceback" not in stderr
 
 
 def test_killed_worker_is_restarted(home: Path) -> None:
@@ -290,21 +287,39 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_hosts(home: Path, two_hosts: list[str]) -> None:
-    def on(node: int, *options: str) -> subprocess.Popen[str]:
-        nodes = ["--nnodes", "2", "--node-rank", str(node), "--rdzv", "10.78.0.1:29517", "--nproc", "1"]
-        words = ["ip", "netns", "exec", two_hosts[node], *command(*nodes, *options)]
-        return subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def on(host: str, node: int, home: Path, *options: str) -> subprocess.Popen[str]:
+    nodes = ["--nnodes", "2", "--node-rank", str(node), "--rdzv", "10.78.0.1:29517", "--nproc", "1"]
+    words = ["ip", "netns", "exec", host, *command(*nodes, *options)]
+    return subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    nodes = [on(node, "output_dir=hosts") for node in (0, 1)]
+
+def test_two_hosts(home: Path, two_hosts: list[str]) -> None:
+    nodes = [on(host, node, home, "output_dir=hosts") for node, host in enumerate(two_hosts)]
     (first, error), (second, other) = (node.communicate(timeout=150) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], (error, other)
     assert "the adapter is in hosts/adapter" in first and second == ""
     assert difference(home / "one", home / "hosts")["loss"] < 1e-5
 
-    alone = on(0, "output_dir=alone", "distributed.timeout_seconds=3")
+    alone = on(two_hosts[0], 0, home, "output_dir=alone", "distributed.timeout_seconds=3")
     _, error = alone.communicate(timeout=60)
     assert alone.returncode == 2 and "the 2 nodes did not meet at 10.78.0.1:29517 within 3 s" in error
+
+
+@pytest.mark.slow
+def test_a_cut_link(home: Path, two_hosts: list[str]) -> None:
+    """Nothing is refused and nothing arrives: each side waits for as long as it was told to, and names the other."""
+    options = ["output_dir=cut", "training.epochs=1000", "distributed.timeout_seconds=5"]
+    nodes = [on(host, node, home, *options) for node, host in enumerate(two_hosts)]
+    reach(nodes[0], home / "cut", 3)
+    link = f"rv{os.getpid() % 100_000}_1"
+    subprocess.run(["ip", "-n", two_hosts[1], "link", "set", link, "down"], check=True)
+    began = time.monotonic()
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert time.monotonic() - began < 60
+    for node, error in enumerate(errors):
+        assert nodes[node].returncode == 1 and "Traceback" not in error, errors
+        assert f"worker {1 - node} (" in error.partition(" did not answer")[0], errors
+        assert "did not answer (distributed.timeout_seconds=5)" in error, errors
 
 
 def test_check_of_a_large_model(tmp_path: Path, cli: Cli) -> None:

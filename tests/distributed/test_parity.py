@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from rasa_train.adapters.saved import read_adapter
+from rasa_train.checkpoint import damage
 
 from .conftest import Case, Group, difference, metrics
 
@@ -104,7 +109,38 @@ def assert_equal(differences: dict[str, dict[str, float]]) -> None:
     assert not wrong, wrong
 
 
-def test_covering(base: Case, group: Group, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 experts, 2 for each token: workers have other numbers of tokens for an expert, some none."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("tiny_mixtral")
+    MixtralForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def experts(base: Case, model: Path, *parts: Any) -> Case:
+    """A case on experts; no dropout there, and the parts of ``case``."""
+    found = case({**base, "model": {"name": str(model), "dtype": "float32"}}, *parts)
+    found["adapter"] = {**found["adapter"], "dropout": 0.0}
+    return found
+
+
+def test_covering(base: Case, tiny_mixtral: Path, group: Group, tmp_path: Path) -> None:
     cases = [case(base, *parts, **more) for *parts, more in COVERING]  # type: ignore[misc]
     seen = {(m, s) for m, s, *_ in COVERING}
     assert {m for m, _ in seen} == METHODS.keys() and {s for _, s in seen} == set(STRATEGIES)
@@ -112,10 +148,13 @@ def test_covering(base: Case, group: Group, tmp_path: Path) -> None:
     halves = [case(base, "rasa", strategy, False, 1, "adamw") for strategy in ("zero2", "zero3", "fsdp")]
     for many in halves:
         many["model"] = {**base["model"], "dtype": "bfloat16"}
+    # Tokens choose other experts on each worker, in the recomputation of activation checkpointing too.
+    mixed = [experts(base, tiny_mixtral, "rasa", strategy, True, 4, "adamw") for strategy in ("zero3", "fsdp")]
+    cases += mixed
     differences = compare([*cases, *halves], group, tmp_path)
-    in_half = list(differences.values())[len(COVERING) :]
-    assert len(differences) == len(COVERING) + 3
-    assert_equal(dict(list(differences.items())[: len(COVERING)]))
+    in_half = list(differences.values())[len(cases) :]
+    assert len(differences) == len(COVERING) + 2 + 3
+    assert_equal(dict(list(differences.items())[: len(cases)]))
     rows = metrics(cases[0]["output_dir"])
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1, "the runs that are compared learn something"
     # Another order of summation is another rounding of the next step's bf16 products (DeepSpeed's linear has its own).
@@ -124,11 +163,73 @@ def test_covering(base: Case, group: Group, tmp_path: Path) -> None:
     assert max(first) - min(first) < 1e-6, first
 
 
+def test_packed(base: Case, group: Group, tmp_path: Path) -> None:
+    """One row without padding, by a number of sequences and by a budget of tokens, with a trained head as well."""
+    cases = [
+        case(base, "rasa", "ddp", False, 2, "adamw"),
+        case(base, "rasa", "zero3", True, 2, "adamw"),
+        case(base, "lora", "fsdp", True, 2, "adamw"),
+        case(base, "full", "zero3", False, 1, "adamw"),
+    ]
+    for many in cases:
+        many["training"] |= {"batching": "packed", "max_steps": 8}
+    for many in cases[:2]:
+        del many["training"]["micro_batch_size"]
+        many["training"]["micro_batch_tokens"] = 40
+    assert_equal(compare(cases, group, tmp_path))
+
+
+def test_full_fine_tuning_across_strategies(base: Case, group: Group, tmp_path: Path) -> None:
+    """One process, ZeRO-3, FSDP, ZeRO-1 on two: each goes on from the parts in which those before wrote all weights."""
+
+    def until(step: int, strategy: str, directory: str) -> Case:
+        found = case(base, "full", strategy, False, 2, "adamw")
+        found["training"] |= {"max_steps": step, "schedule": {"name": "constant", "warmup_steps": 0}}
+        return {**found, "output_dir": str(tmp_path / directory)}
+
+    group([until(20, "ddp", "whole"), until(5, "ddp", "run")], 1)
+    group([until(10, "zero3", "run"), until(15, "fsdp", "run"), until(20, "zero1", "run")], 2)
+    found = difference(tmp_path / "whole", tmp_path / "run")
+    assert all(found[what] < limit for what, limit in TOLERANCE.items()), found
+    checkpoints = tmp_path / "run" / "checkpoints"
+    parts = [f"{name}-0000{i}-of-00002.safetensors" for name in ("adapter", "optimizer") for i in (1, 2)]
+    for step in (5, 10, 15, 20):
+        files = {path.name for path in (checkpoints / f"step-{step:08d}").iterdir()}
+        written = parts if step > 5 else ["adapter.safetensors", "optimizer.safetensors"]
+        assert files == {*written, "adapter_config.json", "trainer.json", "checksums.json"}
+    last = checkpoints / "step-00000020"
+    assert damage(last) is None
+    one, two = (load_file(last / name) for name in parts[:2])
+    whole = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert one.keys().isdisjoint(two) and one.keys() | two.keys() == whole.keys()
+    assert all(torch.equal(tensor, (one | two)[name]) for name, tensor in whole.items())
+    sizes = [sum(t.nbytes for t in tensors.values()) for tensors in (one, two)]
+    assert max(sizes) - min(sizes) <= max(t.nbytes for t in whole.values())
+    assert read_adapter(last).tensors.keys() == whole.keys()
+    with (last / parts[3]).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    assert damage(last) == f"{parts[3]} has another checksum"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_full_matrix(method: str, base: Case, group: Group, tmp_path: Path) -> None:
     cases = [case(base, *parts, **more) for *parts, more in FULL if parts[0] == method]  # type: ignore[misc]
     assert_equal(compare(cases, group, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_experts(strategy: str, base: Case, tiny_mixtral: Path, group: Group, tmp_path: Path) -> None:
+    shapes = itertools.product(("rasa", "lora"), (False, True), (1, 4))
+    assert_equal(
+        compare(
+            [experts(base, tiny_mixtral, m, strategy, checkpointing, a, "adamw") for m, checkpointing, a in shapes],
+            group,
+            tmp_path,
+        )
+    )
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ def save_adapter(directory: Path, base: Path, method: str = "rasa", **fields: ob
     """
     torch.manual_seed(2)
     model = load(base).float()
-    fields = {"method": method, **fields} if method == "bitfit" else {"method": method, "r": 4, "alpha": 8, **fields}
+    defaults = {"bitfit": {}, "mora": {"r": 4}}.get(method, {"r": 4, "alpha": 8})
+    fields = {"method": method, **defaults, **fields}
     config = METHODS[method].model_validate(fields)
     attach(model, config)
     with torch.no_grad():

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from rasa_train.adapters.identity import base_samples
+from rasa_train.adapters.saved import read_adapter, write_adapter
 from rasa_train.cli.merge import app
 from rasa_train.merge import merge, output
 
@@ -47,7 +49,7 @@ def test_json_is_the_only_thing_on_stdout(case, tmp_path):
     assert report.pop("seconds") > 0
     assert report == {
         "output": str(tmp_path / "out"), "format": "merged", "method": "rasa", "base_model": str(base),
-        "tensors": 30, "adapted": 21, "rounding": 0.0,
+        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0,
         "bytes": (tmp_path / "out" / "model.safetensors").stat().st_size,
     }  # fmt: skip
     code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora", "--json")
@@ -297,6 +299,110 @@ def test_killed_in_the_middle(case, tmp_path, there):
     merge(adapter, out, overwrite=True)
     assert load(out).config.hidden_size == 32 and not (out / "old").exists()
     assert [p.name for p in tmp_path.glob(".*")] == [".outer.partial-1"]
+
+
+def test_a_killed_merge_goes_on_with_the_files_it_had_finished(case, tmp_path):
+    base, adapter, _ = case(shards="20KB")
+    killed = subprocess.run([sys.executable, "-c", KILL, adapter, tmp_path / "out", str(int(signal.SIGKILL))])
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    (partial,) = tmp_path.glob(".out.partial-*")
+    finished = json.loads((partial / ".finished.json").read_text())
+    inodes = {file: (partial / file).stat().st_ino for file in finished}
+    assert 0 < len(inodes) < len(list(base.glob("*.safetensors")))
+    merge(adapter, tmp_path / "plain")
+    report = merge(adapter, tmp_path / "out")
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert {file: (tmp_path / "out" / file).stat().st_ino for file in finished} == inodes
+    assert not list((tmp_path / "out").glob(".*")) and not list(tmp_path.glob(".*"))
+    assert report.rounding == 0.0 and report.adapted == 21
+
+
+@pytest.mark.parametrize("change", ["adapter", "base", "dtype"])
+def test_a_killed_merge_of_something_else_is_not_gone_on_with(case, tmp_path, change):
+    base, adapter, _ = case(shards="20KB")
+    subprocess.run([sys.executable, "-c", KILL, adapter, tmp_path / "out", str(int(signal.SIGKILL))])
+    (partial,) = tmp_path.glob(".out.partial-*")
+    assert (partial / ".finished.json").exists()
+    path = {"adapter": adapter / "adapter.safetensors", "base": sorted(base.glob("*.safetensors"))[0]}.get(change)
+    if path is not None:
+        save_file({name: t * 2 for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    dtype = torch.bfloat16 if change == "dtype" else None
+    merge(adapter, tmp_path / "out", dtype=dtype)
+    merge(adapter, tmp_path / "plain", dtype=dtype)
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_failure_in_one_of_several_files_is_told(case, tmp_path, threads):
+    base, adapter, _ = case(shards="20KB")
+    path = sorted(base.glob("model-*.safetensors"))[3]
+    weights = load_file(path)
+    name = next(n for n, t in weights.items() if t.ndim == 2)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    arguments = (adapter, "--output", tmp_path / "out", "--threads", threads)
+    assert f"{name} has values that are not finite" in refused(tmp_path, *arguments)
+
+
+def test_the_base_must_be_the_one_trained_on(case, tmp_path):
+    base, adapter, _ = case(shards="20KB")
+    saved = read_adapter(adapter)
+    samples = base_samples(str(base))
+    write_adapter(adapter, saved.method, saved.tensors, base_model=str(base), base_revision=None, base_tensors=samples)
+    assert read_adapter(adapter).base_tensors == samples
+    code, stdout, _ = run(adapter, "--output", tmp_path / "right", "--json")
+    assert code == 0 and json.loads(stdout)["base_checked"]
+    model = load(base)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    model.save_pretrained(tmp_path / "tuned")
+    arguments = (adapter, "--base", tmp_path / "tuned", "--output", tmp_path / "out")
+    message = refused(tmp_path, *arguments)
+    assert "is not the base" in message and "8 of 8" in message and "--any-base" in message
+    assert "is not the base" in refused(tmp_path, *arguments, "--format", "lora")
+    assert run(*arguments, "--any-base")[0] == 0
+
+
+def test_options_that_do_not_go_together(case, tmp_path):
+    _, adapter, _ = case()
+    out = ("--output", tmp_path / "out")
+    assert "--max-rank" in refused(tmp_path, adapter, *out, "--max-rank", 4)
+    assert "--verify" in refused(tmp_path, adapter, *out, "--format", "lora", "--verify")
+    assert "--upload" in refused(tmp_path, adapter, *out, "--upload")
+    assert "ADAPTER_OR_RUN" in refused(tmp_path, *out)
+    assert "ADAPTER_OR_RUN" in refused(tmp_path, adapter, *out, "--adapter", adapter)
+    assert "must be a number" in refused(tmp_path, *out, "--adapter", f"{adapter}:much")
+    assert "--base" in refused(tmp_path, *out, "--extract", tmp_path / "base")
+    assert "in [0, --r=2]" in refused(
+        tmp_path, *out, "--extract", tmp_path / "base", "--base", tmp_path / "base", "--r", 2, "--k", 3
+    )
+
+
+def test_sums_proofs_and_cards(case, tmp_path):
+    _, adapter, _ = case()
+    out = tmp_path / "out"
+    code, stdout, _ = run("--adapter", f"{adapter}:0.5", "--adapter", f"{adapter}:0.5", "--output", out, "--verify")
+    assert code == 0 and "0.5 rasa + 0.5 rasa" in stdout and "verified on 4 prompts" in stdout
+    code, stdout, stderr = run(adapter, "--output", tmp_path / "card", "--push", "me/model", "--verify", "--json")
+    assert code == 0 and json.loads(stdout)["verify"]["logits"] < 1e-4
+    assert "not uploaded" in stderr and "model.safetensors" in stderr
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ") and "adapter_logits" in card and "2503.12576" in card
+
+
+def test_extraction_prints_both_errors(case, tmp_path):
+    base, adapter, _ = case()
+    merge(adapter, tmp_path / "tuned")
+    arguments = ("--extract", tmp_path / "tuned", "--base", base, "--r", 4, "--k", 1, "--sweeps", 5)
+    code, stdout, _ = run(*arguments, "--output", tmp_path / "out")
+    assert code == 0 and "rasa r=4 k=1" in stdout and "lora r=4" in stdout and "mlp.up_proj" in stdout
+    code, stdout, _ = run(*arguments, "--output", tmp_path / "json", "--json")
+    total = json.loads(stdout)["total"]
+    assert 0 <= total["error"] <= total["lora_error"] < total["norm2"]
+    assert read_adapter(tmp_path / "out").base_tensors == base_samples(str(base))
 
 
 def test_killed_between_the_two_renames_of_a_replacement(case, tmp_path):

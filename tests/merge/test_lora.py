@@ -97,6 +97,23 @@ def test_vllm_option_is_the_next_rank_it_takes(case, tmp_path, rank, option):
     assert export_lora(adapter, tmp_path / "out").max_lora_rank == option
 
 
+@pytest.mark.parametrize("rank", [1, 3, 99])
+def test_a_largest_rank_cuts_by_singular_values(case, tmp_path, rank):
+    base, adapter, _ = case(k=1)
+    merge(adapter, tmp_path / "merged")
+    report = export_lora(adapter, tmp_path / "out", max_rank=rank)
+    merge(tmp_path / "out", tmp_path / "cut", base=str(base))
+    old, new, cut = (load_file(d / "model.safetensors") for d in (base, tmp_path / "merged", tmp_path / "cut"))
+    lost2 = norm2 = 0.0
+    for name in (n for n in old if "_proj" in n):
+        s = torch.linalg.svdvals((new[name] - old[name]).double())
+        lost2, norm2 = lost2 + float((s[rank:] ** 2).sum()), norm2 + float((s**2).sum())
+        error = torch.linalg.matrix_norm((cut[name] - new[name]).double())
+        assert_close(float(error**2), float((s[rank:] ** 2).sum()), rtol=1e-3, atol=1e-7)
+    assert report.rank == min(rank, 6)
+    assert_close(report.error, (lost2 / norm2) ** 0.5, rtol=1e-3, atol=1e-5)
+
+
 def test_negative_d_keeps_its_sign():
     adapter = LoRAAdapter(Site("x", "x", 0, 5, 6, "x.weight"), LoRA(r=3))
     torch.nn.init.normal_(adapter.B)

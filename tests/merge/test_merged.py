@@ -209,7 +209,7 @@ def fold_experts(tmp_path: Path, config, sites: list[Site], method: Method | Non
             for p in adapter.parameters():
                 p.normal_()
     meta = meta_model(ModelConfig(name=str(tmp_path / "base")))
-    source = Source(None, "base", meta, sites, built.adapters, {})
+    source = Source("lora", "base", tmp_path / "base", [], meta, sites, built.adapters, {})
     checkpoint = open_checkpoint(tmp_path / "base")
     folding = Folding(source, checkpoint, None)
     (tmp_path / "out").mkdir()

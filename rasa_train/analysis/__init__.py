@@ -1,0 +1,1 @@
+"""What weight updates are like: reconstruction, spectra, subspaces. Pure tensor functions; plots beside them."""

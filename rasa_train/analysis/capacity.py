@@ -1,0 +1,94 @@
+"""How well LoRA and RaSA of one budget can hold given updates, over k: the paper's Figures 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..reconstruct import Start, reconstruct
+from .updates import KindUpdates
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Reconstruction errors of one kind at r ranks a layer: squared Frobenius norms over all layers."""
+
+    kind: str
+    layers: int
+    shape: tuple[int, int]
+    norm2: float
+    """sum ||dW||^2."""
+    e_lora: float
+    e_rasa: dict[int, list[float]]
+    """By k: the error before the first sweep and after each."""
+
+    @property
+    def best_k(self) -> int:
+        """k of the least error after the last sweep; the smallest of equal ones. 0: LoRA."""
+        last = {0: self.e_lora} | {k: errors[-1] for k, errors in self.e_rasa.items() if k}
+        return min(last, key=lambda k: (last[k], k))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "layers": self.layers,
+            "shape": list(self.shape),
+            "norm2": self.norm2,
+            "e_lora": self.e_lora,
+            "e_rasa": {str(k): errors for k, errors in self.e_rasa.items()},
+            "best_k": self.best_k,
+        }
+
+
+def capacity(
+    updates: KindUpdates,
+    r: int,
+    ks: Sequence[int],
+    *,
+    sweeps: int,
+    start: Start = "rasa",
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> Capacity:
+    """Errors of LoRA(r) and of RaSA(r, k) for each k.
+
+    Args:
+        tick: called after each k.
+    Raises:
+        ValueError: a k that is not in [0, r].
+    """
+    e_rasa: dict[int, list[float]] = {}
+    norm2 = e_lora = 0.0
+    for k in ks:
+        found = reconstruct(updates.stack, r, k, sweeps=sweeps, start=start, seed=seed)
+        norm2, e_lora = found.norm2, found.e_lora
+        half_steps = 4 if k < r else 3  # without private ranks there is nothing to fit them to
+        e_rasa[k] = found.errors[::half_steps]
+        tick()
+    return Capacity(updates.kind, len(updates.names), updates.shape, norm2, e_lora, e_rasa)
+
+
+def relative(kinds: Sequence[Capacity], k: int) -> list[float]:
+    """e_rasa / e_lora by sweep, over all kinds together."""
+    total = sum(kind.e_lora for kind in kinds)
+    return [sum(errors) / total for errors in zip(*(kind.e_rasa[k] for kind in kinds), strict=True)]
+
+
+def advice(kinds: Sequence[Capacity], r: int) -> str:
+    """Which k holds these updates best, in a sentence or two."""
+    ks = [k for k in kinds[0].e_rasa if k]
+    if sum(kind.e_lora for kind in kinds) <= 1e-12 * sum(kind.norm2 for kind in kinds):
+        return f"LoRA with r={r} holds these updates exactly: there is nothing that sharing could add. Try a smaller r."
+    if not ks:
+        return "Only k = 0 was tried, which is LoRA."
+    last = {k: relative(kinds, k)[-1] for k in ks}
+    best = min(last, key=lambda k: (last[k], k))
+    usual = max(r // 8, 1)
+    if last[best] >= 1:
+        text = f"No k does better than LoRA after these sweeps (best: k={best}, error {last[best]:.3f} of LoRA's)."
+        return f"{text} More sweeps, or --start theorem, may."
+    text = f"k={best} holds these updates best: error {last[best]:.3f} of LoRA's at the same parameters"
+    if best != usual and usual in last:
+        text += f"; the usual k={usual} (r/8) {last[usual]:.3f}"
+    return text + ". This is what a fit can reach, not what training will: compare runs before you change k."

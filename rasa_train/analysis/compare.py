@@ -1,0 +1,81 @@
+"""Two adapters, or two layers of one, site by site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from .spectrum import numerical_rank, singular_values
+from .subspace import Amplification, Side, amplification, phi, phi_grid
+from .updates import KindUpdates, Updates
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One pair of updates."""
+
+    name: str
+    phi: float
+    random: float
+    """What two random subspaces of these sizes give on average: max(i, j) / d."""
+    grid: Tensor
+    """phi of all sizes up to (i, j); NaN beyond a numerical rank."""
+    amplification: Amplification | None
+
+    def as_json(self) -> dict[str, Any]:
+        amplified = self.amplification.as_json() if self.amplification else None
+        grid = [[None if value != value else value for value in row] for row in self.grid.tolist()]
+        return {"name": self.name, "phi": self.phi, "random": self.random, "grid": grid, "amplification": amplified}
+
+
+def compare(
+    first: Updates, second: Updates, i: int, j: int, layers: tuple[int, int] | None, side: Side, r: int | None
+) -> list[Comparison]:
+    """phi of each site of ``first`` with the same one of ``second``, or of one layer with another.
+
+    Args:
+        i, j: directions of the first and of the second.
+        layers: compare these two layers of each kind instead of each layer with itself.
+        r: directions of the amplification of the first; None leaves it out.
+    Raises:
+        UserError: the two have no kind in common, a layer does not exist, or a number of directions is beyond the
+            numerical rank of an update.
+    """
+    common = [kind for kind in first if kind in second]
+    if not common:
+        raise UserError(f"the two adapters have no kind in common: {', '.join(first)} and {', '.join(second)}")
+    found = []
+    for kind in common:
+        one = first[kind]()
+        two = one if second is first else second[kind]()
+        for m, n in [layers] if layers else [(m, m) for m in range(min(len(one.names), len(two.names)))]:
+            found.append(_pair(one, two, m, n, i, j, side, r))
+    return found
+
+
+def _pair(one: KindUpdates, two: KindUpdates, m: int, n: int, i: int, j: int, side: Side, r: int | None) -> Comparison:
+    for updates, number in ((one, m), (two, n)):
+        if number >= len(updates.names):
+            raise UserError(f"--layers: {updates.kind} has layers 0 to {len(updates.names) - 1}, got {number}")
+    A, B = one.layer(m), two.layer(n)
+    for option, wanted, update, name in (
+        ("-i", i, A, one.names[m]),
+        ("-j", j, B, two.names[n]),
+        ("--amplification", r or 1, A, one.names[m]),
+    ):
+        rank = numerical_rank(singular_values(update), update)
+        if wanted > rank:
+            raise UserError(
+                f"{option} must be in [1, {rank}], the numerical rank of {name}, got {wanted}: directions beyond it "
+                "are arbitrary, and so would be the result"
+            )
+    amplified = None
+    if r is not None:
+        assert one.weight is not None  # of adapters there always is a base
+        amplified = amplification(A, one.weight(m), r)
+    name = one.names[m] if m == n else f"{one.names[m]} and {two.names[n]}"
+    size = one.shape[side == "right"]
+    return Comparison(name, phi(A, B, i, j, side=side), max(i, j) / size, phi_grid(A, B, i, j, side=side), amplified)

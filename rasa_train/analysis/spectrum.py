@@ -1,0 +1,111 @@
+"""Singular values of weight updates, and how much of a RaSA update is private, how much shared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Update = Tensor | tuple[Tensor, Tensor]
+"""dW (out, in), or factors (B (out, q), A (q, in)) with dW = B A."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the singular values of one dW say."""
+
+    norm: float
+    """Frobenius norm."""
+    spectral_norm: float
+    """The largest singular value."""
+    numerical_rank: int
+    """Singular values above the rounding errors of the matrix."""
+    stable_rank: float
+    """norm^2 / spectral_norm^2."""
+    entropy_rank: float
+    """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli 2007, "effective rank")."""
+    singular_values: list[float]
+    """Those that count, largest first."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def spectrum(update: Update) -> Spectrum:
+    """Singular values of one update and the ranks they amount to."""
+    s = singular_values(update)
+    rank = numerical_rank(s, update)
+    kept = s[:rank]
+    share = kept / kept.sum()
+    return Spectrum(
+        norm=float(s.norm()),
+        spectral_norm=float(s[0]) if len(s) else 0.0,
+        numerical_rank=rank,
+        stable_rank=float((kept**2).sum() / kept[0] ** 2) if rank else 0.0,
+        entropy_rank=float(torch.exp(-(share * share.log()).sum())) if rank else 0.0,
+        singular_values=[float(f"{value:.6g}") for value in kept],
+    )
+
+
+@torch.no_grad()
+def singular_values(update: Update) -> Tensor:
+    """Largest first, fp64. Of factors: min(q, out, in) of them, and nothing of size out x in is made."""
+    if isinstance(update, Tensor):
+        core = update.double()
+    else:
+        B, A = (factor.double() for factor in update)
+        thin = B.shape[1] <= min(B.shape[0], A.shape[1])
+        core = torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT if thin else B @ A
+    s: Tensor = torch.linalg.svdvals(core)
+    return s
+
+
+@torch.no_grad()
+def directions(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U (out, rank), s, V (in, rank)): the leading singular triples, fp64; of factors through their QR."""
+    if isinstance(update, Tensor):
+        U, s, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+        return U[:, :rank], s[:rank], Vh[:rank].mT
+    B, A = (factor.double() for factor in update)
+    if B.shape[1] > min(B.shape[0], A.shape[1]):
+        return directions(B @ A, rank)
+    Q, R = torch.linalg.qr(B)
+    P, S = torch.linalg.qr(A.mT)
+    U, s, Vh = torch.linalg.svd(R @ S.mT)
+    return Q @ U[:, :rank], s[:rank], P @ Vh[:rank].mT
+
+
+def numerical_rank(s: Tensor, update: Update) -> int:
+    """How many of the singular values ``s`` stand out of the rounding errors of ``update``, in the precision of its
+    own dtype."""
+    parts = (update,) if isinstance(update, Tensor) else update
+    eps = max(torch.finfo(part.dtype).eps for part in parts)
+    largest = float(s[0]) if len(s) else 0.0
+    size = max(max(part.shape) for part in parts)
+    return int((s > largest * size * eps).sum()) if largest else 0
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Shares of ||dW||^2. What the two parts have in common (their inner product) is ``1 - private - shared``."""
+
+    private: float
+    shared: float
+
+
+@torch.no_grad()
+def energy(B: Tensor, A: Tensor, private: int) -> Energy | None:
+    """How much of dW = B A comes from the first ``private`` ranks, how much from the rest; None when dW is zero.
+
+    Args:
+        B: (out, q), mixing weights in it. A: (q, in).
+        private: ranks that are the layer's own: they come first.
+    """
+    G = (B.double().mT @ B.double()) * (A.double() @ A.double().mT)  # inner products of the rank-one terms
+    total = float(G.sum())
+    if total <= 0:
+        return None
+    return Energy(float(G[:private, :private].sum()) / total, float(G[private:, private:].sum()) / total)

@@ -1,0 +1,236 @@
+"""Where weight updates come from: two models, an adapter, or chance. One kind is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import Adapter, FactorAdapter, Site, by_kind
+from ..adapters.inject import find_sites
+from ..adapters.rasa import RaSAAdapter
+from ..adapters.saved import read_adapter
+from ..errors import UserError
+from ..merge import find_adapter
+from ..merge.names import Piece, locate
+from ..merge.source import find_base, load
+from ..merge.weights import Stored, open_checkpoint
+from ..model import ModelConfig, meta_model
+from .spectrum import Energy, Update, energy
+
+
+@dataclass(frozen=True)
+class KindUpdates:
+    """The updates of the layers of one kind."""
+
+    kind: str
+    names: list[str]
+    """Path of each layer's linear; with ``[e]`` for one expert of it."""
+    stack: Tensor | tuple[Tensor, Tensor]
+    """dW (L, out, in), or factors B (L, out, q), A (L, q, in) with dW = B A; fp32."""
+    private: int | None = None
+    """Of the factors' ranks, how many (the first) are the layer's own; None where nothing is shared."""
+    weight: Callable[[int], Tensor] | None = None
+    """Reads W (out, in) of a layer, fp32; None where there is no base."""
+
+    def layer(self, i: int) -> Update:
+        return self.stack[i] if isinstance(self.stack, Tensor) else (self.stack[0][i], self.stack[1][i])
+
+    def energy(self, i: int) -> Energy | None:
+        """Private and shared energy of a layer; None where nothing is shared, or the update is zero."""
+        if self.private is None or isinstance(self.stack, Tensor):
+            return None
+        return energy(self.stack[0][i], self.stack[1][i], self.private)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        B, A = (self.stack, self.stack) if isinstance(self.stack, Tensor) else self.stack
+        return B.shape[1], A.shape[2]
+
+    @property
+    def largest_rank(self) -> int:
+        """Of an update, as far as the shapes tell."""
+        return min(*self.shape, *([] if isinstance(self.stack, Tensor) else [self.stack[0].shape[2]]))
+
+
+Updates = dict[str, Callable[[], KindUpdates]]
+"""By kind; a call reads it."""
+
+
+class Weights:
+    """The weights of a model directory, read one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        stored = open_checkpoint(directory).tensors
+        self.model = meta_model(ModelConfig(name=str(directory)))
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self.pieces: dict[str, list[tuple[Piece, Stored]]] = {}
+        for name, piece in locate(self.model, {name: tensor.shape for name, tensor in stored.items()}).items():
+            self.pieces.setdefault(piece.parameter, []).append((piece, stored[name]))
+
+    def read(self, parameter: str) -> Tensor:
+        """One parameter, fp32, put together where the files have it in pieces.
+
+        Raises:
+            UserError: it is absent, or stored in a way that cannot be followed.
+        """
+        pieces = self.pieces.get(parameter, [])
+        if not pieces or any(piece.unknown for piece, _ in pieces):
+            raise UserError(f"{parameter} is not in the files of the model, or in a layout that cannot be read")
+        if pieces[0][0].whole:
+            return pieces[0][1].read().float()
+        whole = torch.empty(self.shapes[parameter])
+        for piece, stored in pieces:
+            piece.of(whole).copy_(stored.read())
+        return whole
+
+    def weight(self, site: Site) -> Tensor:
+        """W of a site (*lead, out, in), fp32."""
+        return of_site(site, self.read(site.weight))
+
+
+def of_site(site: Site, parameter: Tensor) -> Tensor:
+    """The part of a parameter that is the site's W (*lead, out, in)."""
+    if site.transposed:
+        parameter = parameter.mT
+    return parameter if site.rows is None else parameter[..., slice(*site.rows), :]
+
+
+def of_models(base: str, tuned: str) -> Updates:
+    """Fine-tuned minus base weights of every linear in the layers.
+
+    Raises:
+        UserError: a directory is no model, or the two have other shapes.
+    """
+    before, after = Weights(_model_directory(base)), Weights(_model_directory(tuned))
+    sites = find_sites(before.model)
+    for site in sites:
+        if after.shapes.get(site.weight) != before.shapes[site.weight]:
+            found = after.shapes.get(site.weight, "no such weight")
+            raise UserError(
+                f"{tuned} is no fine-tuned {base}: {site.weight} is {found}, not {before.shapes[site.weight]}"
+            )
+    return _dense(sites, lambda site: after.weight(site) - before.weight(site), before.weight)
+
+
+def of_adapter(path: Path, base: str | None = None) -> Updates:
+    """The updates of an adapter or run directory: factors where the method has them. The base's weights are read only
+    for methods that need them (and for full fine-tuning, whose adapter is the new weights).
+
+    Raises:
+        UserError: there is no adapter, or it does not fit its base.
+    """
+    saved = read_adapter(find_adapter(path))
+    name, directory = find_base(saved, base, None, weights=False)
+    source = load(saved, name, directory)
+    opened: list[Weights] = []
+
+    def weight(site: Site) -> Tensor:
+        if not opened:
+            opened.append(Weights(find_base(saved, base, None, weights=True)[1]))
+        return opened[0].weight(site)
+
+    if source.replaced:
+        sites = [site for site in find_sites(source.model) if site.weight in source.replaced]
+        return _dense(sites, lambda site: of_site(site, source.replaced[site.weight]).float() - weight(site), weight)
+    factored = [site for site in source.sites if isinstance(source.adapters[site.path], FactorAdapter)]
+    found = {
+        _kind(key): _factor_reader(group[0].kind, group, source.adapters, weight)
+        for key, group in by_kind(factored).items()
+    }
+    others = [site for site in source.sites if site not in factored]
+    return found | _dense(others, lambda site: _delta(source.adapters[site.path], site, weight), weight)
+
+
+def random_updates(L: int, b: int, a: int, q: int | None, seed: int = 0) -> Updates:
+    """Normal updates of L layers (b x a), entries of variance 1: of rank q (factors), or dense."""
+
+    def read() -> KindUpdates:
+        generator = torch.Generator().manual_seed(seed)
+        names = [f"random.{i}" for i in range(L)]
+        if q is None:
+            return KindUpdates("random", names, torch.randn(L, b, a, generator=generator))
+        B = torch.randn(L, b, q, generator=generator) / q**0.5
+        return KindUpdates("random", names, (B, torch.randn(L, q, a, generator=generator)))
+
+    return {"random": read}
+
+
+def chosen(updates: Updates, kinds: Sequence[str]) -> Updates:
+    """The kinds that are named, by their whole name or its last part; all without names.
+
+    Raises:
+        UserError: a name is none of them.
+    """
+    for name in kinds:
+        if not any(_is_called(kind, name) for kind in updates):
+            raise UserError(f"--kind {name}: there is no such kind; there are {', '.join(updates)}")
+    return {k: read for k, read in updates.items() if not kinds or any(_is_called(k, name) for name in kinds)}
+
+
+def _is_called(kind: str, name: str) -> bool:
+    return name in (kind, kind.rpartition(".")[2])
+
+
+def _dense(sites: Iterable[Site], delta: Callable[[Site], Tensor], weight: Callable[[Site], Tensor]) -> Updates:
+    def read(group: list[Site]) -> KindUpdates:
+        with torch.no_grad():
+            stack = torch.stack([delta(site) for site in group])
+        return KindUpdates(
+            group[0].kind, _names(group), stack.reshape(-1, *group[0].shape), weight=_weight_of(group, weight)
+        )
+
+    return {_kind(key): lambda group=group: read(group) for key, group in by_kind(sites).items()}  # type: ignore[misc]
+
+
+def _factor_reader(
+    kind: str, group: list[Site], adapters: dict[str, Adapter], weight: Callable[[Site], Tensor]
+) -> Callable[[], KindUpdates]:
+    def read() -> KindUpdates:
+        Bs, As = [], []
+        with torch.no_grad():
+            for site in group:
+                adapter = adapters[site.path]
+                assert isinstance(adapter, FactorAdapter)
+                factors = adapter.factors()
+                Bs.append(factors.Bd.float())
+                As.append(factors.A.float())
+            B, A = torch.stack(Bs), torch.stack(As)
+        first = adapters[group[0].path]
+        private = None
+        if isinstance(first, RaSAAdapter) and first.pool is not None:
+            private = B.shape[-1] - first.pool.B_S.shape[-1]
+        stack = (B.reshape(-1, *B.shape[-2:]), A.reshape(-1, *A.shape[-2:]))
+        return KindUpdates(kind, _names(group), stack, private, _weight_of(group, weight))
+
+    return read
+
+
+def _delta(adapter: Adapter, site: Site, weight: Callable[[Site], Tensor]) -> Tensor:
+    return adapter.delta(weight(site) if adapter.needs_weight else None)
+
+
+def _names(group: list[Site]) -> list[str]:
+    experts = group[0].num_experts
+    return [s.path if experts is None else f"{s.path}[{e}]" for s in group for e in range(experts or 1)]
+
+
+def _weight_of(group: list[Site], weight: Callable[[Site], Tensor]) -> Callable[[int], Tensor]:
+    experts = group[0].num_experts
+    return lambda i: weight(group[i]) if experts is None else weight(group[i // experts])[i % experts]
+
+
+def _kind(key: str) -> str:
+    """A key of ``by_kind`` as people write it."""
+    return key.replace("__", ".")
+
+
+def _model_directory(name: str) -> Path:
+    path = Path(ModelConfig(name=name).name)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name} is no model: give a directory with config.json and safetensors files")
+    return path

@@ -1,0 +1,145 @@
+"""Attention over sequences that lie one after the other in one row, each seeing only itself.
+
+The model gets ``input_ids`` (1, tokens), ``position_ids`` that start again with each sequence, and where sequences
+begin, under the names that transformers' own flash attention uses (``cu_seq_lens_q``, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .errors import UserError
+
+NAME = "rasa_varlen"
+"""Name of this attention among transformers' implementations."""
+KINDS = {"full_attention", "sliding_attention"}
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise ``UserError`` if sequences of the model cannot share a row. Needs no weights."""
+    config = model.config.get_text_config()
+    values = config.to_dict()
+    others = set(values.get("layer_types") or []) - KINDS
+    if not model.is_backend_compatible():
+        why = "its attention cannot be exchanged"
+    elif others or values.get("is_hybrid"):
+        why = f"it has layers of another kind ({', '.join(sorted(others)) or 'recurrent'})"
+    elif values.get("attn_logit_softcapping"):
+        why = "its attention has soft caps"
+    elif values.get("alibi"):
+        why = "its positions are ALiBi's"
+    else:
+        return
+    raise UserError(
+        f"training.batching: {config.model_type} cannot be trained without padding: {why}; take length-grouped or "
+        "shuffled, and padding_free: false",
+        key="training.batching",
+    )
+
+
+def use_varlen(model: PreTrainedModel) -> None:
+    """Let ``model`` attend within each sequence of a row. A model that was asked to use flash attention keeps it: it
+    reads the same arguments.
+
+    Raises:
+        UserError: the model's attention cannot do it.
+    """
+    check_packable(model)
+    if "flash" not in str(model.config._attn_implementation):
+        model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def padded(model: nn.Module) -> Iterator[None]:
+    """``model`` attends to padded sequences again inside, as it does when it generates."""
+    flat = isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
+    if isinstance(model, PreTrainedModel) and flat:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if isinstance(model, PreTrainedModel) and flat:
+            model.set_attn_implementation(NAME)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention, an implementation for transformers' ``AttentionInterface``.
+
+    Args:
+        query: (1, heads, tokens, head size); ``key`` and ``value`` may have fewer heads.
+        sliding_window: tokens that are seen, the token itself among them; None for all before it.
+        cu_seq_lens_q: where each sequence begins, and the end; int32, (sequences + 1), on the device.
+        max_length_q: tokens of the longest sequence, or more.
+    Returns:
+        (1, tokens, heads, head size), and None for the attention weights.
+    Raises:
+        UserError: the model asks for what this cannot do.
+    """
+    asked = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
+    if cu_seq_lens_q is None or asked or attention_mask is not None:
+        what = ", ".join(asked) or ("an attention mask" if attention_mask is not None else "keeps sequences to itself")
+        raise UserError(
+            f"training.batching: {type(module).__name__} cannot be trained without padding ({what}); take "
+            "length-grouped or shuffled, and padding_free: false",
+            key="training.batching",
+        )
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and query.shape[-1] <= 256:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        at, longest = cu_seq_lens_q, max_length_q
+        result = varlen_attn(q, k, v, at, at, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)
+        assert isinstance(result, Tensor)
+        return result.unsqueeze(0), None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled anew
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    lengths = starts.diff().tolist()
+    parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
+    grouped = query.shape[1] != key.shape[1]
+    results = []
+    for (q, k, v), length in zip(parts, lengths, strict=True):
+        mask = None
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        results.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(results, dim=2).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, varlen_attention)

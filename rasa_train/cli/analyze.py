@@ -1,0 +1,289 @@
+"""``rasa-analyze``: what weight updates are like."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import UserError
+from .errors import user_errors
+
+if TYPE_CHECKING:
+    from ..analysis.updates import Updates
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+Kinds = Annotated[
+    list[str] | None, typer.Option("--kind", help="Only this kind, as q_proj (repeat for several). (default: all)")
+]
+Base = Annotated[str | None, typer.Option(help="Base model directory. (default: the adapter's)")]
+Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures here, PNG and SVG.")]
+
+
+@app.callback()
+def main_help() -> None:
+    """Reconstruction error, spectra and subspaces of weight updates."""
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER | BASE TUNED]", help="An adapter or run; or two models.")
+    ] = None,
+    random: Annotated[
+        str | None, typer.Option(metavar="L,B,A[,Q]", help="Random updates: L layers, B x A, of rank Q.")
+    ] = None,
+    r: Annotated[int, typer.Option(min=1, help="Ranks a layer: the budget.")] = 8,
+    k: Annotated[
+        str | None, typer.Option(metavar="K,K,...", help="Shared ranks to try. (default: 0, 1, 2, 4, ... r)")
+    ] = None,
+    sweeps: Annotated[int, typer.Option(min=1, help="Rounds of coordinate descent.")] = 10,
+    start: Annotated[
+        Literal["rasa", "theorem", "random", "best"],
+        typer.Option(help="rasa: as training starts. theorem: LoRA's best. best: the better of the two."),
+    ] = "rasa",
+    seed: Annotated[int, typer.Option(help="Of random updates and starts.")] = 0,
+    base: Base = None,
+    kind: Kinds = None,
+    plots: Plots = None,
+    as_json: Json = False,
+) -> None:
+    """How well LoRA and RaSA of r ranks a layer can hold given updates (the paper's Figures 2 and 3)."""
+    with user_errors():
+        from ..analysis.capacity import advice, capacity
+        from ..analysis.updates import chosen
+
+        ks = _ks(k, r)
+        updates = chosen(_updates(source or [], random, base, seed), kind or [])
+        with _bar(len(updates) * len(ks)) as tick:
+            kinds = [
+                capacity(read(), r, ks, sweeps=sweeps, start=start, seed=seed, tick=tick) for read in updates.values()
+            ]
+        said = advice(kinds, r)
+        if plots is not None and all(found.e_lora > 0 for found in kinds):
+            from ..analysis.plots import figure_2, figure_3
+
+            usual = next((n for n in (max(r // 8, 1), *ks) if n in ks and n), 0)
+            marks = sorted({n for n in (5, 10, 20, sweeps) if n <= sweeps})
+            _save(
+                plots,
+                {"reconstruction-by-sweep": figure_2(kinds, usual), "reconstruction-by-k": figure_3(kinds, marks)},
+            )
+        if as_json:
+            print(
+                json.dumps(
+                    {"r": r, "sweeps": sweeps, "start": start, "kinds": [c.as_json() for c in kinds], "advice": said}
+                )
+            )
+            return
+        rows = [
+            [c.kind, f"{c.layers} x {c.shape[0]} x {c.shape[1]}", f"{c.e_lora / c.norm2:.4f}" if c.norm2 else "-"]
+            + [f"{c.e_rasa[n][-1] / c.e_lora:.4f}" if c.e_lora else "-" for n in ks]
+            for c in kinds
+        ]
+        _table(
+            f"r={r}, {sweeps} sweeps: LoRA's least error (share of |dW|^2), and RaSA's over LoRA's",
+            ["kind", "updates", "LoRA", *(f"k={n}" for n in ks)],
+            rows,
+        )
+        print(said)
+
+
+@app.command()
+def spectrum(
+    source: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER | BASE TUNED", help="An adapter or run; or two models.")
+    ],
+    base: Base = None,
+    kind: Kinds = None,
+    plots: Plots = None,
+    as_json: Json = False,
+) -> None:
+    """Singular values and ranks of each layer's update; private and shared energy, and mixing weights, of RaSA."""
+    with user_errors():
+        from ..analysis.spectrum import spectrum as spectrum_of
+        from ..analysis.updates import chosen
+
+        updates = chosen(_updates(source, None, base, 0), kind or [])
+        rows: list[dict[str, Any]] = []
+        with _bar(len(updates)) as tick:
+            for read in updates.values():
+                found = read()
+                for i, name in enumerate(found.names):
+                    shares = found.energy(i)
+                    parts = {"private": shares.private, "shared": shares.shared} if shares else {}
+                    rows.append({"kind": found.kind, "name": name, **spectrum_of(found.layer(i)).as_json(), **parts})
+                tick()
+        mixing = _mixing(source)
+        if plots is not None:
+            from ..analysis.plots import heat_map, spectra
+
+            lines: dict[str, list[list[float]]] = {}
+            for row in rows:
+                lines.setdefault(row["kind"], []).append(row["singular_values"])
+            maps = {f"mixing-{name}": heat_map(d, name, "shared rank", "layer") for name, d in mixing.items()}
+            _save(plots, {"spectra": spectra(lines), **maps})
+        if as_json:
+            print(json.dumps({"layers": rows, "mixing": {name: d.tolist() for name, d in mixing.items()}}))
+            return
+        shared = any("private" in row for row in rows)
+        columns = ["name", "norm", "largest", "rank", "stable", "entropy", *(["private", "shared"] if shared else [])]
+        cells = [
+            [row["name"], f"{row['norm']:.3g}", f"{row['spectral_norm']:.3g}", str(row["numerical_rank"])]
+            + [f"{row['stable_rank']:.2f}", f"{row['entropy_rank']:.2f}"]
+            + ([f"{row.get(part, 0):.1%}" for part in ("private", "shared")] if shared else [])
+            for row in rows
+        ]
+        _table("updates by layer: norms, and ranks by three measures", columns, cells)
+
+
+@app.command()
+def subspace(
+    first: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter or run.")],
+    second: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="Another one. (default: the same)")] = None,
+    i: Annotated[int, typer.Option("-i", min=1, help="Directions of the first.")] = 4,
+    j: Annotated[int, typer.Option("-j", min=1, help="Directions of the second.")] = 4,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="M,N", help="Layer M of the first against N of the second. (default: each its own)"),
+    ] = None,
+    side: Annotated[Literal["right", "left"], typer.Option(help="Singular vectors: right (input) or left.")] = "right",
+    amplification: Annotated[
+        int | None, typer.Option(metavar="R", min=1, help="Also: how much the top R directions amplify W.")
+    ] = None,
+    base: Base = None,
+    kind: Kinds = None,
+    plots: Plots = None,
+    as_json: Json = False,
+) -> None:
+    """Similarity phi(A, B, i, j) of the updates of two adapters, or of two layers (the LoRA paper's section 7)."""
+    with user_errors():
+        from ..analysis.compare import compare
+        from ..analysis.updates import chosen, of_adapter
+
+        pair = _layers(layers)
+        if second is None and pair is None and amplification is None:
+            raise UserError(
+                "an adapter is all alike to itself: give another one, or --layers M,N, or --amplification R"
+            )
+        one = chosen(of_adapter(first, base), kind or [])
+        two = one if second is None else of_adapter(second, base)
+        found = compare(one, two, i, j, pair, side, amplification)
+        if plots is not None:
+            from ..analysis.plots import heat_map
+
+            figures = {f"phi-{row.name}": heat_map(row.grid, row.name, "j", "i", 1.0) for row in found}
+            _save(plots, figures)
+        if as_json:
+            print(json.dumps({"i": i, "j": j, "side": side, "sites": [row.as_json() for row in found]}))
+            return
+        columns = ["name", f"phi({i}, {j})", "random"]
+        cells = [[row.name, f"{row.phi:.4f}", f"{row.random:.4f}"] for row in found]
+        if amplification is not None:
+            columns += ["|dW|", "|U'WV|", "of W", "random W", "factor"]
+            for row, cell in zip(found, cells, strict=True):
+                if (a := row.amplification) is not None:
+                    cell += [f"{a.update_norm:.3g}", f"{a.projection:.3g}", f"{a.projection_own:.3g}"]
+                    cell += [f"{a.projection_random:.3g}", f"{a.factor:.2f}"]
+        _table("1: the smaller subspace lies in the larger one; random: what chance gives", columns, cells)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _updates(source: Sequence[str], random: str | None, base: str | None, seed: int) -> Updates:
+    from ..analysis.updates import of_adapter, of_models, random_updates
+
+    if (random is None) == (not source) or len(source) > 2:
+        raise UserError("give an adapter or run, or a base and a fine-tuned model, or --random L,B,A,Q")
+    if random is not None:
+        numbers = random.split(",")
+        if len(numbers) not in (3, 4) or not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
+            raise UserError(f"--random must be L,B,A or L,B,A,Q (layers, out, in, rank), got {random!r}")
+        L, b, a, *q = map(int, numbers)
+        return random_updates(L, b, a, q[0] if q else None, seed)
+    return of_models(*source) if len(source) == 2 else of_adapter(Path(source[0]), base)
+
+
+def _mixing(source: Sequence[str]) -> dict[str, Any]:
+    from ..adapters.saved import read_adapter
+    from ..analysis.mixing import mixing_weights
+    from ..merge import find_adapter
+
+    return mixing_weights(read_adapter(find_adapter(Path(source[0]))).tensors) if len(source) == 1 else {}
+
+
+def _ks(text: str | None, r: int) -> list[int]:
+    if text is None:
+        return sorted({0, r, *(2**n for n in range(r.bit_length()) if 2**n <= r)})
+    numbers = text.split(",")
+    if not all(n.strip().isdecimal() and int(n) <= r for n in numbers):
+        raise UserError(f"--k must be numbers in [0, r={r}] with commas between them, got {text!r}")
+    return sorted({int(n) for n in numbers})
+
+
+def _layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, second = text.partition(",")
+    if not (first.strip().isdecimal() and second.strip().isdecimal()):
+        raise UserError(f"--layers must be two layer numbers, as 0,3, got {text!r}")
+    return int(first), int(second)
+
+
+def _save(directory: Path, figures: dict[str, Any]) -> None:
+    from ..analysis.plots import save
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save(figure, directory / name)
+    except OSError as error:
+        raise UserError(f"--plots {directory} cannot be written: {error.strerror or error}") from None
+    print(f"{2 * len(figures)} pictures in {directory}", file=sys.stderr)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+if __name__ == "__main__":
+    main()

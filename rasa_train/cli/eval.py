@@ -1,0 +1,160 @@
+"""``rasa-eval``: MATH, GSM8K, HumanEval+ and forgetting, of a run, an adapter or a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .errors import user_errors
+
+if TYPE_CHECKING:
+    from ..evaluate.generate import Progress
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN_OR_MODEL", help="A run, adapter, checkpoint or model directory, or a hub id."),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="Of math, gsm8k, code, forgetting; several with commas.")] = "math",
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all-checkpoints", help="Every checkpoint of the run; shows BEST and LAST.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Questions in the published formats. (default: the hub's)")
+    ] = None,
+    score: Annotated[
+        Path | None, typer.Option(metavar="SAMPLES.jsonl", help="Score generations that were made elsewhere.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of an adapter. (default: the adapter's)")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for results. (default: RUN/evaluation)")] = None,
+    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="vllm takes models, not adapters.")] = "hf",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="auto: bfloat16, float32 on a CPU.")
+    ] = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in memory at a time. (default: 65536, 16384 on a CPU)")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is there and start over.")] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run model-written code without isolation.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a local model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
+) -> None:
+    """Measure task accuracy. The same command again goes on where it was interrupted.
+
+    rasa-eval runs/math_llama8b_rasa_r8 --suite math,forgetting --all-checkpoints
+
+    rasa-eval --score samples.jsonl --suite code --json
+    """
+    suites = tuple(name.strip() for name in suite.split(","))
+    with user_errors():
+        from ..errors import UserError
+
+        if (target is None) == (score is None):
+            raise UserError("give either RUN_OR_MODEL, or --score SAMPLES.jsonl")
+        with _only_ours():
+            if score is not None:
+                output_object = _score(score, suite, data, allow_unsandboxed)
+            else:
+                from ..evaluate.suites import check_names
+
+                check_names(suites)
+                from ..evaluate.run import Options
+
+                options = Options(
+                    suites, data, limit, base, backend, dtype, batch_tokens, fresh, allow_unsandboxed, trust_remote_code
+                )
+                output_object = _evaluate(str(target), options, all_checkpoints, output)
+        print(json.dumps(output_object) if as_json else _describe(output_object))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _score(path: Path, suite: str, data: str | None, allow_unsandboxed: bool) -> dict[str, Any]:
+    from ..evaluate.sandbox import Sandbox
+    from ..evaluate.score import score_file
+
+    return score_file(path, suite, data, lambda: Sandbox(isolated=not allow_unsandboxed))
+
+
+def _evaluate(target: str, options: Any, all_checkpoints: bool, output: Path | None) -> dict[str, Any]:
+    from ..evaluate.load import find_subjects
+    from ..evaluate.run import Evaluation, evaluate_all
+    from ..stop import StopSignal
+
+    subjects = find_subjects(target, all_checkpoints=all_checkpoints, output=output)
+    with StopSignal() as stop:
+        evaluation = Evaluation(options, lambda text: print(text, file=sys.stderr), _reporter, stop)
+        found, table = evaluate_all(subjects, evaluation)
+    return {"results": found, "best_last": table, "directory": str(subjects[0].results)}
+
+
+def _describe(found: dict[str, Any]) -> str:
+    if "rows" in found:
+        wrong = [row for row in found["rows"] if not row["correct"]]
+        lines = [f"{row.get('task_id', row['index'])}: {row['reason']}" for row in wrong[:20]]
+        more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
+        return "\n".join([*lines, *more, *_metrics(found["metrics"]), f"{found['samples']} samples"])
+    lines = []
+    for result in found["results"]:
+        epoch = "" if result["epoch"] is None else f" (epoch {result['epoch']:g})"
+        lines.append(f"{result['suite']}, {result['checkpoint']}{epoch}: {result['questions']} questions")
+        lines += _metrics(result["metrics"])
+    if found["best_last"]:
+        lines.append(f"{'':44}{'BEST':>8}{'epoch':>8}{'LAST':>8}")
+        for suite, metrics in found["best_last"].items():
+            for name, row in metrics.items():
+                epoch = "" if row["best_epoch"] is None else f"{row['best_epoch']:g}"
+                lines.append(f"{suite + ' ' + name:44}{row['best']:8.1%}{epoch:>8}{row['last']:8.1%}")
+    return "\n".join([*lines, f"results are in {found['directory']}"])
+
+
+def _metrics(metrics: dict[str, float]) -> list[str]:
+    return [f"  {name:42}{value:8.1%}" for name, value in metrics.items()]
+
+
+def _reporter(title: str) -> Callable[[Progress], None]:
+    """A line on stderr, rewritten in a terminal; elsewhere about ten lines in all."""
+    shown = -1
+
+    def report(progress: Progress) -> None:
+        nonlocal shown
+        share = progress.done * 10 // max(progress.total, 1)
+        speed = f"  {progress.tokens_per_second:,.0f} tok/s" if progress.tokens else ""
+        left = f"  {progress.seconds_left:,.0f} s left" if progress.done < progress.total else ""
+        line = f"{title}: {progress.done}/{progress.total}{speed}{left}"
+        if sys.stderr.isatty():
+            print(f"\r\033[K{line}", end="" if left else "\n", file=sys.stderr, flush=True)
+        elif share != shown:
+            print(line, file=sys.stderr)
+        shown = share
+
+    return report
+
+
+@contextmanager
+def _only_ours() -> Iterator[None]:
+    """What libraries print goes to stderr: stdout is for the result."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+if __name__ == "__main__":
+    main()

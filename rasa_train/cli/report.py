@@ -1,0 +1,86 @@
+"""``rasa-report``: compare runs on one page."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import user_errors
+
+if TYPE_CHECKING:
+    from ..report.runs import Run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or directories of runs (a sweep's).")
+    ],
+    output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the charts as PNG and SVG and the tables as CSV too.")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Write again until every run is complete (or Ctrl-C).")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often --live writes.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the data as one JSON object; write no page.")] = False,
+) -> None:
+    """Compare runs: one self-contained HTML page with tables, curves and heat maps.
+
+    Runs that are under way or broken are shown as far as they can be read.
+
+        rasa-report runs/lora runs/rasa --output report.html
+    """
+    with user_errors():
+        from ..errors import UserError
+        from ..report.page import render, report_json
+        from ..report.runs import find_runs, read_runs
+
+        if live and as_json:
+            raise UserError("--live writes pages and --json prints one object: leave one of them out")
+        found = read_runs(find_runs(runs))
+        if figures is not None:
+            from ..report.figures import write_figures
+
+            write_figures(found, figures)
+        if as_json:
+            print(json.dumps(report_json(found)))
+            return
+        while live and any(run.state != "complete" for run in found):
+            _write(output, render(found, reload_seconds=every))
+            print(f"{output}: {_states(found)}", file=sys.stderr)
+            time.sleep(every)
+            found = read_runs(find_runs(runs))
+        _write(output, render(found))
+        print(f"{output}: {_states(found)}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _write(output: Path, page: str) -> None:
+    from ..errors import UserError
+    from ..run_dir import write_text
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
+
+
+def _states(runs: list[Run]) -> str:
+    complete = sum(run.state == "complete" for run in runs)
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}, {complete} complete"
+
+
+if __name__ == "__main__":
+    main()

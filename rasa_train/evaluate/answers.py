@@ -1,0 +1,271 @@
+"""Are two mathematical answers the same? The paper's rule, and a robust one.
+
+``math_sympy``            the RaSA paper's: Minerva's normalisation (2206.14858, appendix D), then
+                          ``simplify(parse_latex(a) - parse_latex(b)) == 0``. What does not parse is wrong, even when it
+                          is identical: intervals and most tuples score 0.
+``math_sympy_or_string``  the same, or equal after the normalisation.
+``accuracy``              equal after the normalisation, or by math-verify: sets, intervals, matrices, text, units.
+
+Text of a model is parsed, never evaluated: math-verify is used with its LaTeX grammar alone, since its grammar for
+plain expressions ends in Python's ``eval``. Comparing may take for ever or all memory (``9^{9^{9^9}}``), in loops
+that no signal interrupts; so pairs go to processes of their own, which are killed when they take too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from types import FrameType, TracebackType
+from typing import Any
+
+from ..errors import UserError
+
+MARKER = "The answer is: "
+RESPONSE = "### Response:\n"
+SECONDS = 5
+"""For one comparison by one rule (the reference's)."""
+MEMORY_BYTES = 4 << 30
+LONGEST = 1000
+"""Characters; a longer answer is none."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """Whether an answer is the gold one, by each rule."""
+
+    math_sympy: bool = False
+    math_sympy_or_string: bool = False
+    accuracy: bool = False
+    reason: str = ""
+    """Of a wrong answer: ``no answer``, ``different``, ``time limit``."""
+
+
+def marked_answer(text: str) -> str | None:
+    """What follows the last ``The answer is: `` up to a full stop that ends a line; the paper's extraction."""
+    _, found, tail = text.rpartition(RESPONSE)[2].rpartition(MARKER)
+    if not found:
+        return None
+    return tail.split(".\n")[0].strip().removesuffix(".").strip() or None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The content of the last ``\boxed`` (or ``\fbox``), braces balanced, or one token without braces."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
+    if not rest.startswith("{"):
+        bare = re.match(r"[^\s$.,]+", rest)
+        return bare[0] if bare else None
+    depth = 0
+    for i, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[1:i].strip() or None
+    return None
+
+
+def given_answer(text: str) -> str | None:
+    """The answer of a response, however it is marked: as the paper's prompts ask for, boxed, or after ``####``."""
+    return marked_answer(text) or boxed_answer(text) or gsm8k_answer(text)
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """What follows the last ``####``, without thousands separators."""
+    _, found, tail = text.rpartition("####")
+    line = tail.strip().split("\n")[0] if found else ""
+    return line.replace(",", "").strip() or None
+
+
+# Minerva, appendix D: in this order.
+_REPLACED = (
+    ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
+    (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
+)  # fmt: skip
+_REMOVED = (
+    "square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue", "points",
+    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
+    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
+    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
+)  # fmt: skip
+_REWRITTEN = (
+    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
+    (r"(\\text\{)(.*?)(\})", r"\2"),
+    (r"(\\textbf\{)(.*?)(\})", r"\2"),
+    (r"(\\overline\{)(.*?)(\})", r"\2"),
+    (r"(\\boxed\{)(.*)(\})", r"\2"),
+    (r"(frac)([^{])(.)", r"frac{\2}{\3}"),
+    (r"(sqrt)([^{])", r"sqrt{\2}"),
+)
+
+
+def normalize(answer: str) -> str:
+    """Minerva's normalisation of a final answer (2206.14858, appendix D)."""
+    answer = answer.split("=")[-1]
+    for old, new in _REPLACED:
+        answer = answer.replace(old, new)
+    for word in _REMOVED:
+        answer = answer.replace(word, "")
+    for pattern, new in _REWRITTEN:
+        answer = re.sub(pattern, new, answer)
+    answer = answer.replace("$", "")
+    digits = answer.replace(",", "")
+    return digits if digits.isdigit() else answer
+
+
+class Checker:
+    """Compares answers in processes of its own; use it as a context.
+
+    Args:
+        workers: how many; default: one a core.
+    Raises:
+        UserError: math-verify or sympy's parser for LaTeX is not installed.
+    """
+
+    def __init__(self, workers: int | None = None, seconds: float = SECONDS) -> None:
+        needs_math()
+        self.workers, self.seconds = workers or min(len(os.sched_getaffinity(0)), 16), seconds
+        self._idle: list[_Comparer] = []
+
+    def __enter__(self) -> Checker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for comparer in self._idle:
+            comparer.stop()
+        self._idle.clear()
+
+    def check(self, pairs: Sequence[tuple[str, str | None, str | None]]) -> Iterator[Same]:
+        """For each (gold, answer by the paper's extraction, answer by any) whether they are the same, in order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(self._one, pairs)
+
+    def _one(self, pair: tuple[str, str | None, str | None]) -> Same:
+        gold, marked, given = pair
+        if not given or len(given) > LONGEST:
+            return Same(reason="no answer" if not given else f"an answer of {len(given)} characters")
+        comparer = self._idle.pop() if self._idle else _Comparer(self.seconds)
+        strict = comparer.ask("math_sympy", gold, marked) if marked else False
+        string = normalize(gold) == normalize(given)
+        robust = string or comparer.ask("math_verify", gold, given)
+        self._idle.append(comparer)
+        late = strict is None or robust is None
+        reason = "" if robust else "time limit" if late else "different"
+        return Same(bool(strict), bool(strict) or (bool(marked) and string), bool(robust), reason)
+
+
+class _Comparer:
+    """One process that compares pairs, started when it is first needed and again after it was killed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def ask(self, rule: str, gold: str, answer: str) -> bool | None:
+        """None when it took too long."""
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((rule, gold, answer))
+            # The process stops itself; only what cannot be interrupted has to be killed.
+            if self._pipe.poll(self.seconds + 2):
+                same: bool | None = self._pipe.recv()
+                return same
+        except (EOFError, OSError):  # out of memory, or a crash
+            pass
+        self.stop()
+        return None
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.seconds), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # imports take seconds that are not the pair's
+
+
+def _serve(pipe: Connection, seconds: float) -> None:
+    """The comparing process: one question at a time, until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, _too_long)
+    logging.disable(logging.CRITICAL)
+    rules: dict[str, Callable[[str, str], bool]] = {"math_sympy": _math_sympy, "math_verify": _math_verify}
+    for rule in rules.values():
+        rule("1", "2")  # imports
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    pipe.send(True)
+    while True:
+        try:
+            rule, gold, answer = pipe.recv()
+        except EOFError:
+            return
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            same: bool | None = rules[rule](gold, answer)
+        except _TooLong:
+            same = None
+        except (Exception, RecursionError):  # parsers raise anything; the reference counts it as wrong
+            same = False
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send(same)
+
+
+class _TooLong(BaseException):
+    """Not an Exception: sympy catches those."""
+
+
+def _too_long(number: int, frame: FrameType | None) -> None:
+    raise _TooLong
+
+
+def _math_sympy(gold: str, answer: str) -> bool:
+    import sympy
+    from sympy.parsing.latex import parse_latex
+
+    difference = parse_latex(normalize(gold)) - parse_latex(normalize(answer))
+    return bool(sympy.simplify(difference) == 0)
+
+
+def _math_verify(gold: str, answer: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    latex = [LatexExtractionConfig(boxed_match_priority=0)]
+    parsed: list[Any] = [
+        parse(f"\\boxed{{{text.strip().strip('$')}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
+        for text in (gold, answer)
+    ]
+    return all(parsed) and bool(verify(*parsed, timeout_seconds=None))
+
+
+def needs_math() -> None:
+    """Raise ``UserError`` unless what compares answers is installed."""
+    if find_spec("math_verify") is None or find_spec("antlr4") is None:
+        raise UserError("checking answers needs math-verify: pip install 'rasa_train[eval]'")
+    if (found := version("antlr4-python3-runtime")).rpartition(".")[0] != "4.11":
+        raise UserError(
+            f"sympy reads LaTeX with antlr4-python3-runtime 4.11 only, and {found} is installed: "
+            "pip install 'antlr4-python3-runtime==4.11.*'"
+        )

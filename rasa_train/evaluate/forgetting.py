@@ -1,0 +1,129 @@
+"""HellaSwag, WinoGrande and ARC-Challenge by lm-evaluation-harness's own tasks, zero-shot.
+
+The paper says neither shots nor ``acc`` or ``acc_norm``: both are kept, and the average of ``acc`` is the headline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .suites import DEFINITIONS, digest, needs_harness
+
+TASKS = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
+"""Each with its definition among lm-eval's."""
+LOCAL = "rasa_local_"
+"""Prefix of the definitions in ``tasks/`` for rows that hold ready-made text: ``query`` and ``choices``."""
+
+
+def load_tasks(data: str | None) -> dict[str, Any]:
+    """lm-eval's tasks by name: from the hub, or of those files of a directory that are there.
+
+    Args:
+        data: a directory with TASK.jsonl (or TASK_*.jsonl; or a directory ``forgetting`` in it), rows either as on the
+            hub or with ``query`` (WinoGrande: ``context_options`` and ``continuation``), ``choices`` and ``gold``.
+    Raises:
+        UserError: the hub cannot be reached and nothing local is given, or no file is there.
+    """
+    needs_harness()
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    theirs = Path(lm_eval.tasks.__file__).parent
+    files = dict.fromkeys(TASKS) if data is None else _files(data)
+    definitions = [_definition(task, path, theirs) for task, path in files.items()]
+    try:
+        tasks = TaskManager(include_defaults=False).load(definitions)["tasks"]
+    except (OSError, ValueError) as error:  # datasets' errors for what it cannot find
+        raise UserError(
+            f"the questions of suite forgetting ({', '.join(TASKS)}) cannot be loaded: load them once with a "
+            f"network, or give a directory with {', '.join(f'{task}.jsonl' for task in TASKS)} by --data\n"
+            f"({_first_line(error)})"
+        ) from None
+    return {name.removeprefix(LOCAL): task for name, task in tasks.items()}
+
+
+def protocol(tasks: dict[str, Any]) -> dict[str, Any]:
+    """What the results depend on beside the model."""
+    return {
+        name: {
+            "version": task.VERSION,
+            "num_fewshot": 0,
+            "questions": len(task.eval_docs),
+            "content": digest([dict(row) for row in task.eval_docs.select(range(min(50, len(task.eval_docs))))]),
+        }
+        for name, task in tasks.items()
+    }
+
+
+def evaluate(
+    lm: Any,
+    tasks: dict[str, Any],
+    *,
+    limit: int | None,
+    batch_size: int,
+    cache: Path | None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, float]:
+    """``average`` (of ``acc`` over the tasks), and ``TASK/acc`` and ``TASK/acc_norm``.
+
+    Args:
+        limit: questions of each task.
+        cache: a file that keeps each question's likelihoods, so that an interrupted evaluation goes on.
+    """
+    from lm_eval.api.model import CachingLM
+    from lm_eval.evaluator import evaluate as run_tasks
+
+    lm.batch_size_per_gpu = batch_size
+    metrics: dict[str, float] = {}
+    for name, task in tasks.items():
+        say(f"{name}: {min(limit or len(task.eval_docs), len(task.eval_docs))} questions")
+        task.set_config(key="num_fewshot", value=0)
+        model = CachingLM(lm, str(cache)) if cache else lm
+        done = run_tasks(model, {name: task}, limit=limit, bootstrap_iters=0, log_samples=False)
+        assert done is not None
+        (scores,) = done["results"].values()
+        for metric in ("acc", "acc_norm"):
+            if f"{metric},none" in scores:
+                metrics[f"{name}/{metric}"] = float(scores[f"{metric},none"])
+    accuracies = [metrics[f"{name}/acc"] for name in tasks]
+    return {"average": sum(accuracies) / len(accuracies), **metrics}
+
+
+def _files(data: str) -> dict[str, Path]:
+    directory = Path(data).expanduser()
+    folders = [directory / "forgetting", directory]
+    found = {
+        task: matches[0]
+        for task in TASKS
+        if (matches := [p for folder in folders for p in sorted(folder.glob(f"{task}*.json*"))])
+    }
+    if not found:
+        raise UserError(
+            f"--data: {data} has none of {', '.join(f'{task}.jsonl' for task in TASKS)} for suite forgetting"
+        )
+    return found
+
+
+def _definition(task: str, path: Path | None, theirs: Path) -> dict[str, Any]:
+    """lm-eval's definition, with the file in place of the hub if there is one; ours where the rows are ready-made."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if path is None:
+        return dict(load_yaml(theirs / TASKS[task]))
+    with path.open() as file:
+        ready_made = "gold" in json.loads(file.readline())
+    source = DEFINITIONS / f"{LOCAL}{task}.yaml" if ready_made else theirs / TASKS[task]
+    files = {"data_files": {split: str(path) for split in ("train", "validation", "test")}}
+    return dict(load_yaml(source)) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

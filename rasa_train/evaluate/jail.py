@@ -1,0 +1,270 @@
+"""The inside of the sandbox: run one program where it can do no harm. Started by ``sandbox`` as a file of its own.
+
+Standard library only, and no import of the package: whatever is imported here is in reach of the program.
+
+    request on stdin (JSON)  ->  J, this process, kept outside
+                                 A, in new user, mount, PID, network, IPC and UTS namespaces
+                                 C, process 1 of the namespace: builds its root, gives everything up, runs the program
+
+The verdict is what C writes to the result pipe: the request's nonce after the last statement of the program was
+reached, or the exception. Ending the process early, by whatever means, is therefore no pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NEW_USER, NEW_NS, NEW_PID, NEW_NET, NEW_IPC, NEW_UTS = (
+    0x10000000,
+    0x00020000,
+    0x20000000,
+    0x40000000,
+    0x08000000,
+    0x04000000,
+)
+MS_BIND, MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV, MS_RDONLY, MS_REMOUNT = 4096, 16384, 1 << 18, 2, 4, 1, 32
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+NOBODY = 65534
+WRITABLE = "/sandbox"
+"""Where the program runs, and the only place that it can write to."""
+STARTED = b"."
+"""First byte of the report: the program begins now."""
+SETUP_FAILED = 97
+"""Exit code when the sandbox could not be built; stderr says why."""
+
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and
+# programs, looking into other processes, mounts, kernel interfaces with a history. Threads are allowed.
+DENIED = {
+    "x86_64": (
+        62, 200, 129, 297,
+        41, 53, 57, 58, 59, 322, 101, 310, 311, 434, 438, 165, 166, 155, 161, 272, 308, 428, 429, 430, 442,
+        321, 248, 249, 250, 298, 323, 425, 175, 313, 246, 317,
+    ),
+    "aarch64": (
+        129, 130, 138, 240,
+        198, 199, 221, 281, 117, 270, 271, 434, 438, 40, 39, 41, 51, 97, 268, 428, 429, 430, 442,
+        280, 217, 218, 219, 241, 282, 425, 105, 273, 104, 277,
+    ),
+}  # fmt: skip
+CLONE = {"x86_64": 56, "aarch64": 220}
+CLONE3, MOUNT_SETATTR = 435, 442  # the same on both
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+CLONE_THREAD = 0x00010000
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SetupError(Exception):
+    """The kernel does not give what the sandbox needs."""
+
+
+def main() -> None:
+    """J: start A, give it its user ids, wait for it."""
+    request = json.loads(sys.stdin.buffer.read())
+    result = request["result_fd"]
+    die_with_parent()
+    if not request["isolated"]:
+        run(request, result)
+    entered, mapped = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        setting_up(lambda: enter(entered[1], mapped[0]))
+        inner = os.fork()
+        if inner == 0:
+            setting_up(lambda: settle(request))
+            run(request, result)
+        os.close(result)
+        leave(os.waitpid(inner, 0)[1])
+    os.close(result)
+    os.close(entered[1])
+    if os.read(entered[0], 1):
+        setting_up(lambda: write_id_maps(child))
+        os.write(mapped[1], b"x")
+    leave(os.waitpid(child, 0)[1])
+
+
+def setting_up(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except (OSError, SetupError) as error:
+        os.write(2, f"{error}\n".encode())
+        os._exit(SETUP_FAILED)
+
+
+def leave(status: int) -> None:
+    """End as the child did: a negative code is the signal that killed it."""
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def enter(entered: int, mapped: int) -> None:
+    """A: the new namespaces. Its ids are written from outside, which alone may map more than one."""
+    die_with_parent()
+    call("unshare", libc.unshare(NEW_USER | NEW_NS | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS))
+    die_with_parent()  # the new capabilities have undone it
+    os.write(entered, b"x")
+    if not os.read(mapped, 1):
+        raise SetupError("user ids could not be mapped")
+
+
+def write_id_maps(pid: int) -> None:
+    """Root maps itself, to build the inner root, and nobody, to run as; anyone else only themself."""
+    uid, gid = os.geteuid(), os.getegid()
+    process = Path(f"/proc/{pid}")
+    if uid != 0:
+        (process / "setgroups").write_text("deny")
+    for name, own in (("uid_map", uid), ("gid_map", gid)):
+        extra = f"{NOBODY} {NOBODY} 1\n" if uid == 0 else ""
+        (process / name).write_text(f"{own} {own} 1\n{extra}")
+
+
+def settle(request: dict[str, Any]) -> None:
+    """C: a root of its own, without any right."""
+    die_with_parent()
+    build_root(request["readable"], request["tmp_bytes"])
+    drop_rights()
+    die_with_parent()  # a change of user has undone it
+    refuse_system_calls()
+
+
+def build_root(readable: list[str], tmp_bytes: int) -> None:
+    """A tmpfs with the system's and Python's files bound into it, read-only, and one empty writable directory. No
+    /proc, no /home, no /tmp, no /etc but the loader's cache."""
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    root = "/tmp" if os.path.isdir("/tmp") else "/mnt"
+    # What is bound may lie below the directory that the new root covers: hold it open before.
+    sources = {path: os.open(path, os.O_PATH) for path in (*SYSTEM, *DEVICES, *readable) if os.path.exists(path)}
+    mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    for path, source in sources.items():
+        bind(source, root + path)
+        os.close(source)
+    for name in (WRITABLE, "/old"):
+        os.makedirs(root + name, exist_ok=True)
+    options = f"size={tmp_bytes},nr_inodes=4096,mode=1777"
+    mount("tmpfs", f"{root}{WRITABLE}", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    call("pivot_root", libc.syscall(PIVOT_ROOT[machine()], root.encode(), f"{root}/old".encode()))
+    os.chdir("/")
+    call("umount2", libc.umount2(b"/old", MNT_DETACH))
+    os.rmdir("/old")
+    mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID)
+    os.chdir(WRITABLE)
+
+
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+
+def bind(source: int, target: str) -> None:
+    if os.path.lexists(target):
+        return  # inside a directory that is bound already
+    held = f"/proc/self/fd/{source}"
+    if os.path.isdir(held):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        Path(target).touch()
+    mount(held, target, None, MS_BIND | MS_REC)
+    if not target.endswith(DEVICES):
+        # struct mount_attr {set, clear, propagation, userns}: read-only, no set-uid, with all mounts below
+        attributes = ctypes.create_string_buffer(struct.pack("4Q", 1 | 2, 0, 0, 0), 32)
+        done = libc.syscall(MOUNT_SETATTR, -100, target.encode(), 0x8000, attributes, ctypes.c_size_t(32))
+        call(f"mount_setattr {target} (Linux 5.12 or newer)", done)
+
+
+def drop_rights() -> None:
+    """Nobody instead of root, no capability, none to be had by any program."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0), 8)
+    call("capset", libc.capset(header, ctypes.create_string_buffer(24)))
+    call("no_new_privs", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def refuse_system_calls() -> None:
+    """A seccomp filter over the numbers in ``DENIED``."""
+    arch = machine()
+    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, unknown = 0x7FFF0000, 0x00050001, 0x00050026  # allow, EPERM, ENOSYS
+    code = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[arch]), (give, 0, 0, refuse), (load, 0, 0, 0)]
+    code += [(at_least, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # the x32 numbers
+    for number in DENIED[arch]:
+        code += [(equal, 0, 1, number), (give, 0, 0, refuse)]
+    # libc falls back from clone3, whose flags a filter cannot see, to clone
+    code += [(equal, 0, 1, CLONE3), (give, 0, 0, unknown)]
+    code += [(equal, 0, 3, CLONE[arch]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD), (give, 0, 0, refuse)]
+    code += [(give, 0, 0, allow)]
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)), 16)
+    call("seccomp", libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0))
+
+
+def run(request: dict[str, Any], result: int) -> None:
+    """Limit this process, run the program in it, write the verdict, end."""
+    silence()
+    for name, value in request["limits"].items():
+        number = getattr(resource, name)
+        hard = resource.getrlimit(number)[1]
+        with contextlib.suppress(ValueError, OSError):  # macOS has no RLIMIT_AS worth the name
+            resource.setrlimit(number, (value, value) if hard < 0 else (min(value, hard),) * 2)
+    sys.path += request["sys_path"]
+    nonce, program = request["nonce"], request["program"]
+    request.clear()
+    os.write(result, STARTED)
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except BaseException as error:
+        line = getattr(error.__traceback__.tb_next if error.__traceback__ else None, "tb_lineno", None)
+        where = f" (line {line})" if line else ""
+        os.write(result, f"{type(error).__name__}: {str(error)[:300]}{where}".encode(errors="replace"))
+        os._exit(1)
+    os.write(result, nonce.encode())
+    os._exit(0)
+
+
+def silence() -> None:
+    """Nothing that the program prints or reads goes anywhere."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+
+
+def die_with_parent() -> None:
+    if sys.platform == "linux":
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    encoded = [value.encode() if value is not None else None for value in (source, target, kind, options)]
+    call(f"mount {target}", libc.mount(*encoded[:3], ctypes.c_ulong(flags), encoded[3]))
+
+
+def call(what: str, returned: int) -> None:
+    if returned != 0:
+        raise SetupError(f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def machine() -> str:
+    arch = platform.machine()
+    if arch not in DENIED:
+        raise SetupError(f"no list of system calls for {arch}")
+    return arch
+
+
+if __name__ == "__main__":
+    main()

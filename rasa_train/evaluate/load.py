@@ -1,0 +1,216 @@
+"""What is evaluated: a model, or a base with an adapter merged into it in memory; wrapped for lm-eval."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
+from ..errors import UserError
+from ..merge.bias import new_biases
+from ..merge.source import Source, find_adapter, open_source
+from ..model import ModelConfig, load_model, load_tokenizer
+from ..run_dir import RunDirectory
+from .suites import digest, needs_harness
+
+Backend = Literal["hf", "vllm"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to evaluate."""
+
+    name: str
+    """``model``, ``adapter`` or a checkpoint's name; its results are filed under it."""
+    path: str
+    """Adapter directory, model directory or hub id."""
+    results: Path
+    """Directory that its results go to."""
+    is_adapter: bool
+    step: int | None = None
+    """Optimizer steps, of a checkpoint."""
+    epoch: float | None = None
+
+
+def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) -> list[Subject]:
+    """What ``RUN_OR_MODEL`` means: a run (its adapter, or every checkpoint), an adapter directory, or a model.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    path = Path(target).expanduser()
+    run = next((p for p in (path, path.parent, path.parent.parent) if (p / "recipe.yaml").is_file()), None)
+    if all_checkpoints:
+        if run != path or not (found := sorted((path / "checkpoints").glob("step-*"))):
+            raise UserError(f"--all-checkpoints needs the directory of a run with checkpoints/step-*, got {target}")
+        return [_checkpoint(p, output or path / "evaluation", run) for p in found if (p / CONFIG).is_file()]
+    if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
+        return [Subject("model", str(path), output or path / "evaluation", False)]
+    if path.is_dir():
+        adapter = find_adapter(path)
+        results = output or (run or path) / "evaluation"
+        if (adapter / "trainer.json").is_file():
+            return [_checkpoint(adapter, results, run)]
+        return [Subject("adapter", str(adapter), results, True, *_last(run))]
+    if path.exists() or path.is_absolute() or target.startswith((".", "~")) or target.count("/") != 1:
+        raise UserError(
+            f"{target} is no run, adapter or model: give the output_dir of a run, an adapter or checkpoint directory, "
+            "a model directory, or a hub id (owner/name)"
+        )
+    return [Subject("model", target, output or Path("evaluation") / target.replace("/", "--"), False)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a subject is loaded, and what identifies it in results."""
+
+    subject: Subject
+    base: str | None = None
+    backend: Backend = "hf"
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def resolved_dtype(self) -> Literal["bfloat16", "float16", "float32"]:
+        """``auto`` is bf16 (the paper's), and fp32 on a CPU."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if torch.cuda.is_available() else "float32"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Read from small files: no weights."""
+        path = Path(self.subject.path)
+        if self.subject.is_adapter:
+            config = json.loads((path / CONFIG).read_text())
+            base = self.base or config.get("base_model", config.get("base_model_name_or_path"))
+            model = {"base": base, "adapter_sha256": _tensors_digest(path)}
+        else:
+            model = {"model": self.subject.path} | ({"files": _model_digest(path)} if path.is_dir() else {})
+        return {**model, "dtype": self.resolved_dtype, "backend": self.backend}
+
+
+def load_lm(plan: Plan) -> Any:
+    """lm-eval's model.
+
+    Raises:
+        UserError: it cannot be loaded, has no tokenizer, or the backend cannot take it.
+    """
+    needs_harness()
+    name, source = plan.subject.path, None
+    if plan.subject.is_adapter:
+        source = open_source(plan.subject.path, plan.base, None, weights=True)
+        name = str(source.directory)
+    config = ModelConfig(name=name, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
+    tokenizer = load_tokenizer(config)
+    if tokenizer is None:
+        raise UserError(
+            f"{name} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json), and prompts are text: copy that "
+            "of the model it was made from into the directory"
+        )
+    if plan.backend == "vllm":
+        if source is not None:
+            raise UserError("--backend vllm reads merged models only: rasa-merge first, or --backend hf")
+        return _vllm(plan)
+    model = load_model(config)
+    if source is not None:
+        merge_in_memory(model, source)
+    return wrap(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+
+def wrap(model: nn.Module, tokenizer: Any) -> Any:
+    """lm-eval's model ``hf`` around one in memory. Prompts carry their own bos."""
+    needs_harness()
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", add_bos_token=False, batch_size=1)
+
+
+@torch.no_grad()
+def merge_in_memory(model: PreTrainedModel, source: Source) -> None:
+    """Fold an adapter into the weights of a loaded base: W <- round(W + dW), computed in fp32.
+
+    Raises:
+        UserError: the adapter adds biases that the model has not; merged on disk it can be evaluated.
+    """
+    if new_biases(source).tensors:
+        raise UserError(f"{source.label} adds biases to the base: evaluate what rasa-merge writes")
+    parameters = dict(model.named_parameters())
+    for name, tensor in source.replaced.items():
+        parameters[name].copy_(tensor)
+    for site in source.sites:
+        adapter, weight = source.adapters[site.path], parameters[site.weight]
+        rows = weight
+        if site.rows is not None:
+            rows = weight[..., slice(*site.rows)] if site.transposed else weight[..., slice(*site.rows), :]
+        W = (rows.mT if site.transposed else rows).float()
+        merged = W + adapter.delta(W if adapter.needs_weight else None)
+        rows.copy_(merged.mT if site.transposed else merged)
+        if site.bias and (bias := adapter.delta_bias()) is not None:
+            parameters[f"{site.path}.bias"].add_(bias)
+
+
+def _vllm(plan: Plan) -> Any:
+    if find_spec("vllm") is None:
+        raise UserError("--backend vllm needs vLLM: pip install vllm")
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(
+        pretrained=plan.subject.path,
+        dtype=plan.resolved_dtype,
+        add_bos_token=False,
+        batch_size="auto",
+        trust_remote_code=plan.trust_remote_code,
+    )
+
+
+def _checkpoint(path: Path, results: Path, run: Path | None) -> Subject:
+    try:
+        step = int(json.loads((path / "trainer.json").read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{path} is no checkpoint: it has no readable trainer.json") from None
+    return Subject(path.name, str(path), results, True, step, _epoch(run, step))
+
+
+def _last(run: Path | None) -> tuple[int | None, float | None]:
+    if run is None or not (summary := RunDirectory(run).summary).is_file():
+        return None, None
+    facts = json.loads(summary.read_text())
+    return facts.get("steps"), facts.get("epochs")
+
+
+def _epoch(run: Path | None, step: int) -> float | None:
+    """Of a step, as the run's metrics have it."""
+    if run is None or not (metrics := RunDirectory(run).metrics).is_file():
+        return None
+    for line in metrics.read_text().splitlines():
+        row = json.loads(line)
+        if row.get("step") == step:
+            return float(row["epoch"])
+    return None
+
+
+def _tensors_digest(directory: Path) -> str:
+    name = TENSORS if (directory / TENSORS).is_file() else PEFT_TENSORS
+    with (directory / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _model_digest(directory: Path) -> str:
+    """Of the configuration, and of name, size and time of each weight file: to read all weights of a large model twice
+    would cost minutes."""
+    parts: list[Any] = [(directory / "config.json").read_text()]
+    for path in sorted(directory.glob("*.safetensors")):
+        stat = path.stat()
+        parts.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return digest(parts)

@@ -1,0 +1,227 @@
+"""The questions: rows of the published files, local or from the hub, in one shape a suite."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from ..data.sources import HubSource, find_source
+from ..demo.problems import held_out
+from ..errors import UserError
+from .answers import boxed_answer, gsm8k_answer, marked_answer
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a suite's rows are published, and what its files are called."""
+
+    hub: tuple[tuple[str, str | None], ...]
+    """Hub ids and subsets, which together are the set; split ``test``."""
+    files: tuple[str, ...]
+    """Patterns of files below ``--data DIR``, the best first."""
+
+
+ORIGINS = {
+    "math": Origin(
+        tuple(
+            ("EleutherAI/hendrycks_math", subject)
+            for subject in (
+                "algebra",
+                "counting_and_probability",
+                "geometry",
+                "intermediate_algebra",
+                "number_theory",
+                "prealgebra",
+                "precalculus",
+            )
+        ),
+        ("*math*test*.json*", "math/*test*.json*", "math/*.json*", "MATH/*.json*", "*math*.json*", "test.json*"),
+    ),
+    "gsm8k": Origin(
+        (("openai/gsm8k", "main"),),
+        ("*gsm8k*test*.json*", "gsm8k/*test*.json*", "gsm8k/*.json*", "*gsm8k*.json*", "test.json*", "train.json*"),
+    ),
+    "code": Origin(
+        (("evalplus/humanevalplus", None),),
+        (
+            "*HumanEvalPlus-OriginFmt*",
+            "humaneval/HumanEvalPlus-OriginFmt*",
+            "*HumanEvalPlus*",
+            "humaneval/HumanEvalPlus*",
+            "*HumanEval*",
+            "humaneval/HumanEval*",
+        ),
+    ),
+}
+INSTRUCTIONS = ("bigcode/humanevalpack", "python")
+"""Whose ``instruction`` field the paper's prompt quotes."""
+
+
+def load(suite: str, data: str | None) -> list[Row]:
+    """The rows of ``math``, ``gsm8k`` or ``code``.
+
+    Args:
+        data: a file or directory in the published format, or ``demo`` for the word problems of this package; None
+            for the hub.
+    Returns:
+        mathematics: ``problem``, ``gold`` and what else the row has; code: ``task_id``, ``prompt``,
+        ``entry_point``, ``test`` (a program that defines ``check``), ``instruction``.
+    Raises:
+        UserError: the rows are not there, or are of another set.
+    """
+    rows = [(code_problem if suite == "code" else math_problem)(row, where) for where, row in _raw(suite, data)]
+    if suite == "code" and data is None:
+        described = {f"HumanEval/{row['task_id'].partition('/')[2]}": row for row in _hub("code", (INSTRUCTIONS,))}
+        for row in rows:
+            row["instruction"] = described[row["task_id"]]["instruction"]
+    if not rows:
+        raise UserError(f"--data: {data} has no rows")
+    return rows
+
+
+def find_file(suite: str, data: str, patterns: Iterable[str]) -> Path:
+    """The file that ``--data`` means for a suite."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        for pattern in patterns:
+            if found := sorted(p for p in path.glob(pattern) if p.is_file()):
+                return found[0]
+        raise UserError(f"--data: {data} has no file for suite {suite}; looked for {', '.join(patterns)}")
+    if not path.is_file():
+        raise UserError(f"--data: {data} does not exist")
+    return path
+
+
+def math_problem(row: Row, where: str = "row") -> Row:
+    """A row of MATH, GSM8K or MetaMathQA: ``problem`` and ``gold`` beside what it has."""
+    problem = next((row[key] for key in ("problem", "question", "query") if isinstance(row.get(key), str)), None)
+    answer, solution = row.get("answer"), row.get("solution", row.get("response"))
+    gold = None
+    if isinstance(solution, str):
+        gold = boxed_answer(solution) or marked_answer(solution)
+    if gold is None and isinstance(answer, str | int | float):
+        text = str(answer)
+        gold = gsm8k_answer(text) or boxed_answer(text) or text.strip()
+    if problem is None or not gold:
+        raise UserError(
+            f"{where}: a mathematics problem has `problem` (or `question`, `query`) and `solution` with a boxed "
+            f"answer or `answer`; got {', '.join(row)}"
+        )
+    return {**row, "problem": problem, "gold": gold}
+
+
+def code_problem(row: Row, where: str = "row") -> Row:
+    """A row of HumanEval or HumanEval+ (either format), with one ``test`` program."""
+    if missing := [key for key in ("task_id", "prompt", "entry_point", "test") if not isinstance(row.get(key), str)]:
+        raise UserError(f"{where}: a row of HumanEval has task_id, prompt, entry_point and test; no {missing[0]} here")
+    keys = ("task_id", "prompt", "entry_point", "canonical_solution", "instruction")
+    problem = {key: row[key] for key in keys if key in row}
+    problem["test"] = _test_of_inputs(row) if "plus_input" in row else corrected(row["task_id"], row["test"])
+    problem.setdefault("instruction", instruction(row["prompt"], row["entry_point"]))
+    return problem
+
+
+def program(problem: Row, candidate: str) -> str:
+    """What is run: the candidate, the tests, and the call that applies them. No imports are added."""
+    return f"{candidate}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+
+
+def code_candidate(problem: Row, completion: str) -> str:
+    """The program that a completion of the paper's prompt makes. Its first line goes on from the prompt's last; it
+    ends before the first line after that which is neither empty nor indented."""
+    lines = completion.split("\n")
+    kept = [lines[0], *takewhile(lambda line: not line.strip() or line[0] in " \t", lines[1:])]
+    return str(problem["prompt"]).rstrip() + "\n".join(kept)
+
+
+def instruction(prompt: str, entry_point: str) -> str:
+    """HumanEvalPack's wording, from the prompt: the signature, then the docstring without its indentation."""
+    try:
+        nodes = [node for node in ast.parse(f"{prompt.rstrip()}\n    pass\n").body if isinstance(node, ast.FunctionDef)]
+        function = next(node for node in nodes if node.name == entry_point)
+    except (SyntaxError, StopIteration):
+        return prompt.strip()
+    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    signature = f"{entry_point}({ast.unparse(function.args)}){returns}"
+    described = ast.get_docstring(function) or ""
+    return f"Write a Python function `{signature}` to solve the following problem:\n{described}"
+
+
+def corrected(task_id: str, test: str) -> str:
+    """HumanEval+ v0.1.10 as one program has one test that nothing can pass: HumanEval/32 evaluates the polynomial with
+    its arguments swapped, and without an absolute value. What is meant: p(candidate(p)) is 0 up to 1e-4."""
+    if task_id != "HumanEval/32":
+        return test
+    return test.replace("_poly(*candidate(*inp), inp) <=", "abs(_poly(*inp, candidate(*inp))) <=")
+
+
+def _test_of_inputs(row: Row) -> str:
+    """``check`` over base and plus inputs, compared with the canonical solution as EvalPlus does."""
+    inputs = [*_decoded(row["base_input"]), *_decoded(row["plus_input"])]
+    values = {
+        "_REFERENCE": row["prompt"] + row["canonical_solution"],
+        "_INPUTS": json.dumps(inputs),
+        "_ENTRY": row["entry_point"],
+        "_ATOL": float(row.get("atol") or 0),
+        "_ROOT": row["task_id"] == "HumanEval/32",
+    }
+    return "".join(f"{name} = {value!r}\n" for name, value in values.items()) + _COMPARE
+
+
+def _decoded(inputs: Any) -> list[Any]:
+    decoded: list[Any] = json.loads(inputs) if isinstance(inputs, str) else inputs
+    return decoded
+
+
+_COMPARE = """
+def _floats(x):
+    return isinstance(x, float) or (isinstance(x, (list, tuple)) and all(isinstance(i, float) for i in x))
+
+def _close(got, expected, atol):
+    if isinstance(expected, (list, tuple)):
+        return len(got) == len(expected) and all(_close(g, e, atol) for g, e in zip(got, expected))
+    return abs(got - expected) <= atol + 1e-7 * abs(expected)
+
+def check(candidate):
+    import copy, json
+    reference = {}
+    exec(_REFERENCE, reference)
+    for inputs in json.loads(_INPUTS):
+        if _ROOT:
+            assert abs(reference["poly"](*copy.deepcopy(inputs), candidate(*inputs))) <= _ATOL, inputs
+            continue
+        expected = reference[_ENTRY](*copy.deepcopy(inputs))
+        got = candidate(*copy.deepcopy(inputs))
+        if got == expected:
+            continue
+        atol = _ATOL or (1e-6 if _floats(expected) else 0)
+        assert atol and _close(got, expected, atol), inputs
+"""
+
+
+def _raw(suite: str, data: str | None) -> Iterable[tuple[str, Row]]:
+    if data == "demo" and suite != "code":
+        return ((f"demo problem {i + 1}", dict(row)) for i, row in enumerate(held_out()))
+    if data is not None:
+        source, _ = find_source(str(find_file(suite, data, ORIGINS[suite].files)))
+        return ((where, dict(row)) for where, row in source.rows())
+    return ((f"row {i + 1}", row) for i, row in enumerate(_hub(suite, ORIGINS[suite].hub)))
+
+
+def _hub(suite: str, sets: Iterable[tuple[str, str | None]]) -> list[Row]:
+    try:
+        return [dict(row) for name, subset in sets for _, row in HubSource(name, subset, "test", None).rows()]
+    except UserError as error:
+        names = ", ".join(sorted({name for name, _ in sets}))
+        raise UserError(
+            f"the questions of suite {suite} ({names}) are not here, and the hub cannot be reached or does not give "
+            "them. Load them once with a network (the same command), or give files in the published format: "
+            f"--data PATH, a file or a directory that has {' or '.join(ORIGINS[suite].files)}\n({error})"
+        ) from None

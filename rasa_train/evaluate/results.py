@@ -1,0 +1,69 @@
+"""Results on disk, and BEST and LAST of a run.
+
+    RUN/evaluation/SUITE/NAME.json            one result; NAME is ``adapter``, ``model`` or a checkpoint's name
+    RUN/evaluation/SUITE/NAME.samples.jsonl   the responses it was scored from
+    RUN/evaluation/best_last.json             of ``--all-checkpoints``
+
+A result has ``suite``, ``checkpoint`` (NAME), ``step`` and ``epoch`` (null where unknown), ``metrics`` (shares in
+[0, 1] by name; ``headline`` names the first), ``questions``, ``limit``, ``protocol`` (prompt, extractor, decoding,
+data), ``model``, ``versions``, ``seconds``, ``tokens_per_second``, and ``rows``, a verdict for each response.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..run_dir import write_json
+
+Result = dict[str, Any]
+
+
+def result_path(results: Path, suite: str, name: str) -> Path:
+    return results / suite / f"{name}.json"
+
+
+def sample_path(results: Path, suite: str, name: str) -> Path:
+    return results / suite / f"{name}.samples.jsonl"
+
+
+def write_result(results: Path, result: Result) -> None:
+    path = result_path(results, result["suite"], result["checkpoint"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+
+
+def finished(results: Path, suite: str, name: str, limit: int | None, depends_on: dict[str, Any]) -> Result | None:
+    """The result that is there, if it is of this protocol, model and limit."""
+    path = result_path(results, suite, name)
+    if not path.is_file():
+        return None
+    try:
+        result: Result = json.loads(path.read_text())
+        same = {"protocol": result["protocol"], "model": result["model"]}
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is no result of this command; remove it, or give another --output") from None
+    return result if result.get("limit") == limit and same == json.loads(json.dumps(depends_on)) else None
+
+
+def best_last(results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By suite and metric: ``best`` and ``last`` over the checkpoints, with their names and epochs. BEST is taken for
+    each metric on its own, as in the paper's tables, on the test set itself: an optimistic bound."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for suite in dict.fromkeys(result["suite"] for result in results):
+        own = sorted((r for r in results if r["suite"] == suite), key=lambda r: r["step"] or 0)
+        last = own[-1]
+        for metric in last["metrics"]:
+            best = max(own, key=lambda r: r["metrics"][metric])  # the earliest of equals
+            table.setdefault(suite, {})[metric] = {
+                "best": best["metrics"][metric],
+                "best_checkpoint": best["checkpoint"],
+                "best_epoch": best["epoch"],
+                "last": last["metrics"][metric],
+                "last_checkpoint": last["checkpoint"],
+                "last_epoch": last["epoch"],
+            }
+    return table

@@ -1,0 +1,202 @@
+"""Evaluate one model on suites, top to bottom: what is done already is read, the rest made, scored and written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..run_dir import write_json
+from ..stop import StopSignal
+from . import forgetting, results
+from .answers import needs_math
+from .generate import Progress, Report, SampleFile, generate
+from .load import Backend, Dtype, Plan, Subject, load_lm
+from .problems import code_candidate, program
+from .results import Result
+from .sandbox import Sandbox
+from .score import code_metrics, math_metrics, score_code, score_math
+from .suites import HEADLINE, Suite, load_suite, versions
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate; the command's options."""
+
+    suites: tuple[str, ...]
+    data: str | None = None
+    limit: int | None = None
+    """Questions of each suite (of each task, for forgetting)."""
+    base: str | None = None
+    backend: Backend = "hf"
+    dtype: Dtype = "auto"
+    batch_tokens: int | None = None
+    """Prompt and response tokens in memory at a time; None: 65,536 on a GPU, 16,384 on a CPU."""
+    fresh: bool = False
+    allow_unsandboxed: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_tokens or (65_536 if torch.cuda.is_available() else 16_384)
+
+
+Say = Callable[[str], None]
+Reports = Callable[[str], Report]
+"""From a title to what is told of the progress under it."""
+
+
+class Evaluation:
+    """Suites loaded once, applied to one subject after another.
+
+    Raises:
+        UserError: questions are missing, the sandbox does not work here, or a package is not installed: before any
+            model is loaded.
+    """
+
+    def __init__(self, options: Options, say: Say, reports: Reports, stop: StopSignal | None = None) -> None:
+        self.options, self.say, self.reports, self.stop = options, say, reports, stop
+        if {"math", "gsm8k"} & set(options.suites):
+            needs_math()
+        if "code" in options.suites:
+            self.sandbox = Sandbox(isolated=not options.allow_unsandboxed)
+        generative = [name for name in options.suites if name != "forgetting"]
+        self.suites = {name: load_suite(name, options.data) for name in generative}
+        if "forgetting" in options.suites:
+            self.tasks = forgetting.load_tasks(options.data)
+
+    def evaluate(self, subject: Subject) -> list[Result]:
+        """The results of one subject, written as they come."""
+        model = _Lazy(subject, self.options, self.say)
+        return [self._one(subject, model, name) for name in self.options.suites]
+
+    def _one(self, subject: Subject, model: _Lazy, name: str) -> Result:
+        options = self.options
+        protocol = self.protocol(name)
+        depends_on = {"protocol": protocol, "model": model.plan.identity}
+        done = results.finished(subject.results, name, subject.name, options.limit, depends_on)
+        if done and not options.fresh:
+            self.say(f"{subject.name}: {name} is done; --fresh does it again")
+            return done
+        started = time.perf_counter()
+        self.say(f"{subject.name}: {name}")
+        path = results.sample_path(subject.results, name, subject.name)
+        rows: list[dict[str, Any]]
+        speed: float | None
+        if name == "forgetting":
+            cache = path.with_suffix(".cache")
+            samples = SampleFile(path, depends_on, fresh=options.fresh)  # its header guards the cache
+            if options.fresh or not samples.continued:
+                for stale in path.parent.glob(f"{cache.name}*"):
+                    stale.unlink()
+            rows, metrics, speed = [], self.forgetting(model.lm, cache), None
+            questions = sum(min(options.limit or n, n) for n in (t["questions"] for t in protocol.values()))
+        else:
+            samples = SampleFile(path, depends_on, fresh=options.fresh)
+            rows, metrics, speed = self.answer(lambda: model.lm, self.suites[name], samples)
+            questions = len(self.suites[name].questions[: options.limit])
+        result = {
+            "suite": name,
+            "checkpoint": subject.name,
+            "step": subject.step,
+            "epoch": subject.epoch,
+            "headline": next((m for m in (HEADLINE[name],) if m in metrics), None),
+            "metrics": metrics,
+            "questions": questions,
+            "limit": options.limit,
+            "seconds": round(time.perf_counter() - started, 1),
+            "tokens_per_second": speed,
+            **depends_on,
+            "versions": versions(),
+            "rows": rows,
+        }
+        results.write_result(subject.results, result)
+        return result
+
+    def protocol(self, name: str) -> dict[str, Any]:
+        if name == "forgetting":
+            return forgetting.protocol(self.tasks)
+        return self.suites[name].protocol()
+
+    def answer(
+        self, lm: Callable[[], Any], suite: Suite, samples: SampleFile
+    ) -> tuple[list[dict[str, Any]], dict[str, float], float | None]:
+        """Verdicts, metrics, and tokens per second of what was made now."""
+        questions = suite.questions[: self.options.limit]
+        progress = Progress(0)
+
+        def remember(latest: Progress) -> None:
+            nonlocal progress
+            progress = latest
+            shown(latest)
+
+        shown = self.reports(f"answering {suite.name}")
+        responses = generate(
+            lm(),
+            suite,
+            questions,
+            samples,
+            batch_tokens=self.options.tokens,
+            report=remember,
+            stop=self.stop,
+        )
+        rows, metrics = score(suite, responses, self.sandbox if suite.name == "code" else None, self.reports)
+        return rows, metrics, round(progress.tokens_per_second, 1) if progress.fresh else None
+
+    def forgetting(self, lm: Any, cache: Path | None) -> dict[str, float]:
+        """Metrics of the three tasks; ``cache`` keeps likelihoods."""
+        batch = max(self.options.tokens // 512, 1)
+        return forgetting.evaluate(
+            lm, self.tasks, limit=self.options.limit, batch_size=batch, cache=cache, say=self.say
+        )
+
+
+def score(
+    suite: Suite, responses: Sequence[Sequence[str]], sandbox: Sandbox | None, reports: Reports
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Verdicts and metrics of the responses to the first ``len(responses)`` questions of a suite."""
+    shown = reports(f"scoring {suite.name}")
+    progress = Progress(sum(map(len, responses)))
+
+    def tick(done: int, total: int) -> None:
+        progress.done = progress.fresh = done
+        shown(progress)
+
+    asked = list(zip(suite.questions, responses, strict=False))
+    if suite.name == "code":
+        assert sandbox is not None
+        programs = [
+            (q.row["task_id"], program(q.row, code_candidate(q.row, text))) for q, texts in asked for text in texts
+        ]
+        rows = score_code(programs, sandbox, tick=tick)
+        return rows, code_metrics(rows)
+    rows = score_math([q.row for q, _ in asked], [texts[0] for _, texts in asked], tick)
+    return rows, math_metrics(rows)
+
+
+class _Lazy:
+    """The model of a subject, loaded when something is still to be computed."""
+
+    def __init__(self, subject: Subject, options: Options, say: Say) -> None:
+        self.plan = Plan(subject, options.base, options.backend, options.dtype, options.trust_remote_code)
+        self.say = say
+
+    @cached_property
+    def lm(self) -> Any:
+        self.say(f"loading {self.plan.subject.path}")
+        return load_lm(self.plan)
+
+
+def evaluate_all(subjects: Sequence[Subject], evaluation: Evaluation) -> tuple[list[Result], dict[str, Any] | None]:
+    """Every subject's results, and BEST and LAST when there are several (checkpoints of one run)."""
+    found = [result for subject in subjects for result in evaluation.evaluate(subject)]
+    if len(subjects) < 2:
+        return found, None
+    table = results.best_last(found)
+    write_json(subjects[0].results / "best_last.json", table)
+    return found, table

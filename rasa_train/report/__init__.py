@@ -1,0 +1,1 @@
+"""Runs compared: tables, curves, and one HTML page that needs nothing else."""

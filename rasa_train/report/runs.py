@@ -1,0 +1,267 @@
+"""Run directories as they are found: finished, under way, or broken. What cannot be read is said, never raised."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from ..adapters.saved import CONFIG, read_adapter
+from ..analysis.mixing import mixing_weights
+from ..errors import UserError
+from ..merge import find_adapter
+from ..run_dir import RunDirectory
+
+RECENT = 10
+"""Steps over which the loss at the end of a run is averaged: that of one batch says little."""
+PARTS = ("recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "checkpoints", "evaluation")
+"""What makes a directory a run, complete or not."""
+LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number that a model of a run got."""
+
+    suite: str
+    metric: str
+    value: float
+    step: float | None
+    epoch: float | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.suite} {self.metric}".strip()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as far as it can be read."""
+
+    name: str
+    path: Path
+    recipe: dict[str, Any]
+    """Flat: ``{"adapter.r": 8, ...}``; empty when there is none."""
+    metrics: list[dict[str, Any]]
+    """Lines of ``metrics.jsonl`` by step: the finite numbers in them, and ``eval_*``."""
+    summary: dict[str, Any]
+    """Empty until the run is complete."""
+    scores: list[Score]
+    """By step; those of the finished adapter last."""
+    mixing: dict[str, Tensor]
+    """|d| of the shared ranks by kind (layers, pool ranks); empty for other methods than RaSA."""
+    problems: list[str] = field(default_factory=list)
+    """What is missing or damaged, a sentence each."""
+
+    @property
+    def state(self) -> str:
+        """``complete``, ``step 40 of 188``, ``not started``."""
+        if self.summary:
+            return "complete"
+        if not self.metrics:
+            return "no steps yet"
+        total = self.total_steps
+        return f"step {self.metrics[-1]['step']}" + (f" of {total}" if total else "")
+
+    @property
+    def total_steps(self) -> int | None:
+        known = self.fact("steps") or number(self.recipe.get("training.max_steps"))
+        if known:
+            return int(known)
+        last = self.metrics[-1] if self.metrics else {}
+        epochs, epoch = number(self.recipe.get("training.epochs")), last.get("epoch")
+        return round(last["step"] / epoch * epochs) if epochs and epoch else None
+
+    def fact(self, key: str) -> float | None:
+        """A number of the summary."""
+        return number(self.summary.get(key))
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss of the last steps; the summary's when there are no lines."""
+        losses = [row["loss"] for row in self.metrics[-RECENT:] if "loss" in row]
+        return sum(losses) / len(losses) if losses else self.fact("loss")
+
+    def total(self, key: str) -> float | None:
+        """Sum of a column of the metrics; the summary's value when there are no lines."""
+        values = [row[key] for row in self.metrics if key in row]
+        return sum(values) if values else self.fact(key)
+
+    def best_and_last(self) -> dict[str, tuple[float, float]]:
+        """(BEST over the checkpoints, LAST) of each score."""
+        found: dict[str, list[float]] = {}
+        for score in self.scores:
+            found.setdefault(score.key, []).append(score.value)
+        return {key: (min(v) if lower_is_better(key) else max(v), v[-1]) for key, v in found.items()}
+
+
+def number(value: Any) -> float | None:
+    """``value`` if it is a finite number: files may hold anything."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if numeric else None
+
+
+def lower_is_better(name: str) -> bool:
+    return any(word in name.lower() for word in LOWER_IS_BETTER)
+
+
+def headlines(runs: Iterable[Run]) -> list[str]:
+    """The first score of each suite: what tables show. The others are only drawn."""
+    first: dict[str, str] = {}
+    for score in (score for run in runs for score in run.scores):
+        first.setdefault(score.suite, score.key)
+    return list(first.values())
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Each path that is a run, and the runs directly below each that is none (a sweep's ``output_dir``).
+
+    Raises:
+        UserError: a path that does not exist, or that neither is nor holds a run.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no run: there is no such directory")
+        inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]
+        if not _is_run(path) and not inside:
+            raise UserError(f"{path} is no run and holds none: a run directory has one of {', '.join(PARTS)}")
+        found += [path] if _is_run(path) else []
+        found += [child for child in inside if child.name not in PARTS]
+    return list(dict.fromkeys(found))
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """All runs, named by what tells their paths apart."""
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def read_run(path: Path, name: str) -> Run:
+    directory, problems = RunDirectory(path), list[str]()
+    recipe = flatten(_mapping(directory.recipe, problems, "what was trained is not known"))
+    metrics = _metrics(directory.metrics, problems)
+    summary = _mapping(directory.summary, [] if not directory.summary.exists() else problems, "")
+    if not summary:
+        problems.append("no summary.json: the run is not complete")
+    mixing, config = _adapter(path, problems)
+    recipe = recipe or {f"adapter.{key}": value for key, value in flatten(config).items()}
+    run = Run(name, path, recipe, metrics, summary, _scores(path, metrics, problems), mixing, problems)
+    if run.metrics and [row["step"] for row in metrics] != list(range(1, len(metrics) + 1)):
+        problems.append("metrics.jsonl lacks steps")
+    return run
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"adapter": {"r": 8}}`` -> ``{"adapter.r": 8}``."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = [flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / part).exists() for part in (*PARTS, CONFIG))
+
+
+def _natural(path: Path) -> list[tuple[bool, float, str]]:
+    """Order of names with numbers in them: ``r=8`` before ``r=16``."""
+    words: list[tuple[bool, float, str]] = []
+    for part in path.name.replace("=", " = ").replace(",", " , ").split():
+        try:
+            words.append((False, float(part), ""))
+        except ValueError:
+            words.append((True, 0.0, part))
+    return words
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
+    """A YAML or JSON file with a mapping; {} and a problem when it is none."""
+    because = f": {consequence}" if consequence else ""
+    try:
+        text = path.read_text()
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing{because}")
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"{path.name} cannot be read ({' '.join(str(error).split())[:120]}){because}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds no mapping{because}")
+        return {}
+    return value
+
+
+def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        problems.append("metrics.jsonl is missing: there are no curves")
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    damaged = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            row = {key: v for key, v in row.items() if number(v) is not None or key.startswith("eval_")}
+            rows[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError, AttributeError):
+            damaged += 1
+    if damaged:
+        problems.append(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+    if not rows:
+        problems.append("metrics.jsonl has no steps yet")
+    return [rows[step] for step in sorted(rows)]
+
+
+def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Mixing weights and configuration of the final adapter or the newest checkpoint."""
+    try:
+        saved = read_adapter(find_adapter(path))
+    except UserError as error:
+        problems.append(str(error).removeprefix(f"{path} ").replace(f"{path}/", ""))
+        return {}, {}
+    return mixing_weights(saved.tensors), saved.method.model_dump()
+
+
+def _scores(path: Path, metrics: list[dict[str, Any]], problems: list[str]) -> list[Score]:
+    found: list[tuple[float, Score]] = []
+    for row in metrics:
+        for key, value in row.items():
+            if key.startswith("eval_"):
+                found += [(row["step"], s) for s in _numbers(key.removeprefix("eval_"), value, row)]
+    for file in sorted((path / "evaluation").glob("*/*.json")):
+        result = _mapping(file, problems, f"of the evaluation {file.parent.name}")
+        step = number(result.get("step"))
+        # what has no step is the finished adapter: it comes last
+        order = math.inf if file.stem == "adapter" or step is None else step
+        if not isinstance(result.get("metrics"), dict):
+            problems += [f"evaluation/{file.parent.name}/{file.name} has no metrics"] if result else []
+            continue
+        suite = str(result.get("suite") or file.parent.name)
+        found += [(order, score) for score in _numbers(suite, result["metrics"], result)]
+    return [score for _, score in sorted(found, key=lambda item: item[0])]
+
+
+def _numbers(suite: str, value: Any, where: dict[str, Any]) -> Iterable[Score]:
+    step, epoch = number(where.get("step")), number(where.get("epoch"))
+    for metric, got in (value if isinstance(value, dict) else {"": value}).items():
+        found = number(got)
+        if found is not None and not any(word in str(metric) for word in ("stderr", "seconds", "count")):
+            yield Score(suite, str(metric), found, step, epoch)

@@ -1,0 +1,71 @@
+"""What two workers hold while a base is read, divided and saved under full fine-tuning, in bytes of this process.
+
+    torchrun --standalone --nproc_per_node=2 -m tests.distributed.memory RECIPE.json
+
+Writes ``memory-<rank>.json`` to the output_dir: the most that was held, above what was held before, by phase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rasa_train import group
+from rasa_train.adapters.inject import saved_tensors
+from rasa_train.checkpoint import Progress
+from rasa_train.distributed import make_engine
+from rasa_train.optim import make_optimizer
+from rasa_train.recipe.schema import Recipe
+from rasa_train.run_dir import RunDirectory
+from rasa_train.train import batch_of, build, save_checkpoint, token_losses
+
+torch.set_num_threads(1)
+
+
+def held(field: str) -> int:
+    """``VmRSS`` now, or ``VmHWM``: the most since the last ``forget``."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
+
+
+@contextmanager
+def growth(found: dict[str, int], phase: str) -> Iterator[None]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = held("VmRSS")
+    yield
+    found[phase] = held("VmHWM") - before
+
+
+def main(recipe: Recipe) -> None:
+    directory, found = RunDirectory(recipe.output_dir), {}
+    accelerator = group.start(recipe.distributed.timeout_seconds)
+    if accelerator.is_main_process:
+        directory.create()
+    engine = make_engine(recipe.distributed, accelerator, 1.0)
+    with growth(found, "load"):
+        model, _ = build(recipe, engine)
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
+        engine.prepare(model, partial(make_optimizer, recipe.training.optimizer))
+    with engine.synchronizing(True):
+        loss = token_losses(engine.model, {**batch_of([], [], accelerator.device), "labels": torch.ones(1, 8).long()})
+        engine.backward(loss, last=True)
+    engine.step()
+    engine.zero_grad()
+    with growth(found, "save"):
+        save_checkpoint(engine, directory, recipe, model, shapes, "data", Progress(step=1))
+    (directory.path / f"memory-{group.rank()}.json").write_text(json.dumps(found))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Recipe.model_validate(json.loads(Path(sys.argv[1]).read_text())))
+    os._exit(0)

@@ -1,0 +1,37 @@
+"""Optimizers, against other implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lion_pytorch import Lion as Oracle
+from torch import nn
+
+from rasa_train.optim import LionW, make_optimizer, set_lr
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_is_lion_pytorch_to_the_bit(weight_decay: float) -> None:
+    """130 tensors (several rounds), one of which never has a gradient, over 20 steps of a moving learning rate."""
+    torch.manual_seed(0)
+    shapes = [(1 + i % 7, 3) for i in range(128)] + [(40, 50), ()]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    config = LionW(lr=1e-2, betas=(0.9, 0.95), weight_decay=weight_decay)
+    a = make_optimizer(config, ours)
+    b = Oracle(theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=weight_decay, decoupled_weight_decay=True)
+    for step in range(20):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            if i != 3:
+                p.grad = torch.randn_like(p) * (step % 3)  # all zero at times: a sign of 0
+                q.grad = p.grad.clone()
+        for optimizer in (a, b):
+            set_lr(optimizer, 1e-2 * (1 - step / 25))
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert ours[3] not in a.state and len(a.state) == len(b.state) == 129
+    assert all(
+        torch.equal(a.state[p]["exp_avg"], b.state[q]["exp_avg"])
+        for p, q in zip(ours, theirs, strict=True)
+        if p is not ours[3]
+    )

@@ -1,0 +1,50 @@
+"""Tiny random models of many architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 61
+MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.3},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "attn_logit_softcapping": None},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "granite": {"logits_scaling": 3.0},
+    "mistral": {"sliding_window": 5},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**MOE, "head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Two layers, width 32, grouped queries where the architecture has them; fp32, without dropout."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} | {
+        name: 0.0 for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "residual_dropout")
+    }
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**sizes, **off, **OWN.get(kind, {})}), dtype=torch.float32
+    )
+    with torch.no_grad():  # as they are made, many hardly attend and have no biases
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
