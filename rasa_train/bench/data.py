@@ -75,7 +75,7 @@ def measure(tokenizer: str, rows: int = ROWS) -> dict[str, Any]:
 def write_rows(path: Path, rows: int) -> None:
     """``query`` and ``response`` of generated prose with numbers and sums, as long as MetaMathQA's; always the same."""
     rng = random.Random(0)
-    sentences = list(_sentences(rng, 20_000))
+    sentences = list(_sentences(rng, 5_000))
     with path.open("w") as file:
         for _ in range(rows):
             row = {"query": _text(rng, sentences, QUERY), "response": _text(rng, sentences, RESPONSE)}

@@ -65,7 +65,7 @@ def bench(
 ) -> None:
     """Measure what adapters cost, engine beside engine on the same model and tokens.
 
-    rasa-bench                         # a CPU, about three minutes
+    rasa-bench                         # a CPU, about two minutes of CPU time
 
     rasa-bench --workload long         # a GPU: Llama-3.1-8B with random weights
 

@@ -81,18 +81,18 @@ def test_engines_take_turns() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_process_of_its_own() -> None:
     mib = 2**20
-    grown = peak_in_own_process(lambda: bytearray(64 * mib))
+    grown = peak_in_own_process(lambda: b"x" * (64 * mib))
     assert grown is not None and 64 * mib <= grown < 80 * mib
     assert peak_in_own_process(lambda: sys.exit(1)) is None
 
 
 def test_rows_are_of_metamathqas_length(tmp_path: Path) -> None:
-    data.write_rows(tmp_path / "a.jsonl", 2000)
-    data.write_rows(tmp_path / "b.jsonl", 2000)
+    data.write_rows(tmp_path / "a.jsonl", 500)
+    data.write_rows(tmp_path / "b.jsonl", 500)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert np.mean([len(row["query"]) for row in rows]) == pytest.approx(data.QUERY, rel=0.05)
-    assert np.mean([len(row["response"]) for row in rows]) == pytest.approx(data.RESPONSE, rel=0.05)
+    assert np.mean([len(row["query"]) for row in rows]) == pytest.approx(data.QUERY, rel=0.1)
+    assert np.mean([len(row["response"]) for row in rows]) == pytest.approx(data.RESPONSE, rel=0.1)
 
 
 @pytest.mark.slow
