@@ -124,6 +124,12 @@ def normalize(answer: str) -> str:
     return digits if digits.isdigit() else answer
 
 
+def _base(answer: str) -> str | None:
+    """``6`` of ``2112_6``."""
+    found = re.search(r"\d_\{?(\d+)\}?$", answer.strip().strip("$"))
+    return found[1] if found else None
+
+
 class Checker:
     """Compares answers in processes of its own; use it as a context.
 
@@ -160,7 +166,9 @@ class Checker:
         comparer = self._idle.pop() if self._idle else _Comparer(self.seconds)
         strict = comparer.ask("math_sympy", gold, marked) if marked else False
         string = normalize(gold) == normalize(given)
-        robust = string or comparer.ask("math_verify", gold, given)
+        # math-verify drops the base of a number
+        other_base = (b := _base(gold)) and (c := _base(given)) and b != c
+        robust = string or (not other_base and comparer.ask("math_verify", gold, given))
         self._idle.append(comparer)
         late = strict is None or robust is None
         reason = "" if robust else "time limit" if late else "different"

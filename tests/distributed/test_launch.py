@@ -101,8 +101,8 @@ def test_a_worker_that_hangs_is_named(rank: int, home: Path) -> None:
     reach(process, home / f"hangs{rank}", 3)
     os.kill(workers_of(process)[rank], signal.SIGSTOP)
     began = time.monotonic()
-    stdout, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - began < 30
+    stdout, stderr = process.communicate(timeout=120)
+    assert time.monotonic() - began < 60
     assert process.returncode == 1 and stdout == ""
     assert f"worker {rank} (" in stderr and "did not answer (distributed.timeout_seconds=5)" in stderr, stderr
     assert f"worker {1 - rank} (" not in stderr.partition("did not answer")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ DIFFERENT = [
     ("x+1", "x-1"), ("5", "5i"),
     ("(1,2)", "[1,2]"), ("[1,2)", "(1,2]"), ("(1,2)", "(2,1)"), ("(3,4)", "(3,5)"), ("3,4", "3,5"), ("3", "3,4"),
     ("\\{1,2\\}", "\\{1,3\\}"), ("(1,2)\\cup(3,4)", "(1,4)"), ("(-\\infty,3]", "(-\\infty,3)"), ("x<5", "x>5"),
-    ("\\text{Evelyn}", "Evan"), ("\\text{(A)}", "B"), ("1000", "1,001"), ("0", "\\emptyset"),
+    ("\\text{Evelyn}", "Evan"), ("\\text{(A)}", "B"), ("1000", "1,001"), ("0", "\\emptyset"), ("2112_6", "2112_7"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"),
     ("5", "__import__('os').system('touch pwned')"), ("5", "\\frac{1}{"), ("5", "}{"),
 ]  # fmt: skip
@@ -125,6 +126,15 @@ def test_minervas_normalisation() -> None:
     assert {text: normalize(text) for text in cases} == cases
 
 
+def perturb(answer: str) -> str:
+    """Another answer of the same form: its first digit is one more."""
+    digits = [match.start() for match in re.finditer(r"\d", answer)]
+    if not digits:
+        return "\\text{none}" if "text" in answer else f"{answer}+1"
+    at = digits[0]
+    return f"{answer[:at]}{(int(answer[at]) + 1) % 10}{answer[at + 1 :]}"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not MATH.exists(), reason="no MATH here")
 def test_reference_solutions_and_perturbed_ones_and_lm_eval() -> None:
@@ -134,7 +144,7 @@ def test_reference_solutions_and_perturbed_ones_and_lm_eval() -> None:
     solutions = [json.loads(line)["solution"] for line in MATH.read_text().splitlines()][::10]
     golds = [boxed_answer(solution) or "" for solution in solutions]
     assert all(golds)
-    perturbed = [f"{gold}+1" if gold.strip("-").isdigit() else f"\\frac{{{gold}}}{{7}}+1" for gold in golds]
+    perturbed = [perturb(gold) for gold in golds]
     others = golds[1:] + golds[:1]
     with Checker() as checker:
         assert all(
