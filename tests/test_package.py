@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
 LAYERS = [
     ["cli"],
     ["demo"],
-    ["report", "check", "sweep"],
+    ["report", "check", "sweep", "bench"],
     ["analysis"],
     ["launch"],
     ["worker"],

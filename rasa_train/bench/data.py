@@ -1,0 +1,145 @@
+"""The data side: how fast a set of MetaMathQA's size becomes tokens, and how soon training starts the second time."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ..data.config import DataConfig
+from ..data.prepare import prepare
+from ..errors import UserError
+from ..model import ModelConfig, load_tokenizer
+
+ROWS = 395_000
+"""Of MetaMathQA."""
+QUERY, RESPONSE = 175, 315
+"""Mean characters of the fields. With the alpaca template they are about 250 tokens, as MetaMathQA's are; invented
+words take more tokens than English ones, so there are fewer characters than in MetaMathQA."""
+SPREAD = 0.45
+"""Of the logarithm of the lengths."""
+
+
+def measure(tokenizer: str, rows: int = ROWS) -> dict[str, Any]:
+    """Write ``rows`` rows of text, tokenise and cache them, then start a training run that finds them.
+
+    Args:
+        tokenizer: hub id or directory of a tokenizer.
+    Returns:
+        What ``rasa-bench --data --json`` prints; seconds are of the clock, ``rows_per_second_and_core`` is of CPU time.
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    loaded = load_tokenizer(ModelConfig(name="demo", tokenizer=tokenizer))
+    if loaded is None:
+        raise UserError(f"--tokenizer: {tokenizer} has no tokenizer", key="--tokenizer")
+    with tempfile.TemporaryDirectory(prefix="rasa-bench-") as name:
+        directory = Path(name)
+        source, cache = directory / "rows.jsonl", directory / "cache"
+        _say(f"writing {rows:,} rows")
+        write_rows(source, rows)
+        _say("tokenising them")
+        started, cpu = time.perf_counter(), _cpu_seconds()
+        data = prepare(DataConfig(dataset=str(source), cache_dir=str(cache)), loaded)
+        seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+        stats, peak, worker_peak = data.stats, _peak(resource.RUSAGE_SELF), _peak(resource.RUSAGE_CHILDREN)
+        _say("starting a run on them")
+        first_step = _seconds_to_first_step(directory, source, cache, tokenizer, len(loaded))
+        return {
+            "rows": rows,
+            "bytes": source.stat().st_size,
+            "tokens": stats.tokens,
+            "mean_length": stats.tokens / stats.examples,
+            "supervised_share": stats.supervised_tokens / stats.tokens,
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "rows_per_second_and_core": rows / cpu,
+            "cache_bytes": sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()),
+            "peak_memory_bytes": peak,
+            "peak_worker_memory_bytes": worker_peak,
+            "second_start_seconds_to_first_step": first_step,
+        }
+
+
+def write_rows(path: Path, rows: int) -> None:
+    """``query`` and ``response`` of generated prose with numbers and sums, as long as MetaMathQA's; always the same."""
+    rng = random.Random(0)
+    sentences = list(_sentences(rng, 5_000))
+    with path.open("w") as file:
+        for _ in range(rows):
+            row = {"query": _text(rng, sentences, QUERY), "response": _text(rng, sentences, RESPONSE)}
+            file.write(json.dumps(row) + "\n")
+
+
+def _sentences(rng: random.Random, count: int) -> Iterator[str]:
+    """Few words are common and most are rare, as in any language: what a tokenizer's cache lives on."""
+    syllables = [c + v + e for c in "bcdfglmnprst" for v in "aeiou" for e in ("", "n", "r", "s", "t")]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(10_000)]
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    for _ in range(count):
+        parts = rng.choices(words, weights, k=rng.randint(6, 16))
+        a, b = rng.randint(2, 999), rng.randint(2, 99)
+        parts.insert(rng.randrange(len(parts)), str(a))
+        if rng.random() < 0.4:
+            parts.append(f"${a} + {b} = {a + b}$")
+        yield " ".join(parts).capitalize() + ". "
+
+
+def _text(rng: random.Random, sentences: list[str], mean: int) -> str:
+    length = int(mean * rng.lognormvariate(-(SPREAD**2) / 2, SPREAD))
+    text = rng.choice(sentences)
+    while len(text) < length:
+        text += rng.choice(sentences)
+    return text[:length]
+
+
+def _seconds_to_first_step(directory: Path, source: Path, cache: Path, tokenizer: str, vocabulary: int) -> float:
+    """From ``rasa-train`` to the line of its first step, with a model so small that it takes no time."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory / "model")
+    recipe = {
+        "model": {"name": str(directory / "model"), "tokenizer": tokenizer, "dtype": "float32"},
+        "adapter": {"method": "rasa"},
+        "data": {"dataset": str(source), "cache_dir": str(cache)},
+        "training": {"max_steps": 1, "batch_size": 4},
+        "output_dir": str(directory / "run"),
+    }
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    started = time.time()
+    command = [sys.executable, "-m", "rasa_train.cli.train", str(directory / "recipe.yaml"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the run failed:\n{done.stderr}")
+    return (directory / "run" / "metrics.jsonl").stat().st_mtime - started
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _peak(who: int) -> int:
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

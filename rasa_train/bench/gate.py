@@ -1,0 +1,98 @@
+"""No engine is timed that does not compute its method: loss and gradients against fp32, written out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from ..adapters.base import Method
+from ..adapters.inject import AdaptedLinear, adapt, trainable
+from .engines import Contender, Engine, contender, give, values_for
+from .shapes import random_model
+from .workloads import language_model
+
+MAX_LOSS_ERROR = 2e-3
+MAX_GRADIENT_ERROR = 0.1
+MIN_COSINE = 0.995
+"""bf16 itself costs a tenth of each on this model; a wrong scale, a lost term or a swapped factor far more."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far an engine in bf16 is from its method in fp32. Of the gradients, the worst of all trained tensors."""
+
+    loss_error: float
+    """|loss / fp32 loss - 1|"""
+    gradient_error: float
+    """|gradient - fp32 gradient| / |fp32 gradient|: a cosine alone does not see a wrong scale."""
+    gradient_cosine: float
+
+    @property
+    def passed(self) -> bool:
+        return (
+            self.loss_error <= MAX_LOSS_ERROR
+            and self.gradient_error <= MAX_GRADIENT_ERROR
+            and self.gradient_cosine >= MIN_COSINE
+        )
+
+
+def check(engine: Engine, device: torch.device) -> Verdict:
+    """Run the engine on a tiny model, dropout off, and compare."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.15,  # so that the loss is far from that of a model that says nothing
+    )
+    problem = language_model(random_model(config, torch.bfloat16, device), [40, 23], flat=True)
+    values = values_for(engine.method, problem.base)
+    ran = contender(engine, problem)
+    give(values, ran.parameters)
+    ran.model.eval()
+    loss = float(ran.step())
+
+    exact = written_out(problem.base, engine.method)
+    parameters = trainable(exact)
+    give(values, parameters)
+    expected = float(Contender(exact, parameters, problem.loss(exact), []).step())
+    pairs = [(_gradient(ran.parameters[name]), _gradient(parameter)) for name, parameter in parameters.items()]
+    return Verdict(
+        loss_error=abs(loss / expected - 1),
+        gradient_error=max((float((mine - right).norm() / right.norm()) for mine, right in pairs), default=0.0),
+        gradient_cosine=min((float(F.cosine_similarity(*pair, dim=0)) for pair in pairs), default=1.0),
+    )
+
+
+def written_out(base: nn.Module, method: Method | None) -> nn.Module:
+    """``base`` in fp32, with W + dW computed in every forward: what all engines must equal."""
+    model = copy.deepcopy(base).float()
+    if method is not None:
+        adapt(model, method)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            model.set_submodule(path, Merged(module))
+    return model.eval()
+
+
+class Merged(nn.Module):
+    """y = (W + dW) x + b"""
+
+    def __init__(self, adapted: AdaptedLinear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.adapter = adapted.weight, adapted.bias, adapted.adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.adapter.delta(self.weight), self.bias)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.float().flatten()

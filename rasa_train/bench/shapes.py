@@ -1,0 +1,125 @@
+"""Models to measure on, by shape: random weights, so that nothing has to be downloaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from ..errors import UserError
+from ..model import ModelConfig, load_config
+
+LINEARS = "linears-1024"
+"""The seven linears of a decoder layer alone, 1024 wide: what an adapter costs, with nothing around it."""
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-small": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+}
+"""Llama shapes; llama-small keeps the proportions of the 8B model for a CPU."""
+
+
+def architecture(shape: str) -> PretrainedConfig:
+    """The architecture of a named shape, of a model directory, or of a config.json.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if shape in SHAPES:
+        # Untied, as in Llama-3.1-8B; the context is longer than any workload.
+        return LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=131072)
+    path = Path(shape)
+    path = path.parent if path.name == "config.json" else path
+    if not (path / "config.json").is_file():
+        names = ", ".join([LINEARS, *SHAPES])
+        raise UserError(f"--shape must be {names}, a model directory or a config.json, got {shape!r}", key="--shape")
+    return load_config(ModelConfig(name=str(path.resolve())))
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A causal language model with random weights, the same each time on one kind of device.
+
+    The output of its embedding asks for a gradient: the frozen base of a comparison must run its backward too, and
+    then so must all others, down to the first layer.
+    """
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+    return model
+
+
+def _ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()
+
+
+class LinearStack(nn.Module):
+    """Decoder layers of nothing but the seven linears, all ``width`` wide. Only the first layer is run.
+
+    The others (which share its weights, so they take no memory) are there to be adapted: RaSA's pool has the size
+    that it has in a model of ``layers`` layers, for the price of running one.
+    """
+
+    def __init__(self, width: int, layers: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.width = width
+        torch.manual_seed(0)
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        weights = {
+            name: nn.Parameter(torch.randn(width, width, dtype=dtype, device=device) / math.sqrt(width), False)
+            for name in names
+        }
+        self.layers = nn.ModuleList(LinearLayer(weights) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, width) -> (tokens, width)."""
+        y: Tensor = self.layers[0](x)
+        return y
+
+
+class LinearLayer(nn.Module):
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        linears = {name: _linear(weight) for name, weight in weights.items()}
+        attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+        self.self_attn = nn.ModuleDict({name: linears[name] for name in attention})
+        self.mlp = nn.ModuleDict({name: linear for name, linear in linears.items() if name not in attention})
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, mlp = self.self_attn, self.mlp
+        h = attention["o_proj"](attention["q_proj"](x) + attention["k_proj"](x) + attention["v_proj"](x))
+        y: Tensor = mlp["down_proj"](mlp["gate_proj"](h) + mlp["up_proj"](h))
+        return y
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = weight
+    return linear
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules on the same parameters and buffers: engines share one frozen base."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,83 @@
+"""Seconds and memory of a step. Engines take turns, so that what disturbs the machine disturbs all of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Hashable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+Work = Callable[[], object]
+
+
+def seconds(work: Work, device: torch.device) -> float:
+    """Of one call: by events on a GPU, else CPU time of this process (other processes cannot lengthen that much)."""
+    if device.type != "cuda":
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def interleaved(
+    works: Mapping[Key, Work], settle: Mapping[Key, Work], *, warmup: int, rounds: int, device: torch.device
+) -> dict[Key, list[float]]:
+    """Seconds of each work, one per round; in every round each is run once, in this order.
+
+    Args:
+        settle: called after each run, outside the time.
+        warmup: rounds that are not counted.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in works}
+    for number in range(warmup + rounds):
+        for key, work in works.items():
+            took = seconds(work, device)
+            settle[key]()
+            if number >= warmup:
+                times[key].append(took)
+    return times
+
+
+def peak_in_own_process(work: Work) -> int | None:
+    """Bytes by which a process grows, at most, while it does this work; None where the system cannot tell (it takes
+    Linux) or the process dies.
+
+    The process is a fork, so what this process holds already is shared and not counted.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_grow, args=(work, send), daemon=True)
+    process.start()
+    send.close()
+    try:
+        return int(receive.recv())
+    except EOFError:
+        return None
+    finally:
+        process.join()
+
+
+def _grow(work: Work, send: Connection) -> None:
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
+    before = _status("VmRSS")
+    work()
+    send.send(_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """A size of this process in bytes, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -1,0 +1,105 @@
+"""``rasa-bench`` as it is called, and the parts that it is made of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rasa_train.bench import data
+from rasa_train.bench.timing import interleaved, peak_in_own_process
+from rasa_train.bench.workloads import examples, lengths
+from tests.conftest import Cli
+
+ROW = {"engine", "method", "seconds_per_step", "over_base", "tokens_per_second", "peak_memory_bytes"}
+
+
+def test_json_of_a_comparison(cli: Cli, tiny_llama: Path) -> None:
+    arguments = ("--shape", tiny_llama, "--device", "cpu", "--tokens", 64, "--engines", "paper,ours", "--rounds", 1)
+    done = cli("bench", *arguments, "--workload", "padded", "--own-stacks", "--json", check=True)
+    result = json.loads(done.stdout)
+    labels = [(row["engine"], row["method"]) for row in result["rows"]]
+    methods = ["lora", "rasa", "vera", "mora"]
+    assert labels == [("base", None), ("paper", "rasa"), *(("ours", method) for method in methods)]
+    assert all(row.keys() >= ROW and row["seconds_per_step"] > 0 for row in result["rows"])
+    assert result["rows"][0]["over_base"] == 1.0 and result["failed"] == [] and result["versions"]["torch"]
+    if sys.platform == "linux":
+        assert all(row["peak_memory_bytes"] > 0 for row in result["rows"])
+
+
+def test_json_of_the_counters(cli: Cli, tiny_llama: Path) -> None:
+    done = cli("bench", "--counters", "--shape", tiny_llama / "config.json", "--engines", "per-linear", "--json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["engine"] for row in rows] == ["base", "per-linear"]
+    assert rows[0]["bytes_per_token_and_layer"] == 0 < rows[1]["bytes_per_token_and_layer"]
+    assert 0 < rows[0]["dispatched_ops"] < rows[1]["dispatched_ops"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--shape", "llama-9000"), "linears-1024, llama-3.1-8b"),
+        (("--engines", "ours,theirs"), "there is no theirs"),
+        (("--counters", "--shape", "linears-1024"), "--shape llama-3.1-8b"),
+        (("--data",), "--data needs --tokenizer"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: tuple[str, ...], says: str, cli: Cli) -> None:
+    done = cli("bench", *arguments)
+    assert done.returncode == 2 and says in done.stderr and not done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(cli: Cli) -> None:
+    done = cli("bench", "--device", "cuda")
+    assert done.returncode == 2 and "no GPU" in done.stderr
+
+
+def test_lengths_are_fixed_and_add_up() -> None:
+    packed = lengths("packed", 16_384)
+    assert packed == lengths("packed", 16_384) and sum(packed) == 16_384
+    assert np.mean(packed) == pytest.approx(250, rel=0.1)
+    assert lengths("long", 16_384) == [4096] * 4
+    assert len(lengths("padded", 64)) == 3
+    made = examples(packed, 1000)
+    share = np.mean(np.concatenate([example.labels for example in made]) != -100)
+    assert share == pytest.approx(0.7, abs=0.01)
+
+
+def test_engines_take_turns() -> None:
+    order: list[str] = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    settle = {name: lambda name=name: order.append(name.upper()) for name in "ab"}
+    times = interleaved(works, settle, warmup=1, rounds=2, device=torch.device("cpu"))
+    assert "".join(order) == "aAbB" * 3 and {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_process_of_its_own() -> None:
+    mib = 2**20
+    grown = peak_in_own_process(lambda: b"x" * (64 * mib))
+    assert grown is not None and 64 * mib <= grown < 80 * mib
+    assert peak_in_own_process(lambda: sys.exit(1)) is None
+
+
+def test_rows_are_of_metamathqas_length(tmp_path: Path) -> None:
+    data.write_rows(tmp_path / "a.jsonl", 500)
+    data.write_rows(tmp_path / "b.jsonl", 500)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert np.mean([len(row["query"]) for row in rows]) == pytest.approx(data.QUERY, rel=0.1)
+    assert np.mean([len(row["response"]) for row in rows]) == pytest.approx(data.RESPONSE, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_data_side(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    done = cli("bench", "--data", "--tokenizer", repository / "rasa_train/demo/model", "--rows", 300, "--json")
+    result = json.loads(done.stdout)
+    assert result["rows"] == 300 and result["rows_per_second_and_core"] > 0
+    assert result["second_start_seconds_to_first_step"] > 0 and result["cache_bytes"] > 4 * result["tokens"]
