@@ -108,9 +108,11 @@ class Peft(Method):
     def _config(self) -> PeftConfig:
         if importlib.util.find_spec("peft") is None:
             raise UserError("adapter.method: peft needs the PEFT library: pip install peft", key="adapter.method")
+        from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        known = {str(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        own = PEFT_TYPE_TO_CONFIG_MAPPING.items()  # other packages (ours too) add theirs under plain names
+        known = {str(kind.value): cls for kind, cls in own if isinstance(kind, PeftType)}
         if self.peft_type not in known:
             usable = ", ".join(sorted(known.keys() - NEEDS_MORE.keys()))
             raise UserError(
