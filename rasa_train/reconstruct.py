@@ -218,7 +218,7 @@ class _Descent:
                 torch.eye(stack.L, device=device).double()[:, :, None]
                 * torch.stack([s[self.private :] for _, s, _ in svd])
             ).reshape(stack.L, P)
-        elif start == "random":
+        elif start == "random" and k:  # at k = 0 there is nothing to start elsewhere: it is LoRA
             self.B_S, self.d = normal(stack.b, P) / stack.b**0.5, normal(stack.L, P)
             self.pairs = [(B * 0, A) for B, A in self.pairs]
         self.errors: list[float] = []

@@ -310,7 +310,8 @@ def test_init_from_a_finished_run(recipe: Path, cli: Cli) -> None:
 
 
 def test_bfloat16_trains_fp32_adapters(recipe: Path, cli: Cli) -> None:
-    cli("train", recipe, "model.dtype=bfloat16", "training.epochs=8", check=True)
+    changes = ("training.epochs=8", "training.optimizer.lr=5e-3")  # at 2e-2 Lion's signs of rounded gradients are noise
+    cli("train", recipe, "model.dtype=bfloat16", *changes, check=True)
     rows = metrics(recipe.parent / "run")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
     tensors = load_file(recipe.parent / "run" / "adapter" / "adapter.safetensors")
