@@ -72,6 +72,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, merged.locations)
 
 
+def copy_recipe(name: str, destination: str | None = None) -> Path:
+    """Copy a shipped recipe, comments and all, to ``destination`` (a file or directory; default: here).
+
+    What it extends is found from anywhere. Raises ``UserError``: no such recipe, or the file exists.
+    """
+    source = _find(name)
+    target = Path(destination or ".")
+    target = target / source.name if target.is_dir() else target
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"{target} exists and is not replaced; give another name: --copy {name} DEST") from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    return target
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
