@@ -331,9 +331,12 @@ def test_secrets_of_the_environment_stay_there(
             f"model: {{name: {tiny_llama}, dtype: float32}}\nadapter: {{method: rasa, r: 4, k: 1}}\n"
             f"data: {{dataset: {token_rows}}}\ntraining: {{max_steps: 1, batch_size: 2}}\noutput_dir: run\n"
         )
-        said = [cli("train", "r.yaml", check=True), cli("merge", "run", "--output", "merged", check=True)]
+        said = [
+            cli("train", "r.yaml", check=True),
+            cli("merge", "run", "--output", "merged", "--push", "me/mine", check=True),
+        ]
         files = [p for p in tmp_path.rglob("*") if p.is_file()]
-        assert {"metrics.jsonl", "recipe.yaml"} <= {p.name for p in files}
+        assert {"metrics.jsonl", "recipe.yaml", "README.md"} <= {p.name for p in files}
         for value in secrets.values():
             assert not any(value in done.stdout + done.stderr for done in said)
             assert not any(value.encode() in p.read_bytes() for p in files)
