@@ -71,7 +71,7 @@ def train(
 
             if len(overrides or []) > 1:
                 raise typer.BadParameter("takes a recipe and one destination", param_hint="--copy")
-            print(copy_recipe(recipe, (overrides or [None])[0]))
+            print(copy_recipe(recipe, overrides[0] if overrides else None))
             return
         if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
             raise typer.BadParameter(f"must be a number of processes or auto, got {nproc!r}", param_hint="--nproc")
