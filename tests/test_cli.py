@@ -158,3 +158,13 @@ def assert_user_error(done: subprocess.CompletedProcess[str], words: str) -> Non
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert re.search(words, done.stderr, re.DOTALL), done.stderr
     assert done.stderr.startswith(("error: ", "Usage"))
+
+
+def test_copy_a_shipped_recipe(tmp_path: Path, cli: Cli) -> None:
+    from rasa_train.recipe import configs_dir, load_recipe
+
+    assert cli("train", "--copy", "math_llama8b_r8", "mine.yaml", check=True).stdout == "mine.yaml\n"
+    assert (tmp_path / "mine.yaml").read_text() == (configs_dir() / "math_llama8b_r8.yaml").read_text()
+    assert load_recipe("mine.yaml").recipe == load_recipe("math_llama8b_r8").recipe
+    again = cli("train", "--copy", "demo", "mine.yaml")
+    assert again.returncode == 2 and "mine.yaml exists" in again.stderr

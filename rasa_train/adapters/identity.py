@@ -53,7 +53,7 @@ def _files(directory: Path) -> dict[str, Path]:
         with safe_open(directory / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE)
     weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-    return {name: directory / file for name, file in weight_map.items()}
+    return {name: directory / Path(file).name for name, file in weight_map.items()}  # never outside the directory
 
 
 def _sample(path: Path, name: str) -> str:

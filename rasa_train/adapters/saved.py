@@ -177,7 +177,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{directory} is no adapter: it has no {CONFIG}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold one JSON object, got {type(config).__name__}")
@@ -198,7 +198,10 @@ def _read_ours(directory: Path, config: dict[str, Any]) -> SavedAdapter:
 
 def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items())
-    name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
+    try:
+        name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is absent, or no number is a number
+        raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
     if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is none of the methods known here")
     if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key)]:
@@ -210,7 +213,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
             "convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
     targets = config.get("target_modules") or "all-linear"
-    fields["targets"] = sorted(targets) if isinstance(targets, list) else targets
+    fields["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     method = _method(directory, name, {"method": name, **fields})
     tensors = {}
     for key, tensor in read_safetensors(directory / PEFT_TENSORS).items():

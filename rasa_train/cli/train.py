@@ -47,6 +47,9 @@ def train(
     print_commands: Annotated[
         bool, typer.Option("--print", help="With --sweep: print the command of each run, and run none.")
     ] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the shipped RECIPE to the file or directory that follows it (or here).")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Fine-tune a language model with RaSA, LoRA or a relative, as RECIPE says.
@@ -63,6 +66,13 @@ def train(
             return
         if recipe is None:
             raise typer.BadParameter("which recipe? For example: rasa-train configs/demo.yaml", param_hint="RECIPE")
+        if copy:
+            from ..recipe import copy_recipe
+
+            if len(overrides or []) > 1:
+                raise typer.BadParameter("takes a recipe and one destination", param_hint="--copy")
+            print(copy_recipe(recipe, overrides[0] if overrides else None))
+            return
         if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
             raise typer.BadParameter(f"must be a number of processes or auto, got {nproc!r}", param_hint="--nproc")
         from ..errors import UserError

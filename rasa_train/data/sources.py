@@ -386,6 +386,8 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
             except json.JSONDecodeError as error:
                 if not more():
                     raise broken(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in ...
+                raise broken(str(error), at) from None
 
     def broken(what: str, place: int) -> UserError:
         return UserError(f"{path}:{line + buffer.count(chr(10), 0, place)}: not JSON: {what}", key="data.dataset")

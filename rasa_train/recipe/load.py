@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     merged = _Layer({}, {})
     for layer in layers:
         _merge(merged, layer)
+    _refuse_secrets(merged.values, (), merged.locations)
     try:
         recipe = Recipe.model_validate(merged.values)
     except ValidationError as error:
@@ -68,6 +70,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     except UserError as error:  # of a section that checks several keys together
         raise explain(error, merged.locations) from None
     return LoadedRecipe(recipe, merged.locations)
+
+
+def copy_recipe(name: str, destination: str | None = None) -> Path:
+    """Copy a shipped recipe, comments and all, to ``destination`` (a file or directory; default: here).
+
+    What it extends is found from anywhere. Raises ``UserError``: no such recipe, or the file exists.
+    """
+    source = _find(name)
+    target = Path(destination or ".")
+    target = target / source.name if target.is_dir() else target
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"{target} exists and is not replaced; give another name: --copy {name} DEST") from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    return target
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -80,17 +100,27 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _find(name: str) -> Path:
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     shipped = {str(p.relative_to(configs_dir()).with_suffix("")): p for p in sorted(configs_dir().rglob("*.yaml"))}
     known = name.removeprefix("configs/").removesuffix(".yaml")
     if known in shipped:
         return shipped[known]
-    if path.is_dir():
-        raise UserError(f"{name} is a directory; a recipe is a YAML file")
-    near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+    try:
+        if path.is_dir():
+            raise UserError(f"{name} is a directory; a recipe is a YAML file")
+        near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+    except OSError as error:  # a name too long, a directory that may not be entered
+        raise UserError(f"recipe {name[:80]!r} cannot be read: {error.strerror}") from None
     close = difflib.get_close_matches(name, near + list(shipped), n=1, cutoff=0.5)
     raise UserError(f"recipe {name!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
@@ -103,12 +133,18 @@ def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
         raise UserError(
             f"{path}: a recipe is a mapping with the sections model, adapter, data, ...; this file is {kind}"
         )
-    bases = values.pop("extends", [])
+    bases = values.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(
+            f"extends must be a file's name or a list of them, got {bases!r}\n  at {locations[('extends',)]}",
+            key="extends",
+        )
     layers: list[_Layer] = []
-    for base in [bases] if isinstance(bases, str) else bases or []:
-        beside = path.parent / str(base)
+    for base in bases:
+        beside = path.parent / base
         try:
-            found = beside if beside.is_file() else _find(str(base))
+            found = beside if _is_file(beside) else _find(base)
         except UserError as error:
             raise UserError(f"{error}\n  at {locations[('extends',)]}", key="extends") from None
         layers += _file_layers(found, (*chain, path.resolve()))
@@ -158,6 +194,33 @@ def _get(values: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         values = values.get(name) if isinstance(values, dict) else None
     return values
+
+
+_SECRET = re.compile(
+    r"://[^/\s:@]*:[^/\s@]+@"  # https://user:password@host
+    r"|[?&][^=&]*(token|secret|password|api_?key|signature)[^=&]*=[^&]+"
+    r"|\bhf_[A-Za-z0-9]{30,}"
+    r"|\b(AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,})",
+    re.IGNORECASE,
+)
+
+
+def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> None:
+    """A recipe is copied into its run directory and shown in messages, so it must hold no password. The error says
+    where it stands and does not repeat it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_secrets(inner, (*key, name), locations)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _refuse_secrets(inner, (*key, i), locations)
+    elif isinstance(value, str) and _SECRET.search(value):
+        at = _nearest(locations, key)
+        where = f"\n  at {at.source}" + (f":{at.line}" if at.line else "") if at else ""
+        raise UserError(
+            f"{'.'.join(map(str, key))} holds a password or token, and a recipe is copied into its run directory: "
+            f"take it out, and give it in the environment (HF_TOKEN, WANDB_API_KEY, ...) or by `hf auth login`{where}"
+        )
 
 
 # -- errors ----------------------------------------------------------------------------------------------
