@@ -22,6 +22,7 @@ LAYERS = [
     ["train", "plan"],
     ["evaluate"],
     ["merge", "peft"],
+    ["gradients", "guards"],
     ["checkpoint", "steps"],
     ["recipe", "run_dir", "progress"],
     ["adapters", "attention", "data", "loss", "memory", "model", "optim", "reconstruct"],
