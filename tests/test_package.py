@@ -16,6 +16,7 @@ LAYERS = [
     ["cli"],
     ["demo"],
     ["report", "check", "sweep"],
+    ["probe"],
     ["analysis"],
     ["launch"],
     ["worker"],
