@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow test-matrix check format clean
+.PHONY: help setup demo test test-slow test-matrix test-faults check format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ test-slow: $(VENV)/ready ## what takes minutes: the long matrices
 
 test-matrix: $(VENV)/ready ## every strategy x method against one process (about 10 minutes)
 	$(BIN)/python -m pytest -m slow tests/distributed
+
+test-faults: $(VENV)/ready ## kill, damage, fill the disk: a run survives it (minutes; as root also the disks)
+	$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff check .

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from . import group, probe
 from .data.prepare import PreparedData, prepare
 from .data.sources import SourceMissing
 from .errors import UserError
 from .model import has_weights, load_tokenizer
-from .plan import plan
+from .plan import USABLE, plan
+from .progress import clock
 from .recipe.schema import Recipe
 
 
@@ -36,10 +39,15 @@ class CheckResult:
             console.print(f"\nsample {i + 1} (what is trained on is marked »like this«)", style="bold")
             marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
             console.print(marked, markup=False)
+        console.print()
+        for topic, fine, words in _topics(self.facts):
+            console.print(
+                f"{'ok ' if fine else '-- '} {topic}: {words}", style="green" if fine else "red", markup=False
+            )
         for problem in self.problems:
             console.print(f"not ready: {problem}", style="red", markup=False)
         if not self.problems:
-            console.print("\nready to train", style="green")
+            console.print("ready to train", style="green")
 
 
 def check(recipe: Recipe, workers: int = 1) -> CheckResult:
@@ -64,9 +72,64 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
             raise
         problems.append(str(error))
     facts = plan(recipe, data, workers) if data else facts_of_model
+    facts |= {
+        "disk_bytes_free": probe.disk_free(Path(recipe.output_dir)),
+        "devices": probe.devices(),
+        "versions": group.versions(),
+        "seconds_estimate": None,
+    }
+    problems += _shortages(facts)
+    if data and not problems and workers == 1:
+        facts["seconds_estimate"] = probe.seconds(recipe, data, facts["total_parameters"], facts["optimizer_steps"])
     facts["problems"] = problems
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
     return CheckResult(facts, problems, samples)
+
+
+def _shortages(facts: dict[str, Any]) -> list[str]:
+    """What this machine has too little of. Only of a GPU is memory counted: without one, another machine trains."""
+    found = []
+    needed, free = facts["disk_bytes_needed"], facts["disk_bytes_free"]
+    if needed is not None and needed > free:
+        found.append(
+            f"output_dir: checkpoints need {_gib(needed)}, the disk has {_gib(free)} free; make room, or set "
+            "training.keep_last"
+        )
+    least = min(facts["devices"], key=lambda device: int(device["memory_bytes"]))
+    total = facts["memory_bytes"]["total"]
+    if least["name"] != "cpu" and total > USABLE * least["memory_bytes"]:
+        found.append(
+            f"memory: {_gib(total)} for each worker, {least['name']} has {_gib(least['memory_bytes'])}; try "
+            "training.activation_checkpointing: auto, or another distributed.strategy"
+        )
+    return found
+
+
+def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
+    """(topic, whether it is fine, in a few words)."""
+    problems, seconds, needed = facts["problems"], facts["seconds_estimate"], facts["disk_bytes_needed"]
+    device, median = facts["devices"][0], facts["median_example"]
+    data = "not here" if median is None else f"median {median:,.0f}, longest {facts['longest_example']:,} tokens"
+    total = _gib(facts["memory_bytes"]["total"])
+    return [
+        ("data", median is not None, data),
+        ("model", not any(p.startswith("model.") for p in problems), f"{sum(facts['sites'].values())} linears adapted"),
+        (
+            "memory",
+            not any(p.startswith("memory:") for p in problems),
+            f"{total} of {_gib(device['memory_bytes'])} ({device['name']} x {len(facts['devices'])})",
+        ),
+        (
+            "disk",
+            not any(p.startswith("output_dir:") for p in problems),
+            f"{'?' if needed is None else _gib(needed)} of {_gib(facts['disk_bytes_free'])} free",
+        ),
+        ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
 
 
 def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
@@ -97,6 +160,7 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
         *[("adapted" if i == 0 else "", kind) for i, kind in enumerate(kinds)],
         ("examples", number("examples")),
         ("dropped", number("dropped_examples")),
+        ("truncated", number("truncated_examples")),
         ("tokens", number("tokens")),
         ("supervised", number("supervised_tokens")),
         ("steps", number("optimizer_steps")),

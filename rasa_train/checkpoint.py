@@ -95,7 +95,7 @@ def save(
             written.append(directory / TRAINER)
         return written
 
-    write_directory(final, write, engine.accelerator)
+    write_directory(final, write, engine)
     return final
 
 
@@ -125,31 +125,57 @@ def write_tensors(
     return mine
 
 
-def write_directory(final: Path, write: Callable[[Path], list[Path]], accelerator: Accelerator) -> None:
+def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: Engine) -> None:
     """Fill a directory by ``write`` and put it at ``final`` (replacing what is there) with its checksums. Every worker
-    must call it; ``write`` returns the files that the worker has written."""
+    must call it; ``write`` returns the files that the worker has written.
+
+    Raises:
+        OSError: on every worker, if it failed on one. Not where workers hold parts of the tensors: one that fails
+            amid the exchange of them cannot tell the others, which then lose it.
+    """
+    accelerator = engine.accelerator
     beside, first = final.with_name(f".{final.name}.partial"), accelerator.is_main_process
-    if first:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    failed: OSError | None = None
+    mine: dict[str, str] = {}
     try:
-        mine = {}
-        for path in write(beside):
-            mine[path.name] = _sha256(path)
-            _fsync(path)
-        every = gather(accelerator, mine)
         if first:
-            write_json(beside / CHECKSUMS, {name: sums[name] for sums in every for name in sorted(sums)})
-            _fsync(beside)
-            if final.exists():
-                shutil.rmtree(final)
-            beside.rename(final)
-            _fsync(final.parent)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    except OSError as error:
+        failed = error
+    raise_everywhere(accelerator, failed)
+    try:
+        try:
+            for path in write(beside):
+                mine[path.name] = _sha256(path)
+                _fsync(path)
+        except OSError as error:
+            if engine.sharded and accelerator.num_processes > 1:
+                raise
+            failed = error
+        raise_everywhere(accelerator, failed)
+        every = gather(accelerator, mine)
+        try:
+            if first:
+                write_json(beside / CHECKSUMS, {name: sums[name] for sums in every for name in sorted(sums)})
+                _fsync(beside)
+                if final.exists():
+                    shutil.rmtree(final)
+                beside.rename(final)
+                _fsync(final.parent)
+        except OSError as error:
+            failed = error
+        raise_everywhere(accelerator, failed)
     finally:
         if first:
             shutil.rmtree(beside, ignore_errors=True)
-    accelerator.wait_for_everyone()
+
+
+def raise_everywhere(accelerator: Accelerator, failed: OSError | None) -> None:
+    """Raise what has failed on any worker on all of them, the first by rank. Every worker must call it."""
+    for error in gather(accelerator, failed):
+        if error is not None:
+            raise error
 
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:

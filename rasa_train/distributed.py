@@ -68,6 +68,8 @@ class Engine(ABC):
 
     sharded: ClassVar[bool]
     """Workers hold parts of the trained tensors, or wait for each other in the forward pass."""
+    skips: ClassVar[bool] = True
+    """``step`` leaves the parameters and the optimizer's state alone when a number is not finite."""
     first_reads: ClassVar[bool] = False
     """Before ``prepare`` only the first worker has values; those of the others are on the meta device until then."""
 
@@ -103,8 +105,9 @@ class Engine(ABC):
         """Around forward and backward of a micro-batch: gradients are exchanged with the ``last`` only."""
 
     @abstractmethod
-    def step(self) -> float:
-        """Clip, update. Returns the L2 norm of all gradients before clipping."""
+    def step(self, loss: float) -> float:
+        """Clip, update. Returns the L2 norm of all gradients before clipping, equal on all workers, as ``loss`` is.
+        If one of them is not finite, nothing is updated (``skips``)."""
 
     @abstractmethod
     def zero_grad(self) -> None: ...
@@ -167,11 +170,12 @@ class DataParallel(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> float:
+    def step(self, loss: float) -> float:
         self._average_gradients()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
-        return float(norm)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if math.isfinite(loss + norm):
+            self.optimizer.step()
+        return norm
 
     def _average_gradients(self) -> None:
         """Once a step, in a few large exchanges. Not by torch's DistributedDataParallel: it waits for the gradient of
@@ -254,10 +258,11 @@ class FullyShard(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
-        return float(self.whole(norm))
+    def step(self, loss: float) -> float:
+        norm = float(self.whole(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)))
+        if math.isfinite(loss + norm):
+            self.optimizer.step()
+        return norm
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
@@ -296,6 +301,7 @@ class Zero(Engine):
     fp32, as everywhere else, so what DeepSpeed divides is the fp32 state that is saved."""
 
     sharded = True
+    skips = False
 
     @property
     def stage(self) -> int:
@@ -368,7 +374,7 @@ class Zero(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.backward(loss)
 
-    def step(self) -> float:
+    def step(self, loss: float) -> float:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 

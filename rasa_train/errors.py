@@ -17,6 +17,10 @@ class Stopped(Exception):
     """A stop was asked for (SIGTERM, SIGUSR1) and the state is saved. Commands exit with code 75."""
 
 
+class DeviceLost(Exception):
+    """A GPU answers with errors only. The message says what is saved; the same command goes on from there."""
+
+
 class WorkerLost(Exception):
     """An exchange among the workers broke off, because some of them, ``ranks``, died, hang or cannot be reached."""
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from . import group
 from .data.prepare import PreparedData, prepare
-from .errors import Stopped, UserError, WorkerLost
+from .errors import DeviceLost, Stopped, UserError, WorkerLost
 from .model import load_config, load_tokenizer
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
@@ -88,8 +88,11 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         if per_node == workers.nodes == 1:
             from .train import run  # here, so that a wrong recipe is told sooner
 
-            with StopSignal() as stop:
-                return Finished(run(recipe, stop, data))
+            try:
+                with StopSignal() as stop:
+                    return Finished(run(recipe, stop, data))
+            except DeviceLost as lost:
+                raise WorkersFailed(f"{lost}\n{GOES_ON}") from None
         _start_and_watch(recipe, workers, per_node)
         return Finished(_summary(directory))
 
@@ -168,7 +171,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
         with StopSignal() as stop, group.watching(recipe.distributed.timeout_seconds):
             summary = run(recipe, stop, *prepared)
         return Finished(summary if first else None)
-    except WorkerLost as lost:
+    except (WorkerLost, DeviceLost) as lost:
         raise WorkersFailed(f"{lost}\n{GOES_ON}") from None
     except (UserError, Stopped):
         if not first and os.environ.get("LOCAL_RANK", "0") != "0":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapters.base import Site
-from .adapters.inject import adapt, adapters, trainable
+from .adapters.inject import adapt, adapters, saved_tensors, trainable
 from .attention import check_packable
 from .data.prepare import PreparedData
 from .distributed import decoder_layers
@@ -61,8 +62,25 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[st
         "tokens": int(data.train.lengths.sum()) if data else None,
         "supervised_tokens": int(data.train.supervised.sum()) if data else None,
         "longest_example": int(data.train.lengths.max()) if data else None,
+        "median_example": float(np.median(data.train.lengths)) if data else None,
+        "truncated_examples": data.stats.truncated if data else None,
+        "disk_bytes_needed": disk_bytes(recipe, model, steps, steps_per_epoch),
         **_memory_facts(recipe, model, sites, data, workers),
     }
+
+
+def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_epoch: int | None) -> int | None:
+    """What the checkpoints take (one more than are kept, while it is written) and the adapter at the end."""
+    training = recipe.training
+    every = steps_per_epoch if isinstance(training.checkpoint_every, str) else training.checkpoint_every
+    if steps is None or every is None:
+        return None
+    adapter = sum(_bytes(tensor) for tensor in saved_tensors(model).values())
+    moments = 1 if isinstance(training.optimizer, LionW) else 2
+    state = moments * 4 * sum(p.numel() for p in trainable(model).values())
+    number = math.ceil(steps / every)
+    kept = number if training.keep_last is None else min(number, training.keep_last + 1)
+    return kept * (adapter + state) + adapter
 
 
 def _memory_facts(
@@ -143,7 +161,7 @@ def _gathered(model: nn.Module, strategy: str) -> int:
     return 2 * max(sum(map(_bytes, layer)) for layer in layers) + rest
 
 
-def _bytes(parameter: nn.Parameter) -> int:
+def _bytes(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -52,7 +53,11 @@ class Reporter:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One step is done; ``row`` is its line of ``metrics.jsonl``."""
-        step, loss, speed = row["step"], row["loss"], f"{row['tokens_per_second']:,.0f} tok/s"
+        step, loss, speed = (
+            row["step"],
+            math.nan if row["loss"] is None else row["loss"],
+            f"{row['tokens_per_second']:,.0f} tok/s",
+        )
         self.seconds += row["seconds"]
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, description=f"loss {loss:.4f}  {speed}")

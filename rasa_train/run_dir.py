@@ -18,7 +18,7 @@ import yaml
 
 from .errors import UserError
 
-OWN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "trackers")
+OWN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "trackers")
 """What ``--fresh`` removes; anything else in the directory is the user's."""
 
 HARMLESS = {
@@ -37,6 +37,7 @@ HARMLESS = {
     "training.validate_every",
     "training.log_every",
     "training.evaluate",
+    "training.max_skipped",
 }
 """Keys of a recipe that may change between two starts of one run: they do not alter what is computed."""
 
@@ -51,6 +52,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.summary = self.path / "summary.json"
+        self.skipped = self.path / "skipped"
 
     def create(self) -> None:
         """Make the directory. Raises ``UserError`` when it cannot be written."""
@@ -112,10 +114,10 @@ class RunDirectory:
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     def last_metrics(self) -> dict[str, Any]:
-        """The line of the last step."""
-        *_, last = self.metrics.read_text().splitlines()
-        row: dict[str, Any] = json.loads(last)
-        return row
+        """The line of the last step, with the last loss that is a number and the number of ``skipped_steps``."""
+        rows: list[dict[str, Any]] = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        loss = next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None)
+        return rows[-1] | {"loss": loss, "skipped_steps": sum(row.get("skipped", 0) for row in rows)}
 
     def log(self, row: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:

@@ -60,10 +60,15 @@ def plan_steps(
                     epoch=epoch,
                 ),
             )
-        divided = limit.split(batches[position], train.lengths, accelerator.num_processes)
-        mine = divided[accelerator.process_index]
-        tensors = [batch_of(train, indices, training.flat, accelerator.device) for indices in mine]
-        yield Step(batches[position], mine, tensors, sum(len(m) > 0 for worker in divided for m in worker))
+        yield step_of(batches[position], train, limit, training.flat, accelerator)
+
+
+def step_of(batch: np.ndarray, train: TokenDataset, limit: Limit, flat: bool, accelerator: Accelerator) -> Step:
+    """This worker's part of a global batch."""
+    divided = limit.split(batch, train.lengths, accelerator.num_processes)
+    mine = divided[accelerator.process_index]
+    tensors = [batch_of(train, indices, flat, accelerator.device) for indices in mine]
+    return Step(batch, mine, tensors, sum(len(m) > 0 for worker in divided for m in worker))
 
 
 def batch_of(dataset: TokenDataset, indices: np.ndarray, flat: bool, device: torch.device) -> dict[str, Any]:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import attention, checkpoint, group
+from . import attention, checkpoint, group, guards
 from . import loss as loss_of
-from .adapters.base import Adapter, Method, Site
+from .adapters.base import Method, Site
 from .adapters.identity import base_samples
 from .adapters.inject import adapt, adapters, groups, narrow_base, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
@@ -25,12 +24,11 @@ from .adapters.saved import TENSORS as ADAPTER_TENSORS
 from .adapters.saved import load_tensors, read_adapter, write_config
 from .checkpoint import Progress
 from .data.ahead import ahead
-from .data.batching import Limit
-from .data.cache import TokenDataset
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
 from .errors import Stopped, UserError
 from .evaluate.training import TrainingEvaluation, best_of
+from .gradients import restore, train_step, validate
 from .loss import Loss
 from .model import (
     checkpoint_layers,
@@ -46,7 +44,7 @@ from .progress import Reporter
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_json
-from .steps import Step, batch_of, fit, on_device, plan_steps
+from .steps import fit, plan_steps, step_of
 from .stop import StopSignal
 
 
@@ -56,8 +54,9 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
     ``data`` is what ``recipe.data`` prepares, for a caller that has it already.
 
     Raises:
-        UserError: the model, the data or the adapter to start from cannot be used.
+        UserError: the model, the data or the adapter to start from cannot be used; steps fail (``guards``).
         Stopped: ``stop`` was asked for; the state is saved, the same call goes on from there.
+        DeviceLost: the GPU has failed.
     """
     training, directory = recipe.training, RunDirectory(recipe.output_dir)
     data = data or prepare(recipe.data, load_tokenizer(recipe.model))
@@ -71,7 +70,8 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
     engine = make_engine(recipe.distributed, accelerator, training.max_grad_norm)
     model, sites, losses = build(recipe, engine)
 
-    with Reporter(total_steps, training.log_every, accelerator) as report, ExitStack() as exits:
+    with guards.explained(directory), ExitStack() as exits:
+        report = exits.enter_context(Reporter(total_steps, training.log_every, accelerator))
         found = checkpoint.agreed_newest(directory.checkpoints, report.say, accelerator)
         origin = found or recipe.adapter.init_from
         if origin and engine.reads:
@@ -111,8 +111,9 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        limit = fit(engine, losses, model, data.train, training, report.say)
+        limit = fitting = fit(engine, losses, model, data.train, training, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
+        watch, unsaved = guards.Watch(training.max_skipped, report.say), False
         planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
         for step, work in enumerate(exits.enter_context(closing(ahead(planned))), progress.step):
             started = time.perf_counter()
@@ -120,15 +121,22 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(engine.optimizer, lr)
 
-            with packed(fast):
-                loss = train_step(engine, losses, placed, data.train, work, recipe, step)
-            grad_norm = engine.step()
-            if not math.isfinite(loss + grad_norm):
-                raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Lower training.optimizer.lr?"
-                )
-            recipe.adapter.after_step(placed, step + 1, total_steps)
-            engine.zero_grad()
+            if fitting != limit:  # planned with as much at once as has turned out not to fit
+                work = step_of(batch, data.train, fitting, training.flat, accelerator)
+            rules = {name: tensor.clone() for name, tensor in rule_state(model).items()}
+            while (loss := train_step(engine, losses, placed, fast, data.train, work, recipe, step)) is None:
+                restore(engine, model, rules)
+                fitting = guards.smaller(fitting, batch, data.train.lengths, accelerator.num_processes)
+                report.say(f"step {step + 1}: out of memory; from here on at most {fitting} at once, the same batch")
+                work = step_of(batch, data.train, fitting, training.flat, accelerator)
+            grad_norm = engine.step(loss)
+            if skipped := watch.skipped(step + 1, loss, grad_norm):
+                restore(engine, model, rules)
+                first = accelerator.is_main_process
+                watch.stop_if_hopeless(directory, data.train, batch, step + 1, first=first, updated=not engine.skips)
+            else:
+                recipe.adapter.after_step(placed, step + 1, total_steps)
+                engine.zero_grad()
 
             epoch_done = position + 1 == steps_per_epoch
             done = step + 1 == total_steps
@@ -137,9 +145,10 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             row = {
                 "step": progress.step,
                 "epoch": progress.step / steps_per_epoch,
-                "loss": loss,
+                "loss": None if skipped else loss,
                 "lr": lr,
-                "grad_norm": grad_norm,
+                "grad_norm": None if skipped else grad_norm,
+                "skipped": int(skipped),
                 "tokens": int(data.train.lengths[batch].sum()),
                 "supervised_tokens": int(data.train.supervised[batch].sum()),
                 "tokens_per_second": float(data.train.lengths[batch].sum()) / seconds,
@@ -157,19 +166,23 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             if accelerator.is_main_process:
                 directory.log(row)
             if trackers:
-                accelerator.log({k: v for k, v in row.items() if k != "step"}, step=progress.step)
+                accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=progress.step)
             report.step(row)
 
             stopping = group.stop_agreed(accelerator, stop.reason) and not done
-            if stopping or due(training.checkpoint_every, progress.step, epoch_done, done):
-                save(progress)
+            if stopping or unsaved or due(training.checkpoint_every, progress.step, epoch_done, done):
+                unsaved = not save(progress, report.say, retry=unsaved, needed=stopping)
             if stopping:
                 why = stop.reason or "another worker was asked to stop"
                 raise Stopped(f"{why}: saved at step {progress.step}; the same command goes on from there")
 
-    if not engine.sharded:
-        ranks = effective_ranks(model)  # AdaLoRA's rule has changed them
-    checkpoint.write_directory(directory.adapter, partial(write_current, engine, recipe, model, shapes), accelerator)
+        if not engine.sharded:
+            ranks = effective_ranks(model)  # AdaLoRA's rule has changed them
+        write = partial(write_current, engine, recipe, model, shapes)
+        checkpoint.write_directory(directory.adapter, write, engine)
+        if unsaved:
+            report.say(f"the adapter is written; the last checkpoint is not. {guards.saved_at(directory)}")
+
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         last = directory.last_metrics()
@@ -286,57 +299,6 @@ def facts(recipe: Recipe, data: PreparedData) -> dict[str, str]:
     return {**group.versions(), "recipe": checkpoint.digest(dump_recipe(recipe)), "data": data.key}
 
 
-def train_step(
-    engine: Engine,
-    losses: Loss,
-    placed: Mapping[str, Adapter],
-    train: TokenDataset,
-    work: Step,
-    recipe: Recipe,
-    step: int,
-) -> float:
-    """Gradients of one global batch, accumulated over the micro-batches of this worker and summed over workers.
-
-    ``placed`` are the model's adapters by the path of their site.
-    Returns the mean loss over the supervised tokens of the global batch.
-    """
-    accelerator = engine.accelerator
-    total_tokens = int(train.supervised[work.batch].sum())
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for i, (indices, tensors) in enumerate(zip(work.mine, work.tensors, strict=True)):
-        last = i + 1 == len(work.mine)
-        torch.manual_seed(group.micro_batch_seed(recipe.seed, step, int(indices[0]) if len(indices) else -1))
-        with engine.synchronizing(last):
-            # What stands in for an empty micro-batch must not enter any statistics; but workers that gather weights
-            # from each other must all run the same code.
-            engine.model.train(len(indices) > 0 or engine.sharded)
-            loss = losses(engine.model, on_device(tensors, accelerator.device))
-            loss_sum += loss.detach()
-            if recipe.training.loss_average == "tokens":
-                weight = 1.0 / total_tokens
-            else:  # the mean of each micro-batch, then the mean of these
-                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * work.micro_batches)
-            loss = loss * weight * accelerator.num_processes  # engines average gradients; the sum is wanted
-            if last and (penalty := recipe.adapter.penalty(placed)) is not None:
-                loss = loss + penalty
-            engine.backward(loss, last=last)
-    return group.sum_over_workers(accelerator, [float(loss_sum)])[0] / total_tokens
-
-
-@torch.no_grad()
-def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, flat: bool) -> float:
-    """Mean loss over the supervised tokens of a held-out set."""
-    accelerator, model = engine.accelerator, engine.model
-    model.eval()
-    everything = np.argsort(-dataset.lengths, kind="stable")
-    mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
-    device = accelerator.device
-    with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
-        loss = sum(float(losses(model, on_device(batch, device))) for batch in batches)
-    engine.release()
-    return group.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
-
-
 def due(every: int | str, step: int, epoch_done: bool, done: bool) -> bool:
     return done or (epoch_done if isinstance(every, str) else step % every == 0)
 
@@ -349,17 +311,38 @@ def save_checkpoint(
     shapes: Mapping[str, tuple[int, ...]],
     data_key: str,
     progress: Progress,
-) -> None:
-    """Every worker gives its part. The first writes; if base weights are trained, each writes a share."""
+    say: Callable[[str], None],
+    *,
+    retry: bool,
+    needed: bool,
+) -> bool:
+    """Every worker gives its part. The first writes; if base weights are trained, each writes a share.
+
+    Returns whether it is written: a full disk is said once (not at a ``retry``), and leaves the checkpoint before.
+
+    Raises:
+        UserError: the disk is full, and the checkpoint ``needed``.
+    """
     of_base = any(map(recipe.adapter.trains, dict(model.named_parameters())))
     writers = engine.accelerator.num_processes if of_base else 1
     write = partial(write_current, engine, recipe, model, shapes, writers=writers)
     parameters, state = trainable(model), rule_state(model)
-    checkpoint.save(
-        engine, directory.checkpoints, progress, write, parameters, state, data_key=data_key, writers=writers
-    )
+    try:
+        checkpoint.save(
+            engine, directory.checkpoints, progress, write, parameters, state, data_key=data_key, writers=writers
+        )
+    except OSError as error:
+        if needed or not guards.disk_full(error):
+            raise
+        if not retry:
+            said = f"{error.strerror}: no checkpoint of step {progress.step}. {guards.saved_at(directory)}"
+            say(f"{said} The run goes on, and tries again after each step: make room.")
+        return False
+    if retry:
+        say(f"there is room again: saved at step {progress.step}")
     if engine.accelerator.is_main_process:
         checkpoint.prune(directory.checkpoints, recipe.training.keep_last)
+    return True
 
 
 def write_current(
@@ -408,6 +391,7 @@ def summarize(
         "supervised_tokens": progress.supervised_tokens,
         "seconds": progress.seconds,
         "loss": last["loss"],
+        "skipped_steps": last["skipped_steps"],
         "validation_loss": last.get("validation_loss"),
         "peak_memory_bytes": last["peak_memory_bytes"],
         "strategy": recipe.distributed.strategy,

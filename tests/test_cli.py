@@ -72,8 +72,23 @@ def test_check_with_everything(recipe: Path, cli: Cli) -> None:
     facts = json.loads(cli("train", recipe, "--check", "--json", "training.epochs=2", "training.max_steps=null").stdout)
     assert (facts["method"], facts["examples"], facts["optimizer_steps"]) == ("rasa", 40, 4)
     assert facts["dropped_examples"] == 0 and facts["problems"] == []
+    assert facts["median_example"] <= facts["longest_example"] and facts["truncated_examples"] == 0
+    assert 0 < facts["seconds_estimate"] < 60 and not (recipe.parent / "run").exists(), "tried elsewhere"
+    assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
     shown = cli("train", recipe, "--check", check=True).stdout
     assert "ready to train" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close to what a run has written; a disk with less is said."""
+    facts = json.loads(cli("train", recipe, "--check", "--json", "training.checkpoint_every=1").stdout)
+    cli("train", recipe, "training.checkpoint_every=1", check=True)
+    written = sum(path.stat().st_size for path in (recipe.parent / "run").rglob("*.safetensors"))
+    assert 0.5 * written < facts["disk_bytes_needed"] <= written  # headers are large beside tiny tensors
+    monkeypatch.setattr("rasa_train.probe.disk_free", lambda path: facts["disk_bytes_needed"] - 1)
+    short = json.loads(cli("train", recipe, "--check", "--json", "training.checkpoint_every=1").stdout)
+    (problem,) = short["problems"]
+    assert problem.startswith("output_dir: checkpoints need") and short["seconds_estimate"] is None
 
 
 def test_schema(cli: Cli) -> None:

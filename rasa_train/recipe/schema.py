@@ -55,6 +55,9 @@ class TrainingConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this L2 norm (the paper: 1.0); null never clips."""
+    max_skipped: PositiveInt = 10
+    """A step whose loss or gradient is not finite changes nothing and is counted; so many in a row end the run, and
+    the batch is kept in ``skipped/`` for a look. Under zero1 to zero3 the first ends it: DeepSpeed has updated then."""
     batching: Literal["length-grouped", "shuffled", "sequential", "packed"] = "length-grouped"
     """Which sequences make a batch: similar lengths together (the paper), any, or file order. ``packed``: any, and
     computed without padding."""

@@ -121,7 +121,7 @@ def _column(run: Run, key: str) -> list[Point]:
     points, tokens = [], 0.0
     for row in run.metrics:
         tokens += row.get("tokens", 0)
-        if key in row:
+        if row.get(key) is not None:
             x = {"step": float(row["step"]), "tokens": tokens, "epoch": float(row.get("epoch", 0))}
             points.append((float(row["step"]), x, float(row[key])))
     return points

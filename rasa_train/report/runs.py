@@ -85,7 +85,7 @@ class Run:
     @property
     def loss(self) -> float | None:
         """Mean training loss of the last steps; the summary's when there are no lines."""
-        losses = [row["loss"] for row in self.metrics[-RECENT:] if "loss" in row]
+        losses = [row["loss"] for row in self.metrics[-RECENT:] if row.get("loss") is not None]
         return sum(losses) / len(losses) if losses else self.fact("loss")
 
     def total(self, key: str) -> float | None:
