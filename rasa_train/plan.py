@@ -123,6 +123,9 @@ def memory(
     adapter = trained - sum(of_base.values())
     base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
     moments = 1 if isinstance(recipe.training.optimizer, LionW) else 2
+    if recipe.model.base == "nf4":  # 4 bits, and a scale of 8 bits for each 64 of them
+        linears = sum(math.prod((*s.lead, *s.shape)) for s in sites if s.num_experts is None)
+        base -= int(linears * (half - 0.5 - 1 / 64))
     masters = strategy.startswith("zero")  # DeepSpeed steps on a copy of its own
 
     share = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[strategy] if workers > 1 else 0

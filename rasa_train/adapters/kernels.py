@@ -64,7 +64,7 @@ class Group:
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
         """y (..., out) of member ``index`` for x (..., in)."""
-        if index not in self._ready or self._input is not x:
+        if index not in self._ready or not _same(self._input, x):
             self._together &= index not in self._ready
             self._compute(range(len(self.members)) if self._together else (index,), x)
         ready = self._ready.pop(index)
@@ -85,6 +85,12 @@ class Group:
             ready = (adapters[0].drop(x),) * len(adapters)
         self._ready = dict(zip(indices, ready, strict=True))
         self._input = x
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    """Whether it is one tensor. DeepSpeed gives each module a view of its input: not the object is the same, but the
+    memory (which ``a`` holds, so nothing else can be there)."""
+    return a is b or (a is not None and a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride()))
 
 
 def watched(adapter: Adapter, x: Tensor) -> None:

@@ -151,6 +151,18 @@ def test_what_shares_an_input_is_computed_together() -> None:
     assert sizes == [1, 1, 1, 1, 2, 2, 3, 3], "o, down; gate and up; q, k and v, in each of two layers"
 
 
+def test_a_view_of_the_input_is_the_input() -> None:
+    """DeepSpeed's hooks give one to each module: dropout must still be drawn once for q, k and v."""
+    model = tiny("llama", torch.float32, "lora", dropout=0.5)
+    attention, x = model.model.layers[0].self_attn, torch.randn(4, 32)
+    found = []
+    for inputs in ([x, x, x], [x.view_as(x) for _ in range(3)]):
+        torch.manual_seed(0)
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        found.append([linear(own) for linear, own in zip(linears, inputs, strict=True)])
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_linears_that_do_not_share_their_input() -> None:
     """An encoder's states for k and v, say: the result stays right."""
     model = tiny("llama", torch.float32, "lora")
