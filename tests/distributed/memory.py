@@ -21,11 +21,13 @@ import torch
 from rasa_train import group
 from rasa_train.adapters.inject import saved_tensors
 from rasa_train.checkpoint import Progress
+from rasa_train.data.batching import with_targets
 from rasa_train.distributed import make_engine
 from rasa_train.optim import make_optimizer
 from rasa_train.recipe.schema import Recipe
 from rasa_train.run_dir import RunDirectory
-from rasa_train.train import batch_of, build, save_checkpoint, token_losses
+from rasa_train.steps import on_device
+from rasa_train.train import build, save_checkpoint
 
 torch.set_num_threads(1)
 
@@ -52,16 +54,19 @@ def main(recipe: Recipe) -> None:
         directory.create()
     engine = make_engine(recipe.distributed, accelerator, 1.0)
     with growth(found, "load"):
-        model, _ = build(recipe, engine)
+        model, _, losses = build(recipe, engine)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
         engine.prepare(model, partial(make_optimizer, recipe.training.optimizer))
     with engine.synchronizing(True):
-        loss = token_losses(engine.model, {**batch_of([], [], accelerator.device), "labels": torch.ones(1, 8).long()})
+        ids = torch.ones(1, 8, dtype=torch.long)
+        batch = with_targets({"input_ids": ids, "attention_mask": ids, "labels": ids})
+        loss = losses(engine.model, on_device(batch, accelerator.device))
         engine.backward(loss, last=True)
-    engine.step()
+    engine.step(float(loss.detach()))
     engine.zero_grad()
     with growth(found, "save"):
-        save_checkpoint(engine, directory, recipe, model, shapes, "data", Progress(step=1))
+        progress = Progress(step=1)
+        save_checkpoint(engine, directory, recipe, model, shapes, "data", progress, print, retry=False, needed=True)
     (directory.path / f"memory-{group.rank()}.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()
 
