@@ -102,6 +102,8 @@ def _settle_stale(output: Path, partial: Path, key: str) -> int | None:
     Returns:
         the lock of ``partial`` where it can be gone on with, moved there; None where there is none.
     """
+    for trash in output.parent.glob(f".{_literal(output.name)}.removed-*"):
+        shutil.rmtree(trash)
     for replaced in output.parent.glob(f".{_literal(output.name)}.replaced-*"):
         if output.exists():
             shutil.rmtree(replaced)
@@ -168,7 +170,11 @@ def _become(partial: Path, output: Path) -> None:
         os.fsync(parent)
     finally:
         os.close(parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        # Under another name: what is half removed must not be put back by ``_remove_stale``, if we are killed here.
+        trash = output.with_name(f".{output.name}.removed-{os.getpid()}")
+        replaced.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def _literal(name: str) -> str:
