@@ -106,7 +106,7 @@ def _settle_stale(output: Path, partial: Path, key: str) -> int | None:
         shutil.rmtree(trash)
     for replaced in output.parent.glob(f".{_literal(output.name)}.replaced-*"):
         if output.exists():
-            shutil.rmtree(replaced)
+            _discard(replaced, output)
         else:
             replaced.rename(output)
     found = None
@@ -171,10 +171,15 @@ def _become(partial: Path, output: Path) -> None:
     finally:
         os.close(parent)
     if replaced.exists():
-        # Under another name: what is half removed must not be put back by ``_remove_stale``, if we are killed here.
-        trash = output.with_name(f".{output.name}.removed-{os.getpid()}")
-        replaced.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        _discard(replaced, output)
+
+
+def _discard(replaced: Path, output: Path) -> None:
+    """Remove what ``output`` has replaced, under another name: if we are killed here, ``_settle_stale`` must not put
+    back what is half removed."""
+    trash = output.with_name(f".{output.name}.removed-{os.getpid()}")
+    replaced.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _literal(name: str) -> str:
