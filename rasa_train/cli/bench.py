@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import typer
@@ -71,8 +73,7 @@ def bench(
 
     rasa-bench --counters --json
     """
-    with user_errors():
-        logging.getLogger("rasa_train").setLevel(logging.ERROR)
+    with user_errors(), _quiet():
         only = _names(engines)
         if counters:
             from ..bench.report import counters_table
@@ -112,6 +113,18 @@ def bench(
             device=where,
         )
         print(json.dumps(result) if as_json else table(result))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notices that suit a training run: one for each of dozens of models would drown the table."""
+    logger = logging.getLogger("rasa_train")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _names(engines: str | None) -> set[str] | None:
