@@ -39,6 +39,7 @@ from .model import (
     meta_model,
     torch_dtype,
 )
+from .offload import with_offload
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
@@ -219,6 +220,8 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
     torch.manual_seed(recipe.seed)
     model, sites = adapt(base, method)
     losses = loss_of.install(model)
+    if recipe.training.activation_offload:
+        losses = with_offload(losses)
     if recipe.training.compile:
         compile_layers(model)
     if is_mixed(recipe, model):
@@ -270,6 +273,12 @@ def check_strategy(recipe: Recipe, workers: int) -> None:
         raise UserError(
             f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
             key="model.base",
+        )
+    if recipe.training.activation_offload and divided and strategy in ("zero3", "fsdp"):
+        raise UserError(
+            f"training.activation_offload must be false for distributed.strategy: {strategy}, which replaces the "
+            "weights at each layer; it works with ddp, zero1 and zero2",
+            key="training.activation_offload",
         )
     if recipe.training.compile and divided:
         raise UserError(

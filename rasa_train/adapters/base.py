@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from .dropout import dropped
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -123,7 +125,7 @@ class Adapter(nn.Module, ABC):
         """Dropout on the adapter's input, cast to the dtype the adapter computes in. Linears that share their input
         share what this gives."""
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropped(x, self.dropout) if self.dropout and self.training else x
 
     watches: ClassVar[bool] = False
     """In training ``watch`` is called with each input of the linear, before dropout."""

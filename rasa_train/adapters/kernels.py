@@ -31,6 +31,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..precision import Narrow, NarrowLinear
 from .base import Adapter, FactorAdapter, Factors
+from .dropout import dropout
 
 ALIGNMENT = 8
 """Trained ranks are padded (with zeros) to a multiple: 16 bytes a row in a 16-bit dtype, which matrix units want."""
@@ -277,10 +278,10 @@ class SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor, *loose: Tensor) -> tuple[Tensor, ...]:
         weights, biases, A, _, Bds, columns = operands
-        rows, mask = x.reshape(-1, x.shape[-1]), None
+        rows, mask, factor = x.reshape(-1, x.shape[-1]), None, 1.0
         dropped = rows
         if p:
-            dropped, mask = torch.native_dropout(rows, p, True)
+            dropped, mask, factor = dropout(rows, p)
         z = dropped @ A.t()
         results, more = [], iter(loose)
         for W, bias, Bd, own in zip(weights, biases, Bds, columns, strict=True):
@@ -292,7 +293,7 @@ class SharedInput(torch.autograd.Function):
             y.addmm_(z[:, own], (next(more) if Bd is None else Bd).t())
             results.append(y.view(*x.shape[:-1], len(W)))
         ctx.save_for_backward(dropped, mask, z, *loose)
-        ctx.p, ctx.operands, ctx.flat, ctx.lead = p, operands, flat, x.shape[:-1]
+        ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -333,7 +334,7 @@ class SharedInput(torch.autograd.Function):
             else:
                 dx = dy @ W if dx is None else dx.addmm_(dy, W)
         if dx is not None:
-            dx = dx.addmm_(g, A) if mask is None else dx.addcmul_(g @ A, mask, value=1.0 / (1.0 - ctx.p))
+            dx = dx.addmm_(g, A) if mask is None else dx.addcmul_(g @ A, mask, value=ctx.factor)
             dx = dx.view(*ctx.lead, -1)
         if dA is not None and needs_flat:
             torch.mm(g.t(), dropped, out=dA)
