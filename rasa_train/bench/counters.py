@@ -150,7 +150,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
 def _product(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What ``func`` gives, or something of the same shape if it multiplies matrices."""
     name = func.overloadpacket.__name__
-    if "out" in kwargs and name in ("mm", "addmm"):
+    if "out" in kwargs and name in ("mm", "addmm", "bmm"):
         return kwargs["out"]
     if name == "addmm_":
         return args[0]
