@@ -30,13 +30,10 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from ..precision import Narrow, NarrowLinear, add_gradient, product
-from .base import Adapter, FactorAdapter, Factors
+from .base import ALIGNMENT, Adapter, FactorAdapter, Factors
 from .blocks import BlockAdapter, PackedBlocks
 from .dropout import dropout
 from .flat import Flat, blocks
-
-ALIGNMENT = 8
-"""Trained ranks are padded (with zeros) to a multiple: 16 bytes a row in a 16-bit dtype, which matrix units want."""
 
 
 class Linear(Protocol):
