@@ -196,8 +196,10 @@ def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
 
 def _check(source: Source) -> None:
     if source.replaced:
-        first = next(iter(source.replaced))
-        raise UserError(f"the adapter has base parameters ({first}), which no LoRA can hold: use --format merged")
+        raise UserError(
+            f"the adapter has base parameters ({min(source.replaced)}, ...), which no LoRA can hold: use "
+            "--format merged"
+        )
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):
             raise UserError(f"adapter.method: {source.label!r} is no product of low-rank factors: use --format merged")
