@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from .base import Built, FactorAdapter, Factors, Method, Site, kaiming_uniform, zeros
+from .experts import peft_linears, peft_parameter
 
 
 class LoRA(Method):
@@ -51,26 +52,26 @@ class LoRA(Method):
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
         return f"{match[1]}.{match[2]}" if match else None
 
-    reads_peft = frozenset({"rank_pattern", "alpha_pattern"})
+    reads_peft = frozenset({"rank_pattern", "alpha_pattern", "target_parameters"})
 
     @classmethod
     def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One rank and one scale for all sites: zeros for the ranks that a site has not, its scale in its B."""
+        """One rank and one scale for all sites: zeros for the ranks that a site has not, its scale in its B. A pair of
+        a fused expert weight becomes one for each of its linears."""
         fields = cls.from_peft(config)
         assert fields is not None
         widest = cls(**fields)
-        converted = {}
+        converted: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             path, _, side = name.rpartition(".")
-            r = _of_pattern(config.get("rank_pattern"), path, config["r"])
-            alpha = _of_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-            missing = widest.r - r
-            if side == "A":
-                converted[name] = F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
-                continue
+            fused = peft_parameter(path, config.get("target_parameters") or ())
+            r = _of_pattern(config.get("rank_pattern"), fused or path, config["r"])
+            alpha = _of_pattern(config.get("alpha_pattern"), fused or path, config["lora_alpha"])
             scale = cls(r=r, alpha=alpha, rslora=widest.rslora).scale / widest.scale
-            tensor = tensor if scale == 1 else tensor * scale
-            converted[name] = F.pad(tensor, (0, missing)) if missing else tensor
+            for own, factor in (peft_linears(fused, side, r, tensor) if fused else {name: tensor}).items():
+                missing = widest.r - r
+                padded = F.pad(factor, (0, 0, 0, missing) if side == "A" else (0, missing))
+                converted[own] = padded if side == "A" or scale == 1 else padded * scale
         return converted
 
 

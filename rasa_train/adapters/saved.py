@@ -213,7 +213,14 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
             f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trained on a changed base; "
             "convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
-    targets = config.get("target_modules") or "all-linear"
+    targets = config.get("target_modules") or []
+    if parameters := config.get("target_parameters"):
+        if isinstance(targets, str):
+            raise UserError(
+                f"{directory / CONFIG}: target_modules must be a list beside target_parameters, got {targets!r}"
+            )
+        targets = [*targets, *parameters]
+    targets = targets or "all-linear"
     fields["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     method = _method(directory, name, {"method": name, **fields})
     tensors = {}
