@@ -235,6 +235,14 @@ class Method(BaseModel, ABC):
         """Our name of a PEFT-style tensor (``base_model.model.`` removed), or None if it is not ours."""
         return None
 
+    reads_peft: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a PEFT config that change what the tensors mean, and that ``convert_peft`` knows."""
+
+    @classmethod
+    def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT's tensors, fp32 and by our names, as the fields of ``from_peft`` mean them."""
+        return dict(tensors)
+
 
 def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
     """W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x by its own of the weights (E, out, in)."""

@@ -8,6 +8,7 @@ Only safetensors is ever opened: no pickle.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ PEFT_UNSUPPORTED = (
     "megatron_config",
     "lora_bias",
 )
-"""Keys of a PEFT config that change what the tensors mean, and that are not read here."""
+"""Keys of a PEFT config that change what the tensors mean: read for a method that knows them, else refused."""
 FORMAT_VERSION = 1
 
 
@@ -204,7 +205,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
     if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is none of the methods known here")
-    if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key)]:
+    if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key) and key not in cls.reads_peft]:
         values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
         raise UserError(f"{directory / CONFIG}: {values} cannot be read: the result would be another adapter")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
@@ -212,7 +213,14 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
             f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trained on a changed base; "
             "convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
-    targets = config.get("target_modules") or "all-linear"
+    targets = config.get("target_modules") or []
+    if parameters := config.get("target_parameters"):
+        if isinstance(targets, str):
+            raise UserError(
+                f"{directory / CONFIG}: target_modules must be a list beside target_parameters, got {targets!r}"
+            )
+        targets = [*targets, *parameters]
+    targets = targets or "all-linear"
     fields["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     method = _method(directory, name, {"method": name, **fields})
     tensors = {}
@@ -221,6 +229,10 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         if ours is None:
             raise UserError(f"{directory / PEFT_TENSORS}: unexpected tensor {key!r} for {config['peft_type']}")
         tensors[ours] = tensor.float()
+    try:
+        tensors = cls.convert_peft(config, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
     return SavedAdapter(
         directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
     )

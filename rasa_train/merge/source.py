@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter
 from ..errors import UserError
 from ..model import ModelConfig, load_model, meta_model
 from .total import total
-from .weights import INDEX, SINGLE
+from .weights import INDEX, SINGLE, read_index
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 """An adapter, or several with their weights."""
@@ -216,5 +215,5 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     if not weights:
         return Path(small)
     index = Path(small) / INDEX
-    wanted = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
+    wanted = sorted(set(read_index(index)["weight_map"].values())) if index.is_file() else [SINGLE]
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
