@@ -93,13 +93,55 @@ def fuzz_recipe(path: Path, changes: dict[str, Any], overrides: list[str], raw: 
     read_or_refuse(lambda: load_recipe(path, overrides))
 
 
+PIECES = [
+    *(
+        "!!bool ",
+        "!x ",
+        "!!set ",
+        "&a ",
+        "*a",
+        "<<",
+        ": ",
+        "? ",
+        "- ",
+        "|",
+        "[",
+        "]",
+        "{",
+        "}",
+        ", ",
+        "\n",
+        "\n  ",
+        "#",
+    ),
+    *(
+        "'",
+        '"',
+        "\\",
+        "%TAG ",
+        "---",
+        "...",
+        "1e4",
+        "0x",
+        "0b2",
+        "2025-13-01",
+        "=",
+        "~",
+        ".inf",
+        "seed",
+        "\t",
+        "\ufeff",
+    ),
+]
 RECIPES = {
     "changes": st.dictionaries(KEYS, VALUES, max_size=4),
     "overrides": st.lists(
         st.builds(lambda k, v: f"{k}={v}", KEYS, VALUES.map(str) | st.text(max_size=30)) | st.text(max_size=20),
         max_size=3,
     ),
-    "raw": st.none() | st.binary(max_size=40),
+    "raw": st.none()
+    | st.binary(max_size=40)
+    | st.lists(st.sampled_from(PIECES), max_size=12).map(lambda p: "".join(p).encode()),
 }
 
 
@@ -213,7 +255,14 @@ HOSTILE: dict[str, bytes] = {
     "deep.yaml": b"a: " + b"[" * 100_000,
     "deep-block.yaml": b"".join(b" " * i + b"a:\n" for i in range(2_000)),
     "python.yaml": b"a: !!python/object/apply:os.system ['true']\n",
-    "list.yaml": b"- 1\n" * 100_000,
+    "list.yaml": b"- 1\n" * 60_000,
+    "keys.yaml": b"".join(b"k%d: 1\n" % i for i in range(15_000)),
+    "digits.yaml": b"a: " + b"1" * 200_000,
+    "merged-list.yaml": b"a: &a {"
+    + b"".join(b"k%d: 1, " % i for i in range(3_000))
+    + b"}\nb: {<<: ["
+    + b"*a, " * 50_000,
+    "huge.yaml": b"a: 1\n" * 10_000_000,
     "deep.jsonl": b'{"query": ' + b"[" * 1_000_000 + b"\n",
     "deep.json": b"[" * 1_000_000,
     "digits.json": b"[" + b"9" * 1_000_000 + b"]",
