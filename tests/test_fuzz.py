@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gzip
 import json
 import os
 import struct
@@ -245,6 +246,7 @@ def test_shard_names_stay_in_their_directory(name: str, tmp_path: Path) -> None:
     assert base_samples(str(base)) == {}, "nor are samples taken from outside"
 
 
+MILLION = gzip.compress(b"a" * 1_000_000)  # 1 kB
 HOSTILE: dict[str, bytes] = {
     "laughs.yaml": b"a0: &a0 [x, x]\n"
     + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 12)),
@@ -268,6 +270,12 @@ HOSTILE: dict[str, bytes] = {
     "digits.json": b"[" + b"9" * 1_000_000 + b"]",
     "row.jsonl": b'{"query": "' + b"a" * 50_000_000 + b'"\n',
     "nul.jsonl": b"\0" * 10_000_000,
+    "bomb.jsonl.gz": gzip.compress(b'{"query": "') + MILLION * 1_000,
+    "bomb.json.gz": gzip.compress(b'[{"query": "') + MILLION * 1_000,
+    "above.index.json": b'{"weight_map": {"a": "../model.safetensors"}}',
+    "absolute.index.json": b'{"weight_map": {"a": "/etc/passwd.safetensors"}}',
+    "nul.index.json": b'{"weight_map": {"a": "a\\u0000.safetensors"}}',
+    "deep.index.json": b'{"weight_map": ' + b"[" * 1_000_000,
     "length.safetensors": safetensors(b"{}", length=2**63),
     "long.safetensors": safetensors(b"{}", length=99_000_000),
     "overlap.safetensors": safetensors(
@@ -305,10 +313,13 @@ read = {
     ".yaml": lambda: load_recipe(path),
     ".jsonl": lambda: read_rows(path),
     ".json": lambda: read_rows(path),
+    ".gz": lambda: read_rows(path),
     ".safetensors": lambda: open_checkpoint(path.parent),
 }[path.suffix]
 if path.name in ("adapter_config.json", "adapter.safetensors"):
     read = lambda: read_adapter(path.parent)
+if path.name == "model.safetensors.index.json":
+    read = lambda: open_checkpoint(path.parent)
 try:
     read()
 except UserError as error:
@@ -325,6 +336,8 @@ def test_hostile_files_in_bounded_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "config.json":
         path = tmp_path / "adapter_config.json"
+    elif name.endswith(".index.json"):
+        path = tmp_path / "model.safetensors.index.json"
     elif path.suffix == ".safetensors":
         path = tmp_path / "model.safetensors"
         (tmp_path / "adapter_config.json").write_text('{"format": "rasa_train", "format_version": 1, "method": "lora"}')
@@ -336,7 +349,6 @@ def test_hostile_files_in_bounded_memory(name: str, tmp_path: Path) -> None:
             cwd=PACKAGE.parent,
             capture_output=True,
             text=True,
-            timeout=120,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         message, length, grown = json.loads(done.stdout)

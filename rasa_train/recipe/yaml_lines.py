@@ -86,6 +86,7 @@ def _refuse_odd(text: str, source: str) -> None:
     not fit its value, would be passed over on mappings and sequences, and end in all kinds of errors elsewhere."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
+        assert event.start_mark
         where = f"{source}:{event.start_mark.line + 1}"
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
