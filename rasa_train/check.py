@@ -23,10 +23,12 @@ from .recipe.schema import Recipe
 
 @dataclass
 class CheckResult:
-    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces."""
+    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces; ``shortages`` are
+    those of the ``problems`` that are not only something absent, which another machine may have."""
 
     facts: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    shortages: list[str] = field(default_factory=list)
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
 
     def show(self) -> None:
@@ -78,12 +80,12 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
         "versions": group.versions(),
         "seconds_estimate": None,
     }
-    problems += _shortages(facts)
+    problems += (shortages := _shortages(facts))
     if data and not problems and workers == 1:
         facts["seconds_estimate"] = probe.seconds(recipe, data, facts["total_parameters"], facts["optimizer_steps"])
     facts["problems"] = problems
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(facts, problems, samples)
+    return CheckResult(facts, problems, shortages, samples)
 
 
 def _shortages(facts: dict[str, Any]) -> list[str]:
@@ -111,9 +113,12 @@ def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
     device, median = facts["devices"][0], facts["median_example"]
     data = "not here" if median is None else f"median {median:,.0f}, longest {facts['longest_example']:,} tokens"
     total = _gib(facts["memory_bytes"]["total"])
+    steps, versions = facts["optimizer_steps"], [f"{name} {version}" for name, version in facts["versions"].items()]
+    model = f"{sum(facts['sites'].values())} linears adapted, {facts['trainable_parameters']:,} parameters trained"
     return [
+        ("recipe", True, f"{facts['method']}, {'?' if steps is None else f'{steps:,}'} steps"),
         ("data", median is not None, data),
-        ("model", not any(p.startswith("model.") for p in problems), f"{sum(facts['sites'].values())} linears adapted"),
+        ("model", not any(p.startswith("model.") for p in problems), model),
         (
             "memory",
             not any(p.startswith("memory:") for p in problems),
@@ -124,6 +129,7 @@ def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
             not any(p.startswith("output_dir:") for p in problems),
             f"{'?' if needed is None else _gib(needed)} of {_gib(facts['disk_bytes_free'])} free",
         ),
+        ("versions", True, ", ".join(versions)),
         ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
     ]
 

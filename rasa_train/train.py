@@ -133,8 +133,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             grad_norm = engine.step(loss)
             if skipped := watch.skipped(step + 1, loss, grad_norm):
                 restore(engine, model, rules)
-                first = accelerator.is_main_process
-                watch.stop_if_hopeless(directory, data.train, batch, step + 1, first=first, updated=not engine.skips)
+                watch.stop_if_hopeless(directory, data.train, batch, step + 1, first=accelerator.is_main_process)
             else:
                 recipe.adapter.after_step(placed, step + 1, total_steps)
                 engine.zero_grad()
@@ -158,7 +157,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             }
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
                 with packed(fast):
-                    row["validation_loss"] = validate(engine, losses, data.validation, limit, training.flat)
+                    row["validation_loss"] = validate(engine, losses, data.validation, fitting, training.flat)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
             if measure and due(measure.every, progress.step, epoch_done, done):
                 with loss_of.with_logits(model), attention.padded(model), mixed(recipe, model), packed(fast):
