@@ -29,13 +29,13 @@ class EvaluateConfig(_Section):
     checkpoint by it is named in ``summary.json``. Needs the extra ``eval``."""
 
     suite: Literal["math", "gsm8k", "code", "forgetting"]
-    """Questions, answers and metrics as those of ``rasa-eval --suite``."""
+    """Questions, answers and metrics as those of ``rasa-eval``."""
     every: Every = "epoch"
     """``epoch``, or a number of steps. The last step is always evaluated."""
     limit: PositiveInt | None = 200
     """Questions (of each task, for forgetting); null for all."""
     data: str | None = None
-    """Local questions, as for ``rasa-eval --data``; null for the hub's."""
+    """Local questions, as for ``--data`` of ``rasa-eval``; null for the hub's."""
 
 
 class TrainingConfig(_Section):
