@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow test-matrix test-faults bench check format clean fuzz
+.PHONY: help setup demo test test-slow test-matrix test-faults bench check format clean fuzz docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -47,6 +47,9 @@ check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/ready ## write again what docs/ has from the code
+	$(BIN)/python scripts/make_recipe_reference.py
 
 format: $(VENV)/ready ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

@@ -44,7 +44,9 @@ class AdamW(_Config):
     lr: PositiveFloat = 2.0e-4
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """(of the mean, of the square). torch's defaults."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the mean square."""
     weight_decay: NonNegativeFloat = 0.0
     """Decay per step is lr * weight_decay, as in torch."""
 
@@ -60,6 +62,7 @@ class ScheduleConfig(_Config):
     """Learning rate over the optimizer steps: linear warm-up, then the named decay to ``final_ratio``."""
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up (the paper: cosine)."""
     warmup_ratio: float = Field(0.1, ge=0.0, le=1.0)
     """Share of all steps that warms up, rounded up (paper: 10%)."""
     warmup_steps: NonNegativeInt | None = None

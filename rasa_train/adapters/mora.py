@@ -42,7 +42,7 @@ class MoRA(Method):
     r: PositiveInt = 8
     """Rank of the LoRA with as many parameters; sets the side q of M."""
     type: Literal[1, 2, 3, 4, 6] = 6
-    """The fixed maps (see above). 6 is the RaSA paper's; MoRA's paper prefers 1 for large r."""
+    """The fixed maps, as MoRA's code numbers them. 6 is the RaSA paper's; MoRA's paper prefers 1 for large r."""
 
     def side(self, site: Site) -> int:
         """q; even for type 6, whose rotation pairs features."""

@@ -57,7 +57,7 @@ class DataConfig(BaseModel):
 
     dataset: str = Field(
         min_length=1,
-        description="A built-in name (metamathqa, magicoder), a hub id, or a local .jsonl/.json/.parquet "
+        description="A built-in name (metamathqa, magicoder, demo), a hub id, or a local .jsonl/.json/.parquet "
         "file (.gz too, except parquet), a directory of such files, or a directory written by "
         "datasets.save_to_disk.",
     )

@@ -29,12 +29,13 @@ class EvaluateConfig(_Section):
     checkpoint by it is named in ``summary.json``. Needs the extra ``eval``."""
 
     suite: Literal["math", "gsm8k", "code", "forgetting"]
+    """Questions, answers and metrics as those of ``rasa-eval``."""
     every: Every = "epoch"
     """``epoch``, or a number of steps. The last step is always evaluated."""
     limit: PositiveInt | None = 200
     """Questions (of each task, for forgetting); null for all."""
     data: str | None = None
-    """Local questions, as for ``rasa-eval --data``; null for the hub's."""
+    """Local questions, as for ``--data`` of ``rasa-eval``; null for the hub's."""
 
 
 class TrainingConfig(_Section):
@@ -52,7 +53,9 @@ class TrainingConfig(_Section):
     micro_batch_tokens: PositiveInt | None = None
     """Tokens that one worker computes at a time, in the place of a number of sequences; only without padding."""
     optimizer: OptimizerConfig = LionW()
+    """``name: lionw`` (the paper) or ``adamw``, with its learning rate."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the steps."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this L2 norm (the paper: 1.0); null never clips."""
     max_skipped: PositiveInt = 10
@@ -111,6 +114,7 @@ class TrackingConfig(_Section):
     """Section ``tracking:``. Off by default; nothing is ever sent anywhere unless asked for here."""
 
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Each must be installed (tensorboard: the extra ``tracking``)."""
     project: str = "rasa_train"
     """Project (or experiment) name that the trackers file the run under."""
 
