@@ -112,7 +112,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        limit = fitting = fit(engine, losses, model, data.train, training, report.say)
+        limit = fitting = fit(engine, losses, model, fast, data.train, training, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
         watch, unsaved = guards.Watch(training.max_skipped, report.say), False
         planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
