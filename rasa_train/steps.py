@@ -104,6 +104,8 @@ def fit(
     Workers that wait for each other in the forward pass cannot try: one that runs out of memory would hold up the
     rest. They take 16k tokens, and recompute all layers.
 
+    Args:
+        fast: groups to compute with packed factors, as the steps will.
     Raises:
         UserError: not even the longest example fits, on any worker.
     """
