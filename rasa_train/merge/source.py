@@ -163,7 +163,7 @@ def _see(directory: Path) -> None:
     """Raise ``UserError`` where we may not look into a directory."""
     try:
         for path in directory.iterdir():
-            path.stat()
+            path.lstat()
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from None
 
