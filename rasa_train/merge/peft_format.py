@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters.base import Method
@@ -52,7 +52,7 @@ def export_peft(
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
-        save_file(tensors, partial / PEFT_TENSORS, metadata={"format": "pt"})
+        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))  # readable as umask says
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(

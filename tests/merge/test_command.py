@@ -260,6 +260,13 @@ def common(tmp_path):
         yield Path(directory)
 
 
+def everybodys(directory: Path) -> Path:
+    """transformers writes weights that their owner alone may read."""
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    return directory
+
+
 @contextmanager
 def ordinary_user():
     """Root may do anything, and so shows nothing."""
@@ -275,7 +282,7 @@ def ordinary_user():
 
 @pytest.mark.parametrize("format", ["merged", "lora"])
 def test_an_ordinary_user_may_not_write_there(common, format):
-    save_adapter(common / "adapter", save_base(common / "base"))
+    save_adapter(common / "adapter", everybodys(save_base(common / "base")))
     arguments = (common / "adapter", "--format", format, "--output")
     assert run(*arguments, common / "before")[0] == 0  # what is imported late is there now
     (common / "locked").mkdir(mode=0o555)
@@ -288,7 +295,7 @@ def test_an_ordinary_user_may_not_write_there(common, format):
 
 @pytest.mark.parametrize("locked", ["adapter", "base", "model.safetensors"])
 def test_an_ordinary_user_may_not_read_it(common, locked):
-    save_adapter(common / "adapter", save_base(common / "base"))
+    save_adapter(common / "adapter", everybodys(save_base(common / "base")))
     assert run(common / "adapter", "--output", common / "before")[0] == 0
     path = common / "base" / locked if "." in locked else common / locked
     path.chmod(0)
