@@ -40,7 +40,10 @@ def export_peft(
     method = read_adapter(find_adapter(Path(adapter))).method
     config, names = _format(method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
-        raise UserError(f"{fused[0].path} is a fused weight, which PEFT has no name for here: use --format merged")
+        raise UserError(
+            f"{fused[0].path} is a fused weight of experts: use --format lora, by which PEFT has it exactly (lora and "
+            "vera), or --format merged"
+        )
     tensors = _tensors(source, names)
     config |= {
         "task_type": "CAUSAL_LM",
