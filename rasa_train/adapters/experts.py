@@ -151,6 +151,6 @@ def peft_linears(parameter: str, side: str, r: int, tensor: Tensor) -> dict[str,
     module, _, name = parameter.rpartition(".")
     linears = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
     if side == "A":
-        return {f"{module}.{linear}.A": tensor.view(-1, r, tensor.shape[1]) for linear in linears}
+        return {f"{module}.{linear}.A": tensor.reshape(-1, r, tensor.shape[1]) for linear in linears}
     B = tensor.reshape(len(tensor), r, -1).permute(2, 0, 1)
     return {f"{module}.{linear}.B": rows for linear, rows in zip(linears, B.chunk(len(linears), 1), strict=True)}

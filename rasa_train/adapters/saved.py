@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -67,7 +67,8 @@ def write_adapter(
     """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
     write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(plain, directory / TENSORS, metadata={"format": "pt"})
+    # By way of bytes: files that safetensors makes itself are their owner's alone, whatever the umask.
+    (directory / TENSORS).write_bytes(save(plain, metadata={"format": "pt"}))
 
 
 def write_config(
@@ -164,6 +165,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         why = f"; {pickled.name} is a pickle, which is never opened" if pickled.is_file() else ""
         raise UserError(f"{path} does not exist{why}")
     try:
+        path.open("rb").close()  # safe_open calls a file absent that it may not read
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError, ValueError) as error:

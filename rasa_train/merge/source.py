@@ -112,6 +112,7 @@ def find_adapter(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an adapter directory or the output_dir of a run")
+    _see(path)
     for directory in (path, path / "adapter"):
         if (directory / CONFIG).is_file():
             return directory
@@ -145,6 +146,7 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     """The directory of a model here, downloaded as far as it is needed. Raises ``UserError`` when there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
+        _see(path)
         if not (path / "config.json").is_file():
             raise UserError(f"base model: {name} is a directory without a config.json, so it is no model")
         return path
@@ -155,6 +157,15 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
+
+
+def _see(directory: Path) -> None:
+    """Raise ``UserError`` where we may not look into a directory."""
+    try:
+        for path in directory.iterdir():
+            path.lstat()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
 
 
 def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:

@@ -123,6 +123,7 @@ def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: the base model is incomplete")
     try:
+        path.open("rb").close()  # safe_open calls a file absent that it may not read
         with safe_open(path, framework="pt"):  # checks offsets, dtypes and the length of the file
             pass
     except (SafetensorError, OSError, ValueError) as error:
