@@ -9,10 +9,10 @@ import ast
 import contextlib
 import gzip
 import json
+import multiprocessing
 import os
+import resource
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -295,45 +295,34 @@ HOSTILE: dict[str, bytes] = {
 ALLOWED_MB = 400
 """More memory than this above what the imports took, and the process below ends; the largest input is 50 MB."""
 
-CHILD = """
-import json, resource, sys, os
-from pathlib import Path
-from rasa_train.adapters.saved import read_adapter
-from rasa_train.errors import UserError
-from rasa_train.merge.weights import open_checkpoint
-from rasa_train.recipe import load_recipe
-from tests.test_fuzz import read_rows
 
-path, allowed = Path(sys.argv[1]), int(sys.argv[2]) << 20
-pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-resource.setrlimit(resource.RLIMIT_AS, (pages + allowed, pages + allowed))
-resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
-read = {
-    ".yaml": lambda: load_recipe(path),
-    ".jsonl": lambda: read_rows(path),
-    ".json": lambda: read_rows(path),
-    ".gz": lambda: read_rows(path),
-    ".safetensors": lambda: open_checkpoint(path.parent),
-}[path.suffix]
-if path.name in ("adapter_config.json", "adapter.safetensors"):
-    read = lambda: read_adapter(path.parent)
-if path.name == "model.safetensors.index.json":
-    read = lambda: open_checkpoint(path.parent)
-try:
-    read()
-except UserError as error:
-    message = str(error)
-else:
+def read_hostile(path: Path, answer: Path) -> None:
+    """In a process of its own: write the length and the beginning of what is said of the file, and by how many MB the
+    process has grown."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resource.setrlimit(resource.RLIMIT_AS, (pages + (ALLOWED_MB << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
     message = ""
-print(json.dumps([message[:300], len(message), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10]))
-"""
+    try:
+        if path.name.startswith("adapter"):
+            read_adapter(path.parent)
+        elif path.name.startswith("model."):
+            open_checkpoint(path.parent)
+        elif path.suffix == ".yaml":
+            load_recipe(path)
+        else:
+            read_rows(path)
+    except UserError as error:
+        message = str(error)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    answer.write_text(json.dumps([len(message), message[:300], grown]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_in_bounded_memory(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
+    path, answer = tmp_path / name, tmp_path / "answer"
     if name == "config.json":
         path = tmp_path / "adapter_config.json"
     elif name.endswith(".index.json"):
@@ -343,16 +332,15 @@ def test_hostile_files_in_bounded_memory(name: str, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text('{"format": "rasa_train", "format_version": 1, "method": "lora"}')
         (tmp_path / "adapter.safetensors").write_bytes(HOSTILE[name])
     path.write_bytes(HOSTILE[name])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_fuzz"])
     for file in [path, tmp_path / "adapter.safetensors"] if path.suffix == ".safetensors" else [path]:
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(file), str(ALLOWED_MB)],
-            cwd=PACKAGE.parent,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        message, length, grown = json.loads(done.stdout)
-        assert message and length < 5_000, "refused, in a message that can be read"
+        process = context.Process(target=read_hostile, args=(file, answer))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, "neither read nor refused"
+        length, message, grown = json.loads(answer.read_text())
+        assert message and length < 6_000, "refused, in a message that can be read"
         print(f"{file.name} ({name}): {grown} MB; {message[:100]!r}")
         if log := os.environ.get("RASA_FUZZ_LOG"):
             with open(log, "a") as out:

@@ -85,7 +85,7 @@ def test_steps_that_go_on_failing_end_the_run_on_all(strategy: str, poisoned: Ca
     one = json.dumps({"input_ids": [1, POISON, 5, 2], "labels": [-100, POISON, 5, 2]})
     rows.write_text(f"{one}\n" * 40)
     options = [f"data.dataset={rows}", "training.max_skipped=3", f"distributed.strategy={strategy}", "--nproc", "2"]
-    done = subprocess.run(command(*options), cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(*options), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "steps in a row was not finite" in done.stderr
     assert [row["skipped"] for row in metrics(tmp_path / "run")] == [1, 1]
