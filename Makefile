@@ -42,8 +42,9 @@ check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready ## write again what docs/ has from the code
+docs: $(VENV)/ready ## write again what is made from the code: the recipe reference, the figures of --list
 	$(BIN)/python scripts/make_recipe_reference.py
+	$(BIN)/python scripts/measure_recipes.py
 
 format: $(VENV)/ready ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
