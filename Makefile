@@ -2,12 +2,13 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .venv-tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow test-matrix test-faults bench check format clean fuzz docs
+.PHONY: help setup demo test test-slow test-matrix test-faults bench check format clean fuzz docs lock licences sbom audit
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -48,12 +49,31 @@ check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready ## write again what docs/ has from the code
+docs: $(VENV)/ready ## write again what is made from the code: the recipe reference, the figures of --list
 	$(BIN)/python scripts/make_recipe_reference.py
+	$(BIN)/python scripts/measure_recipes.py
 
 format: $(VENV)/ready ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(TOOLS)/ready: Makefile
+	@$$(command -v $(PYTHON) || command -v python3) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+lock: $(TOOLS)/ready ## pin every dependency of every extra with its hashes: requirements.lock
+	$(TOOLS)/bin/uv pip compile pyproject.toml -c constraints.txt --all-extras --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+licences: $(VENV)/ready ## licences of what is installed, against those that are allowed
+	$(BIN)/python scripts/check_licences.py
+
+sbom: $(TOOLS)/ready $(VENV)/ready ## what is installed, as CycloneDX: sbom.json
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON --output-file sbom.json $(BIN)/python
+
+audit: $(TOOLS)/ready ## known vulnerabilities of what requirements.lock pins (asks a service of the index)
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(TOOLS) .pytest_cache .ruff_cache .mypy_cache build dist

@@ -47,7 +47,7 @@ def reference() -> str:
     top = {key: value for key, value in schema["properties"].items() if "$ref" not in value and "oneOf" not in value}
     pages = [
         HEAD,
-        "## Top level\n\nBeside the sections: `extends`, a recipe or a list of them whose keys this one replaces, and\n\n"
+        "## Top level\n\nBeside the sections: `extends`, a recipe or a list of those whose keys it replaces, and\n\n"
         + table({"properties": top, "required": schema["required"]}, definitions),
         section("`model`", "ModelConfig"),
         "## `adapter`\n\n`method` says which of the sections below holds. Keys of all of them:\n\n"

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..analysis.updates import Updates
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -14,7 +14,6 @@ from ..errors import UserError
 from .errors import user_errors
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -16,7 +16,7 @@ from .errors import user_errors
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from .errors import user_errors
 if TYPE_CHECKING:
     from ..merge import ExportReport, ExtractReport, MergeReport, VerifyReport
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 EXTRACT = "Extract an adapter"
 
 

@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import shipped
 from .errors import user_errors
 
 app = typer.Typer(
-    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _recipes(incomplete: str) -> list[str]:
+    """What a shell offers after ``rasa-train``: shipped recipes, and YAML files and directories that are there."""
+    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
+    near = sorted(parent.glob("*")) if parent.is_dir() else []
+    files = [f"{path}/" if path.is_dir() else str(path) for path in near if path.is_dir() or path.suffix == ".yaml"]
+    return [name for name in (*files, *shipped.runnable()) if name.startswith(incomplete)]
+
+
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A YAML recipe, or the name of a shipped one.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes)
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values to replace in it.")
     ] = None,
@@ -50,6 +61,9 @@ def train(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the shipped RECIPE to the file or directory that follows it (or here).")
     ] = False,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="List the shipped recipes: parameters and memory of each.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Fine-tune a language model with RaSA, LoRA or a relative, as RECIPE says.
@@ -59,6 +73,9 @@ def train(
         rasa-train configs/demo.yaml adapter.r=16 training.epochs=2 output_dir=runs/a
     """
     with user_errors():
+        if list_recipes:
+            print(json.dumps({"recipes": shipped.measured()}) if as_json else shipped.table())
+            return
         if schema:
             from ..recipe.schema import Recipe
 

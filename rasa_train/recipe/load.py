@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
+from ..shipped import configs_dir
 from .schema import METHODS, Recipe
 from .yaml_lines import Key, Location, parse, parse_file, short
 
@@ -40,12 +41,6 @@ def explain(error: UserError, locations: dict[Key, Location]) -> UserError:
     """``error`` with the place where its key was written, if it has one."""
     location = _nearest(locations, tuple(error.key.split("."))) if error.key else None
     return UserError(f"{error}\n  at {location}", key=error.key) if location else error
-
-
-def configs_dir() -> Path:
-    """The shipped recipes: inside the package when it is installed, beside it in a checkout."""
-    inside = Path(__file__).resolve().parents[1] / "configs"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "configs"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

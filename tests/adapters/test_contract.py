@@ -106,16 +106,20 @@ def case(
     request: pytest.FixtureRequest, bases: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Case:
     name, weight, dtype = request.param
-    directory, path = tmp_path_factory.mktemp(name), bases[weight, dtype]
+    method = METHODS[name].model_validate({"method": name, **FIELDS[name]})
+    return make_case(method, bases[weight, dtype], DTYPES[dtype], tmp_path_factory.mktemp(name))
+
+
+def make_case(method: Method, path: Path, dtype: torch.dtype, directory: Path) -> Case:
+    """The base in ``path`` adapted by a method, and its adapter in ``directory``."""
 
     def base() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], experts_implementation="eager").eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
 
-    method = METHODS[name].model_validate({"method": name, **FIELDS[name]})
     torch.manual_seed(1)
     model, _ = adapt(base(), method)
-    mixed = dtype == "bf16" and any(method.trains(n) for n, _ in model.named_parameters())
-    case = Case(method, base, model, directory, torch.empty(0), DTYPES[dtype], mixed)
+    mixed = dtype == torch.bfloat16 and any(method.trains(n) for n, _ in model.named_parameters())
+    case = Case(method, base, model, directory, torch.empty(0), dtype, mixed)
     case = case._replace(started=case.logits(model))
     with torch.no_grad():
         for parameter in trainable(model).values():
