@@ -67,8 +67,11 @@ def write_adapter(
     """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
     write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    # By way of bytes: files that safetensors makes itself are their owner's alone, whatever the umask.
-    (directory / TENSORS).write_bytes(save(plain, metadata={"format": "pt"}))
+    # Not by save_file: what that writes is its owner's alone, whatever the umask. And not over the old file, from which
+    # the tensors may still be read.
+    partial = directory / f"{TENSORS}.partial"
+    partial.write_bytes(save(plain, metadata={"format": "pt"}))
+    partial.replace(directory / TENSORS)
 
 
 def write_config(
