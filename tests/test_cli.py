@@ -77,7 +77,7 @@ def test_check_with_everything(recipe: Path, cli: Cli) -> None:
     assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
     shown = cli("train", recipe, "--check", check=True).stdout
     assert "ready to train" in shown and max(map(len, shown.splitlines())) <= 80
-    topics = [line[3:].partition(":")[0] for line in shown.splitlines() if line.startswith("ok ")]
+    topics = [line[4:].partition(":")[0] for line in shown.splitlines() if line.startswith("ok ")]
     assert topics == ["recipe", "data", "model", "memory", "disk", "time"]
     assert facts["versions"]["torch"] in shown
 

@@ -96,9 +96,9 @@ def test_a_full_disk_and_two_workers(disk: Path, whole: Whole) -> None:
     ballast.unlink()
     again = start("train", whole.recipe, *options, "training.max_steps=200", "training.keep_last=1", cwd=disk)
     until(lambda: "resuming from" in again.said or again.process.exitcode is not None, again)
-    assert str(kept[-1].name) in again.said
-    os.kill(again.process.pid, signal.SIGKILL)
-    again.wait()
+    assert kept[-1].name in again.said
+    os.kill(again.process.pid, signal.SIGTERM)
+    assert again.wait() == 75, again.said
 
 
 def test_a_full_disk_and_a_merge(disk: Path, whole: Whole) -> None:
