@@ -46,6 +46,7 @@ def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
 
 @pytest.mark.parametrize("weight", contract.WEIGHTS)
 def test_it_keeps_the_contract(weight: str, method: type, bases: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
     case = contract.make_case(method(r=4), bases[weight, "fp32"], torch.float32, tmp_path / "adapter")
     contract.test_the_output_is_the_bases_at_first(case)
     contract.test_forward_is_the_delta(case)
