@@ -166,12 +166,12 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
         ("steps", number("optimizer_steps")),
         ("workers", f"{facts['workers']} ({facts['strategy']})"),
         *[
-            ("memory" if i == 0 else "", f"{part.replace('_', ' ')} {size / 2**30:,.2f} GiB")
+            ("memory" if i == 0 else "", f"{part.replace('_', ' '):<20}{size / 2**30:>8,.2f} GiB")
             for i, (part, size) in enumerate(facts["memory_bytes"].items())
         ],
         ("", f"each worker, {at_once}"),
         *[
-            ("strategies" if i == 0 else "", f"{strategy} {size / 2**30:,.2f} GiB")
+            ("strategies" if i == 0 else "", f"{strategy:<20}{size / 2**30:>8,.2f} GiB")
             for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())
         ],
         *[("advice" if i == 0 else "", line) for i, line in enumerate(facts["advice"])],
