@@ -355,7 +355,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method, run in (("rasa", "runs/rasa"), ("full", "runs/full"), ("lora", "RUN")):
         overrides = [f"adapter.method={method}", f"output_dir={root / run}", "training.checkpoint_every=1", *short]
         launch(load_recipe("demo", overrides).recipe)
-    names = ["lora", "seed=1", "seed=2", "math_llama8b_rasa_r8", "mine/seed=1", "sweep/seed=1", "sweep/seed=2"]
+    names = ["lora", "seed=1", "seed=2", "math_llama8b_rasa_r8", "mine", "sweep/seed=1", "sweep/seed=2"]
     for name in names:
         shutil.copytree(root / "runs/rasa", root / "runs" / name)
     for name in ("a", "b", "OUT/adapter"):
