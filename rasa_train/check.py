@@ -171,12 +171,12 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
         ("steps", number("optimizer_steps")),
         ("workers", f"{facts['workers']} ({facts['strategy']})"),
         *[
-            ("memory" if i == 0 else "", f"{part.replace('_', ' ')} {_size(size)}")
+            ("memory" if i == 0 else "", f"{part.replace('_', ' '):<20}{_size(size):>12}")
             for i, (part, size) in enumerate(facts["memory_bytes"].items())
         ],
         ("", f"each worker, {at_once}"),
         *[
-            ("strategies" if i == 0 else "", f"{strategy} {_size(size)}")
+            ("strategies" if i == 0 else "", f"{strategy:<20}{_size(size):>12}")
             for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())
         ],
         *[("advice" if i == 0 else "", line) for i, line in enumerate(facts["advice"])],
