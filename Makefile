@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow test-matrix test-faults check format docs lock licences sbom audit clean
+.PHONY: help setup demo test test-slow test-matrix test-faults bench check format clean fuzz docs lock licences sbom audit
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +37,12 @@ test-matrix: $(VENV)/ready ## every strategy x method against one process (about
 
 test-faults: $(VENV)/ready ## kill, damage, fill the disk: a run survives it (minutes; as root also the disks)
 	$(BIN)/python -m pytest tests/faults
+
+bench: $(VENV)/ready ## what adapters cost on this machine, beside PEFT and the paper (docs/BENCHMARKS.md)
+	$(BIN)/rasa-bench
+
+fuzz: $(VENV)/ready ## 10,000 recipes, files and adapters that nobody meant; hostile files in bounded memory (an hour)
+	RASA_FUZZ=10000 $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff check .

@@ -23,10 +23,12 @@ from .recipe.schema import Recipe
 
 @dataclass
 class CheckResult:
-    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces."""
+    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces; ``shortages`` are
+    those of the ``problems`` that are not only something absent, which another machine may have."""
 
     facts: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    shortages: list[str] = field(default_factory=list)
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
 
     def show(self) -> None:
@@ -78,12 +80,12 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
         "versions": group.versions(),
         "seconds_estimate": None,
     }
-    problems += _shortages(facts)
+    problems += (shortages := _shortages(facts))
     if data and not problems and workers == 1:
         facts["seconds_estimate"] = probe.seconds(recipe, data, facts["total_parameters"], facts["optimizer_steps"])
     facts["problems"] = problems
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(facts, problems, samples)
+    return CheckResult(facts, problems, shortages, samples)
 
 
 def _shortages(facts: dict[str, Any]) -> list[str]:
@@ -92,14 +94,14 @@ def _shortages(facts: dict[str, Any]) -> list[str]:
     needed, free = facts["disk_bytes_needed"], facts["disk_bytes_free"]
     if needed is not None and needed > free:
         found.append(
-            f"output_dir: checkpoints need {_gib(needed)}, the disk has {_gib(free)} free; make room, or set "
+            f"output_dir: checkpoints need {_size(needed)}, the disk has {_size(free)} free; make room, or set "
             "training.keep_last"
         )
     least = min(facts["devices"], key=lambda device: int(device["memory_bytes"]))
     total = facts["memory_bytes"]["total"]
     if least["name"] != "cpu" and total > USABLE * least["memory_bytes"]:
         found.append(
-            f"memory: {_gib(total)} for each worker, {least['name']} has {_gib(least['memory_bytes'])}; try "
+            f"memory: {_size(total)} for each worker, {least['name']} has {_size(least['memory_bytes'])}; try "
             "training.activation_checkpointing: auto, or another distributed.strategy"
         )
     return found
@@ -110,26 +112,29 @@ def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
     problems, seconds, needed = facts["problems"], facts["seconds_estimate"], facts["disk_bytes_needed"]
     device, median = facts["devices"][0], facts["median_example"]
     data = "not here" if median is None else f"median {median:,.0f}, longest {facts['longest_example']:,} tokens"
-    total = _gib(facts["memory_bytes"]["total"])
+    total = _size(facts["memory_bytes"]["total"])
+    steps = facts["optimizer_steps"]
+    model = f"{sum(facts['sites'].values())} linears adapted, {facts['trainable_parameters']:,} parameters trained"
     return [
+        ("recipe", True, f"{facts['method']}, {'?' if steps is None else f'{steps:,}'} steps"),
         ("data", median is not None, data),
-        ("model", not any(p.startswith("model.") for p in problems), f"{sum(facts['sites'].values())} linears adapted"),
+        ("model", not any(p.startswith("model.") for p in problems), model),
         (
             "memory",
             not any(p.startswith("memory:") for p in problems),
-            f"{total} of {_gib(device['memory_bytes'])} ({device['name']} x {len(facts['devices'])})",
+            f"{total} of {_size(device['memory_bytes'])} ({device['name']} x {len(facts['devices'])})",
         ),
         (
             "disk",
             not any(p.startswith("output_dir:") for p in problems),
-            f"{'?' if needed is None else _gib(needed)} of {_gib(facts['disk_bytes_free'])} free",
+            f"{'?' if needed is None else _size(needed)} of {_size(facts['disk_bytes_free'])} free",
         ),
         ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
     ]
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _size(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
@@ -166,13 +171,14 @@ def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
         ("steps", number("optimizer_steps")),
         ("workers", f"{facts['workers']} ({facts['strategy']})"),
         *[
-            ("memory" if i == 0 else "", f"{part.replace('_', ' '):<20}{size / 2**30:>8,.2f} GiB")
+            ("memory" if i == 0 else "", f"{part.replace('_', ' '):<20}{_size(size):>12}")
             for i, (part, size) in enumerate(facts["memory_bytes"].items())
         ],
         ("", f"each worker, {at_once}"),
         *[
-            ("strategies" if i == 0 else "", f"{strategy:<20}{size / 2**30:>8,.2f} GiB")
+            ("strategies" if i == 0 else "", f"{strategy:<20}{_size(size):>12}")
             for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())
         ],
         *[("advice" if i == 0 else "", line) for i, line in enumerate(facts["advice"])],
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
     ]

@@ -68,8 +68,6 @@ class Engine(ABC):
 
     sharded: ClassVar[bool]
     """Workers hold parts of the trained tensors, or wait for each other in the forward pass."""
-    skips: ClassVar[bool] = True
-    """``step`` leaves the parameters and the optimizer's state alone when a number is not finite."""
     first_reads: ClassVar[bool] = False
     """Before ``prepare`` only the first worker has values; those of the others are on the meta device until then."""
 
@@ -107,7 +105,7 @@ class Engine(ABC):
     @abstractmethod
     def step(self, loss: float) -> float:
         """Clip, update. Returns the L2 norm of all gradients before clipping, equal on all workers, as ``loss`` is.
-        If one of them is not finite, nothing is updated (``skips``)."""
+        If one of them is not finite, nothing is updated: neither parameters nor the optimizer's state."""
 
     @abstractmethod
     def zero_grad(self) -> None: ...
@@ -301,7 +299,6 @@ class Zero(Engine):
     fp32, as everywhere else, so what DeepSpeed divides is the fp32 state that is saved."""
 
     sharded = True
-    skips = False
 
     @property
     def stage(self) -> int:
@@ -372,7 +369,8 @@ class Zero(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.engine.backward(loss)
+        """A loss that is not finite makes all of its gradients so, by which DeepSpeed skips the step."""
+        self.engine.backward(loss * (1 + 0 * loss.detach()))
 
     def step(self, loss: float) -> float:
         self.engine.step()

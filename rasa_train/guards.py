@@ -54,15 +54,13 @@ class Watch:
         step: int,
         *,
         first: bool,
-        updated: bool,
     ) -> None:
-        """End the run after ``max_skipped`` steps in a row, or at once if the weights were ``updated`` all the same;
-        the ``first`` worker keeps the last batch for a look.
+        """End the run after ``max_skipped`` steps in a row; the ``first`` worker keeps the last batch for a look.
 
         Raises:
             UserError: so many steps were skipped.
         """
-        if self.in_a_row < self.max_skipped and not updated:
+        if self.in_a_row < self.max_skipped:
             return
         path = directory.skipped / f"step-{step:08d}.json"
         if first:
@@ -101,6 +99,10 @@ def smaller(limit: Limit, batch: np.ndarray, lengths: np.ndarray, workers: int) 
     return replace(limit, examples=most // 2)
 
 
+BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
+"""A disk that takes nothing more, whatever room it has: a kernel makes it read-only when it finds an error on it."""
+
+
 def disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
@@ -117,23 +119,24 @@ def explained(directory: RunDirectory) -> Iterator[None]:
     """Say what is saved when the disk or the GPU fails inside.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or takes nothing more.
         DeviceLost: the GPU answers with an error.
     """
     try:
         yield
     except OSError as error:
-        if not disk_full(error):
+        if not disk_full(error) and error.errno not in BROKEN:
             raise
-        raise full(directory, error) from None
+        raise unwritable(directory, error) from None
     except torch.AcceleratorError as error:
         said = (str(error).strip().splitlines() or ["no message"])[0]
         raise DeviceLost(f"the GPU failed: {said}. {saved_at(directory)}") from error
 
 
-def full(directory: RunDirectory, error: OSError) -> UserError:
+def unwritable(directory: RunDirectory, error: OSError) -> UserError:
+    remedy = "Make room" if disk_full(error) else "See to the disk"
     return UserError(
-        f"output_dir: {directory.path} cannot be written: {error.strerror}. {saved_at(directory)} Make room: the same "
+        f"output_dir: {directory.path} cannot be written: {error.strerror}. {saved_at(directory)} {remedy}: the same "
         "command goes on from there.",
         key="output_dir",
     )

@@ -147,6 +147,8 @@ def memory(
     wanted = recipe.training.activation_checkpointing
     recomputed = 0 if wanted == "auto" else layers if wanted is True else min(int(wanted), layers)
     kept = recomputed * config.hidden_size * half + (layers - recomputed + bool(recomputed)) * per_layer
+    if recipe.training.activation_offload:
+        kept = per_layer  # of the layer that is at work
     parts["activations"] = tokens * kept
     chunked = has_plain_head(model)
     parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * (half + 4) if chunked else tokens * (half + 8))

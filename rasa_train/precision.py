@@ -112,6 +112,21 @@ def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / scales).to(FP8), scales
 
 
+def product(x: Tensor, weight: Tensor | Narrow, bias: Tensor | None) -> Tensor:
+    """x W^T + bias (tokens, out), a tensor of its own."""
+    if not isinstance(weight, Narrow):
+        return F.linear(x, weight, bias)
+    y = weight.product(x)
+    return y if bias is None else y.add_(bias)
+
+
+def add_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor | Narrow) -> Tensor:
+    """dx + dy W, in place where there is a dx."""
+    if isinstance(weight, Narrow):
+        return weight.gradient(dy) if dx is None else dx.add_(weight.gradient(dy))
+    return dy @ weight if dx is None else dx.addmm_(dy, weight)
+
+
 def narrow(weight: Tensor, base: Base) -> Narrow:
     """W (out, in) as ``base`` says.
 

@@ -31,6 +31,7 @@ HARMLESS = {
     "training.micro_batch_tokens",
     "training.padding_free",
     "training.activation_checkpointing",
+    "training.activation_offload",
     "training.compile",
     "training.checkpoint_every",
     "training.keep_last",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import group, memory
-from .adapters.inject import groups, rule_state, trainable
-from .adapters.kernels import packed
+from .adapters.inject import rule_state, trainable
+from .adapters.kernels import Group, packed
 from .data.batching import Limit, collate, flatten, plan_epoch, with_targets
 from .data.cache import TokenDataset
 from .data.encode import IGNORE, Example
@@ -93,6 +93,7 @@ def fit(
     engine: Engine,
     losses: Loss,
     model: nn.Module,
+    fast: Sequence[Group],
     train: TokenDataset,
     training: TrainingConfig,
     say: Callable[[str], None],
@@ -103,6 +104,8 @@ def fit(
     Workers that wait for each other in the forward pass cannot try: one that runs out of memory would hold up the
     rest. They take 16k tokens, and recompute all layers.
 
+    Args:
+        fast: groups to compute with packed factors, as the steps will.
     Raises:
         UserError: not even the longest example fits, on any worker.
     """
@@ -122,7 +125,7 @@ def fit(
     def fits(setting: memory.Setting) -> bool:
         if training.activation_checkpointing == "auto":
             checkpoint_layers(model, setting.checkpointed)
-        return memory_suffices(engine, losses, model, train, limit(setting.tokens), training)
+        return memory_suffices(engine, losses, model, fast, train, limit(setting.tokens), training)
 
     setting = memory.search(
         fits,
@@ -138,7 +141,13 @@ def fit(
 
 
 def memory_suffices(
-    engine: Engine, losses: Loss, model: nn.Module, train: TokenDataset, limit: Limit, training: TrainingConfig
+    engine: Engine,
+    losses: Loss,
+    model: nn.Module,
+    fast: Sequence[Group],
+    train: TokenDataset,
+    limit: Limit,
+    training: TrainingConfig,
 ) -> bool:
     """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU. Leaves no trace."""
     device = engine.accelerator.device
@@ -152,7 +161,7 @@ def memory_suffices(
 
     def attempt() -> None:  # a function, so that nothing of it is held afterwards
         room = torch.empty(size, device=device)
-        with packed([] if training.compile else groups(model)), engine.synchronizing(False):
+        with packed(fast), engine.synchronizing(False):
             engine.backward(losses(engine.model, on_device(batch, device)), last=False)
         del room
 

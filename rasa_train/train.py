@@ -39,6 +39,7 @@ from .model import (
     meta_model,
     torch_dtype,
 )
+from .offload import with_offload
 from .optim import lr_factor, make_optimizer, set_lr
 from .progress import Reporter
 from .recipe.load import dump_recipe
@@ -111,7 +112,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        limit = fitting = fit(engine, losses, model, data.train, training, report.say)
+        limit = fitting = fit(engine, losses, model, fast, data.train, training, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
         watch, unsaved = guards.Watch(training.max_skipped, report.say), False
         planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
@@ -132,8 +133,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             grad_norm = engine.step(loss)
             if skipped := watch.skipped(step + 1, loss, grad_norm):
                 restore(engine, model, rules)
-                first = accelerator.is_main_process
-                watch.stop_if_hopeless(directory, data.train, batch, step + 1, first=first, updated=not engine.skips)
+                watch.stop_if_hopeless(directory, data.train, batch, step + 1, first=accelerator.is_main_process)
             else:
                 recipe.adapter.after_step(placed, step + 1, total_steps)
                 engine.zero_grad()
@@ -157,7 +157,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             }
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
                 with packed(fast):
-                    row["validation_loss"] = validate(engine, losses, data.validation, limit, training.flat)
+                    row["validation_loss"] = validate(engine, losses, data.validation, fitting, training.flat)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
             if measure and due(measure.every, progress.step, epoch_done, done):
                 with loss_of.with_logits(model), attention.padded(model), mixed(recipe, model), packed(fast):
@@ -219,6 +219,8 @@ def build(recipe: Recipe, engine: Engine) -> tuple[nn.Module, list[Site], Loss]:
     torch.manual_seed(recipe.seed)
     model, sites = adapt(base, method)
     losses = loss_of.install(model)
+    if recipe.training.activation_offload:
+        losses = with_offload(losses)
     if recipe.training.compile:
         compile_layers(model)
     if is_mixed(recipe, model):
@@ -270,6 +272,12 @@ def check_strategy(recipe: Recipe, workers: int) -> None:
         raise UserError(
             f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
             key="model.base",
+        )
+    if recipe.training.activation_offload and divided and strategy in ("zero3", "fsdp"):
+        raise UserError(
+            f"training.activation_offload must be false for distributed.strategy: {strategy}, which replaces the "
+            "weights at each layer; it works with ddp, zero1 and zero2",
+            key="training.activation_offload",
         )
     if recipe.training.compile and divided:
         raise UserError(

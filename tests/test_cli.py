@@ -77,6 +77,9 @@ def test_check_with_everything(recipe: Path, cli: Cli) -> None:
     assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
     shown = cli("train", recipe, "--check", check=True).stdout
     assert "ready to train" in shown and max(map(len, shown.splitlines())) <= 80
+    topics = [line[4:].partition(":")[0] for line in shown.splitlines() if line.startswith("ok ")]
+    assert topics == ["recipe", "data", "model", "memory", "disk", "time"]
+    assert facts["versions"]["torch"] in shown
 
 
 def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +89,10 @@ def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: 
     written = sum(path.stat().st_size for path in (recipe.parent / "run").rglob("*.safetensors"))
     assert 0.5 * written < facts["disk_bytes_needed"] <= written  # headers are large beside tiny tensors
     monkeypatch.setattr("rasa_train.probe.disk_free", lambda path: facts["disk_bytes_needed"] - 1)
-    short = json.loads(cli("train", recipe, "--check", "--json", "training.checkpoint_every=1").stdout)
+    done = cli("train", recipe, "--check", "--json", "training.checkpoint_every=1")
+    short = json.loads(done.stdout)
     (problem,) = short["problems"]
+    assert done.returncode == 2
     assert problem.startswith("output_dir: checkpoints need") and short["seconds_estimate"] is None
 
 

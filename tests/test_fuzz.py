@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gzip
 import json
+import multiprocessing
 import os
+import resource
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,55 @@ def fuzz_recipe(path: Path, changes: dict[str, Any], overrides: list[str], raw: 
     read_or_refuse(lambda: load_recipe(path, overrides))
 
 
+PIECES = [
+    *(
+        "!!bool ",
+        "!x ",
+        "!!set ",
+        "&a ",
+        "*a",
+        "<<",
+        ": ",
+        "? ",
+        "- ",
+        "|",
+        "[",
+        "]",
+        "{",
+        "}",
+        ", ",
+        "\n",
+        "\n  ",
+        "#",
+    ),
+    *(
+        "'",
+        '"',
+        "\\",
+        "%TAG ",
+        "---",
+        "...",
+        "1e4",
+        "0x",
+        "0b2",
+        "2025-13-01",
+        "=",
+        "~",
+        ".inf",
+        "seed",
+        "\t",
+        "\ufeff",
+    ),
+]
 RECIPES = {
     "changes": st.dictionaries(KEYS, VALUES, max_size=4),
     "overrides": st.lists(
         st.builds(lambda k, v: f"{k}={v}", KEYS, VALUES.map(str) | st.text(max_size=30)) | st.text(max_size=20),
         max_size=3,
     ),
-    "raw": st.none() | st.binary(max_size=40),
+    "raw": st.none()
+    | st.binary(max_size=40)
+    | st.lists(st.sampled_from(PIECES), max_size=12).map(lambda p: "".join(p).encode()),
 }
 
 
@@ -203,6 +246,7 @@ def test_shard_names_stay_in_their_directory(name: str, tmp_path: Path) -> None:
     assert base_samples(str(base)) == {}, "nor are samples taken from outside"
 
 
+MILLION = gzip.compress(b"a" * 1_000_000)  # 1 kB
 HOSTILE: dict[str, bytes] = {
     "laughs.yaml": b"a0: &a0 [x, x]\n"
     + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 12)),
@@ -213,12 +257,25 @@ HOSTILE: dict[str, bytes] = {
     "deep.yaml": b"a: " + b"[" * 100_000,
     "deep-block.yaml": b"".join(b" " * i + b"a:\n" for i in range(2_000)),
     "python.yaml": b"a: !!python/object/apply:os.system ['true']\n",
-    "list.yaml": b"- 1\n" * 100_000,
+    "list.yaml": b"- 1\n" * 60_000,
+    "keys.yaml": b"".join(b"k%d: 1\n" % i for i in range(15_000)),
+    "digits.yaml": b"a: " + b"1" * 200_000,
+    "merged-list.yaml": b"a: &a {"
+    + b"".join(b"k%d: 1, " % i for i in range(3_000))
+    + b"}\nb: {<<: ["
+    + b"*a, " * 50_000,
+    "huge.yaml": b"a: 1\n" * 10_000_000,
     "deep.jsonl": b'{"query": ' + b"[" * 1_000_000 + b"\n",
     "deep.json": b"[" * 1_000_000,
     "digits.json": b"[" + b"9" * 1_000_000 + b"]",
     "row.jsonl": b'{"query": "' + b"a" * 50_000_000 + b'"\n',
     "nul.jsonl": b"\0" * 10_000_000,
+    "bomb.jsonl.gz": gzip.compress(b'{"query": "') + MILLION * 1_000,
+    "bomb.json.gz": gzip.compress(b'[{"query": "') + MILLION * 1_000,
+    "above.index.json": b'{"weight_map": {"a": "../model.safetensors"}}',
+    "absolute.index.json": b'{"weight_map": {"a": "/etc/passwd.safetensors"}}',
+    "nul.index.json": b'{"weight_map": {"a": "a\\u0000.safetensors"}}',
+    "deep.index.json": b'{"weight_map": ' + b"[" * 1_000_000,
     "length.safetensors": safetensors(b"{}", length=2**63),
     "long.safetensors": safetensors(b"{}", length=99_000_000),
     "overlap.safetensors": safetensors(
@@ -238,60 +295,52 @@ HOSTILE: dict[str, bytes] = {
 ALLOWED_MB = 400
 """More memory than this above what the imports took, and the process below ends; the largest input is 50 MB."""
 
-CHILD = """
-import json, resource, sys, os
-from pathlib import Path
-from rasa_train.adapters.saved import read_adapter
-from rasa_train.errors import UserError
-from rasa_train.merge.weights import open_checkpoint
-from rasa_train.recipe import load_recipe
-from tests.test_fuzz import read_rows
 
-path, allowed = Path(sys.argv[1]), int(sys.argv[2]) << 20
-pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-resource.setrlimit(resource.RLIMIT_AS, (pages + allowed, pages + allowed))
-resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
-read = {
-    ".yaml": lambda: load_recipe(path),
-    ".jsonl": lambda: read_rows(path),
-    ".json": lambda: read_rows(path),
-    ".safetensors": lambda: open_checkpoint(path.parent),
-}[path.suffix]
-if path.name in ("adapter_config.json", "adapter.safetensors"):
-    read = lambda: read_adapter(path.parent)
-try:
-    read()
-except UserError as error:
-    message = str(error)
-else:
+def read_hostile(path: Path, answer: Path) -> None:
+    """In a process of its own: write the length and the beginning of what is said of the file, and by how many MB the
+    process has grown."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resource.setrlimit(resource.RLIMIT_AS, (pages + (ALLOWED_MB << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
     message = ""
-print(json.dumps([message[:300], len(message), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10]))
-"""
+    try:
+        if path.name.startswith("adapter"):
+            read_adapter(path.parent)
+        elif path.name.startswith("model."):
+            open_checkpoint(path.parent)
+        elif path.suffix == ".yaml":
+            load_recipe(path)
+        else:
+            read_rows(path)
+    except UserError as error:
+        message = str(error)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    answer.write_text(json.dumps([len(message), message[:300], grown]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_in_bounded_memory(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
+    path, answer = tmp_path / name, tmp_path / "answer"
     if name == "config.json":
         path = tmp_path / "adapter_config.json"
+    elif name.endswith(".index.json"):
+        path = tmp_path / "model.safetensors.index.json"
     elif path.suffix == ".safetensors":
         path = tmp_path / "model.safetensors"
         (tmp_path / "adapter_config.json").write_text('{"format": "rasa_train", "format_version": 1, "method": "lora"}')
         (tmp_path / "adapter.safetensors").write_bytes(HOSTILE[name])
     path.write_bytes(HOSTILE[name])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_fuzz"])
     for file in [path, tmp_path / "adapter.safetensors"] if path.suffix == ".safetensors" else [path]:
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(file), str(ALLOWED_MB)],
-            cwd=PACKAGE.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        message, length, grown = json.loads(done.stdout)
-        assert message and length < 5_000, "refused, in a message that can be read"
+        process = context.Process(target=read_hostile, args=(file, answer))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, "neither read nor refused"
+        length, message, grown = json.loads(answer.read_text())
+        assert message and length < 6_000, "refused, in a message that can be read"
         print(f"{file.name} ({name}): {grown} MB; {message[:100]!r}")
         if log := os.environ.get("RASA_FUZZ_LOG"):
             with open(log, "a") as out:

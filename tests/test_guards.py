@@ -85,10 +85,12 @@ def test_less_at_once_where_memory_runs_out(recipe: Path, cli: Cli, monkeypatch:
     """More than two sequences do not fit: the same numbers as with two from the start, and every later step fits."""
     options = ["adapter.dropout=0", "training.epochs=1", "training.micro_batch_size=8"]
     cli("train", recipe, *options, "training.micro_batch_size=2", "output_dir=small", check=True)
-    plain, tried = gradients.on_device, []
+    plain, tried, validated = gradients.on_device, [], []
 
     def on_device(batch, device):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            validated.append(len(batch["input_ids"]))
+        else:
             tried.append(len(batch["input_ids"]))
             if tried[-1] > 2:
                 raise torch.OutOfMemoryError("no room")
@@ -97,6 +99,7 @@ def test_less_at_once_where_memory_runs_out(recipe: Path, cli: Cli, monkeypatch:
     monkeypatch.setattr(gradients, "on_device", on_device)
     done = cli("train", recipe, *options, check=True)
     assert tried[:2] == [8, 4] and max(tried[2:]) == 2 and done.stderr.count("out of memory") == 2
+    assert max(validated) == 2, "validation takes no more than a step"
     for key in ("loss", "grad_norm"):
         a, b = ([row[key] for row in metrics(recipe.parent / name)] for name in ("run", "small"))
         assert a == pytest.approx(b, rel=1e-5), key
@@ -151,6 +154,8 @@ def test_what_is_said_of_a_lost_gpu_and_a_full_disk(tmp_path: Path) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
     with pytest.raises(UserError, match=r"Disk quota exceeded.*saved up to step 12"), explained(directory):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    with pytest.raises(UserError, match=r"Read-only.*saved up to step 12.*See to the disk"), explained(directory):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.raises(PermissionError), explained(directory):
         raise PermissionError(errno.EACCES, "no")
 

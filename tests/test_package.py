@@ -24,7 +24,7 @@ LAYERS = [
     ["evaluate"],
     ["merge", "peft"],
     ["gradients", "guards"],
-    ["checkpoint", "steps"],
+    ["checkpoint", "offload", "steps"],
     ["recipe", "run_dir", "progress"],
     ["adapters", "attention", "data", "loss", "memory", "model", "optim", "reconstruct"],
     ["distributed"],

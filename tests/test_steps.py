@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from rasa_train.adapters.inject import rule_state
+from rasa_train.adapters.inject import groups, rule_state
 from rasa_train.data.batching import Limit
 from rasa_train.data.prepare import prepare
 from rasa_train.distributed import make_engine
@@ -61,7 +61,9 @@ def test_a_try_leaves_no_trace(tiny_llama: Path, token_rows: Path, accelerator: 
 
     limit = Limit(tokens=70) if flat else Limit(examples=3)  # the three longest have 23 tokens and fewer
     for enough, tokens in ((True, 72), (False, 71)):
-        found = memory_suffices(engine, partial(with_memory_for, tokens), model, train, limit, what.training)
+        found = memory_suffices(
+            engine, partial(with_memory_for, tokens), model, groups(model), train, limit, what.training
+        )
         assert found == enough and seen[-1] == 72
         assert state.keys() == rule_state(model).keys() and state
         assert all(torch.equal(tensor, state[name]) for name, tensor in rule_state(model).items())

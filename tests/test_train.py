@@ -153,6 +153,10 @@ def test_how_a_batch_is_divided_changes_nothing(recipe: Path, cli: Cli, division
     [
         (["training.batching=packed", "adapter={method: peft, config: {peft_type: LORA}}"], "methods of PEFT are"),
         (["training.compile=true", "distributed={strategy: zero3, offload: all}"], "compile must be false"),
+        (
+            ["training.activation_offload=true", "distributed={strategy: zero3, offload: all}"],
+            "activation_offload must be false",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_starts(

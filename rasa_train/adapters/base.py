@@ -12,12 +12,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+from .dropout import dropped
+
+ALIGNMENT = 8
+"""Ranks are padded (with zeros) to a multiple where it serves: 16 bytes a row in a 16-bit dtype, which matrix units
+want."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ class Adapter(nn.Module, ABC):
         """Dropout on the adapter's input, cast to the dtype the adapter computes in. Linears that share their input
         share what this gives."""
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropped(x, self.dropout) if self.dropout and self.training else x
 
     watches: ClassVar[bool] = False
     """In training ``watch`` is called with each input of the linear, before dropout."""
@@ -142,6 +149,8 @@ class FactorAdapter(Adapter):
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         factors = self.factors()
         A, Bd = factors.A.to(x.dtype), factors.Bd.to(x.dtype)
+        if counts is not None and (rest := -A.shape[-2] % ALIGNMENT):
+            A, Bd = F.pad(A, (0, 0, 0, rest)), F.pad(Bd, (0, rest))
         return linear(linear(x, A, counts), Bd, counts)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
@@ -226,11 +235,23 @@ class Method(BaseModel, ABC):
         """Our name of a PEFT-style tensor (``base_model.model.`` removed), or None if it is not ours."""
         return None
 
+    reads_peft: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a PEFT config that change what the tensors mean, and that ``convert_peft`` knows."""
+
+    @classmethod
+    def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT's tensors, fp32 and by our names, as the fields of ``from_peft`` mean them."""
+        return dict(tensors)
+
 
 def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
     """W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x by its own of the weights (E, out, in)."""
     if counts is None:
         return F.linear(x, weight)
+    widths = (x.shape[-1] * x.element_size(), weight.shape[-2] * weight.element_size())
+    if not any(width % 16 for width in widths) and len(x) and not torch.is_autocast_enabled(x.device.type):
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(x.device, non_blocking=True)
+        return F.grouped_mm(x, weight.mT, offs=ends)  # one kernel for all experts; it wants 16 bytes at a time
     parts = zip(torch.split(x, counts), weight.unbind(), strict=True)
     return torch.cat([F.linear(rows, W) for rows, W in parts])
 

@@ -124,3 +124,33 @@ def expert_sites(path: str, kind: str, layer: int, module: nn.Module) -> Iterato
             num_experts=E,
             rows=rows,
         )
+
+
+def peft_parameter(path: str, targets: Sequence[str]) -> str | None:
+    """The fused weight that PEFT's factors at ``path`` belong to; None where they are a linear's.
+
+    PEFT wraps the module once for each of its ``target_parameters``, in the order of the module's own, so that
+    ``experts.base_layer`` is gate_up_proj when ``experts`` is down_proj.
+    """
+    module = path
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    if not module.endswith("experts"):
+        return None
+    names = [f"{module}.{name}" for name in ("gate_up_proj", "down_proj")]
+    names = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+    depth = (len(path) - len(module)) // len(".base_layer")
+    return names[-1 - depth] if depth < len(names) else None
+
+
+def peft_linears(parameter: str, side: str, r: int, tensor: Tensor) -> dict[str, Tensor]:
+    """PEFT's A (E r, in) or B (out, r E) of a fused weight, as factors of the linears in it: (E, r, in), (E, out, r).
+
+    gate and up get the same A: B has rows for each.
+    """
+    module, _, name = parameter.rpartition(".")
+    linears = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
+    if side == "A":
+        return {f"{module}.{linear}.A": tensor.reshape(-1, r, tensor.shape[1]) for linear in linears}
+    B = tensor.reshape(len(tensor), r, -1).permute(2, 0, 1)
+    return {f"{module}.{linear}.B": rows for linear, rows in zip(linears, B.chunk(len(linears), 1), strict=True)}

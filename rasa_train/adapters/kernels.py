@@ -12,14 +12,14 @@ and backwards, with g_i = dy_i Bd_i:
 So x and each dy_i are read no more often than the arithmetic needs, z (tokens x R) is all that is kept beside x, and
 nothing is cast, concatenated or scaled per token. Inside ``packed`` A and Bd_i are buffers in the dtype of W, made of
 the methods' fp32 ``factors()`` once; their gradients (fp32, summed over micro-batches) go back through ``factors()``
-once. Outside of it, and for an adapter that is no product of factors, the adapter's own ``forward`` is called: the
-reference, which gives the same numbers and works wherever parameters have hooks or are partitioned.
+once. Outside of it the adapter's own ``forward`` is called: the reference, which gives the same numbers and works
+wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
+``blocks``; an adapter that is neither is computed by its own ``forward`` always.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from ..precision import Narrow, NarrowLinear
-from .base import Adapter, FactorAdapter, Factors
-
-ALIGNMENT = 8
-"""Trained ranks are padded (with zeros) to a multiple: 16 bytes a row in a 16-bit dtype, which matrix units want."""
+from ..precision import Narrow, NarrowLinear, add_gradient, product
+from .base import ALIGNMENT, Adapter, FactorAdapter, Factors
+from .blocks import BlockAdapter, PackedBlocks
+from .dropout import dropout
+from .flat import Flat, blocks
 
 
 class Linear(Protocol):
@@ -55,7 +55,7 @@ class Group:
 
     def __init__(self, members: Sequence[Linear]) -> None:
         self.members = tuple(members)
-        self.packed: Packed | None = None
+        self.packed: Packed | PackedBlocks | None = None
         self._together = True
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -126,10 +126,12 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
     The parameters must not change inside, and their own gradients are not complete before the end.
     """
     frozen: dict[Any, Tensor] = {}
-    own = [group for group in groups if all(can_be_packed(member) for member in group.members)]
+    own = []
     try:
-        for group in own:
-            group.packed = Packed(group.members, frozen)
+        for group in groups:
+            group.packed = _pack(group.members, frozen)
+            if group.packed is not None:
+                own.append(group)
         yield
         edges, gradients = [], []
         for group in own:
@@ -144,112 +146,122 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
             group.packed = None
 
 
-def can_be_packed(member: Linear) -> bool:
-    """Whether it is a product of factors, computed in the dtype of W, beside a W that is frozen and whole."""
-    adapter, weight = member.adapter, member.weight
+def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | PackedBlocks | None:
+    """None unless all are of one form, computed in the dtype of W, beside a W that is frozen and whole."""
+    if not all(_stands_still(member) for member in members):
+        return None
+    adapters = [member.adapter for member in members]
+    weights = [member.narrow if member.narrow is not None else weight_of(member) for member in members]
+    biases, dtype = [member.bias for member in members], members[0].weight.dtype
+    factors = [adapter for adapter in adapters if isinstance(adapter, FactorAdapter)]
+    if len(factors) == len(members):
+        return Packed(factors, weights, biases, dtype, frozen)
+    of_blocks = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
+    if len(of_blocks) == len(members):
+        return PackedBlocks(of_blocks, weights, biases, dtype)
+    return None
+
+
+def _stands_still(member: Linear) -> bool:
+    weight, bias = member.weight, member.bias
     return (
-        isinstance(adapter, FactorAdapter)
-        and adapter.compute_dtype is None
+        member.adapter.compute_dtype is None
         and not weight.requires_grad
         and (weight.dim() == 2 or member.narrow is not None)
-        and not (member.bias is not None and member.bias.requires_grad)
+        and not (bias is not None and bias.requires_grad)
     )
 
 
 class Packed:
     """The factors of a group's members, in the dtype of their weights.
 
-    What is trained lies in one flat buffer, so that a group has one gradient to add up. B that is frozen (VeRA's is
-    large) is not multiplied out here: its Bd is made in each call, and not kept.
+    What is trained lies in one flat buffer. B that is frozen (VeRA's is large) is not multiplied out here: its Bd is
+    made in each call, and not kept.
 
     Args:
         frozen: low-precision copies of frozen factors, which groups share; used and added to.
     """
 
-    def __init__(self, members: Sequence[Linear], frozen: dict[Any, Tensor]) -> None:
-        self.members, self.dtype = members, members[0].weight.dtype
+    def __init__(
+        self,
+        adapters: Sequence[FactorAdapter],
+        weights: list[Tensor | Narrow],
+        biases: list[Tensor | None],
+        dtype: torch.dtype,
+        frozen: dict[Any, Tensor],
+    ) -> None:
+        self.dtype, self._adapter = dtype, adapters[0]
         with torch.enable_grad():
-            factors = [_factors(member) for member in members]
+            factors = [adapter.factors() for adapter in adapters]
             # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
             products = [f.Bd if f.B.requires_grad else None for f in factors]
-        self.frozen_B = [None if f.B.requires_grad else _low(f.B, self.dtype, frozen) for f in factors]
         first = factors[0].A
         common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
         ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
         ends = [ranks[0]] * len(ranks) if common else torch.tensor(ranks).cumsum(0).tolist()
         columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-        shapes = [] if common else [(ends[-1], first.shape[1])]
-        shapes += [(len(f.B), rank) for f, rank in zip(factors, ranks, strict=True) if f.B.requires_grad]
-        self.flat = first.new_zeros(sum(math.prod(shape) for shape in shapes), dtype=self.dtype)
-        blocks = iter(_blocks(self.flat, shapes))
-        A = _low(first, self.dtype, frozen) if common else next(blocks)
-        Bds = [next(blocks) if Bd is not None else None for Bd in products]
-        weights = [weight_of(member) if member.narrow is None else member.narrow for member in members]
-        self.operands = Operands(weights, [m.bias for m in members], A, not common, Bds, columns)
-        self._sources: list[tuple[GradientEdge, Callable[[Tensor], Tensor]]] = []
-        with torch.no_grad():
-            for f, Bd, place, own in zip(factors, products, Bds, columns, strict=True):
-                if not common:
-                    self._put(A[own.start : own.start + len(f.A)], f.A)
-                if Bd is not None and place is not None:
-                    self._put(place[:, : Bd.shape[1]], Bd)
-        if self._sources and torch.is_grad_enabled():
-            self.flat.requires_grad_(True)
-            self.flat.grad_dtype = torch.float32  # summed over micro-batches as a parameter's gradient would be
+        shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[1])]
+        for f, rank in zip(factors, ranks, strict=True):
+            diagonals = [(rank,)] if f.b is None else [(rank,), (len(f.B),)]
+            shapes += [(len(f.B), rank)] if f.B.requires_grad else diagonals
+        self.flat = Flat(shapes, dtype, first)
+        views = iter(self.flat.views)
+        A = _low(first, dtype, frozen) if common else next(views)
+        Bds: list[Tensor | Factors] = []
+        for f, Bd, own in zip(factors, products, columns, strict=True):
+            if not common:
+                self.flat.put(A[own.start : own.start + len(f.A)], f.A)
+            if Bd is not None:
+                place = next(views)
+                self.flat.put(place[:, : Bd.shape[1]], Bd)
+                Bds.append(place)
+                continue
+            B = _padded(_low(f.B, dtype, frozen), own.stop - own.start)
+            d, b = next(views), None if f.b is None else next(views)
+            self.flat.put(d[: len(f.d)], f.d)
+            if b is not None and f.b is not None:
+                self.flat.put(b, f.b)
+            Bds.append(Factors(B, d, A, b))
+        self.flat.train()
+        self.operands = Operands(weights, biases, A, not common, Bds, columns)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """y of all members, for x (..., in)."""
-        adapter = self.members[0].adapter
-        p = adapter.dropout if adapter.training else 0.0
-        loose = [self._loose(i) for i, Bd in enumerate(self.operands.Bds) if Bd is None]
-        result: tuple[Tensor, ...] = SharedInput.apply(x, p, self.operands, self.flat, *loose)  # type: ignore[no-untyped-call]
+        p = self._adapter.dropout if self._adapter.training else 0.0
+        result: tuple[Tensor, ...] = SharedInput.apply(x, p, self.operands, self.flat.buffer)  # type: ignore[no-untyped-call]
         return result
 
     def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
-        """What has come together since the packing, and where in the graph of ``factors()`` it belongs."""
-        if self.flat.grad is not None:
-            for edge, part in self._sources:
-                yield edge, part(self.flat.grad)
-
-    def _put(self, place: Tensor, values: Tensor) -> None:
-        place.copy_(values)
-        if values.requires_grad:
-            size, stride, offset = place.size(), place.stride(), place.storage_offset()
-            self._sources.append((get_gradient_edge(values), lambda flat: flat.as_strided(size, stride, offset)))
-
-    def _loose(self, index: int) -> Tensor:
-        """Bd of a member whose B is frozen, differentiable in d and b."""
-        B, f = self.frozen_B[index], _factors(self.members[index])
-        assert B is not None
-        return Factors(B, f.d.to(B.dtype), f.A, None if f.b is None else f.b.to(B.dtype)).Bd
+        return self.flat.gradients()
 
 
 class Operands(NamedTuple):
-    """What ``SharedInput`` multiplies with: constants, or views of the flat buffer, where A comes before the Bd."""
+    """What ``SharedInput`` multiplies with: constants, or views of the flat buffer, where A comes before the others."""
 
     weights: list[Tensor | Narrow]
     biases: list[Tensor | None]
     A: Tensor
     trains_A: bool
-    Bds: list[Tensor | None]
-    """None: given to the function itself."""
+    Bds: list[Tensor | Factors]
+    """Factors where B is frozen: what is trained, and in the buffer, is d and b."""
     columns: list[slice]
     """Of z, for each member: disjoint, or the same for all."""
 
-
-def _blocks(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The matrices of these shapes that lie in ``flat`` one after the other."""
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes])  # type: ignore[no-untyped-call]
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _factors(member: Linear) -> Factors:
-    assert isinstance(member.adapter, FactorAdapter)
-    return member.adapter.factors()
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what is trained, in the order of the buffer."""
+        trained = [self.A] if self.trains_A else []
+        for Bd in self.Bds:
+            trained += [Bd] if isinstance(Bd, Tensor) else [Bd.d] if Bd.b is None else [Bd.d, Bd.b]
+        return [tuple(t.shape) for t in trained]
 
 
 def _aligned(r: int) -> int:
     return -(-r // ALIGNMENT) * ALIGNMENT
+
+
+def _padded(B: Tensor, rank: int) -> Tensor:
+    """B (out, R) with zeros up to ``rank`` columns."""
+    return B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1]))
 
 
 def _key(t: Tensor) -> tuple[Any, ...]:
@@ -271,70 +283,68 @@ class SharedInput(torch.autograd.Function):
 
     Args:
         flat: the buffer that trained operands are views of; the gradient is laid out like it.
-        loose: Bd of those members that have None in ``operands``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor, *loose: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor) -> tuple[Tensor, ...]:
         weights, biases, A, _, Bds, columns = operands
-        rows, mask = x.reshape(-1, x.shape[-1]), None
+        rows, mask, factor = x.reshape(-1, x.shape[-1]), None, 1.0
         dropped = rows
         if p:
-            dropped, mask = torch.native_dropout(rows, p, True)
+            dropped, mask, factor = dropout(rows, p)
         z = dropped @ A.t()
-        results, more = [], iter(loose)
+        results = []
         for W, bias, Bd, own in zip(weights, biases, Bds, columns, strict=True):
-            if isinstance(W, Narrow):
-                y = W.product(rows)
-                y = y if bias is None else y.add_(bias)
-            else:
-                y = F.linear(rows, W, bias)
-            y.addmm_(z[:, own], (next(more) if Bd is None else Bd).t())
+            y = product(rows, W, bias)
+            y.addmm_(z[:, own], (Bd if isinstance(Bd, Tensor) else Bd.Bd).t())
             results.append(y.view(*x.shape[:-1], len(W)))
-        ctx.save_for_backward(dropped, mask, z, *loose)
-        ctx.p, ctx.operands, ctx.flat, ctx.lead = p, operands, flat, x.shape[:-1]
+        ctx.save_for_backward(dropped, mask, z)
+        ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        dropped, mask, z, *loose = ctx.saved_tensors
+        dropped, mask, z = ctx.saved_tensors
         weights, _, A, trains_A, Bds, columns = ctx.operands
-        needs_x, _, _, needs_flat, *_ = ctx.needs_input_grad
-        shapes = [tuple(A.shape)] if trains_A else []
-        shapes += [tuple(Bd.shape) for Bd in Bds if Bd is not None]
+        needs_x, _, _, needs_flat = ctx.needs_input_grad
         # A member whose output is not used has no gradient: then what is not written must be zero.
         new = torch.empty_like if all(dy is not None for dy in dys) else torch.zeros_like
         d_flat, g = new(ctx.flat), new(z)
-        places = iter(_blocks(d_flat, shapes))
+        places = iter(blocks(d_flat, ctx.operands.shapes()))
         dA = next(places) if trains_A else None
-        dx, d_loose, more, started = None, [], iter(loose), set()
+        dx, started = None, set()
         for dy, W, Bd, own in zip(dys, weights, Bds, columns, strict=True):
-            place = None if Bd is None else next(places)
-            Bd = next(more) if Bd is None else Bd
+            own_places = [next(places) for _ in range(1 if isinstance(Bd, Tensor) or Bd.b is None else 2)]
             if dy is None:
-                d_loose += [None] if place is None else []
                 continue
             dy = dy.reshape(-1, len(W))
+            dense = Bd if isinstance(Bd, Tensor) else Bd.Bd
             if own.start in started:  # columns that all share
-                g[:, own].addmm_(dy, Bd)
+                g[:, own].addmm_(dy, dense)
             else:
-                torch.mm(dy, Bd, out=g[:, own])
+                torch.mm(dy, dense, out=g[:, own])
             started.add(own.start)
-            if place is None:
-                d_loose.append(dy.t() @ z[:, own])
+            if needs_flat and isinstance(Bd, Tensor):
+                torch.mm(dy.t(), z[:, own], out=own_places[0])
             elif needs_flat:
-                torch.mm(dy.t(), z[:, own], out=place)
-            if not needs_x:
-                continue
-            if isinstance(W, Narrow):
-                dx = W.gradient(dy) if dx is None else dx.add_(W.gradient(dy))
-            else:
-                dx = dy @ W if dx is None else dx.addmm_(dy, W)
+                _diagonal_gradients(dy.t() @ z[:, own], Bd, own_places)
+            if needs_x:
+                dx = add_gradient(dx, dy, W)
         if dx is not None:
-            dx = dx.addmm_(g, A) if mask is None else dx.addcmul_(g @ A, mask, value=1.0 / (1.0 - ctx.p))
+            dx = dx.addmm_(g, A) if mask is None else dx.addcmul_(g @ A, mask, value=ctx.factor)
             dx = dx.view(*ctx.lead, -1)
         if dA is not None and needs_flat:
             torch.mm(g.t(), dropped, out=dA)
-        return (dx, None, None, d_flat if needs_flat else None, *d_loose)
+        return (dx, None, None, d_flat if needs_flat else None)
+
+
+def _diagonal_gradients(dBd: Tensor, factors: Factors, places: list[Tensor]) -> None:
+    """Those of d, and of b if there is one, into ``places``, for the gradient of diag(b) B diag(d). Uses ``dBd`` up."""
+    terms = dBd.mul_(factors.B)
+    if factors.b is None:
+        torch.sum(terms, 0, out=places[0])
+        return
+    torch.mv(terms.t(), factors.b, out=places[0])
+    torch.mv(terms, factors.d, out=places[1])

@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
 
 from .base import Built, FactorAdapter, Factors, Method, Site, kaiming_uniform, zeros
+from .experts import peft_linears, peft_parameter
 
 
 class LoRA(Method):
@@ -34,17 +37,48 @@ class LoRA(Method):
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
         if config.get("peft_type") != "LORA" or config.get("use_mora") or config.get("use_dora"):
             return None
+        r = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+        rslora = bool(config.get("use_rslora", False))
+        wider = r / config["r"]
         return {
-            "r": config["r"],
-            "alpha": config["lora_alpha"],
+            "r": r,
+            "alpha": config["lora_alpha"] * (math.sqrt(wider) if rslora else wider),  # so that the scale stays
             "dropout": config.get("lora_dropout", 0.0),
-            "rslora": bool(config.get("use_rslora", False)),
+            "rslora": rslora,
         }
 
     @classmethod
     def rename_peft(cls, key: str) -> str | None:
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
         return f"{match[1]}.{match[2]}" if match else None
+
+    reads_peft = frozenset({"rank_pattern", "alpha_pattern", "target_parameters"})
+
+    @classmethod
+    def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One rank and one scale for all sites: zeros for the ranks that a site has not, its scale in its B. A pair of
+        a fused expert weight becomes one for each of its linears."""
+        fields = cls.from_peft(config)
+        assert fields is not None
+        widest = cls(**fields)
+        converted: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            path, _, side = name.rpartition(".")
+            fused = peft_parameter(path, config.get("target_parameters") or ())
+            r = _of_pattern(config.get("rank_pattern"), fused or path, config["r"])
+            alpha = _of_pattern(config.get("alpha_pattern"), fused or path, config["lora_alpha"])
+            scale = cls(r=r, alpha=alpha, rslora=widest.rslora).scale / widest.scale
+            for own, factor in (peft_linears(fused, side, r, tensor) if fused else {name: tensor}).items():
+                missing = widest.r - r
+                padded = F.pad(factor, (0, 0, 0, missing) if side == "A" else (0, missing))
+                converted[own] = padded if side == "A" or scale == 1 else padded * scale
+        return converted
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value that PEFT takes for a module: the first pattern that its path ends with, or is."""
+    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path))
+    return next(found, default)
 
 
 class LoRAAdapter(FactorAdapter):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import Adapter, Built, Method, Site, linear, zeros
+from .blocks import BlockAdapter, tile, wrap
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +56,13 @@ class MoRA(Method):
                     f"adapter.type: 6 needs at least two inputs and outputs, {site.path} has {site.shape}",
                     key="adapter.type",
                 )
-        adapters = {site.path: MoRAAdapter(site, self) for site in sites}
-        dead = {a.site.kind: 1 - a.blocks * a.q / a.site.in_features for a in adapters.values()}
-        words = [f"{kind} {share:.0%}" for kind, share in dead.items() if self.type == 6 and share > 0]
-        if words:
+        if self.type != 6:
+            return Built({site.path: SharingAdapter(site, self) for site in sites}, {})
+        rotating = {site.path: RotatingAdapter(site, self) for site in sites}
+        dead = {a.site.kind: 1 - a.n * a.q / a.site.in_features for a in rotating.values()}
+        if words := [f"{kind} {share:.0%}" for kind, share in dead.items() if share > 0]:
             _log.warning("MoRA type 6 ignores inputs of linears with out < in: %s", ", ".join(words))
-        return Built(dict(adapters), {})
+        return Built(dict(rotating), {})
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -78,91 +80,62 @@ class MoRA(Method):
         return f"{match[1]}.M" if match else None
 
 
-class MoRAAdapter(Adapter):
-    cos: Tensor
-    sin: Tensor
+class SharingAdapter(Adapter):
+    """Types 1 to 4."""
 
     def __init__(self, site: Site, method: MoRA) -> None:
         super().__init__(site, method)
-        self.maps, self.q = method.type, method.side(site)
-        # Of ceil(in / q) input blocks only as many are read as there are output blocks.
-        self.blocks = min(math.ceil(n / self.q) for n in site.shape)
+        self.strided, self.tiled, self.q = method.type in (1, 4), method.type in (1, 3), method.side(site)
         self.M = zeros(*site.lead, self.q, self.q)
-        if self.maps == 6:
-            theta = 10000.0 ** (-torch.arange(0, self.q, 2, dtype=torch.float32) / self.q)
-            angle = torch.arange(self.blocks, dtype=torch.float32)[:, None] * theta
-            self.register_buffer("cos", angle.cos(), persistent=False)  # (blocks, q / 2), fp32
-            self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-        if self.maps == 6 and counts is None:
-            # M R_g instead of R_g x: a few rotated matrices, not every token. One product for each block.
-            turned = self._turned(self.M).to(x.dtype)
-            blocks = _blocks(x, self.q, self.blocks).reshape(-1, self.blocks, self.q).transpose(0, 1)
-            outputs = torch.bmm(blocks, turned.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
-            return _tile(outputs, self.site.out_features)
-        M = self.M.to(x.dtype)
-        if self.maps == 6:
-            blocks = _blocks(x, self.q, self.blocks)
-            rotated = _rotate(blocks, self.cos.to(M.dtype), self.sin.to(M.dtype))
-            return _tile(linear(rotated, M, counts).flatten(-2), self.site.out_features)
-        strided, tiled = self.maps in (1, 4), self.maps in (1, 3)
-        z = _fold(x, self.q) if strided else _group(x, self.q)
-        expand = _tile if tiled else _repeat
-        return expand(linear(z, M, counts), self.site.out_features)
+        z = _fold(x, self.q) if self.strided else _group(x, self.q)
+        expand = tile if self.tiled else _repeat
+        return expand(linear(z, self.M.to(x.dtype), counts), self.site.out_features)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         M, (b, a), q = self.M.float(), self.site.shape, self.q
         out, in_ = (torch.arange(n, device=M.device) for n in (b, a))
-        if self.maps == 6:
-            turned = self._turned(M)  # columns of the pad belong to inputs 0, 1, ...
-            dW = M.new_zeros(*self.site.lead, self.blocks * q, a)
-            for g, block in enumerate(turned.unbind(-3)):
-                width = min(q, a - g * q)
-                dW[..., g * q : (g + 1) * q, g * q : g * q + width] = block[..., :width]
-                dW[..., g * q : (g + 1) * q, : q - width] += block[..., width:]
-            return dW[..., out % (self.blocks * q), :]
-        rows = M[..., out % q if self.maps in (1, 3) else _group_of(out, b, q), :]
-        if self.maps in (2, 3):
+        rows = M[..., out % q if self.tiled else _group_of(out, b, q), :]
+        if not self.strided:
             return rows[..., _group_of(in_, a, q)]
         dW, pad = rows[..., in_ % q], -a % q
         dW[..., :pad] += rows[..., q - pad :]
         return dW
 
-    def _turned(self, M: Tensor) -> Tensor:
-        """M R_g (..., blocks, q, q): R_g^T = R_-g applied to every row of M."""
-        return _rotate(M.unsqueeze(-3), self.cos[:, None], -self.sin[:, None])
-
     @property
     def effective_rank(self) -> int:
-        return min(self.site.shape) if self.maps == 6 else self.q
+        return self.q
 
 
-def _wrap(x: Tensor, size: int) -> Tensor:
-    """The first ``size`` features, the very first ones following the last."""
-    return torch.cat([x, x[..., : size - x.shape[-1]]], -1) if size > x.shape[-1] else x[..., :size]
+class RotatingAdapter(BlockAdapter):
+    """Type 6: M R_g instead of R_g x, a few rotated matrices and not every token."""
 
+    cos: Tensor
+    sin: Tensor
 
-def _blocks(x: Tensor, q: int, n: int) -> Tensor:
-    """The first n blocks of q features, (..., n, q)."""
-    return _wrap(x, n * q).reshape(*x.shape[:-1], n, q)
+    def __init__(self, site: Site, method: MoRA) -> None:
+        super().__init__(site, method)
+        self.q = method.side(site)
+        # Of ceil(in / q) input blocks only as many are read as there are output blocks.
+        self.n = min(math.ceil(size / self.q) for size in site.shape)
+        self.M = zeros(*site.lead, self.q, self.q)
+        theta = 10000.0 ** (-torch.arange(0, self.q, 2, dtype=torch.float32) / self.q)
+        angle = torch.arange(self.n, dtype=torch.float32)[:, None] * theta
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (n, q / 2), fp32
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def blocks(self) -> Tensor:
+        # R_g^T = R_-g, applied to every row of M, pairs being (j, j + q/2).
+        first, second = self.M.unsqueeze(-3).chunk(2, -1)
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 
 
 def _fold(x: Tensor, q: int) -> Tensor:
     """Features i, q + i, 2q + i, ... summed, i < q."""
-    return _blocks(x, q, math.ceil(x.shape[-1] / q)).sum(-2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE with the pairs (j, j + q/2)."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def _tile(z: Tensor, size: int) -> Tensor:
-    """z again and again, up to ``size`` features."""
-    times = math.ceil(size / z.shape[-1])
-    return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
+    n = math.ceil(x.shape[-1] / q)
+    return wrap(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
 
 
 def _split(size: int, q: int) -> tuple[int, int]:

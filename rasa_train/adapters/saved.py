@@ -8,6 +8,7 @@ Only safetensors is ever opened: no pickle.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -37,7 +38,7 @@ PEFT_UNSUPPORTED = (
     "megatron_config",
     "lora_bias",
 )
-"""Keys of a PEFT config that change what the tensors mean, and that are not read here."""
+"""Keys of a PEFT config that change what the tensors mean: read for a method that knows them, else refused."""
 FORMAT_VERSION = 1
 
 
@@ -66,7 +67,11 @@ def write_adapter(
     """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
     write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(plain, directory / TENSORS, metadata={"format": "pt"})
+    # Not by save_file: what that writes is its owner's alone, whatever the umask. And not over the old file, from which
+    # the tensors may still be read.
+    partial = directory / f"{TENSORS}.partial"
+    partial.write_bytes(save(plain, metadata={"format": "pt"}))
+    partial.replace(directory / TENSORS)
 
 
 def write_config(
@@ -163,6 +168,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         why = f"; {pickled.name} is a pickle, which is never opened" if pickled.is_file() else ""
         raise UserError(f"{path} does not exist{why}")
     try:
+        path.open("rb").close()  # safe_open calls a file absent that it may not read
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError, ValueError) as error:
@@ -204,7 +210,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
     if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is none of the methods known here")
-    if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key)]:
+    if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key) and key not in cls.reads_peft]:
         values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
         raise UserError(f"{directory / CONFIG}: {values} cannot be read: the result would be another adapter")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
@@ -212,7 +218,14 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
             f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trained on a changed base; "
             "convert it with PEFT's path_initial_model_for_weight_conversion first"
         )
-    targets = config.get("target_modules") or "all-linear"
+    targets = config.get("target_modules") or []
+    if parameters := config.get("target_parameters"):
+        if isinstance(targets, str):
+            raise UserError(
+                f"{directory / CONFIG}: target_modules must be a list beside target_parameters, got {targets!r}"
+            )
+        targets = [*targets, *parameters]
+    targets = targets or "all-linear"
     fields["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     method = _method(directory, name, {"method": name, **fields})
     tensors = {}
@@ -221,6 +234,10 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         if ours is None:
             raise UserError(f"{directory / PEFT_TENSORS}: unexpected tensor {key!r} for {config['peft_type']}")
         tensors[ours] = tensor.float()
+    try:
+        tensors = cls.convert_peft(config, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
     return SavedAdapter(
         directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
     )

@@ -15,10 +15,9 @@ from ..adapters.rasa import RaSAAdapter
 from ..adapters.saved import read_adapter
 from ..errors import UserError
 from ..merge import find_adapter
-from ..merge.names import Piece, locate
+from ..merge.parameters import Weights, check_finetuned, of_site
 from ..merge.source import find_base, load
-from ..merge.weights import Stored, open_checkpoint
-from ..model import ModelConfig, meta_model
+from ..model import ModelConfig
 from .spectrum import Energy, Update, energy
 
 
@@ -61,45 +60,6 @@ Updates = dict[str, Callable[[], KindUpdates]]
 """By kind; a call reads it."""
 
 
-class Weights:
-    """The weights of a model directory, read one at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        stored = open_checkpoint(directory).tensors
-        self.model = meta_model(ModelConfig(name=str(directory)))
-        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        self.pieces: dict[str, list[tuple[Piece, Stored]]] = {}
-        for name, piece in locate(self.model, {name: tensor.shape for name, tensor in stored.items()}).items():
-            self.pieces.setdefault(piece.parameter, []).append((piece, stored[name]))
-
-    def read(self, parameter: str) -> Tensor:
-        """One parameter, fp32, put together where the files have it in pieces.
-
-        Raises:
-            UserError: it is absent, or stored in a way that cannot be followed.
-        """
-        pieces = self.pieces.get(parameter, [])
-        if not pieces or any(piece.unknown for piece, _ in pieces):
-            raise UserError(f"{parameter} is not in the files of the model, or in a layout that cannot be read")
-        if pieces[0][0].whole:
-            return pieces[0][1].read().float()
-        whole = torch.empty(self.shapes[parameter])
-        for piece, stored in pieces:
-            piece.of(whole).copy_(stored.read())
-        return whole
-
-    def weight(self, site: Site) -> Tensor:
-        """W of a site (*lead, out, in), fp32."""
-        return of_site(site, self.read(site.weight))
-
-
-def of_site(site: Site, parameter: Tensor) -> Tensor:
-    """The part of a parameter that is the site's W (*lead, out, in)."""
-    if site.transposed:
-        parameter = parameter.mT
-    return parameter if site.rows is None else parameter[..., slice(*site.rows), :]
-
-
 def of_models(base: str, tuned: str) -> Updates:
     """Fine-tuned minus base weights of every linear in the layers.
 
@@ -108,12 +68,7 @@ def of_models(base: str, tuned: str) -> Updates:
     """
     before, after = Weights(_model_directory(base)), Weights(_model_directory(tuned))
     sites = find_sites(before.model)
-    for site in sites:
-        if after.shapes.get(site.weight) != before.shapes[site.weight]:
-            found = after.shapes.get(site.weight, "no such weight")
-            raise UserError(
-                f"{tuned} is no fine-tuned {base}: {site.weight} is {found}, not {before.shapes[site.weight]}"
-            )
+    check_finetuned(before, after, sites)
     return _dense(sites, lambda site: after.weight(site) - before.weight(site), before.weight)
 
 

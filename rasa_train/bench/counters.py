@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PretrainedConfig
 
+from ..adapters.dropout import dropout, fused
 from ..adapters.kernels import packed
 from ..errors import UserError
 from .engines import Engine, Label, contender, engines
@@ -66,9 +67,11 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FusedDropout(TorchFunctionMode):
-    """Dropout as on a GPU, one operation; on a CPU torch makes it of several."""
+    """Dropout as on a GPU, one operation; on a CPU it is made of several."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is dropout:
+            return fused(*args, **(kwargs or {}))
         if func is not F.dropout:
             return func(*args, **(kwargs or {}))
         bound = inspect.signature(F.dropout).bind(*args, **(kwargs or {})).arguments
@@ -147,7 +150,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
 def _product(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What ``func`` gives, or something of the same shape if it multiplies matrices."""
     name = func.overloadpacket.__name__
-    if "out" in kwargs and name in ("mm", "addmm"):
+    if "out" in kwargs and name in ("mm", "addmm", "bmm"):
         return kwargs["out"]
     if name == "addmm_":
         return args[0]

@@ -216,6 +216,11 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
                 f"vllm serve {report.base_model} --enable-lora --max-lora-rank {report.max_lora_rank} "
                 f"--lora-modules NAME={report.output}"
             )
+        if report.fused_experts:
+            lines.append(
+                "note: PEFT reads the LoRA of fused experts from 0.19 on; vLLM only for models whose experts it keeps "
+                "fused (gpt-oss, Qwen3-VL-MoE): merge for others, Mixtral and Qwen3-MoE among them"
+            )
     else:
         lines.append(f"{done} of {report.tensors} tensors changed")
         if report.rounding is None:

@@ -176,6 +176,8 @@ def _check(recipe: Any, workers: int, as_json: bool) -> None:
         print(json.dumps(result.facts))
     else:
         result.show()
+    if result.shortages:
+        sys.exit(2)
 
 
 def main() -> None:

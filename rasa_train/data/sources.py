@@ -32,6 +32,8 @@ _SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test", "eval")
 _BLOCK = 1 << 20  # bytes or characters read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ROWS = 1000  # rows decoded at a time from columnar files
+MAX_ROW = 64 << 20
+"""Bytes or characters of JSON that one row may have. What unpacks to more is an accident or an attack."""
 
 
 class SourceMissing(UserError):
@@ -317,8 +319,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _line_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), b""), 1):
         where = f"{path}:{number}"
+        if len(line) > MAX_ROW:
+            raise UserError(f"{where}: a row of more than {MAX_ROW >> 20} MiB", key="data.dataset")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
@@ -384,6 +388,8 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
                 value, at = decoder.raw_decode(buffer, at)
                 return value
             except json.JSONDecodeError as error:
+                if len(buffer) - at > MAX_ROW:
+                    raise broken(f"{error.msg}, in a row of more than {MAX_ROW >> 20} MiB", at) from None
                 if not more():
                     raise broken(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in ...

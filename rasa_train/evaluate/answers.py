@@ -4,7 +4,8 @@
                           ``simplify(parse_latex(a) - parse_latex(b)) == 0``. What does not parse is wrong, even when it
                           is identical: intervals and most tuples score 0.
 ``math_sympy_or_string``  the same, or equal after the normalisation.
-``accuracy``              equal after the normalisation, or by math-verify: sets, intervals, matrices, text, units.
+``accuracy``              equal after the normalisation (of a whole equation, which Minerva's cuts down to its right
+                          side), or by math-verify: sets, intervals, matrices, text, units.
 
 Text of a model is parsed, never evaluated: math-verify is used with its LaTeX grammar alone, since its grammar for
 plain expressions ends in Python's ``eval``. Comparing may take for ever or all memory (``9^{9^{9^9}}``), in loops
@@ -124,6 +125,20 @@ def normalize(answer: str) -> str:
     return digits if digits.isdigit() else answer
 
 
+def same_text(gold: str, answer: str) -> bool:
+    """Whether they are equal after the normalisation. Of a gold equation (``4x - 5y = 10``, but not ``x = 10``) the
+    left side counts as well."""
+    left, wanted = _left(gold), normalize(gold) == normalize(answer)
+    return wanted and (left is None or left == _left(answer))
+
+
+def _left(answer: str) -> str | None:
+    """What is before the last ``=``, unless it only names the result: ``x``, ``f(x)``, ``\\theta``."""
+    left, found, _ = answer.rpartition("=")
+    named = re.fullmatch(r"[\s$]*\\?[A-Za-z]+\w*(\([^()=]*\))?\s*", left)
+    return "".join(left.replace("$", "").split()) if found and not named else None
+
+
 def _base(answer: str) -> str | None:
     """``6`` of ``2112_6``."""
     found = re.search(r"\d_\{?(\d+)\}?$", answer.strip().strip("$"))
@@ -165,14 +180,15 @@ class Checker:
             return Same(reason="no answer" if not given else f"an answer of {len(given)} characters")
         comparer = self._idle.pop() if self._idle else _Comparer(self.seconds)
         strict = comparer.ask("math_sympy", gold, marked) if marked else False
-        string = normalize(gold) == normalize(given)
+        string = same_text(gold, given)
         # math-verify drops the base of a number
         other_base = (b := _base(gold)) and (c := _base(given)) and b != c
         robust = string or (not other_base and comparer.ask("math_verify", gold, given))
         self._idle.append(comparer)
         late = strict is None or robust is None
         reason = "" if robust else "time limit" if late else "different"
-        return Same(bool(strict), bool(strict) or (bool(marked) and string), bool(robust), reason)
+        of_minerva = bool(marked) and normalize(gold) == normalize(given)
+        return Same(bool(strict), bool(strict) or of_minerva, bool(robust), reason)
 
 
 class _Comparer:
@@ -262,10 +278,19 @@ def _math_verify(gold: str, answer: str) -> bool:
 
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
     parsed: list[Any] = [
-        parse(f"\\boxed{{{text.strip().strip('$')}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
+        # Of "a + b." it would read b alone.
+        parse(f"\\boxed{{{text.strip().strip('$').rstrip('. ')}}}", latex, "no_fallback", parsing_timeout=None)
         for text in (gold, answer)
     ]
-    return all(parsed) and bool(verify(*parsed, timeout_seconds=None))
+    return all(parsed) and bool(verify(*parsed, timeout_seconds=None)) and _as_small(parsed[0][0], parsed[1][0])
+
+
+def _as_small(gold: Any, answer: Any) -> bool:
+    """Whether two numbers that are equal to six decimals are so to six digits as well; True of what is no number."""
+    if not all(getattr(value, "is_number", False) and getattr(value, "is_real", False) for value in (gold, answer)):
+        return True
+    a, b = gold.evalf(15), answer.evalf(15)
+    return bool(abs(a) > 1e-3 or abs(a - b) <= 1e-6 * abs(a))
 
 
 def needs_math() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +24,12 @@ from ..adapters.rasa import RaSA
 from ..adapters.saved import TENSORS, write_adapter
 from ..errors import UserError
 from ..reconstruct import Reconstruction, reconstruct, truncated
-from .names import Piece, locate
 from .output import new_directory
-from .source import architecture, find_model
-from .weights import FLOATS, Checkpoint, open_checkpoint
+from .parameters import Weights, check_finetuned
+from .source import find_model
+
+Update = Callable[[Site], Tensor]
+"""fine-tuned - base of one site (out, in), fp32: read at each call."""
 
 DENSE = 1 << 28
 """Values of the updates of one kind (1 GB) that are kept whole. Larger ones are cut to ``KEPT`` times r ranks a layer
@@ -96,23 +98,30 @@ def extract(
     start = time.perf_counter()
     config: RaSA | LoRA = RaSA(r=r, k=k, targets=targets) if method == "rasa" else LoRA(r=r, alpha=r, targets=targets)
     shared = config.k if isinstance(config, RaSA) else 0
-    pair = _Pair(base, finetuned)
-    sites = find_sites(pair.model, targets)
+    before, after = (Weights(find_model(name, None, weights=True)) for name in (base, finetuned))
+    sites = find_sites(before.model, targets)
+    check_finetuned(before, after, sites)
     if fused := [site for site in sites if site.num_experts is not None]:
         raise UserError(
             f"{fused[0].path} is a fused expert weight, which --extract does not do: name others with --targets"
         )
+
+    def update(site: Site) -> Tensor:
+        return after.weight(site) - before.weight(site)
+
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, KindReport] = {}
     done, total = 0, sum(site.out_features * site.in_features for site in sites)
-    with new_directory(Path(output), overwrite=overwrite, inputs=pair.directories, nbytes=0) as partial:
+    with new_directory(
+        Path(output), overwrite=overwrite, inputs=[before.directory, after.directory], nbytes=0
+    ) as partial:
         for kind, group in by_kind(sites).items():
-            fitted, kinds[group[0].kind] = _fit(pair, group, r, shared, sweeps)
+            fitted, kinds[group[0].kind] = _fit(update, group, r, shared, sweeps)
             tensors |= _rasa(kind, group, fitted) if isinstance(config, RaSA) else _lora(group, fitted)
             done += sum(site.out_features * site.in_features for site in group)
             if progress is not None:
                 progress(done, total)
-        samples = base_samples(str(pair.directories[0]))
+        samples = base_samples(str(before.directory))
         write_adapter(partial, config, tensors, base_model=base, base_revision=None, base_tensors=samples)
         nbytes = (partial / TENSORS).stat().st_size
         facts = {name: asdict(report) for name, report in kinds.items()}
@@ -125,83 +134,43 @@ def extract(
         r=r,
         k=shared,
         kinds=kinds,
-        others_changed=pair.changed_beside({site.weight for site in sites}),
+        others_changed=_changed_beside(before, after, {site.weight for site in sites}),
         bytes=nbytes,
         seconds=round(time.perf_counter() - start, 3),
     )
 
 
-class _Pair:
-    """Two checkpoints of one architecture, read parameter by parameter."""
-
-    def __init__(self, base: str, finetuned: str) -> None:
-        self.directories = [find_model(name, None, weights=True) for name in (base, finetuned)]
-        self.model = architecture(self.directories[0])
-        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        checkpoints = [open_checkpoint(directory) for directory in self.directories]
-        self.sides = [(checkpoint, self._by_parameter(checkpoint)) for checkpoint in checkpoints]
-
-    def update(self, site: Site) -> Tensor:
-        """fine-tuned - base of one site (out, in), fp32."""
-        old, new = (self._read(side, site.weight) for side in self.sides)
-        return (new - old).mT if site.transposed else new - old
-
-    def changed_beside(self, parameters: set[str]) -> list[str]:
-        """Names of other parameters that are not the same in both."""
-        both = self.sides[0][1].keys() & self.sides[1][1].keys()
-        return [n for n in sorted(both - parameters) if not torch.equal(*(self._read(side, n) for side in self.sides))]
-
-    def _by_parameter(self, checkpoint: Checkpoint) -> dict[str, list[tuple[str, Piece]]]:
-        found: dict[str, list[tuple[str, Piece]]] = {}
-        for name, piece in locate(self.model, {n: t.shape for n, t in checkpoint.tensors.items()}).items():
-            if checkpoint.tensors[name].dtype in FLOATS and piece.unknown is None:
-                found.setdefault(piece.parameter, []).append((name, piece))
-        return found
-
-    def _read(self, side: tuple[Checkpoint, dict[str, list[tuple[str, Piece]]]], parameter: str) -> Tensor:
-        checkpoint, names = side
-        shape = self.shapes.get(parameter)
-        if parameter not in names or shape is None:
-            raise UserError(f"{checkpoint.directory} has no tensor for {parameter} that can be read")
-        whole = torch.empty(shape)
-        for name, piece in names[parameter]:
-            values = checkpoint.tensors[name].read()
-            if piece.of(whole).shape != values.shape:
-                raise UserError(
-                    f"{name} in {checkpoint.directory} has shape {tuple(values.shape)}, {self.directories[0]} needs "
-                    f"{tuple(piece.of(whole).shape)}: the two are not of one architecture"
-                )
-            piece.of(whole).copy_(values)
-        if not torch.isfinite(whole).all():
-            raise UserError(f"{parameter} in {checkpoint.directory} has values that are not finite")
-        return whole
+def _changed_beside(before: Weights, after: Weights, parameters: set[str]) -> list[str]:
+    """Names of other parameters that are not the same in both."""
+    both = sorted((before.pieces.keys() & after.pieces.keys()) - parameters)
+    return [name for name in both if not torch.equal(before.read(name), after.read(name))]
 
 
-def _fit(pair: _Pair, group: list[Site], r: int, k: int, sweeps: int) -> tuple[Reconstruction, KindReport]:
+def _fit(update: Update, group: list[Site], r: int, k: int, sweeps: int) -> tuple[Reconstruction, KindReport]:
     b, a = group[0].shape
-    updates: Iterator[Tensor] = (pair.update(site) for site in group)
+    updates = (update(site) for site in group)
     if len(group) * b * a <= DENSE:
         fitted = reconstruct(torch.stack(list(updates)), r, k, sweeps=sweeps, start="best")
         return fitted, KindReport(fitted.norm2, fitted.error, fitted.e_lora)
     norm2, parts = 0.0, []
-    for update in updates:
-        norm2 += float(torch.linalg.vector_norm(update, dtype=torch.float64) ** 2)
-        parts.append(truncated(update, KEPT * r))
+    for dW in updates:
+        norm2 += float(torch.linalg.vector_norm(dW, dtype=torch.float64) ** 2)
+        parts.append(truncated(dW, KEPT * r))
     factors = torch.stack([B for B, _ in parts]), torch.stack([A for _, A in parts])
     fitted = reconstruct(factors, r, k, sweeps=sweeps, start="best")
     lora_error = fitted.e_lora + norm2 - fitted.norm2
-    error = _error(pair, group, fitted)
+    error = _error(update, group, fitted)
     if error > lora_error:  # what was cut can tip the scale when there is nothing to share
         fitted = reconstruct(factors, r, k, sweeps=0, start="theorem")
-        error = _error(pair, group, fitted)
+        error = _error(update, group, fitted)
     return fitted, KindReport(norm2, error, lora_error)
 
 
-def _error(pair: _Pair, group: list[Site], fitted: Reconstruction) -> float:
+def _error(update: Update, group: list[Site], fitted: Reconstruction) -> float:
     error = 0.0
     for i, site in enumerate(group):
         B, A = (t.float() for t in fitted.factors(i))
-        error += float(torch.linalg.vector_norm(pair.update(site).sub_(B @ A), dtype=torch.float64) ** 2)
+        error += float(torch.linalg.vector_norm(update(site).sub_(B @ A), dtype=torch.float64) ** 2)
     return error
 
 

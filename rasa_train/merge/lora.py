@@ -4,6 +4,9 @@
 
 d stays on one side: its entries can be negative. PEFT and vLLM load the result without knowing the method. With a
 largest rank the product is cut by its singular values, which is the best there is of that rank.
+
+Fused expert weights are parameters, not modules: PEFT (0.19) adapts them as ``target_parameters``, with one rank for
+all experts. gate and up are one parameter there, so their ranks stand beside each other.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +31,22 @@ from .weights import tensor_bytes, write_tensors
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for ``--max-lora-rank``."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What PEFT adapts with one pair of factors: a linear, or a fused weight of experts."""
+
+    name: str
+    """The module's path, or the parameter's name: what PEFT's patterns and targets are matched with."""
+    prefix: str
+    """Of its tensors in the file."""
+    sites: list[Site]
+    """The linear; or the linears that are rows of the fused weight, those that are adapted."""
+
+    @property
+    def fused(self) -> bool:
+        return self.sites[0].num_experts is not None
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,8 @@ class ExportReport:
     """norm(written - dW) / norm(dW) over all sites: what ``max_rank`` costs. 0 without it."""
     max_lora_rank: int | None
     """vLLM's option, or None when the rank is more than it takes."""
+    fused_experts: bool = False
+    """Whether fused expert weights are among what is adapted: not every reader of LoRA knows these."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,22 +100,21 @@ def export_lora(
     start = time.perf_counter()
     source = open_source(adapter, base, revision, weights=False, any_base=any_base)
     _check(source)
-    ranks = {site.path: int(_kept(source, site).numel()) for site in source.sites}
-    if max_rank is not None:
-        ranks = {path: min(rank, max_rank) for path, rank in ranks.items()}
-    sizes = {s.path: 4 * ranks[s.path] * (s.in_features + s.out_features) for s in source.sites}
+    targets = _targets(source)
+    ranks = {target.name: _rank(source, target, max_rank) for target in targets}
+    nbytes = 4 * sum(math.prod(shape) for target in targets for shape in _shapes(source, target, ranks[target.name]))
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
-    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=sum(sizes.values())) as partial:
-        written, error = _write_factors(source, ranks, partial / PEFT_TENSORS, progress)
-        (partial / CONFIG).write_text(json.dumps(_peft_config(source, ranks), indent=2) + "\n")
+    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, progress)
+        (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
     rank = max(ranks.values())
     return ExportReport(
         output=str(output),
         format="lora",
         method=source.label,
         base_model=source.base,
-        tensors=2 * len(ranks),
-        adapted=len(ranks),
+        tensors=2 * len(targets),
+        adapted=len(source.sites),
         bytes=written,
         seconds=round(time.perf_counter() - start, 3),
         rounding=0.0,
@@ -103,60 +122,125 @@ def export_lora(
         rank=rank,
         error=error,
         max_lora_rank=next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
+        fused_experts=any(target.fused for target in targets),
     )
 
 
 @torch.no_grad()
 def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
-    """(A, diag(b) B diag(d)) in fp32, without the ranks whose d is zero (AdaLoRA prunes by zeros)."""
+    """(A (*lead, R, in), diag(b) B diag(d) (*lead, out, R)), fp32, without the ranks whose d is zero (AdaLoRA prunes
+    by zeros)."""
     factors = adapter.factors()
     kept = _nonzero(factors.d)
-    return factors.A.float()[kept], factors.Bd.float()[:, kept]
+    return factors.A.float()[..., kept, :], factors.Bd.float()[..., kept]
 
 
 @torch.no_grad()
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """The best approximation of B A of that rank, through QR of the factors: nothing of the size of dW is made.
 
+    Args:
+        A, B: (*lead, R, in) and (*lead, out, R); each of ``lead`` is cut by itself.
+        rank: at most R, in and out.
     Returns:
-        A' (rank, in), B' (out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
+        A' (*lead, rank, in), B' (*lead, out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
     """
     Q, R = torch.linalg.qr(B.double())
     P, S = torch.linalg.qr(A.double().mT)
     U, s, Vh = torch.linalg.svd(R @ S.mT)
-    root, lost = s[:rank].sqrt(), float((s[rank:] ** 2).sum())
-    return (root[:, None] * (Vh[:rank] @ P.mT)).float(), (Q @ U[:, :rank] * root).float(), lost, float((s**2).sum())
+    root, lost = s[..., :rank].sqrt(), float((s[..., rank:] ** 2).sum())
+    A = root.unsqueeze(-1) * (Vh[..., :rank, :] @ P.mT)
+    B = Q @ U[..., :rank] * root.unsqueeze(-2)
+    return A.float(), B.float(), lost, float((s**2).sum())
+
+
+def _targets(source: Source) -> list[Target]:
+    """Linears as they come; then the fused weights."""
+    fused: dict[str, list[Site]] = {}
+    targets = []
+    for site in source.sites:
+        if site.num_experts is None:
+            targets.append(Target(site.path, f"base_model.model.{site.path}", [site]))
+        else:
+            fused.setdefault(site.weight, []).append(site)
+    for name, sites in fused.items():
+        module, _, _ = name.rpartition(".")
+        own = [f"{module}.{key}" for key, _ in source.model.get_submodule(module).named_parameters(recurse=False)]
+        # PEFT wraps the module once for each parameter, in their order: the last one is outermost.
+        around = [key for key in own[own.index(name) + 1 :] if key in fused]
+        targets.append(Target(name, f"base_model.model.{module}" + ".base_layer" * len(around), sites))
+    return targets
+
+
+def _rank(source: Source, target: Target, max_rank: int | None) -> int:
+    rank = sum(len(_kept(source, site)) for site in target.sites)
+    if max_rank is None or rank <= max_rank:
+        return rank
+    return min(max_rank, target.sites[0].in_features, _rows(source, target))
+
+
+def _rows(source: Source, target: Target) -> int:
+    """Outputs: of the linear, or of all that the fused weight holds."""
+    return source.model.get_parameter(target.name).shape[-2] if target.fused else target.sites[0].out_features
+
+
+def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B in the file."""
+    ranks = rank * (target.sites[0].num_experts or 1)
+    return (ranks, target.sites[0].in_features), (_rows(source, target), ranks)
+
+
+def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
+    """As of ``lora_factors``. The linears of one fused weight have ranks of their own, beside each other."""
+    pairs = [lora_factors(_factor_adapter(source, site)) for site in target.sites]
+    if not target.fused:
+        return pairs[0]
+    A = torch.cat([A for A, _ in pairs], -2)
+    B = A.new_zeros(len(A), _rows(source, target), A.shape[-2])
+    start = 0
+    for site, (_, own) in zip(target.sites, pairs, strict=True):
+        B[:, slice(*(site.rows or (None, None))), start : start + own.shape[-1]] = own
+        start += own.shape[-1]
+    return A, B
+
+
+def _as_stored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """PEFT's two matrices: A has the ranks of expert 0 first, B the experts of rank 0."""
+    if A.ndim == 2:
+        return A, B
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
 def _write_factors(
-    source: Source, ranks: dict[str, int], path: Path, progress: Callable[[int, int], None] | None
+    source: Source,
+    targets: list[Target],
+    ranks: dict[str, int],
+    path: Path,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[int, float]:
     """Size of the file, and the relative error of what was cut."""
     entries, sides = [], {}
-    for site in source.sites:
-        for side, shape in (
-            ("A", (ranks[site.path], site.in_features)),
-            ("B", (site.out_features, ranks[site.path])),
-        ):
-            name = f"base_model.model.{site.path}.lora_{side}.weight"
-            entries.append((name, "F32", shape, 4 * shape[0] * shape[1]))
-            sides[name] = site, side
+    for target in targets:
+        for side, shape in zip("AB", _shapes(source, target, ranks[target.name]), strict=True):
+            name = f"{target.prefix}.lora_{side}.weight"
+            entries.append((name, "F32", shape, 4 * math.prod(shape)))
+            sides[name] = target, side
     total, done = sum(entry[-1] for entry in entries), 0
     lost2 = norm2 = 0.0
-    now: tuple[Site, Tensor, Tensor] | None = None
+    now: tuple[str, Tensor, Tensor] | None = None
 
     def write(name: str, out: BinaryIO) -> None:
         nonlocal done, lost2, norm2, now
-        site, side = sides[name]
-        if now is None or now[0] != site:
-            A, B = lora_factors(_factor_adapter(source, site))
-            if ranks[site.path] < A.shape[0]:
-                A, B, lost, of = truncated(A, B, ranks[site.path])
+        target, side = sides[name]
+        if now is None or now[0] != target.name:
+            A, B = _factors(source, target)
+            if ranks[target.name] < A.shape[-2]:
+                A, B, lost, of = truncated(A, B, ranks[target.name])
                 lost2 += lost
             else:
                 of = float(((A @ A.mT) * (B.mT @ B)).sum())
             norm2 += of
-            now = site, A, B
+            now = target.name, *_as_stored(A, B)
         done += out.write(tensor_bytes(now[1] if side == "A" else now[2]))
         if progress is not None:
             progress(done, total)
@@ -164,10 +248,10 @@ def _write_factors(
     return write_tensors(path, entries, write), math.sqrt(lost2 / norm2) if norm2 else 0.0
 
 
-def _peft_config(source: Source, ranks: dict[str, int]) -> dict[str, Any]:
+def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -> dict[str, Any]:
     r = max(ranks.values())
     # alpha = rank everywhere: the scale is 1 for readers that know the patterns and for those that do not.
-    pattern = {path: rank for path, rank in ranks.items() if rank != r}
+    pattern = {name: rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -179,16 +263,24 @@ def _peft_config(source: Source, ranks: dict[str, int]) -> dict[str, Any]:
         "use_rslora": False,
         "fan_in_fan_out": any(site.transposed for site in source.sites),
         "inference_mode": True,
-        "target_modules": target_modules(source.model, source.sites),
+        "target_modules": target_modules(source.model, [t.sites[0] for t in targets if not t.fused]),
     }
+    if fused := {target.name for target in targets if target.fused}:
+        kinds = {f"{t.sites[0].kind.rpartition('.')[0]}.{t.name.rpartition('.')[2]}" for t in targets if t.fused}
+        config["target_parameters"] = _shortest([kinds], fused, [name for name, _ in source.model.named_parameters()])
     return config | ({"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {})
 
 
 def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
     """The shortest names that select just these sites: last names, else kinds, else whole paths."""
-    wanted, paths = {site.path for site in sites}, [path for path, _ in model.named_modules()]
-    kinds = Counter(site.kind for site in sites)
-    for names in ({kind.rpartition(".")[2] for kind in kinds}, set(kinds)):
+    kinds = {site.kind for site in sites}
+    last = {kind.rpartition(".")[2] for kind in kinds}
+    return _shortest([last, kinds], {site.path for site in sites}, [path for path, _ in model.named_modules()])
+
+
+def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) -> list[str]:
+    """The first set of names by which PEFT finds just what is wanted; else that itself."""
+    for names in candidates:
         if {path for path in paths if any(path == n or path.endswith("." + n) for n in names)} == wanted:
             return sorted(names)
     return sorted(wanted)
@@ -196,13 +288,13 @@ def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
 
 def _check(source: Source) -> None:
     if source.replaced:
-        first = next(iter(source.replaced))
-        raise UserError(f"the adapter has base parameters ({first}), which no LoRA can hold: use --format merged")
+        raise UserError(
+            f"the adapter has base parameters ({min(source.replaced)}, ...), which no LoRA can hold: use "
+            "--format merged"
+        )
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):
             raise UserError(f"adapter.method: {source.label!r} is no product of low-rank factors: use --format merged")
-        if site.num_experts is not None or site.rows is not None:
-            raise UserError(f"{site.path} is a fused weight, which PEFT's LoRA has no name for: use --format merged")
 
 
 def _kept(source: Source, site: Site) -> Tensor:
@@ -211,8 +303,8 @@ def _kept(source: Source, site: Site) -> Tensor:
 
 
 def _nonzero(d: Tensor) -> Tensor:
-    """Positions of the ranks that count; at least one, since LoRA has no rank 0."""
-    kept = d.nonzero().flatten()
+    """Positions of the ranks that count, of any expert; at least one, since LoRA has no rank 0."""
+    kept = d.reshape(-1, d.shape[-1]).any(0).nonzero().flatten()
     return kept if kept.numel() else torch.zeros(1, dtype=torch.long)
 
 

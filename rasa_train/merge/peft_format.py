@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters.base import Method
@@ -40,7 +40,10 @@ def export_peft(
     method = read_adapter(find_adapter(Path(adapter))).method
     config, names = _format(method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
-        raise UserError(f"{fused[0].path} is a fused weight, which PEFT has no name for here: use --format merged")
+        raise UserError(
+            f"{fused[0].path} is a fused weight of experts: use --format lora, by which PEFT has it exactly (lora and "
+            "vera), or --format merged"
+        )
     tensors = _tensors(source, names)
     config |= {
         "task_type": "CAUSAL_LM",
@@ -52,7 +55,7 @@ def export_peft(
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
-        save_file(tensors, partial / PEFT_TENSORS, metadata={"format": "pt"})
+        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))  # readable as umask says
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(

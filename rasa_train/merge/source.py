@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter
 from ..errors import UserError
 from ..model import ModelConfig, load_model, meta_model
 from .total import total
-from .weights import INDEX, SINGLE
+from .weights import INDEX, SINGLE, read_index
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 """An adapter, or several with their weights."""
@@ -113,6 +112,7 @@ def find_adapter(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an adapter directory or the output_dir of a run")
+    _see(path)
     for directory in (path, path / "adapter"):
         if (directory / CONFIG).is_file():
             return directory
@@ -146,6 +146,7 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     """The directory of a model here, downloaded as far as it is needed. Raises ``UserError`` when there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
+        _see(path)
         if not (path / "config.json").is_file():
             raise UserError(f"base model: {name} is a directory without a config.json, so it is no model")
         return path
@@ -156,6 +157,15 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
+
+
+def _see(directory: Path) -> None:
+    """Raise ``UserError`` where we may not look into a directory."""
+    try:
+        for path in directory.iterdir():
+            path.lstat()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
 
 
 def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
@@ -216,5 +226,5 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     if not weights:
         return Path(small)
     index = Path(small) / INDEX
-    wanted = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
+    wanted = sorted(set(read_index(index)["weight_map"].values())) if index.is_file() else [SINGLE]
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

@@ -86,7 +86,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if (directory / SINGLE).is_file():
         names, index = [SINGLE], None
     elif (directory / INDEX).is_file():
-        index = _read_index(directory / INDEX)
+        index = read_index(directory / INDEX)
         names = sorted(set(index["weight_map"].values()))
     else:
         raise UserError(
@@ -102,11 +102,28 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a model in several files. Raises ``UserError`` when it is torn, or names files elsewhere."""
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} is no index of safetensors files: it has no `weight_map`")
+    for name in weight_map.values():
+        # A file name, never a path: an index must not make us read outside its directory.
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: `weight_map` must name *.safetensors files beside it, got {name!r}")
+    return index
+
+
 def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
     """Tensors and metadata of one file. Raises ``UserError`` when it is absent or torn."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the base model is incomplete")
     try:
+        path.open("rb").close()  # safe_open calls a file absent that it may not read
         with safe_open(path, framework="pt"):  # checks offsets, dtypes and the length of the file
             pass
     except (SafetensorError, OSError, ValueError) as error:
@@ -158,21 +175,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values as safetensors stores them, without a copy when the tensor is contiguous."""
     values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)  # type: ignore[arg-type]
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path} is no index of safetensors files: it has no `weight_map`")
-    for name in weight_map.values():
-        # A file name, never a path: an index must not make us read outside its directory.
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise UserError(f"{path}: `weight_map` must name *.safetensors files beside it, got {name!r}")
-    return index
 
 
 def _check_index(checkpoint: Checkpoint, index: dict[str, Any]) -> None:

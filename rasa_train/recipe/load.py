@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ..errors import UserError
 from ..shipped import configs_dir
 from .schema import METHODS, Recipe
-from .yaml_lines import Key, Location, parse, parse_file
+from .yaml_lines import Key, Location, parse, parse_file, short
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,9 @@ def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> Non
 
 # -- errors ----------------------------------------------------------------------------------------------
 
+MOST_ERRORS = 20
+"""So many are told at once."""
+
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The models in an annotation: one of a section, several of a tagged union."""
@@ -270,17 +273,19 @@ def _nearest(locations: dict[Key, Location], key: Key) -> Location | None:
 
 def _messages(error: ValidationError, locations: dict[Key, Location], source: str) -> list[str]:
     messages: dict[Key, str] = {}
-    for item in error.errors():
+    for item in error.errors(include_url=False):
         key, section = _resolve(item["loc"])
         context = item.get("ctx", {})
         if "field" in context:
             key = (*key, context["field"])
         if key in messages:  # the branches of a union each complain: the first says enough
             continue
+        if len(messages) == MOST_ERRORS:
+            return [*messages.values(), "and more"]
         dotted = ".".join(map(str, key))
         location = _nearest(locations, key)
         where = f"\n  at {location}" if location else f"\n  in {source}"
-        messages[key] = _sentence(item, dotted, key, section) + where
+        messages[key] = short(_sentence(item, dotted, key, section), 1_000) + where
     return list(messages.values())
 
 

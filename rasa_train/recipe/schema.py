@@ -72,6 +72,9 @@ class TrainingConfig(_Section):
     activation_checkpointing: bool | Literal["auto"] | PositiveInt = False
     """Recompute layers in the backward pass: much less memory, about a third more work. ``true``: all layers; a
     number: the first so many; ``auto``: as many as memory asks for, tried before the first step."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in host memory, for room on the GPU and at the price of copies: less work
+    than recomputing, where the bus is fast. Together with ``activation_checkpointing`` only what it keeps is moved."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: a minute or more at the start, then faster steps on a GPU."""
     checkpoint_every: Every = "epoch"

@@ -11,8 +11,10 @@ import yaml
 
 from ..errors import UserError
 
-MAX_NODES = 20_000
-"""A recipe has some dozens of values; aliases that unfold to more than this are an attack or an accident."""
+MAX_NODES, MAX_DEPTH, MAX_LENGTH, MAX_BYTES = 20_000, 40, 4_096, 1 << 18
+"""A recipe has some dozens of values; aliases that unfold to more than this are an attack or an accident, and so are
+deeper nesting, a value of more characters than a path may have, and a file of more bytes."""
+MERGE = "tag:yaml.org,2002:merge"
 
 Key = tuple[str | int, ...]
 
@@ -35,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
 
@@ -44,9 +46,10 @@ def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
     """The value of a YAML text and where each key of it stands.
 
     Raises:
-        UserError: syntax (with line and column), a duplicate key, a key that is no string, or too many nodes.
+        UserError: syntax (with line and column), a duplicate key, a key that is no string, a tag, or too much of it.
     """
     try:
+        _refuse_odd(text, source)
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
@@ -58,21 +61,46 @@ def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         line = text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else ""
-        raise UserError(
-            f"{source}{where}: YAML syntax: {error.problem or error.context}" + (f"\n  {line}" if line else "")
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: YAML cannot be read: {error}") from None
+        problem = short(str(error.problem or error.context))
+        raise UserError(f"{source}{where}: YAML syntax: {problem}" + (f"\n  {short(line)}" if line else "")) from None
+    except RecursionError:
+        raise UserError(f"{source}: an alias stands for what contains it") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source}: YAML cannot be read: {short(str(error))}") from None
 
 
 def parse_file(path: Path) -> tuple[Any, dict[Key, Location]]:
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path} is no recipe: it has {size:,} bytes; at most {MAX_BYTES:,} are read")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return parse(text, str(path))
+
+
+def _refuse_odd(text: str, source: str) -> None:
+    """What is refused as it is parsed, before anything is made of it. A tag that the loader does not know, or that does
+    not fit its value, would be passed over on mappings and sequences, and end in all kinds of errors elsewhere."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        assert event.start_mark
+        where = f"{source}:{event.start_mark.line + 1}"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: values in values, more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!", 1)
+            raise UserError(f"{where}: a recipe has no tags, got {short(tag)}; write the value without it")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LENGTH:
+            raise UserError(f"{where}: a value of {len(event.value):,} characters; at most {MAX_LENGTH:,} are read")
+
+
+def short(text: str, most: int = 200) -> str:
+    """``text`` as a message can bear it."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class _Walker:
@@ -88,23 +116,45 @@ class _Walker:
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
-        return self.loader.construct_object(node)
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:  # 2025-13-01 looks like a date
+            line = node.start_mark.line + 1
+            raise UserError(f"{self.source}:{line}: {short(repr(node.value))} cannot be read: {error}") from None
 
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
-        self.loader.flatten_mapping(node)
         result: dict[str, Any] = {}
+        for key_node, value_node in reversed(node.value):
+            if key_node.tag == MERGE:  # of several, the first one wins; keys that stand here win over all
+                result |= self._merged(value_node, key)
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
-            name = self.loader.construct_object(key_node)
+            if key_node.tag == MERGE:
+                continue
+            name = self._scalar(key_node)
             line = key_node.start_mark.line + 1
             if not isinstance(name, str):
-                raise UserError(f"{self.source}:{line}: a key must be a word, got {name!r}")
+                raise UserError(f"{self.source}:{line}: a key must be a word, got {short(repr(name))}")
             if name in seen:
                 raise UserError(
-                    f"{self.source}:{line}: the key {name!r} stands here and in line {seen[name]}; keep one"
+                    f"{self.source}:{line}: the key {short(name)!r} stands here and in line {seen[name]}; keep one"
                 )
             seen[name] = line
-            text = self.lines[line - 1].strip() if line <= len(self.lines) else ""
+            text = short(self.lines[line - 1].strip()) if line <= len(self.lines) else ""
             self.locations[(*key, name)] = Location(self.source, line, text)
             result[name] = self.value(value_node, (*key, name))
+        return result
+
+    def _merged(self, node: yaml.Node, key: Key) -> dict[str, Any]:
+        """The mapping, or the list of mappings, that ``<<`` puts in."""
+        result: dict[str, Any] = {}
+        for base in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
+            value = self.value(base, key)
+            if not isinstance(value, dict):
+                line = base.start_mark.line + 1
+                raise UserError(f"{self.source}:{line}: << takes mappings, got {short(repr(value))}")
+            result |= value
         return result

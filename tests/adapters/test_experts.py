@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rasa_train.adapters import DoRA, LoRA, RaSA
-from rasa_train.adapters.base import Method
+from rasa_train.adapters.base import Method, linear
 from rasa_train.adapters.inject import adapters, attach, find_sites, trainable
 from rasa_train.errors import UserError
 
@@ -147,3 +147,17 @@ def test_other_layouts_are_refused(kind: str, fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"experts of \w+ForCausalLM holds .* name the linears to adapt"):
         find_sites(model)
     assert {site.kind for site in find_sites(model, ["q_proj"])} == {"self_attn.q_proj"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "in_"), [(24, 16), (6, 16), (16, 5)])
+def test_each_experts_rows_by_its_own_weights(out: int, in_: int, dtype: torch.dtype) -> None:
+    """In one product where the sides allow it, or one after another; an expert without rows among them."""
+    counts = [5, 0, 9, 6]
+    x = torch.randn(20, in_, dtype=dtype, requires_grad=True)
+    W = torch.randn(4, out, in_, dtype=dtype, requires_grad=True)
+    y, dy = linear(x, W, counts), torch.randn(20, out, dtype=dtype)
+    expected = torch.cat([rows @ own.T for rows, own in zip(x.split(counts), W, strict=True)])
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(t, (x, W), dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,13 +13,18 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rasa_train.adapters import METHODS
+from rasa_train.adapters.base import Factors
+from rasa_train.adapters.blocks import BlockOperands, SharedBlockInput
+from rasa_train.adapters.dropout import dropout
+from rasa_train.adapters.flat import blocks
 from rasa_train.adapters.inject import adapt, adapters, groups, trainable
-from rasa_train.adapters.kernels import Operands, SharedInput, _blocks, packed
+from rasa_train.adapters.kernels import Operands, SharedInput, packed
 from rasa_train.adapters.lora import LoRA
 from tests.adapters.test_contract import FIELDS, HEADS
 
 WITH_SITES = [name for name in METHODS if name not in ("full", "peft")]
-NO_FACTORS = {"mora", "dora", "bitfit"}
+PLAIN = {"dora", "bitfit"}
+"""Methods without a fast path."""
 IDS = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -60,39 +67,73 @@ def flat(values: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("case", ["all", "frozen A", "loose", "bias", "unused"])
+@pytest.mark.parametrize("case", ["all", "frozen A", "frozen B", "frozen B, no b", "bias", "unused"])
 def test_gradients_by_finite_differences(case: str, p: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
+    random = numbers()
     weights, ranks = [random(5, 6), random(3, 6)], [2, 3]
     x, biases = random(2, 4, 6), [random(5), None] if case == "bias" else [None, None]
     common = case == "frozen A"
     columns = [slice(0, 2), slice(0, 2)] if common else [slice(0, 2), slice(2, 5)]
     ranks = [2, 2] if common else ranks
-    shapes = ([] if common else [(5, 6)]) + [(5, ranks[0])] + ([] if case == "loose" else [(3, ranks[1])])
-    buffer = random(sum(a * b for a, b in shapes))
-    frozen_A, loose = random(2, 6), [random(3, 3)] if case == "loose" else []
+    shapes: list[tuple[int, ...]] = [] if common else [(5, 6)]
+    shapes += [(5, ranks[0])]
+    shapes += {"frozen B": [(3,), (3,)], "frozen B, no b": [(3,)]}.get(case, [(3, ranks[1])])
+    buffer = random(sum(map(math.prod, shapes)))
+    frozen_A, frozen_B = random(2, 6), random(3, 3)
 
-    def ours(x: Tensor, flat: Tensor, *loose: Tensor) -> Tensor:
+    def operands(flat: Tensor) -> Operands:
+        parts = blocks(flat, shapes)
+        A = frozen_A if common else parts.pop(0)
+        Bds: list[Tensor | Factors] = [parts.pop(0)]
+        Bds.append(Factors(frozen_B, parts[0], A, *parts[1:]) if "frozen B" in case else parts[0])
+        return Operands(weights, biases, A, not common, Bds, columns)
+
+    def ours(x: Tensor, flat: Tensor) -> Tensor:
         torch.manual_seed(7)
-        blocks = _blocks(flat.detach(), shapes)
-        A = frozen_A if common else blocks.pop(0)
-        operands = Operands(weights, biases, A, not common, [*blocks, *[None] * len(loose)], columns)
-        outputs = SharedInput.apply(x, p, operands, flat, *loose)
+        outputs = SharedInput.apply(x, p, operands(flat.detach()), flat)
         return outputs[0] if case == "unused" else torch.cat(outputs, -1)
 
-    inputs = [t.requires_grad_() for t in (x, buffer, *loose)]
+    inputs = [t.requires_grad_() for t in (x, buffer)]
     assert torch.autograd.gradcheck(ours, inputs)
     torch.manual_seed(7)
-    dropped = nn.functional.dropout(x, p)
-    blocks = _blocks(buffer, shapes)
-    A = frozen_A if common else blocks.pop(0)
-    both = zip(weights, biases, [*blocks, *loose], columns, strict=True)
-    expected = [nn.functional.linear(x, W, b) + dropped @ A[own].T @ Bd.T for W, b, Bd, own in both]
+    dropped = dropout(x, p)[0] if p else x
+    made = operands(buffer)
+    Bds = [Bd if isinstance(Bd, Tensor) else Bd.Bd for Bd in made.Bds]
+    both = zip(weights, biases, Bds, columns, strict=True)
+    expected = [nn.functional.linear(x, W, b) + dropped @ made.A[own].T @ Bd.T for W, b, Bd, own in both]
     assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", ["all", "bias", "unused"])
+def test_block_gradients_by_finite_differences(case: str, p: float) -> None:
+    """Outputs that are more, fewer and as many as the blocks give; inputs that are wrapped around, cut and used up."""
+    random, shapes = numbers(), [(2, 4, 4), (3, 2, 2), (2, 3, 3)]
+    weights = [random(19, 6), random(5, 6), random(6, 6)]
+    x, biases = random(2, 4, 6), [random(19), None, random(6)] if case == "bias" else [None] * 3
+    buffer = random(sum(map(math.prod, shapes)))
+
+    def ours(x: Tensor, flat: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        operands = BlockOperands(weights, biases, blocks(flat.detach(), shapes))
+        outputs = SharedBlockInput.apply(x, p, operands, flat)
+        return outputs[0] if case == "unused" else torch.cat(outputs, -1)
+
+    inputs = [t.requires_grad_() for t in (x, buffer)]
+    assert torch.autograd.gradcheck(ours, inputs)
+    torch.manual_seed(7)
+    dropped = dropout(x, p)[0] if p else x
+    expected = []
+    for W, bias, T in zip(weights, biases, blocks(buffer, shapes), strict=True):
+        used = torch.arange(T.shape[0] * T.shape[1]) % 6
+        z = dropped[..., used] @ torch.block_diag(*T).T
+        expected.append(nn.functional.linear(x, W, bias) + z[..., torch.arange(len(W)) % z.shape[-1]])
+    assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
+
+
+def numbers() -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -105,13 +146,13 @@ def test_fast_is_plain(method: str, kind: str) -> None:
     with packed(groups(model)):
         fast = [group for group in groups(model) if group.packed is not None]
         got = losses(model)
-    assert bool(fast) == (method not in NO_FACTORS) and all(group.packed is None for group in groups(model))
+    assert bool(fast) == (method not in PLAIN) and all(group.packed is None for group in groups(model))
     ours = gradients(model)
     assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert ours.keys() == theirs.keys() and (flat(ours) - flat(theirs)).norm() < 1e-5 * flat(theirs).norm()
 
 
-@pytest.mark.parametrize("method", ["lora", "rasa", "vera", "pissa"])
+@pytest.mark.parametrize("method", ["lora", "rasa", "vera", "pissa", "mora"])
 def test_bfloat16_is_as_near_to_fp32_as_the_plain_path(method: str) -> None:
     torch.manual_seed(0)
     exact = tiny("llama", torch.float32, method)
@@ -128,7 +169,7 @@ def test_bfloat16_is_as_near_to_fp32_as_the_plain_path(method: str) -> None:
     assert (fast - wanted).norm() < 1.2 * (plain - wanted).norm() < 0.1 * wanted.norm()
 
 
-@pytest.mark.parametrize("method", ["lora", "rasa", "vera"])
+@pytest.mark.parametrize("method", ["lora", "rasa", "vera", "mora"])
 def test_one_linear_in_bfloat16(method: str) -> None:
     """Without a network that amplifies rounding: cosine of all gradients to those of the plain path."""
     model = tiny("llama", torch.bfloat16, method)

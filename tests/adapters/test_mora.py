@@ -105,7 +105,7 @@ def test_type_6_says_which_inputs_it_ignores(caplog: pytest.LogCaptureFixture) -
     here = site(8, 32)
     adapter = MoRA(r=1).build([here]).adapters[here.path]
     nn.init.normal_(adapter.M)
-    unread = 32 - adapter.blocks * adapter.q
+    unread = 32 - adapter.n * adapter.q
     read = adapter.delta().any(0)
     assert unread == 20 and not read[-unread:].any() and read[:-unread].all()
 

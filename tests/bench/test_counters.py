@@ -17,7 +17,7 @@ KB_PER_TOKEN_AND_LAYER, OPS = 520e3, 4500
 
 @pytest.fixture(scope="module")
 def plain() -> dict[Label, Count]:
-    chosen = [("ours", "lora"), ("ours", "rasa"), ("peft-tuned", "lora")]
+    chosen = [("ours", "lora"), ("ours", "rasa"), ("ours", "mora"), ("peft-tuned", "lora")]
     return count(architecture("llama-3.1-8b"), 0.0, chosen)
 
 
@@ -33,6 +33,12 @@ def test_rasa_costs_what_lora_costs(plain: dict[Label, Count]) -> None:
     lora, rasa = plain["ours", "lora"], plain["ours", "rasa"]
     assert rasa.dispatched_ops == lora.dispatched_ops
     assert rasa.bytes_per_token_and_layer < 1.02 * lora.bytes_per_token_and_layer
+
+
+def test_mora_has_a_fast_path_too(plain: dict[Label, Count]) -> None:
+    """Its own forward: 1,553 KB and 9,859 operations."""
+    own = plain["ours", "mora"]
+    assert own.bytes_per_token_and_layer <= 980e3 and own.dispatched_ops <= 4900
 
 
 def test_dropout_costs_bytes_and_one_operation_each_way() -> None:

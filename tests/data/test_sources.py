@@ -89,6 +89,20 @@ def test_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     assert caught.value.key == "data.dataset"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
+def test_a_row_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As much is read of one as of the largest, not what a small file unpacks to."""
+    path = save(tmp_path / name, ROWS)
+    monkeypatch.setattr(sources, "_BLOCK", 8)
+    monkeypatch.setattr(sources, "MAX_ROW", 100 << 20)
+    assert read(path) == ROWS
+    broken = ("[" if ".jsonl" not in name else "").encode() + b'{"query": "' + b"a" * (2 << 20)
+    path.write_bytes(gzip.compress(broken) if name.endswith("gz") else broken)
+    monkeypatch.setattr(sources, "MAX_ROW", 1 << 20)
+    with pytest.raises(UserError, match="a row of more than 1 MiB"):
+        read(path)
+
+
 def test_byte_order_mark_blank_lines_and_windows_ends_are_tolerated(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"q": 1}\r\n\r\n  \n{"q": 2}')
     assert list(find_source(str(tmp_path / "a.jsonl"))[0].rows()) == [

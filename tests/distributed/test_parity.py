@@ -101,6 +101,8 @@ def compare(cases: list[Case], group: Group, path: Path) -> dict[str, dict[str, 
     for i, many in enumerate(cases):
         name = f"{i} {many['adapter']['method']} {many['training']} {many['distributed']}"
         found[name] = difference(known[many["output_dir"]], many["output_dir"])
+        one, two = (read_adapter(Path(run) / "adapter") for run in (known[many["output_dir"]], many["output_dir"]))
+        assert one.base_tensors and two.base_tensors == one.base_tensors, f"{name}: the base's fingerprint"
     return found
 
 

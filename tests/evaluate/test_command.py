@@ -19,6 +19,7 @@ from rasa_train.model import ModelConfig, load_model, load_tokenizer
 from rasa_train.stop import StopSignal
 
 pytest.importorskip("lm_eval")
+SHARED = Path(__file__).parents[2].parent / "shared"
 DEMO = Path(__file__).parents[2] / "rasa_train/demo/model"
 
 
@@ -86,6 +87,27 @@ def test_interrupted_and_resumed_is_uninterrupted(lm: Any, suite: Suite, tmp_pat
     assert len(again.responses) == kept
     assert generate(lm, suite, suite.questions[:6], again, batch_tokens=400) == answers(lm, suite, 6, 400)
     assert len(path.read_text().splitlines()) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "models/stories260K").is_dir(), reason="no real model here")
+@pytest.mark.parametrize(("name", "questions"), [("gsm8k", "gsm8k/train.jsonl"), ("math", "math")])
+def test_a_real_model_and_real_questions(name: str, questions: str, tmp_path: Path) -> None:
+    """Real rows, a real tokenizer without a padding token, prompts of different lengths: neither the batch nor an
+    interruption changes a response."""
+    suite = load_suite(name, str(SHARED / "data" / questions))
+    suite.task.config.generation_kwargs["max_gen_toks"] = 32
+    config = ModelConfig(name=str(SHARED / "models/stories260K"), dtype="float32")
+    model, tokenizer = load_model(config), load_tokenizer(config)
+    real = wrap(model, tokenizer)
+    alone = answers(real, suite, 6, 1)
+    assert answers(real, suite, 6, 4_000) == alone and any(response != alone[0] for response in alone)
+    file = SampleFile(tmp_path / "samples.jsonl", {})
+    with pytest.raises(Stopped):
+        generate(real, suite, suite.questions[:6], file, batch_tokens=1, stop=AlwaysStop(file, 3))
+    assert 0 < len(file.responses) < 6
+    resumed = SampleFile(tmp_path / "samples.jsonl", {})
+    assert generate(real, suite, suite.questions[:6], resumed, batch_tokens=4_000) == alone
 
 
 def test_sampled_responses_resume_as_well(lm: Any, tmp_path: Path) -> None:

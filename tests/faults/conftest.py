@@ -11,7 +11,6 @@ import pytest
 
 from .harness import INJECTED, start
 
-EVERY = 2
 RECIPE = """\
 model: {{name: {model}, dtype: float32}}
 adapter: {{method: rasa, r: 4, k: 1, alpha: 8, dropout: 0.1}}
@@ -51,8 +50,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, token_rows
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if INJECTED:
-        terminalreporter.section("faults injected")
-        for kind, count in sorted(INJECTED.items()):
-            terminalreporter.line(f"{count:5}  {kind}")
-        terminalreporter.line(f"{sum(INJECTED.values()):5}  in all; each is survived unless its test failed")
+    """The tally: faults survived / injected, by kind."""
+    if not INJECTED:
+        return
+    failed = {report.nodeid for outcome in ("failed", "error") for report in terminalreporter.stats.get(outcome, [])}
+    kinds = sorted({kind for _, kind in INJECTED})
+    terminalreporter.section("faults survived / injected")
+    for kind in [*kinds, "in all"]:
+        counts = [(test, n) for (test, of), n in INJECTED.items() if kind in (of, "in all")]
+        survived = sum(n for test, n in counts if test not in failed)
+        terminalreporter.line(f"{survived:5} / {sum(n for _, n in counts):5}  {kind}")

@@ -8,8 +8,10 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,27 @@ from typing import Any
 from rasa_train.checkpoint import damage
 from tests.test_train import metrics
 
-INJECTED: Counter[str] = Counter()
-"""Faults so far, by kind; each was survived, or its test has failed."""
+INJECTED: Counter[tuple[str, str]] = Counter()
+"""Faults so far, by test and kind; they were survived, or the test has failed."""
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 """Audit events of Python that change files; ``open`` only for writing."""
+
+
+def inject(kind: str) -> None:
+    """Count a fault."""
+    INJECTED[os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0], kind] += 1
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at the so many-th change to a file below the command's directory: just before it, or so long after."""
+
+    change: int
+    seconds: float = 0.0
+    of_checkpoints: bool = False
+    """Only those changes count that begin a checkpoint."""
+
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -60,53 +78,89 @@ class Command:
         return int(self.process.exitcode)
 
 
-def start(name: str, *arguments: object, cwd: Path, kill_at: int = 0) -> Command:
-    """Start it. ``kill_at``: SIGKILL just before so many-th change to a file below ``cwd``."""
+def start(
+    name: str, *arguments: object, cwd: Path, kill: Kill | None = None, clock: Callable[[float], float] | None = None
+) -> Command:
+    """Start it. ``clock``: what ``time.time()`` is there, from what it would be (a function of a module)."""
     log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
     changes = _context.Value("q", 0)
-    process = _context.Process(target=_run, args=(name, list(map(str, arguments)), cwd, log, kill_at, changes))
+    process = _context.Process(target=_run, args=(name, list(map(str, arguments)), cwd, log, kill, clock, changes))
     process.start()
     return Command(process, log, changes)
 
 
-def _run(name: str, arguments: list[str], cwd: Path, log: Path, kill_at: int, changes: Any) -> None:
+def _run(
+    name: str,
+    arguments: list[str],
+    cwd: Path,
+    log: Path,
+    kill: Kill | None,
+    clock: Callable[[float], float] | None,
+    changes: Any,
+) -> None:
     os.chdir(cwd)
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    if clock:
+        real = time.time
+        time.time = lambda: clock(real())
+    left = kill.change if kill else 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
         if event not in CHANGES or not isinstance(args[0], str | Path):
             return
         if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        if Path(os.path.abspath(args[0])).is_relative_to(cwd):
-            changes.value += 1
-            if changes.value == kill_at:
+        path = Path(os.path.abspath(args[0]))
+        if not path.is_relative_to(cwd):
+            return
+        changes.value += 1
+        if kill and (not kill.of_checkpoints or (event == "os.mkdir" and path.match("checkpoints/.*.partial"))):
+            left -= 1
+            if left == 0 and kill.seconds:
+                threading.Timer(kill.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            elif left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     importlib.import_module(f"rasa_train.cli.{name}").app(arguments)
 
 
-def kill_somewhere(luck: random.Random, name: str, *arguments: object, cwd: Path, changes: int, seconds: float) -> bool:
-    """Run a command and kill it: half the time before a random change to a file, else at a random moment.
+def kill_somewhere(
+    luck: random.Random,
+    name: str,
+    *arguments: object,
+    cwd: Path,
+    changes: int,
+    seconds: float,
+    checkpoints: tuple[int, float] | None = None,
+) -> bool:
+    """Run a command and kill it: at a random moment, before a random change to a file, or while it writes a
+    checkpoint.
 
     Args:
-        changes, seconds: of the undisturbed command.
+        changes, seconds: up to so many, and so long after the start.
+        checkpoints: up to so many, and so long after it has begun to write one; None: it writes none.
     Returns:
         whether it was killed; it can be done before.
     """
-    if luck.random() < 0.5:
-        code = start(name, *arguments, cwd=cwd, kill_at=luck.randint(1, changes)).wait()
-    else:
+    way = luck.choice(["at a random moment", "before a change to a file"] + ["amid a checkpoint"] * bool(checkpoints))
+    if way == "at a random moment":
         command = start(name, *arguments, cwd=cwd)
         command.process.join(luck.uniform(0, seconds))
         if command.process.exitcode is None:
             os.kill(command.process.pid, signal.SIGKILL)
-        code = command.wait()
-    killed = code == -signal.SIGKILL
-    INJECTED[f"SIGKILL: rasa-{name}"] += killed
+    elif way == "before a change to a file":
+        command = start(name, *arguments, cwd=cwd, kill=Kill(luck.randint(1, changes)))
+    else:
+        most, duration = checkpoints or (1, 0.0)
+        kill = Kill(luck.randint(1, most), luck.uniform(0, duration), of_checkpoints=True)
+        command = start(name, *arguments, cwd=cwd, kill=kill)
+    killed = command.wait() == -signal.SIGKILL
+    if killed:
+        inject(f"SIGKILL of rasa-{name}, {way}")
     return killed
 
 

@@ -11,7 +11,7 @@ import pytest
 from rasa_train.checkpoint import CHECKSUMS, damage
 
 from .conftest import Whole
-from .harness import INJECTED, same_result, start
+from .harness import inject, same_result, start
 
 KINDS = ("bit flipped", "truncated", "torn")
 
@@ -27,7 +27,7 @@ def harm(path: Path, kind: str, luck: random.Random) -> None:
         end = min(len(content), at + 4096)
         content[at:end] = bytes(end - at) if any(content[at:end]) else b"\xff" * (end - at)
     path.write_bytes(content)
-    INJECTED[f"checkpoint {kind}"] += 1
+    inject(f"checkpoint {kind}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

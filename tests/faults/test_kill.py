@@ -8,27 +8,45 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import EVERY, Whole
+from .conftest import Whole
 from .harness import check_kept, kill_somewhere, same_result, start
 
 CHAINS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 20))]
 
 
+OFTEN = ["training.max_steps=30", "training.checkpoint_every=1", "output_dir=often"]
+
+
+@pytest.fixture(scope="module")
+def often(whole: Whole) -> Path:
+    """An undisturbed run with a checkpoint after every step."""
+    command = start("train", whole.recipe, *OFTEN, cwd=whole.run.parent)
+    assert command.wait() == 0, command.said
+    return whole.run.parent / "often"
+
+
 @pytest.mark.parametrize("seed", CHAINS)
-def test_training_and_checkpointing(seed: int, whole: Whole, tmp_path: Path) -> None:
+def test_training_and_checkpointing(seed: int, whole: Whole, often: Path, tmp_path: Path) -> None:
     """Eight kills of one run, at most: each goes on from where the one before has left it."""
-    luck, run, kills = random.Random(f"train {seed}"), tmp_path / "run", 0
+    luck, run, kills = random.Random(f"train {seed}"), tmp_path / "often", 0
     for _ in range(8):
         if (run / "summary.json").exists():
             break
         kills += kill_somewhere(
-            luck, "train", whole.recipe, cwd=tmp_path, changes=whole.changes // 2, seconds=whole.seconds
+            luck,
+            "train",
+            whole.recipe,
+            *OFTEN,
+            cwd=tmp_path,
+            changes=whole.changes // 2,
+            seconds=whole.seconds,
+            checkpoints=(6, 0.02),
         )
-        check_kept(run, EVERY)
+        check_kept(run, 1)
     assert kills, "nothing was killed"
-    last = start("train", whole.recipe, cwd=tmp_path)
+    last = start("train", whole.recipe, *OFTEN, cwd=tmp_path)
     assert last.wait() == 0, last.said
-    same_result(run, whole.run)
+    same_result(run, often)
 
 
 @pytest.mark.parametrize("seed", CHAINS)

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from rasa_train.checkpoint import damage
+from tests.test_train import metrics
+
 from .conftest import Whole
-from .harness import INJECTED, Command, check_kept, same_result, start
+from .harness import Command, check_kept, inject, same_result, start
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
@@ -52,7 +55,7 @@ def test_a_disk_that_stays_full(disk: Path, whole: Whole) -> None:
     assert command.wait() == 2, command.said
     assert "No space left on device: no checkpoint of step 2" in command.said
     assert "Make room: the same command goes on from there" in command.said and "Traceback" not in command.said
-    INJECTED["disk full"] += 1
+    inject("disk full")
     check_kept(disk / "run", 10)
     ballast.unlink()
     again = start("train", whole.recipe, "training.keep_last=1", cwd=disk)
@@ -71,8 +74,31 @@ def test_a_disk_that_has_room_again(disk: Path, whole: Whole, tmp_path: Path) ->
     ballast.unlink()
     assert command.wait() == 0, command.said
     assert "there is room again: saved at step" in command.said
-    INJECTED["disk full"] += 1
+    inject("disk full")
     same_result(disk / "run", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_two_workers(disk: Path, whole: Whole) -> None:
+    """Both go on past the checkpoint that has no room, both end when it is needed, with one message; the checkpoint
+    before is kept, and with room the same command goes on from it."""
+    options = ["--nproc", "2", "training.micro_batch_size=2", "distributed.timeout_seconds=60"]
+    first = start("train", whole.recipe, *options, "training.max_steps=200", cwd=disk)
+    saved = disk / "run" / "checkpoints"
+    until(lambda: (saved / "step-00000004").exists(), first)
+    ballast = fill(disk, 16 << 10)
+    assert first.wait() == 2, first.said
+    assert first.said.count("error: ") == 1 and "Traceback" not in first.said, first.said
+    assert "No space left on device: no checkpoint of step" in first.said and "Make room" in first.said
+    inject("disk full, two workers")
+    kept = sorted(saved.iterdir())
+    assert kept and all(damage(path) is None for path in kept)
+    ballast.unlink()
+    again = start("train", whole.recipe, *options, "training.max_steps=200", "training.keep_last=1", cwd=disk)
+    until(lambda: "resuming from" in again.said or again.process.exitcode is not None, again)
+    assert kept[-1].name in again.said
+    os.kill(again.process.pid, signal.SIGTERM)
+    assert again.wait() == 75, again.said
 
 
 def test_a_full_disk_and_a_merge(disk: Path, whole: Whole) -> None:
@@ -80,7 +106,7 @@ def test_a_full_disk_and_a_merge(disk: Path, whole: Whole) -> None:
     command = start("merge", whole.run, "--output", "merged", cwd=disk)
     assert command.wait() == 2 and "Traceback" not in command.said, command.said
     assert [path.name for path in disk.iterdir()] == ["ballast"]
-    INJECTED["disk full"] += 1
+    inject("disk full")
 
 
 @pytest.mark.parametrize("arguments", [["train", "{recipe}"], ["merge", "{run}", "--output", "merged"]])
@@ -90,7 +116,7 @@ def test_a_read_only_disk(arguments: list[str], disk: Path, whole: Whole) -> Non
     command = start(name, *rest, cwd=disk)
     assert command.wait() == 2 and "Traceback" not in command.said, command.said
     assert "Read-only file system" in command.said
-    INJECTED["read-only disk"] += 1
+    inject("read-only disk")
 
 
 @pytest.mark.slow
@@ -105,7 +131,23 @@ def test_two_runs_in_one_place(whole: Whole, tmp_path: Path) -> None:
     assert first.wait() == -signal.SIGKILL
     third = start("train", whole.recipe, *options, cwd=tmp_path)
     assert third.wait() == 0, third.said
-    INJECTED["second run in one directory"] += 1
+    inject("second run in one directory")
+
+
+def jumping(now: float) -> float:
+    """An hour back and an hour on, every third of a second."""
+    return now + (0, -3600, 3600)[int(now * 3) % 3]
+
+
+def test_the_time_of_day_jumps_all_the_time(whole: Whole, tmp_path: Path) -> None:
+    """Nothing is computed from it, and no duration taken by it."""
+    begun = time.monotonic()
+    command = start("train", whole.recipe, cwd=tmp_path, clock=jumping)
+    assert command.wait() == 0, command.said
+    seconds = [row["seconds"] for row in metrics(tmp_path / "run")]
+    assert all(each > 0 for each in seconds) and sum(seconds) < time.monotonic() - begun
+    inject("clock that jumps")
+    same_result(tmp_path / "run", whole.run)
 
 
 @pytest.mark.slow
@@ -126,12 +168,12 @@ def test_the_clock_jumps(whole: Whole, tmp_path: Path) -> None:
     for steps, jump in ((1, "-365d"), (3, "+365d")):
         until(lambda steps=steps: process.poll() is not None or _lines(lines) >= steps)  # type: ignore[misc]
         now.write_text(f"{jump}\n")
-        INJECTED["clock jump"] += 1
+        inject("clock that jumps")
     until(lambda: process.poll() is not None or _lines(lines) >= 5)
     process.kill()
     assert process.wait() in (0, -signal.SIGKILL)
     now.write_text("-365d\n")
-    INJECTED["clock jump"] += 1
+    inject("clock that jumps")
     process = train()
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said

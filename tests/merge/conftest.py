@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import attach, trainable
+from rasa_train.adapters.inject import adapt, saved_tensors, trainable
 from rasa_train.adapters.saved import write_adapter
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -46,6 +47,25 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }  # fmt: skip
+FIELDS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "alpha": 8},
+    "rasa": {"r": 4, "alpha": 8},
+    "vera": {"r": 16},
+    "mora": {"r": 4},
+    "tied-lora": {"r": 4},
+    "sharelora": {"r": 4, "alpha": 8},
+    "nola": {"r": 4, "n_basis": 8},
+    "vb-lora": {"r": 4, "num_vectors": 16, "vector_length": 8},
+    "olora": {"r": 4, "alpha": 8},
+    "pissa": {"r": 4, "alpha": 8},
+    "dora": {"r": 4, "alpha": 8},
+    "adalora": {"r": 4, "alpha": 8},
+    "prilora": {"r": 4, "alpha": 8},
+    "full": {},
+    "bitfit": {},
+    "peft": {"config": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "down_proj"]}},
+}
+"""Hyper-parameters of every method that fit the bases."""
 TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(5))
 
 
@@ -67,15 +87,14 @@ def save_adapter(directory: Path, base: Path, method: str = "rasa", **fields: ob
     """
     torch.manual_seed(2)
     model = load(base).float()
-    defaults = {"bitfit": {}, "mora": {"r": 4}}.get(method, {"r": 4, "alpha": 8})
-    fields = {"method": method, **defaults, **fields}
+    fields = {"method": method, **FIELDS.get(method, {"r": 4, "alpha": 8}), **fields}
     config = METHODS[method].model_validate(fields)
-    attach(model, config)
+    model, _ = adapt(model, config)
     with torch.no_grad():
         for p in trainable(model).values():
             p.copy_(torch.randn_like(p) * 0.3)
     directory.mkdir(parents=True)
-    write_adapter(directory, config, trainable(model), base_model=str(base), base_revision=None)
+    write_adapter(directory, config, saved_tensors(model), base_model=str(base), base_revision=None)
     return logits(model)
 
 

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from rasa_train.adapters.saved import read_adapter, write_adapter
 from rasa_train.cli.merge import app
 from rasa_train.merge import merge, output
 
-from .conftest import load, save_base
+from .conftest import load, save_adapter, save_base
 
 INDEX = "model.safetensors.index.json"
 
@@ -63,6 +65,12 @@ def test_plain_output_says_what_a_person_needs(case, tmp_path):
     assert "21 weights of 30 tensors" in stdout and "of the update" in stdout
     _, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora")
     assert "rank 6" in stdout and "--max-lora-rank 8" in stdout
+
+
+def test_who_reads_the_lora_of_fused_experts_is_said(case, tmp_path):
+    _, adapter, _ = case("mixtral")
+    code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora")
+    assert code == 0 and "rank 10" in stdout and "from 0.19 on; vLLM only for" in stdout
 
 
 def test_a_run_without_a_final_adapter_says_which_checkpoint_it_took(case, tmp_path):
@@ -241,27 +249,98 @@ def test_output_must_keep_away_from_the_inputs(case, tmp_path):
         assert "neither in nor around" in refused(tmp_path, adapter, "--output", out, "--overwrite")
 
 
-def test_output_that_cannot_be_written(case, tmp_path):
+def test_output_under_a_file(case, tmp_path):
     _, adapter, _ = case()
     (tmp_path / "file").write_text("x")
     assert "cannot" in refused(tmp_path, adapter, "--output", tmp_path / "file" / "out")
-    if os.geteuid() == 0:
-        return  # root writes anywhere
-    (tmp_path / "locked").mkdir(mode=0o555)
-    assert "Permission denied" in refused(tmp_path, adapter, "--output", tmp_path / "locked" / "out")
+
+
+@pytest.fixture
+def common(tmp_path):
+    """A directory like tmp_path that every user can reach: pytest's own are root's when root runs it."""
+    if os.geteuid():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o777)
+        yield Path(directory)
+
+
+def everybodys(directory: Path) -> Path:
+    """transformers writes weights that their owner alone may read."""
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    return directory
+
+
+@contextmanager
+def ordinary_user():
+    """Root may do anything, and so shows nothing."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("format", ["merged", "lora"])
+def test_an_ordinary_user_may_not_write_there(common, format):
+    save_adapter(common / "adapter", everybodys(save_base(common / "base")))
+    arguments = (common / "adapter", "--format", format, "--output")
+    assert run(*arguments, common / "before")[0] == 0  # what is imported late is there now
+    (common / "locked").mkdir(mode=0o555)
+    with ordinary_user():
+        assert "Permission denied" in refused(common, *arguments, common / "locked" / "out")
+        assert "Permission denied" in refused(common, *arguments, common / "locked" / "deep" / "out")
+        assert run(*arguments, common / "after")[0] == 0  # it can read all it needs
+        shutil.rmtree(common / "after")  # and may remove what is its own
+
+
+@pytest.mark.parametrize("locked", ["adapter", "base", "model.safetensors"])
+def test_an_ordinary_user_may_not_read_it(common, locked):
+    save_adapter(common / "adapter", everybodys(save_base(common / "base")))
+    assert run(common / "adapter", "--output", common / "before")[0] == 0
+    path = common / "base" / locked if "." in locked else common / locked
+    path.chmod(0)
+    with ordinary_user():
+        code, stdout, stderr = run(common / "adapter", "--output", common / "out")
+    path.chmod(0o755)
+    assert code == 2 and stdout == "" and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert str(path) in stderr and "ermission denied" in stderr and not (common / "out").exists()
+
+
+def mounted(directory: Path, options: str) -> None:
+    """A tmpfs; skipped where we may not mount."""
+    directory.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("no mount here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True).returncode:
+        pytest.skip("may not mount here")
+
+
+@pytest.fixture
+def read_only_disk(tmp_path):
+    mounted(tmp_path / "read-only", "ro")
+    yield tmp_path / "read-only"
+    subprocess.run(["umount", tmp_path / "read-only"], check=True)
+
+
+def test_a_disk_that_is_read_only(case, tmp_path, read_only_disk):
+    base, adapter, _ = case()
+    for more in ((), ("--format", "lora"), ("--extract", base, "--base", base, "--r", 2)):
+        given = (adapter,) if "--extract" not in more else ()
+        assert "Read-only file system" in refused(tmp_path, *given, "--output", read_only_disk / "out", *more)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 64 kB, smaller than the tiny base; skipped where we may not mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("no mount here")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("may not mount here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    """64 kB, smaller than the tiny base."""
+    mounted(tmp_path / "disk", "size=64k")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 @pytest.mark.parametrize("found", ["before", "while"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -107,9 +107,25 @@ def test_large_kinds_are_cut_first_and_stay_below_lora(tmp_path, monkeypatch):
 
 def test_two_architectures(tmp_path):
     base, _ = save_base(tmp_path / "base"), save_base(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(UserError, match="has no tensor for"):
+    with pytest.raises(UserError, match=r"gpt2 is no fine-tuned .*q_proj\.weight is absent"):
         extract(str(tmp_path / "gpt2"), str(base), tmp_path / "out")
     save_base(tmp_path / "tied", "tied")
-    with pytest.raises(UserError, match=r"not of one architecture|has no tensor"):
+    with pytest.raises(UserError, match=r"k_proj\.weight is \(32, 32\), not \(16, 32\)"):
         extract(str(tmp_path / "tied"), str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_read(tmp_path):
+    base, tuned = finetuned(tmp_path)
+    weights, name = load_file(tuned / "model.safetensors"), "model.layers.1.self_attn.q_proj.weight"
+    for value, says in [
+        (torch.full((32, 32), float("nan")), "not finite"),
+        (torch.zeros(31, 32), r"has shape \(31, 32\)"),
+        (torch.zeros(32, 32, dtype=torch.int8), "is I8"),
+        (None, "has no tensor for"),
+    ]:
+        changed = {n: t for n, t in {**weights, name: value}.items() if t is not None}
+        save_file(changed, tuned / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=says):
+            extract(str(tuned), str(base), tmp_path / "out", targets=TARGETS)
     assert not (tmp_path / "out").exists()

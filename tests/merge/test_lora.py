@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -17,7 +17,7 @@ from rasa_train.adapters.saved import read_adapter, write_adapter
 from rasa_train.merge import export_lora, merge
 from rasa_train.merge.lora import lora_factors
 
-from .conftest import load, logits
+from .conftest import load, logits, save_base
 
 
 def peft_logits(base, directory):
@@ -51,6 +51,59 @@ def test_the_export_merges_to_the_same_weights(case, tmp_path):
     direct, via = (load_file(tmp_path / d / "model.safetensors") for d in ("direct", "via-lora"))
     for name, tensor in direct.items():
         assert_close(via[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "rank"),
+    [
+        ("mixtral", {"k": 1}, 2 * (4 - 1 + 2)),  # gate and up beside each other
+        ("qwen3_moe", {"method": "lora", "targets": ["q_proj", "gate_proj", "down_proj"]}, 4),
+        ("qwen3_moe", {"method": "adalora", "targets": ["up_proj"]}, 6),
+    ],
+    ids=str,
+)
+def test_fused_experts_there_and_back(case, tmp_path, kind, fields, rank):
+    base, adapter, expected = case(kind, **fields)
+    report = export_lora(adapter, tmp_path / "lora")
+    assert report.fused_experts and report.rank == rank
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert set(config["target_parameters"]) <= {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert_close(peft_logits(base, tmp_path / "lora"), expected, rtol=1e-5, atol=1e-5)
+    merge(adapter, tmp_path / "direct")
+    merge(tmp_path / "lora", tmp_path / "via-lora")
+    direct, via = (load_file(tmp_path / d / "model.safetensors") for d in ("direct", "via-lora"))
+    for name, tensor in direct.items():
+        assert_close(via[name], tensor, rtol=1e-5, atol=1e-5)
+    cut = export_lora(adapter, tmp_path / "cut", max_rank=2)
+    assert cut.rank == 2 and 0 < cut.error < 1
+    merge(tmp_path / "cut", tmp_path / "of-cut")
+    before, of_cut = (load_file(d / "model.safetensors") for d in (base, tmp_path / "of-cut"))
+    lost = sum(float((of_cut[n] - direct[n]).square().sum()) for n in direct)
+    assert_close(
+        cut.error,
+        (lost / sum(float((direct[n] - before[n]).square().sum()) for n in direct)) ** 0.5,
+        rtol=1e-3,
+        atol=0.0,
+    )
+
+
+def test_an_expert_adapter_that_peft_has_trained(tmp_path):
+    base = save_base(tmp_path / "base", "mixtral")
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"down_proj": 2}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = get_peft_model(load(base), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn_like(p) * 0.3)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "out", base=str(base))
+    assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-4, atol=1e-5)
+    assert (logits(load(base)) - expected).abs().max() > 0.01
 
 
 def test_only_the_configuration_of_the_base_is_needed(case, tmp_path):

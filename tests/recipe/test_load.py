@@ -13,6 +13,7 @@ from rasa_train.errors import UserError
 from rasa_train.recipe import configs_dir, load_recipe
 from rasa_train.recipe.load import dump_recipe
 from rasa_train.recipe.schema import Recipe
+from rasa_train.recipe.yaml_lines import parse
 
 GOOD = """\
 model: {name: some/model}
@@ -108,7 +109,17 @@ def test_all_errors_at_once(recipe: Path) -> None:
         ("- a\n- b\n", ["a recipe is a mapping", "list"]),
         ("", ["this file is empty"]),
         ("1: x\n", [":1: a key must be a word, got 1"]),
-        ("a: !!python/object:os.system x", ["YAML syntax", "could not determine a constructor"]),
+        ("a: 1\nb: !!python/object:os.system x", [":2: a recipe has no tags, got !!python/object:os.system"]),
+        ("a: 1\nb: !thing {x: 1}", [":2: a recipe has no tags, got !thing"]),
+        ("a: 1\nb: !thing [1]", [":2: a recipe has no tags"]),
+        ("a: &a\n  x: !!bool y\nb: {<<: *a}", [":2: a recipe has no tags, got !!bool"]),
+        ("a: 1\nb: {<<: !!set {x}}", [":2: a recipe has no tags, got !!set"]),
+        ("a: 1\nb: 2025-13-01", [":2: '2025-13-01' cannot be read: month"]),
+        ("a: 1\nb: {<<: [1]}", [":2: << takes mappings, got 1"]),
+        ("a: &a {<<: *a}", ["an alias stands for what contains it"]),
+        ("a: " + "[" * 50, ["more than 40 deep"]),
+        ("a: 1\nb: " + "x" * 5000, [":2: a value of 5,000 characters; at most 4,096"]),
+        ("a: 1\n" * 100_000, ["it has 500,000 bytes"]),
         ("a: &a [1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
          "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d]", ["more than 20,000 values"]),
     ],
@@ -117,6 +128,19 @@ def test_files_that_are_no_recipe(recipe: Path, text: str, words: list[str]) -> 
     recipe.write_text(text)
     message = error_of(recipe)
     assert all(word in message for word in words), message
+
+
+def test_merge_keys(recipe: Path) -> None:
+    """What YAML 1.1 says of them: keys that stand there win, then the first mapping of a list."""
+    value, locations = parse("a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc:\n  z: 3\n  <<: [*a, *b]\nd: {y: 4, <<: *b}", "f")
+    assert value["c"] == {"x": 1, "y": 2, "z": 3} and value["d"] == {"x": 2, "y": 4}
+    assert [locations[("c", name)].line for name in "xyz"] == [1, 2, 4]
+
+
+def test_twenty_errors_are_enough(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "".join(f"k{i}: 1\n" for i in range(30)))
+    message = error_of(recipe)
+    assert message.count("unknown key") == 20 and message.endswith("\nand more")
 
 
 def test_files_that_are_not_there(recipe: Path) -> None:

@@ -1,0 +1,45 @@
+"""Dropout of an adapter's input.
+
+On a GPU torch's is one kernel. On a CPU drawing the numbers is most of its time, so four are made of each draw: an
+adapter with dropout then costs little more than one without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+
+def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """x with each entry zero with probability p and divided by 1 - p otherwise; a mask of x's shape; a number s so that
+    the first result is ``x * mask * s``. Differentiable in x.
+
+    On a CPU p is a multiple of 2^-16, the nearest.
+    """
+    if has_torch_function_unary(x):
+        dropped: tuple[Tensor, Tensor, float] = handle_torch_function(dropout, (x,), x, p)
+        return dropped
+    return _with_few_draws(x, p) if x.device.type == "cpu" else fused(x, p)
+
+
+def fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """``dropout`` as one operation."""
+    dropped, mask = torch.native_dropout(x, p, True)
+    return dropped, mask, 1.0 / (1.0 - p)
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    """The first result of ``dropout`` alone, and torch's own where the code is compiled."""
+    return F.dropout(x, p) if torch.compiler.is_compiling() else dropout(x, p)[0]
+
+
+def _with_few_draws(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    zero = min(round(p * 2**16), 2**16 - 1)  # of the 2^16 values of an int16
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
+    values = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    # In the dtype of x: a product with a bool takes three times as long.
+    mask = torch.ge(values, zero - 2**15, out=torch.empty_like(values, dtype=x.dtype))
+    factor = 2**16 / (2**16 - zero)
+    return (x * mask).mul_(factor), mask, factor
