@@ -55,7 +55,7 @@ ELSEWHERE = {
 }
 """Programs of others: the shell must be able to read the line, and that is all that is looked at."""
 
-FOREIGN_PACKAGES = {"gguf", "liger-kernel"}
+FOREIGN_PACKAGES = {"gguf", "liger-kernel", "sentencepiece"}
 FOREIGN_FLAGS = {"--security-opt", "--outtype"}
 """What the pages name of docker and of llama.cpp's converter."""
 OF_THE_READER = "rasa_train/adapters/lora_fa.py"
