@@ -55,6 +55,9 @@ ELSEWHERE = {
 }
 """Programs of others: the shell must be able to read the line, and that is all that is looked at."""
 
+FOREIGN_PACKAGES = {"gguf", "liger-kernel", "sentencepiece"}
+FOREIGN_FLAGS = {"--security-opt", "--outtype"}
+"""What the pages name of docker and of llama.cpp's converter."""
 OF_THE_READER = "rasa_train/adapters/lora_fa.py"
 """A file that docs/EXTENDING.md has the reader write (tests/adapters/test_extending.py)."""
 
@@ -250,7 +253,7 @@ def assert_pip(arguments: list[str]) -> None:
         elif match := re.fullmatch(r"\.(?:\[([a-z0-9,]+)\])?", argument):
             assert set((match[1] or "eval").split(",")) <= project["optional-dependencies"].keys()
         else:
-            assert argument in pinned or argument in ("liger-kernel", "vllm", "wandb", "mlflow"), argument
+            assert argument in pinned or argument in FOREIGN_PACKAGES, argument
 
 
 def assert_python(arguments: list[str]) -> None:
@@ -333,7 +336,7 @@ def test_what_the_text_names_is_there(page: Path, options: set[str]) -> None:
     for span in spans(page):
         if span.startswith("--"):
             flag = re.split(r"[ =]", span)[0]
-            assert flag in options | {"--security-opt"}, f"{name_of(page)}: {span}"
+            assert flag in options | FOREIGN_FLAGS, f"{name_of(page)}: {span}"
         if match := re.fullmatch(r"((?:model|adapter|data|training|distributed|tracking)\.[a-z_.]+)(?:[:=].*)?", span):
             close = difflib.get_close_matches(match[1], keys, n=1)
             assert match[1] in keys, f"{name_of(page)}: {span}; is it {close}?"
