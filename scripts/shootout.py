@@ -1,6 +1,6 @@
 """All methods on the demo task, at the parameter budget of LoRA r = 8 where a method can reach it.
 
-    python scripts/shootout.py --output runs/shootout            # everything: about an hour and a half on one core
+    python scripts/shootout.py --output runs/shootout            # everything: about two hours on one core
     python scripts/shootout.py --output runs/shootout --methods lora rasa --seeds 1 2 3
 
 For each method: runs with seed 0 at learning rates a factor of 2 apart, judged on problems that serve for nothing
