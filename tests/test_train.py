@@ -100,7 +100,7 @@ def test_run_directory(recipe: Path, cli: Cli) -> None:
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert rows[-1]["epoch"] == 4.0 and rows[0]["lr"] == 0.0
     assert sum(row["tokens"] for row in rows[:5]) == sum(row["tokens"] for row in rows[5:10])
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2, "it learns"
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.15, "it learns"
     assert [row["step"] for row in rows if "validation_loss" in row] == [5, 10, 15, 20]
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == [f"step-{n:08d}" for n in (3, 6, 9, 12, 15, 18, 20)]

@@ -41,6 +41,7 @@ def test_mora_has_a_fast_path_too(plain: dict[Label, Count]) -> None:
     assert own.bytes_per_token_and_layer <= 980e3 and own.dispatched_ops <= 4900
 
 
+@pytest.mark.slow
 def test_dropout_costs_bytes_and_one_operation_each_way() -> None:
     counted = count(architecture("llama-3.1-8b"), 0.05, [("ours", "lora"), ("ours", "rasa")])
     for method in ("lora", "rasa"):
