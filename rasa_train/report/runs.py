@@ -120,13 +120,15 @@ def headlines(runs: Iterable[Run]) -> list[str]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Each path that is a run, and the runs directly below each that is none (a sweep's ``output_dir``).
+    """Each path that is a run, and the runs directly below each that is none (a sweep's ``output_dir``). Files are
+    passed over where there are directories as well: a pattern such as ``runs/*`` matches both.
 
     Raises:
         UserError: a path that does not exist, or that neither is nor holds a run.
     """
     found: list[Path] = []
-    for path in paths:
+    directories = [path for path in paths if not path.is_file()]
+    for path in directories or paths:
         if not path.is_dir():
             raise UserError(f"{path} is no run: there is no such directory")
         inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]

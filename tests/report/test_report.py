@@ -126,6 +126,10 @@ def test_runs_are_found_and_named_by_what_tells_them_apart(make_run: MakeRun, tm
     make_run("sweep/r=16", scores=False)
     make_run("sweep/r=8", scores=False)
     assert [path.name for path in find_runs([tmp_path / "sweep"])] == ["r=8", "r=16"], "numbers by their value"
+    (tmp_path / "sweep" / "note.json").write_text("{}")
+    assert {path.name for path in find_runs([*(tmp_path / "sweep").iterdir()])} == {"r=8", "r=16"}, "as sweep/* does"
+    with pytest.raises(UserError, match="no such directory"):
+        find_runs([tmp_path / "sweep" / "note.json"])
     with pytest.raises(UserError, match="is no run and holds none"):
         find_runs([tmp_path / "x"])
     with pytest.raises(UserError, match="no such directory"):
