@@ -21,6 +21,8 @@ SUITES = (*TASKS, "forgetting")
 HEADLINE = {"math": "math_sympy", "gsm8k": "accuracy", "code": "pass@1", "forgetting": "average"}
 """The metric of a suite that tables show first, and that training picks its best checkpoint by."""
 DEFINITIONS = Path(__file__).parent / "tasks"
+STEP_BY_STEP = "Let's think step by step."
+"""How the paper's prompt for mathematics begins the response (Figure 8); training has no such words."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ class Suite:
 
     @cached_property
     def questions(self) -> list[Question]:
-        return [
-            Question(index, dict(row), self.task.doc_to_text(row)) for index, row in enumerate(self.task.test_docs())
-        ]
+        questions = []
+        for index, row in enumerate(self.task.test_docs()):
+            prompt = self.task.doc_to_text(row)
+            # The demo's tiny model knows the prompt that it was trained on, and no other.
+            prompt = prompt.removesuffix(STEP_BY_STEP) if self.data == "demo" else prompt
+            questions.append(Question(index, dict(row), prompt))
+        return questions
 
     @property
     def decoding(self) -> dict[str, Any]:

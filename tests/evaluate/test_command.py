@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rasa_train.data.encode import prompt_text
 from rasa_train.errors import Stopped
 from rasa_train.evaluate import results
 from rasa_train.evaluate.generate import SampleFile, generate, response_budget
@@ -140,7 +141,11 @@ def test_the_papers_prompts(suite: Suite, tmp_path: Path) -> None:
         "\n\n### Instruction:\n"
     )
     question = suite.questions[0]
-    assert question.prompt == f"{preamble}{question.row['problem']}\n\n### Response:\nLet's think step by step."
+    assert question.prompt == f"{preamble}{question.row['problem']}\n\n### Response:\n", "as the demo is trained"
+    assert question.prompt == prompt_text("alpaca", question.row["problem"])
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    (asked,) = load_suite("gsm8k", str(tmp_path / "gsm8k.jsonl")).questions
+    assert asked.prompt == f"{preamble}1 + 1?\n\n### Response:\nLet's think step by step."
     problem = {"task_id": "T/0", "prompt": "\n\ndef f():\n  \n", "entry_point": "f", "test": "", "instruction": "Do."}
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(problem) + "\n")
     (asked,) = load_suite("code", str(tmp_path)).questions
