@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge
 
 from ..precision import Narrow, add_gradient, product
 from .base import Adapter
 from .dropout import dropout
-from .flat import Flat, blocks
+from .flat import Flat, Packed, blocks
 
 
 class BlockAdapter(Adapter):
@@ -71,33 +70,20 @@ def tile(z: Tensor, size: int) -> Tensor:
     return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
 
 
-class PackedBlocks:
-    """The blocks of a group's members, in the dtype of their weights. As ``kernels.Packed``."""
-
-    def __init__(
-        self,
-        adapters: Sequence[BlockAdapter],
-        weights: list[Tensor | Narrow],
-        biases: list[Tensor | None],
-        dtype: torch.dtype,
-    ) -> None:
-        self.dtype, self._adapter = dtype, adapters[0]
-        with torch.enable_grad():
-            made = [adapter.blocks() for adapter in adapters]
-        self.flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
-        for place, T in zip(self.flat.views, made, strict=True):
-            self.flat.put(place, T)
-        self.flat.train()
-        self.operands = BlockOperands(weights, biases, self.flat.views)
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """y of all members, for x (..., in)."""
-        p = self._adapter.dropout if self._adapter.training else 0.0
-        result: tuple[Tensor, ...] = SharedBlockInput.apply(x, p, self.operands, self.flat.buffer)  # type: ignore[no-untyped-call]
-        return result
-
-    def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
-        return self.flat.gradients()
+def pack_blocks(
+    adapters: Sequence[BlockAdapter],
+    weights: list[Tensor | Narrow],
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+) -> Packed:
+    """The blocks of a group's members, in the dtype of their weights."""
+    with torch.enable_grad():
+        made = [adapter.blocks() for adapter in adapters]
+    flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
+    for place, T in zip(flat.views, made, strict=True):
+        flat.put(place, T)
+    flat.train()
+    return Packed(SharedBlockInput, BlockOperands(weights, biases, flat.views), flat, dtype, adapters[0])
 
 
 class BlockOperands(NamedTuple):
@@ -120,10 +106,8 @@ class SharedBlockInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, operands: BlockOperands, flat: Tensor) -> tuple[Tensor, ...]:
-        rows, mask, factor = x.reshape(-1, x.shape[-1]), None, 1.0
-        dropped = rows
-        if p:
-            dropped, mask, factor = dropout(rows, p)
+        rows = x.reshape(-1, x.shape[-1])
+        dropped, mask, factor = dropout(rows, p)
         results = []
         for W, bias, T in zip(*operands, strict=True):
             y = product(rows, W, bias)

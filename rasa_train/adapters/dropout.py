@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
-def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
     """x with each entry zero with probability p and divided by 1 - p otherwise; a mask of x's shape; a number s so that
-    the first result is ``x * mask * s``. Differentiable in x.
+    the first result is ``x * mask * s``. Differentiable in x. For p = 0 x itself, and no mask.
 
     On a CPU p is a multiple of 2^-16, the nearest.
     """
+    if not p:
+        return x, None, 1.0
     if has_torch_function_unary(x):
-        dropped: tuple[Tensor, Tensor, float] = handle_torch_function(dropout, (x,), x, p)
+        dropped: tuple[Tensor, Tensor | None, float] = handle_torch_function(dropout, (x,), x, p)
         return dropped
     return _with_few_draws(x, p) if x.device.type == "cpu" else fused(x, p)
 

@@ -1,13 +1,17 @@
-"""Trained operands of one group of linears in one buffer, which has one gradient to add up."""
+"""What a group of linears is computed with: its trained operands in one buffer, which has one gradient to add up."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .base import Adapter
 
 
 class Flat:
@@ -41,6 +45,25 @@ class Flat:
         if self.buffer.grad is not None:
             for edge, part in self._sources:
                 yield edge, part(self.buffer.grad)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A group whose operands are packed, and the function that computes all its members from them."""
+
+    function: type[torch.autograd.Function]
+    """Of x (..., in), the probability of dropout, ``operands`` and the buffer of ``flat``: y of all members."""
+    operands: Any
+    flat: Flat
+    dtype: torch.dtype
+    adapter: Adapter
+    """Of a member: all have one dropout."""
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """y of all members, for x (..., in)."""
+        p = self.adapter.dropout if self.adapter.training else 0.0
+        result: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.buffer)  # type: ignore[no-untyped-call]
+        return result
 
 
 def blocks(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -27,13 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge
 
 from ..precision import Narrow, NarrowLinear, add_gradient, product
 from .base import ALIGNMENT, Adapter, FactorAdapter, Factors
-from .blocks import BlockAdapter, PackedBlocks
+from .blocks import BlockAdapter, pack_blocks
 from .dropout import dropout
-from .flat import Flat, blocks
+from .flat import Flat, Packed, blocks
 
 
 class Linear(Protocol):
@@ -55,7 +54,7 @@ class Group:
 
     def __init__(self, members: Sequence[Linear]) -> None:
         self.members = tuple(members)
-        self.packed: Packed | PackedBlocks | None = None
+        self.packed: Packed | None = None
         self._together = True
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -136,7 +135,7 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
         edges, gradients = [], []
         for group in own:
             assert group.packed is not None
-            for edge, gradient in group.packed.gradients():
+            for edge, gradient in group.packed.flat.gradients():
                 edges.append(edge)
                 gradients.append(gradient)
         if edges:
@@ -146,7 +145,7 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
             group.packed = None
 
 
-def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | PackedBlocks | None:
+def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
     """None unless all are of one form, computed in the dtype of W, beside a W that is frozen and whole."""
     if not all(_stands_still(member) for member in members):
         return None
@@ -155,10 +154,10 @@ def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | Pack
     biases, dtype = [member.bias for member in members], members[0].weight.dtype
     factors = [adapter for adapter in adapters if isinstance(adapter, FactorAdapter)]
     if len(factors) == len(members):
-        return Packed(factors, weights, biases, dtype, frozen)
+        return pack_factors(factors, weights, biases, dtype, frozen)
     of_blocks = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
     if len(of_blocks) == len(members):
-        return PackedBlocks(of_blocks, weights, biases, dtype)
+        return pack_blocks(of_blocks, weights, biases, dtype)
     return None
 
 
@@ -172,67 +171,54 @@ def _stands_still(member: Linear) -> bool:
     )
 
 
-class Packed:
+def pack_factors(
+    adapters: Sequence[FactorAdapter],
+    weights: list[Tensor | Narrow],
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+    frozen: dict[Any, Tensor],
+) -> Packed:
     """The factors of a group's members, in the dtype of their weights.
 
-    What is trained lies in one flat buffer. B that is frozen (VeRA's is large) is not multiplied out here: its Bd is
-    made in each call, and not kept.
+    B that is frozen (VeRA's is large) is not multiplied out here: its Bd is made in each call, and not kept.
 
     Args:
         frozen: low-precision copies of frozen factors, which groups share; used and added to.
     """
-
-    def __init__(
-        self,
-        adapters: Sequence[FactorAdapter],
-        weights: list[Tensor | Narrow],
-        biases: list[Tensor | None],
-        dtype: torch.dtype,
-        frozen: dict[Any, Tensor],
-    ) -> None:
-        self.dtype, self._adapter = dtype, adapters[0]
-        with torch.enable_grad():
-            factors = [adapter.factors() for adapter in adapters]
-            # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
-            products = [f.Bd if f.B.requires_grad else None for f in factors]
-        first = factors[0].A
-        common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
-        ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
-        ends = [ranks[0]] * len(ranks) if common else torch.tensor(ranks).cumsum(0).tolist()
-        columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-        shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[1])]
-        for f, rank in zip(factors, ranks, strict=True):
-            diagonals = [(rank,)] if f.b is None else [(rank,), (len(f.B),)]
-            shapes += [(len(f.B), rank)] if f.B.requires_grad else diagonals
-        self.flat = Flat(shapes, dtype, first)
-        views = iter(self.flat.views)
-        A = _low(first, dtype, frozen) if common else next(views)
-        Bds: list[Tensor | Factors] = []
-        for f, Bd, own in zip(factors, products, columns, strict=True):
-            if not common:
-                self.flat.put(A[own.start : own.start + len(f.A)], f.A)
-            if Bd is not None:
-                place = next(views)
-                self.flat.put(place[:, : Bd.shape[1]], Bd)
-                Bds.append(place)
-                continue
-            B = _padded(_low(f.B, dtype, frozen), own.stop - own.start)
-            d, b = next(views), None if f.b is None else next(views)
-            self.flat.put(d[: len(f.d)], f.d)
-            if b is not None and f.b is not None:
-                self.flat.put(b, f.b)
-            Bds.append(Factors(B, d, A, b))
-        self.flat.train()
-        self.operands = Operands(weights, biases, A, not common, Bds, columns)
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """y of all members, for x (..., in)."""
-        p = self._adapter.dropout if self._adapter.training else 0.0
-        result: tuple[Tensor, ...] = SharedInput.apply(x, p, self.operands, self.flat.buffer)  # type: ignore[no-untyped-call]
-        return result
-
-    def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
-        return self.flat.gradients()
+    with torch.enable_grad():
+        factors = [adapter.factors() for adapter in adapters]
+        # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
+        products = [f.Bd if f.B.requires_grad else None for f in factors]
+    first = factors[0].A
+    common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
+    ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
+    ends = [ranks[0]] * len(ranks) if common else torch.tensor(ranks).cumsum(0).tolist()
+    columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+    shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[1])]
+    for f, rank in zip(factors, ranks, strict=True):
+        diagonals = [(rank,)] if f.b is None else [(rank,), (len(f.B),)]
+        shapes += [(len(f.B), rank)] if f.B.requires_grad else diagonals
+    flat = Flat(shapes, dtype, first)
+    views = iter(flat.views)
+    A = _low(first, dtype, frozen) if common else next(views)
+    Bds: list[Tensor | Factors] = []
+    for f, Bd, own in zip(factors, products, columns, strict=True):
+        if not common:
+            flat.put(A[own.start : own.start + len(f.A)], f.A)
+        if Bd is not None:
+            place = next(views)
+            flat.put(place[:, : Bd.shape[1]], Bd)
+            Bds.append(place)
+            continue
+        B = _padded(_low(f.B, dtype, frozen), own.stop - own.start)
+        d, b = next(views), None if f.b is None else next(views)
+        flat.put(d[: len(f.d)], f.d)
+        if b is not None and f.b is not None:
+            flat.put(b, f.b)
+        Bds.append(Factors(B, d, A, b))
+    flat.train()
+    operands = Operands(weights, biases, A, not common, Bds, columns)
+    return Packed(SharedInput, operands, flat, dtype, adapters[0])
 
 
 class Operands(NamedTuple):
@@ -288,10 +274,8 @@ class SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor) -> tuple[Tensor, ...]:
         weights, biases, A, _, Bds, columns = operands
-        rows, mask, factor = x.reshape(-1, x.shape[-1]), None, 1.0
-        dropped = rows
-        if p:
-            dropped, mask, factor = dropout(rows, p)
+        rows = x.reshape(-1, x.shape[-1])
+        dropped, mask, factor = dropout(rows, p)
         z = dropped @ A.t()
         results = []
         for W, bias, Bd, own in zip(weights, biases, Bds, columns, strict=True):
