@@ -10,9 +10,14 @@ import json
 import os
 import re
 import signal
+import socket
+import stat
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,25 +268,28 @@ def _start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
         (job / OUTCOMES).mkdir()
         write_text(job / RECIPE, dump_recipe(recipe))
         before = {number: signal.signal(number, _forward(job)) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        failed: ChildFailedError | None = None
+        failed: ChildFailedError | RendezvousError | None = None
         try:
             config = _launch_config(workers, per_node, job, recipe.distributed.timeout_seconds)
-            elastic_launch(config, sys.executable)("-m", "rasa_train.worker", str(job))
+            with _hanging_up(job, workers, recipe.distributed.timeout_seconds):
+                elastic_launch(config, sys.executable)("-m", "rasa_train.worker", str(job))
         except ChildFailedError as error:
             failed = error
         except SignalException as error:
             raise KeyboardInterrupt from error
         except RendezvousError as error:
-            raise UserError(
-                f"the {workers.nodes} nodes did not meet at {workers.rendezvous} within "
-                f"{recipe.distributed.timeout_seconds} s. Is the same command running on each, with its own "
-                f"--node-rank? {error}",
-                key="distributed.timeout_seconds",
-            ) from None
+            failed = error
+            if not any(job.glob(f"{STARTED}*")):
+                raise UserError(
+                    f"the {workers.nodes} nodes did not meet at {workers.rendezvous} within "
+                    f"{recipe.distributed.timeout_seconds} s. Is the same command running on each, with its own "
+                    f"--node-rank? {error}",
+                    key="distributed.timeout_seconds",
+                ) from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        _report(_outcomes(job), failed, (job / STOP).exists())
+        _report(_outcomes(job), failed, (job / STOP).exists(), workers.rendezvous)
 
 
 def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: int) -> Any:
@@ -315,10 +323,42 @@ def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: 
     )
 
 
+@contextmanager
+def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[None]:
+    """Around torch's agent of a node: end its connections to node 0 when the workers have given the others up and it
+    has not. Where nothing is refused and nothing arrives, its store waits for an answer without end."""
+    over = threading.Event()
+    patience = 10.0 + (timeout_seconds + 50.0 if workers.max_restarts else 0.0)  # to meet again takes that long
+
+    def watch() -> None:
+        while not over.wait(1.0) and job.exists():
+            lost = [outcome["time"] for outcome in _outcomes(job) if outcome["kind"] == "lost"]
+            began = max((path.stat().st_mtime for path in job.glob(f"{STARTED}*")), default=0.0)
+            if lost and began < min(lost) < time.time() - patience:
+                _hang_up(str(workers.rendezvous))
+
+    if workers.node_rank:  # not where the store is
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _hang_up(meeting: str) -> None:
+    """Shut down the sockets of this process that are connected to ``meeting``. Whoever waits at one gets an error."""
+    host, _, port = meeting.rpartition(":")
+    where = (socket.gethostbyname(host), int(port))
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # closed meanwhile, or not connected
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.getpeername()[:2] in (where, (f"::ffff:{where[0]}", where[1])):
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
 def _address_towards(meeting: str) -> str:
     """This machine's address on the way to the meeting point. Raises ``UserError`` if there is no way."""
-    import socket
-
     host, _, port = meeting.rpartition(":")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -353,17 +393,18 @@ def _outcomes(job: Path) -> list[dict[str, Any]]:
     return sorted((o for o in found if o["restart"] == last), key=lambda outcome: float(outcome["time"]))
 
 
-def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool) -> None:
-    """Nothing if all went well, else the one exception that says why not."""
+def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool, meeting: str | None) -> None:
+    """Nothing if all went well, else the one exception that says why not. ``failed``: what ended the agent."""
     by_kind = {outcome["kind"]: outcome for outcome in reversed(outcomes)}  # the first of each kind
     if user := by_kind.get("user error"):
         raise UserError(user["message"], key=user["key"])
     if stopped := [o["message"] for o in outcomes if o["kind"] == "stopped"]:
         raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
-    if failed is None:
+    failures = getattr(failed, "failures", {})  # none where node 0 is out of reach
+    if failed is None or (not failures and set(by_kind) == {"done"}):
         return
     lost = by_kind.get("lost")
-    killed = {r: f for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
+    killed = {r: f for r, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
     # A worker that has lost another kills it then; the agent's time of that is in whole seconds.
     if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
@@ -379,5 +420,7 @@ def _report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool) -> No
         raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
     if stop_asked:
         raise Stopped("stopped before the first step was done; the same command goes on")
-    codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+    if not failures:
+        raise WorkersFailed(f"node 0 does not answer at {meeting}: dead, or out of reach. {GOES_ON}")
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
     raise WorkersFailed(f"workers ended without a word; exit codes by rank: {codes}")

@@ -84,12 +84,14 @@ FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "ran
         ([LOST], {1: (-signal.SIGKILL, 997)}, "worker 1 was ended by SIGKILL"),  # lost because of that
         ([FAILED, LOST], {1: (1, 997)}, "Traceback\nworker 1 (b) failed first: disk full"),
         ([], {0: (1, 1000)}, "workers ended without a word; exit codes by rank: {0: 1}"),
+        ([LOST], {}, "worker 1 (b) did not answer"),  # nor did the agent of node 0
+        ([], {}, "node 0 does not answer at a:1"),
     ],
 )
 def test_the_cause_is_told(outcomes: list[dict[str, Any]], exits: dict[int, tuple[int, int]], told: str) -> None:
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in exits.items()}
     with pytest.raises(WorkersFailed) as error:
-        _report(outcomes, SimpleNamespace(failures=failures), stop_asked=False)
+        _report(outcomes, SimpleNamespace(failures=failures), stop_asked=False, meeting="a:1")
     assert str(error.value).startswith(told)
 
 
