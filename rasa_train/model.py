@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -167,6 +168,6 @@ def _from_hub(load: Any, name: str, model: ModelConfig, *, key: str, **kwargs: A
         return load(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
-        why = " ".join(str(error).split())[:400]
+        why = re.split(" Check(?:out)? your internet", " ".join(str(error).split()))[0][:400]
         hint = " HF_HUB_OFFLINE is set, so only models already on this machine can be used." if offline else ""
         raise UserError(f"{key}: {name!r} cannot be loaded: {why}{hint}", key=key) from None
