@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 
@@ -22,6 +23,14 @@ def table(result: dict[str, Any]) -> str:
             f"{f'{low:.1f}-{high:.1f}':>16}{row['over_base']:>11.3f}{row['tokens_per_second']:>11,.0f}"
             f"{'?' if peak is None else f'{peak / 2**20:,.0f}':>10}"
         )
+    profiled = [row for row in result["rows"] if "seconds_by_operation" in row]
+    for row in profiled:
+        longest = list(row["seconds_by_operation"].items())[:LONGEST]
+        rest = sum(row["seconds_by_operation"].values()) - sum(took for _, took in longest)
+        parts = [f"{name.removeprefix('aten::')[:24]} {1e3 * took:.0f}" for name, took in longest]
+        title = f"{row['engine']} {row['method'] or ''}".strip()
+        lines += ["", f"{title}, ms by operation:", *_lines([*parts, f"others {1e3 * rest:.0f}"])]
+    lines += [""] if profiled else []
     for row in result["failed"]:
         lines.append(
             f"NOT TIMED: {row['engine']} {row['method']} is wrong: loss off by {row['loss_error']:.1e}, gradients by "
@@ -29,6 +38,14 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [f"not run: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["skipped"]]
     return "\n".join(lines)
+
+
+LONGEST = 8
+"""Operations of a profile that are named in the table; ``--json`` has all."""
+
+
+def _lines(parts: list[str]) -> list[str]:
+    return textwrap.wrap(", ".join(parts), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def counters_table(result: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from . import gate
 from .counters import count
 from .engines import Contender, Engine, Label, contender, engines, give, values_for
 from .shapes import LINEARS, architecture, random_model
-from .timing import interleaved, peak_in_own_process
+from .timing import by_operation, interleaved, peak_in_own_process
 from .workloads import Problem, describe, language_model, lengths, linears
 
 
@@ -35,6 +35,7 @@ def compare(
     warmup: int,
     rounds: int,
     device: torch.device,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Time engines on the same tokens. Returns what ``rasa-bench --json`` prints.
 
@@ -46,6 +47,7 @@ def compare(
             have; else all but the adapter is the same for all.
         only: names of the engines to run, besides the frozen base; None for all.
         warmup, rounds: steps of each engine that are not timed, and that are.
+        profile: also run a step of each under torch's profiler, afterwards.
     Raises:
         UserError: the shape is none.
     """
@@ -78,6 +80,10 @@ def compare(
     print(f"timing {warmup} + {rounds} rounds", file=sys.stderr)
     times = interleaved(works, settle, warmup=warmup, rounds=rounds, device=device)
     base = times["base", None]
+    profiles: dict[Label, dict[str, float]] = {}
+    for label, work in works.items() if profile else ():
+        profiles[label] = by_operation(work, device)
+        settle[label]()
     rows = [
         {
             **_names(engine),
@@ -89,6 +95,7 @@ def compare(
             "loss_error": verdicts[engine.label].loss_error,
             "gradient_error": verdicts[engine.label].gradient_error,
             "gradient_cosine": verdicts[engine.label].gradient_cosine,
+            **({"seconds_by_operation": profiles[engine.label]} if profile else {}),
         }
         for engine in chosen
     ]

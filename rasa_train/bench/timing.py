@@ -48,6 +48,22 @@ def interleaved(
     return times
 
 
+def by_operation(work: Work, device: torch.device) -> dict[str, float]:
+    """Seconds that each operation takes itself during one call, the longest first: of the device's kernels on a GPU,
+    else of the processor. Profiling has its price, so that they add up to more than ``seconds``."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiled:
+        work()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    took = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        for event in profiled.key_averages()
+    }
+    return dict(sorted(((name, t) for name, t in took.items() if t), key=lambda item: -item[1]))
+
+
 def peak_in_own_process(work: Work) -> int | None:
     """Bytes by which a process grows, at most, while it does this work; None where the system cannot tell (it takes
     Linux) or the process dies.

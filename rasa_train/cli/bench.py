@@ -54,6 +54,9 @@ def bench(
     ] = "auto",
     warmup: Annotated[int, typer.Option(min=1, help="Steps of each engine that are not timed.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each engine that are timed.")] = 8,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Afterwards also say in which operations each engine spends a step.")
+    ] = False,
     counters: Annotated[
         bool, typer.Option("--counters", help="Count bytes and operations instead: the same on every machine.")
     ] = False,
@@ -110,6 +113,7 @@ def bench(
             warmup=warmup,
             rounds=rounds,
             device=where,
+            profile=profile,
         )
         print(json.dumps(result) if as_json else table(result))
 

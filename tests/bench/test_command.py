@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rasa_train.bench import data
+from rasa_train.bench.report import table
 from rasa_train.bench.timing import interleaved, peak_in_own_process
 from rasa_train.bench.workloads import examples, lengths
 from tests.conftest import Cli
@@ -20,15 +21,33 @@ ROW = {"engine", "method", "seconds_per_step", "over_base", "tokens_per_second",
 
 def test_json_of_a_comparison(cli: Cli, tiny_llama: Path) -> None:
     arguments = ("--shape", tiny_llama, "--device", "cpu", "--tokens", 64, "--engines", "paper,ours", "--rounds", 1)
-    done = cli("bench", *arguments, "--workload", "padded", "--own-stacks", "--json", check=True)
+    done = cli("bench", *arguments, "--workload", "padded", "--own-stacks", "--profile", "--json", check=True)
     result = json.loads(done.stdout)
     labels = [(row["engine"], row["method"]) for row in result["rows"]]
     methods = ["lora", "rasa", "vera", "mora"]
     assert labels == [("base", None), ("paper", "rasa"), *(("ours", method) for method in methods)]
     assert all(row.keys() >= ROW and row["seconds_per_step"] > 0 for row in result["rows"])
     assert result["rows"][0]["over_base"] == 1.0 and result["failed"] == [] and result["versions"]["torch"]
+    for row in result["rows"]:
+        profile = row["seconds_by_operation"]
+        assert profile["aten::mm"] > 0 and list(profile.values()) == sorted(profile.values(), reverse=True)
     if sys.platform == "linux":
         assert all(row["peak_memory_bytes"] > 0 for row in result["rows"])
+
+
+def test_the_table_names_the_longest_operations() -> None:
+    took = {f"aten::op{i}": (9 - i) / 1e3 for i in range(9)} | {"short": 1e-3}
+    row = {
+        "engine": "ours",
+        "method": "rasa",
+        "seconds_per_step": 0.05,
+        "seconds_range": [0.05, 0.06],
+        "over_base": 1.0,
+    }
+    row |= {"tokens_per_second": 9.0, "peak_memory_bytes": None, "seconds_by_operation": took}
+    whole = {"shape": "s", "dtype": "d", "dropout": 0.0, "device": "c", "rounds": 1, "failed": [], "skipped": []}
+    text = table({**whole, "workload": {"name": "w", "sequences": 1, "tokens": 9}, "rows": [row]})
+    assert "ours rasa, ms by operation:\n  op0 9, op1 8, op2 7, op3 6, op4 5, op5 4, op6 3, op7 2, others 2\n" in text
 
 
 def test_json_of_the_counters(cli: Cli, tiny_llama: Path) -> None:
