@@ -33,21 +33,26 @@ class CheckResult:
 
     def show(self) -> None:
         console = Console(highlight=False)
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for name, value in _lines(self.facts):
-            table.add_row(name, value)
-        console.print(table)
+        whole = not console.is_terminal  # lines for other programs are neither cut nor padded
+        rows = _lines(self.facts)
+        if whole:
+            width = max(len(name) for name, _ in rows)
+            console.print(*(f"{name:<{width}} {value}" for name, value in rows), sep="\n", markup=False, soft_wrap=True)
+        else:
+            table = Table(show_header=False, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
         for i, pieces in enumerate(self.samples):
             console.print(f"\nsample {i + 1} (what is trained on is marked »like this«)", style="bold")
             marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
-            console.print(marked, markup=False)
+            console.print(marked, markup=False, soft_wrap=whole)
         console.print()
         for topic, fine, words in _topics(self.facts):
-            console.print(
-                f"{'ok ' if fine else '-- '} {topic}: {words}", style="green" if fine else "red", markup=False
-            )
+            line = f"{'ok ' if fine else '-- '} {topic}: {words}"
+            console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
         for problem in self.problems:
-            console.print(f"not ready: {problem}", style="red", markup=False)
+            console.print(f"not ready: {problem}", style="red", markup=False, soft_wrap=whole)
         if not self.problems:
             console.print("ready to train", style="green")
 

@@ -68,7 +68,7 @@ def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path:
     assert len(facts["problems"]) == 2 and not (tmp_path / "o").exists()
 
 
-def test_check_with_everything(recipe: Path, cli: Cli) -> None:
+def test_check_with_everything(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(cli("train", recipe, "--check", "--json", "training.epochs=2", "training.max_steps=null").stdout)
     assert (facts["method"], facts["examples"], facts["optimizer_steps"]) == ("rasa", 40, 4)
     assert facts["dropped_examples"] == 0 and facts["problems"] == []
@@ -76,7 +76,13 @@ def test_check_with_everything(recipe: Path, cli: Cli) -> None:
     assert 0 < facts["seconds_estimate"] < 60 and not (recipe.parent / "run").exists(), "tried elsewhere"
     assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
     shown = cli("train", recipe, "--check", check=True).stdout
-    assert "ready to train" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "ready to train" in shown and not any(line.endswith(" ") for line in shown.splitlines())
+    (versions,) = [line for line in shown.splitlines() if line.startswith("versions")]
+    assert facts["versions"]["lion-pytorch"] in versions, "whole lines where it is not a terminal"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    in_terminal = re.sub(r"\x1b\[[0-9;]*m", "", cli("train", recipe, "--check", check=True).stdout)
+    assert "ready to train" in in_terminal and max(map(len, in_terminal.splitlines())) <= 80
     topics = [line[4:].partition(":")[0] for line in shown.splitlines() if line.startswith("ok ")]
     assert topics == ["recipe", "data", "model", "memory", "disk", "time"]
     assert facts["versions"]["torch"] in shown
