@@ -32,7 +32,7 @@ test: $(VENV)/ready ## the test suite
 test-slow: $(VENV)/ready ## what takes minutes: the long matrices
 	$(BIN)/python -m pytest -n 2 -m slow
 
-test-matrix: $(VENV)/ready ## every strategy x method against one process (about 10 minutes)
+test-matrix: $(VENV)/ready ## every strategy x method against one process (half an hour)
 	$(BIN)/python -m pytest -m slow tests/distributed
 
 test-faults: $(VENV)/ready ## kill, damage, fill the disk: a run survives it (minutes; as root also the disks)
