@@ -6,7 +6,7 @@ stored = round(W + dW)        W + dW in fp32, one rounding, to the dtype that W 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..adapters.base import Site
+from ..adapters.base import FactorAdapter, Factors, Site
 from ..errors import UserError
 from .bias import new_biases
 from .names import Piece, locate
@@ -22,6 +22,8 @@ from .source import Source
 from .weights import CODES, FLOATS, Checkpoint, Stored, tensor_bytes, write_tensors
 
 ROWS = 1024
+BLOCK = 1 << 18
+"""Values that are folded at a time where dW is a product of factors: few enough for the processor's cache."""
 QUANTISED = "a quantised base cannot be merged into; give the original with --base, or use --format lora"
 
 
@@ -80,8 +82,9 @@ class Folding:
 
     @property
     def largest(self) -> int:
-        """Values of the largest tensor that is changed."""
-        return max((math.prod(self.stored[n].shape) for p in self.sites for n in self.sources[p]), default=0)
+        """Values of the largest tensor that is changed as a whole."""
+        whole = (n for p in self.sites for n in self.sources[p] if self._factors(self.stored[n]) is None)
+        return max((math.prod(self.stored[name].shape) for name in whole), default=0)
 
     def write(self, file: str, path: Path, tick: Callable[[int], None]) -> Tally:
         """Write the counterpart of one base file. Files can be written at the same time, each by a thread."""
@@ -101,7 +104,8 @@ class Folding:
                 return
             tensor = tensors[name]
             if self._adapted(name):
-                out.write(tensor_bytes(self._merged(tensor, tally)))
+                for part in self._merged(tensor, tally):
+                    out.write(tensor_bytes(part))
             elif self._code(tensor) == tensor.dtype:
                 tensor.copy_to(out)
             else:
@@ -114,7 +118,38 @@ class Folding:
 
     # -- one tensor ----------------------------------------------------------------------------------------
 
-    def _merged(self, tensor: Stored, tally: Tally) -> Tensor:
+    def _merged(self, tensor: Stored, tally: Tally) -> Iterator[Tensor]:
+        """What is stored for an adapted tensor, some rows at a time where that can be."""
+        if (factors := self._factors(tensor)) is None:
+            yield self._folded(tensor, tally)
+            return
+        dtype = self._dtype(tensor)
+        with torch.no_grad():
+            Bd, A = factors().Bd.float(), factors().A.float()
+            # norm(Bd A)^2 without Bd A
+            tally.update2 += float(((Bd.double().mT @ Bd.double()) * (A.double() @ A.double().mT)).sum())
+            height = max(BLOCK // max(A.shape[1], 1), 1)
+            sums = torch.empty(height, A.shape[1])
+            results = sums if dtype == sums.dtype else torch.empty_like(sums, dtype=dtype)
+            for rows, W in tensor.blocks(height):
+                folded, stored = sums[: len(W)], results[: len(W)]
+                torch.mm(Bd[rows], A, out=folded).add_(W)
+                self._finite(tensor.name, stored.copy_(folded))
+                tally.error2 += _norm2(folded.sub_(stored)) if dtype != folded.dtype else 0.0
+                yield stored
+
+    def _factors(self, tensor: Stored) -> Callable[[], Factors] | None:
+        """Of the update of a tensor, if it is a product of factors and nothing else, laid out as it is stored."""
+        piece = self.pieces[tensor.name]
+        sites = self.sites[piece.parameter]
+        if len(sites) != 1 or not piece.whole or piece.parameter in self.source.replaced or tensor.dtype == "F64":
+            return None
+        (site,) = sites
+        adapter = self.source.adapters[site.path]
+        plain = isinstance(adapter, FactorAdapter) and site.rows is None and not site.transposed and not site.lead
+        return adapter.factors if plain and isinstance(adapter, FactorAdapter) else None
+
+    def _folded(self, tensor: Stored, tally: Tally) -> Tensor:
         piece, dtype = self.pieces[tensor.name], self._dtype(tensor)
         trained = self.source.replaced.get(piece.parameter)
         W = tensor.read()

@@ -176,7 +176,9 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
 
     if threads == 1:
         return [write(file) for file in folding.checkpoint.files]
-    with ThreadPoolExecutor(threads) as pool:
+    # Each thread of the pool computes by itself: with threads of their own they would wait for each other.
+    before, share = torch.get_num_threads(), max((os.cpu_count() or 1) // threads, 1)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,)) as pool:
         futures = [pool.submit(write, file) for file in folding.checkpoint.files]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -185,6 +187,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
     for future in futures:
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, _StoppedError):
             raise error

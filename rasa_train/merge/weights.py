@@ -49,6 +49,19 @@ class Stored:
         dtype = FLOATS[self.dtype]
         return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(self.shape)
 
+    def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """The values of a matrix, ``rows`` rows at a time: where they are, and what they are until the next is read."""
+        height, width = self.shape
+        dtype = FLOATS[self.dtype]
+        data = bytearray(min(rows, height) * width * dtype.itemsize)
+        with self.path.open("rb", buffering=0) as file:
+            for start in range(0, height, rows):
+                some = slice(start, min(start + rows, height))
+                part = memoryview(data)[: (some.stop - start) * width * dtype.itemsize]
+                with _reading(self.path):
+                    _read_into(file, self.start + start * width * dtype.itemsize, part)
+                yield some, torch.frombuffer(part, dtype=dtype).view(-1, width)
+
     def copy_to(self, out: BinaryIO) -> None:
         """Append the bytes to ``out`` as they are."""
         buffer = memoryview(bytearray(min(CHUNK, self.nbytes)))

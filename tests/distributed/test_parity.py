@@ -28,8 +28,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sharelora": {},
     "nola": {},
     "vb-lora": {"vector_length": 16},
-    # alpha / r = 1: with the default alpha of 32 and this learning rate OLoRA does not learn, and one process differs from
-    # itself by 1e-5 when only the micro-batch size is another.
+    # alpha / r = 1: with the default alpha of 32 and this learning rate OLoRA does not learn, and one process differs
+    # from itself by 1e-5 when only the micro-batch size is another.
     "olora": {"r": 4, "alpha": 4},
     "pissa": {"r": 4},
     "dora": {"r": 4},

@@ -50,7 +50,10 @@ def test_shards_stay_as_they_are(case, tmp_path):
     assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_rounded_once_and_the_loss_is_reported(tmp_path):
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+def test_bf16_is_rounded_once_and_the_loss_is_reported(block, tmp_path, monkeypatch):
+    """Whatever the number of rows that are folded at a time."""
+    monkeypatch.setattr("rasa_train.merge.folding.BLOCK", block)
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     save_adapter(tmp_path / "adapter", base)
     report = merge(tmp_path / "adapter", tmp_path / "out")
@@ -67,7 +70,10 @@ def test_bf16_is_rounded_once_and_the_loss_is_reported(tmp_path):
     for name, W in old.items():
         if name in deltas:
             exact = W.float() + deltas[name]
-            assert torch.equal(new[name], exact.bfloat16()), name
+            # A product of fewer rows may sum in another order: the nearest bf16 value but for the last bit of fp32.
+            off, nearest = ((rounded.float() - exact).abs() for rounded in (new[name], exact.bfloat16()))
+            assert (off <= nearest + 1e-6).all(), name
+            assert block < W.numel() or torch.equal(new[name], exact.bfloat16()), name
             error += float((new[name].float() - exact).square().sum())
             update += float(deltas[name].square().sum())
         else:
