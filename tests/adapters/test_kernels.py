@@ -76,17 +76,17 @@ def test_gradients_by_finite_differences(case: str, p: float) -> None:
     columns = [slice(0, 2), slice(0, 2)] if common else [slice(0, 2), slice(2, 5)]
     ranks = [2, 2] if common else ranks
     shapes: list[tuple[int, ...]] = [] if common else [(5, 6)]
-    shapes += [(5, ranks[0])]
-    shapes += {"frozen B": [(3,), (3,)], "frozen B, no b": [(3,)]}.get(case, [(3, ranks[1])])
+    shapes += [(ranks[0], 5)]
+    shapes += {"frozen B": [(3,), (3,)], "frozen B, no b": [(3,)]}.get(case, [(ranks[1], 3)])
     buffer = random(sum(map(math.prod, shapes)))
     frozen_A, frozen_B = random(2, 6), random(3, 3)
 
     def operands(flat: Tensor) -> Operands:
         parts = blocks(flat, shapes)
         A = frozen_A if common else parts.pop(0)
-        Bds: list[Tensor | Factors] = [parts.pop(0)]
-        Bds.append(Factors(frozen_B, parts[0], A, *parts[1:]) if "frozen B" in case else parts[0])
-        return Operands(weights, biases, A, not common, Bds, columns)
+        Bts: list[Tensor | Factors] = [parts.pop(0)]
+        Bts.append(Factors(frozen_B, parts[0], A, *parts[1:]) if "frozen B" in case else parts[0])
+        return Operands(weights, biases, A, not common, Bts, columns)
 
     def ours(x: Tensor, flat: Tensor) -> Tensor:
         torch.manual_seed(7)
@@ -98,7 +98,7 @@ def test_gradients_by_finite_differences(case: str, p: float) -> None:
     torch.manual_seed(7)
     dropped = dropout(x, p)[0] if p else x
     made = operands(buffer)
-    Bds = [Bd if isinstance(Bd, Tensor) else Bd.Bd for Bd in made.Bds]
+    Bds = [Bt.T if isinstance(Bt, Tensor) else Bt.Bd for Bt in made.Bts]
     both = zip(weights, biases, Bds, columns, strict=True)
     expected = [nn.functional.linear(x, W, b) + dropped @ made.A[own].T @ Bd.T for W, b, Bd, own in both]
     assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
