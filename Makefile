@@ -29,8 +29,8 @@ demo: $(VENV)/ready ## fine-tune a tiny Llama with LoRA and RaSA, merge, compare
 test: $(VENV)/ready ## the test suite
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-slow: $(VENV)/ready ## what takes minutes: the long matrices
-	$(BIN)/python -m pytest -n 2 -m slow
+test-slow: $(VENV)/ready ## what takes minutes, but for what test-matrix, test-faults and fuzz run
+	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/distributed --ignore tests/faults --ignore tests/test_fuzz.py
 
 test-matrix: $(VENV)/ready ## every strategy x method against one process (half an hour)
 	$(BIN)/python -m pytest -m slow tests/distributed
