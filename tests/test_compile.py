@@ -20,7 +20,7 @@ from .test_loss import assert_same_gradients, examples
 from .tiny_models import tiny_model
 
 FIELDS: dict[str, dict[str, Any]] = {"rasa": {"r": 4, "k": 1}, "vb-lora": {"vector_length": 16}}
-LENGTHS = [(5, 9), (7, 3, 12), (20,), (4, 4, 4, 4), (33, 2), (8,), (11, 9)]
+LENGTHS = [(5, 9), (7, 3, 12), (20,), (4, 4, 4, 4), (33, 2), (8,), (11, 9), (13,), (5, 6, 7), (6, 6)]
 
 
 def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False) -> list[int]:
@@ -62,8 +62,11 @@ def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False
 @pytest.mark.parametrize("flat", [False, True])
 def test_shapes_share_what_is_compiled(flat: bool, checkpointing: bool) -> None:
     found = graphs("rasa", "aot_eager", flat=flat, checkpointing=checkpointing)
-    assert found[0] > 0 and found[-1] <= 2 * found[0], found
-    assert found[-1] == found[-3], "no more of them after some batches"
+    # Padded batches are of three forms: one sequence, several of one length (which need no mask), several others.
+    # Attention that goes sequence by sequence (a CPU's, without padding) cannot be inside of a recomputed graph: then
+    # nothing is compiled (docs/SPEED.md), and what is computed is still the same.
+    assert (found[0] == 0) == (flat and checkpointing) and found[-1] <= (2 if flat else 3) * found[0], found
+    assert found[-1] == found[-4], "no more of them after some batches"
 
 
 @pytest.mark.slow
