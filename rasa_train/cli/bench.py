@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, Literal
 
 import typer
@@ -90,7 +91,8 @@ def bench(
             from ..bench.data import measure
             from ..bench.report import data_table
 
-            measured = measure(tokenizer, rows)
+            with redirect_stdout(sys.stderr):  # where DeepSpeed says that there is no GPU: stdout is for the result
+                measured = measure(tokenizer, rows)
             print(json.dumps(measured) if as_json else data_table(measured))
             return
         import torch
