@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..adapters.base import FactorAdapter, Factors, Site
+from ..adapters.base import FactorAdapter, Site
 from ..errors import UserError
 from .bias import new_biases
 from .names import Piece, locate
@@ -83,7 +83,7 @@ class Folding:
     @property
     def largest(self) -> int:
         """Values of the largest tensor that is changed as a whole."""
-        whole = (n for p in self.sites for n in self.sources[p] if self._factors(self.stored[n]) is None)
+        whole = (n for p in self.sites for n in self.sources[p] if self._factored(self.stored[n]) is None)
         return max((math.prod(self.stored[name].shape) for name in whole), default=0)
 
     def write(self, file: str, path: Path, tick: Callable[[int], None]) -> Tally:
@@ -120,34 +120,32 @@ class Folding:
 
     def _merged(self, tensor: Stored, tally: Tally) -> Iterator[Tensor]:
         """What is stored for an adapted tensor, some rows at a time where that can be."""
-        if (factors := self._factors(tensor)) is None:
+        if (adapter := self._factored(tensor)) is None:
             yield self._folded(tensor, tally)
             return
         dtype = self._dtype(tensor)
         with torch.no_grad():
-            Bd, A = factors().Bd.float(), factors().A.float()
+            factors = adapter.factors()
+            Bd, A = factors.Bd.float(), factors.A.float()
             # norm(Bd A)^2 without Bd A
             tally.update2 += float(((Bd.double().mT @ Bd.double()) * (A.double() @ A.double().mT)).sum())
-            height = max(BLOCK // max(A.shape[1], 1), 1)
-            sums = torch.empty(height, A.shape[1])
-            results = sums if dtype == sums.dtype else torch.empty_like(sums, dtype=dtype)
-            for rows, W in tensor.blocks(height):
-                folded, stored = sums[: len(W)], results[: len(W)]
-                torch.mm(Bd[rows], A, out=folded).add_(W)
-                self._finite(tensor.name, stored.copy_(folded))
-                tally.error2 += _norm2(folded.sub_(stored)) if dtype != folded.dtype else 0.0
+            for rows, W in tensor.blocks(max(BLOCK // max(A.shape[1], 1), 1)):
+                folded = (Bd[rows] @ A).add_(W)
+                stored = self._finite(tensor.name, folded.to(dtype))
+                if dtype != folded.dtype:
+                    tally.error2 += _norm2(folded.sub_(stored))
                 yield stored
 
-    def _factors(self, tensor: Stored) -> Callable[[], Factors] | None:
-        """Of the update of a tensor, if it is a product of factors and nothing else, laid out as it is stored."""
+    def _factored(self, tensor: Stored) -> FactorAdapter | None:
+        """The adapter whose product of factors, laid out as it is stored, is all that changes a tensor; or None."""
         piece = self.pieces[tensor.name]
         sites = self.sites[piece.parameter]
         if len(sites) != 1 or not piece.whole or piece.parameter in self.source.replaced or tensor.dtype == "F64":
             return None
         (site,) = sites
         adapter = self.source.adapters[site.path]
-        plain = isinstance(adapter, FactorAdapter) and site.rows is None and not site.transposed and not site.lead
-        return adapter.factors if plain and isinstance(adapter, FactorAdapter) else None
+        as_stored = site.rows is None and not site.transposed and not site.lead
+        return adapter if as_stored and isinstance(adapter, FactorAdapter) else None
 
     def _folded(self, tensor: Stored, tally: Tally) -> Tensor:
         piece, dtype = self.pieces[tensor.name], self._dtype(tensor)
