@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -91,9 +94,21 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer with ``backend``, for any number of tokens; layers that are alike share what is
-    compiled."""
+    compiled. Of a layer that is recomputed, what the recomputation wraps is compiled."""
+    compiled = cache(partial(torch.compile, dynamic=True, backend=backend))
     for layer in decoder_layers(model):
         layer.compile(dynamic=True, backend=backend)
+        if recompute := getattr(layer, "_gradient_checkpointing_func", None):
+            layer._gradient_checkpointing_func = partial(_recompute_compiled, recompute, compiled)  # type: ignore[assignment]
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+def _recompute_compiled(recompute: Callable[..., Any], compiled: Callable[..., Any], layer: Any, *args: Any) -> Any:
+    """``recompute(layer, *args)`` with the layer's forward compiled. It has to be outside of the graph: recomputing
+    from inside of one allows no breaks of it."""
+    if not isinstance(layer.func, MethodType):  # a method is the layer's own call, which is compiled (before 5.23)
+        layer = partial(compiled(layer.func), *layer.args, **layer.keywords)
+    return recompute(layer, *args)
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:

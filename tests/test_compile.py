@@ -63,9 +63,8 @@ def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False
 def test_shapes_share_what_is_compiled(flat: bool, checkpointing: bool) -> None:
     found = graphs("rasa", "aot_eager", flat=flat, checkpointing=checkpointing)
     # Padded batches are of three forms: one sequence, several of one length (which need no mask), several others.
-    # Attention that goes sequence by sequence (a CPU's, without padding) cannot be inside of a recomputed graph: then
-    # nothing is compiled (docs/SPEED.md), and what is computed is still the same.
-    assert (found[0] == 0) == (flat and checkpointing) and found[-1] <= (2 if flat else 3) * found[0], found
+    # Attention that goes sequence by sequence (a CPU's, without padding) stays between two graphs.
+    assert found[0] > 0 and found[-1] <= (2 if flat else 3) * found[0], found
     assert found[-1] == found[-4], "no more of them after some batches"
 
 
