@@ -43,8 +43,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-@pytest.mark.parametrize("case", ["llama-lora-r8", "llama-rasa-r8-k1"])
+@pytest.mark.parametrize(
+    ("case", "padding_free"),
+    [
+        ("llama-lora-r8", False),
+        ("llama-rasa-r8-k1", True),
+        pytest.param("llama-lora-r8", True, marks=pytest.mark.slow),
+        pytest.param("llama-rasa-r8-k1", False, marks=pytest.mark.slow),
+    ],
+)
 def test_golden_trajectory(case: str, padding_free: bool, golden: Path, cli_process: Cli, tmp_path: Path) -> None:
     """60 steps of the reference implementation, from its own initial adapter, through the command line."""
     facts = json.loads((golden / case / "case.json").read_text())
@@ -210,7 +217,7 @@ def test_activation_checkpointing_changes_nothing(recipe: Path, cli: Cli) -> Non
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
-@pytest.mark.parametrize("optimizer", ["lionw", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lionw", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_killed_runs_end_bit_identical(recipe: Path, cli: Cli, optimizer: str) -> None:
     """SIGKILL at random points, the same command again and again: the adapter and the metrics are those of an
     uninterrupted run, bit for bit (dropout is on)."""

@@ -10,12 +10,15 @@ and backwards, with g_i = dy_i Bd_i:
     dx = sum_i dy_i W_i + drop^T(g A),    dA = g^T drop(x),    dBd_i^T = z_i^T dy_i
 
 So x and each dy_i are read no more often than the arithmetic needs, z (tokens x R) is all that is kept beside x, and
-nothing is cast, concatenated or scaled per token. Bd_i is held transposed: a CPU makes z_i^T dy_i, of few rows, up to
-twelve times as fast as dy_i^T z_i, of few columns. Inside ``packed`` A and Bd_i are buffers in the dtype of W, made of
-the methods' fp32 ``factors()`` once; their gradients (fp32, summed over micro-batches) go back through ``factors()``
-once. Outside of it the adapter's own ``forward`` is called: the reference, which gives the same numbers and works
-wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
-``blocks``; an adapter that is neither is computed by its own ``forward`` always.
+nothing is cast, concatenated or scaled per token. On a GPU that holds with dropout too (``seeded``); elsewhere drop(x)
+is kept instead of x, and its mask. Bd_i is held transposed: a CPU makes z_i^T dy_i, of few rows, up to twelve times as
+fast as dy_i^T z_i, of few columns.
+
+Inside ``packed`` A and Bd_i are buffers in the dtype of W, made of the methods' fp32 ``factors()`` once; their
+gradients (fp32, summed over micro-batches) go back through ``factors()`` once. Outside of it the adapter's own
+``forward`` is called: the reference, which gives the same numbers and works wherever parameters have hooks or are
+partitioned. Block-diagonal updates have a fast path of the same kind, in ``blocks``; an adapter that is neither is
+computed by its own ``forward`` always.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import Narrow, NarrowLinear, add_gradient, product
+from . import seeded
 from .base import ALIGNMENT, Adapter, FactorAdapter, Factors
 from .blocks import BlockAdapter, pack_blocks
 from .dropout import dropout
@@ -276,15 +280,20 @@ class SharedInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor) -> tuple[Tensor, ...]:
         weights, biases, A, _, Bts, columns = operands
         rows = x.reshape(-1, x.shape[-1])
-        dropped, mask, factor = dropout(rows, p)
-        z = dropped @ A.t()
+        draw = seeded.draw(rows, p, len(A))
+        if draw is None:
+            dropped, mask, factor = dropout(rows, p)
+            z = dropped @ A.t()
+        else:
+            dropped, mask, factor = rows, None, draw.factor
+            z = torch.ops.rasa_train.project(rows, A, *draw)
         results = []
         for W, bias, Bt, own in zip(weights, biases, Bts, columns, strict=True):
             y = product(rows, W, bias)
             y.addmm_(z[:, own], Bt if isinstance(Bt, Tensor) else Bt.Bd.t())
             results.append(y.view(*x.shape[:-1], len(W)))
         ctx.save_for_backward(dropped, mask, z)
-        ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
+        ctx.draw, ctx.factor, ctx.operands, ctx.flat, ctx.lead = draw, factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -318,10 +327,18 @@ class SharedInput(torch.autograd.Function):
             if needs_x:
                 dx = add_gradient(dx, dy, W)
         if dx is not None:
-            dx = dx.addmm_(g, A) if mask is None else dx.addcmul_(g @ A, mask, value=ctx.factor)
+            if ctx.draw is not None:
+                torch.ops.rasa_train.add_back(dx, g, A, *ctx.draw)
+            elif mask is not None:
+                dx.addcmul_(g @ A, mask, value=ctx.factor)
+            else:
+                dx.addmm_(g, A)
             dx = dx.view(*ctx.lead, -1)
         if dA is not None and needs_flat:
-            torch.mm(g.t(), dropped, out=dA)
+            if ctx.draw is not None:
+                torch.ops.rasa_train.sum_parts(torch.ops.rasa_train.gradient(g, dropped, *ctx.draw), dA)
+            else:
+                torch.mm(g.t(), dropped, out=dA)
         return (dx, None, None, d_flat if needs_flat else None)
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PretrainedConfig
 
+from ..adapters import seeded
 from ..adapters.dropout import dropout, fused
 from ..adapters.kernels import packed
 from ..errors import UserError
@@ -56,7 +57,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _product(func, args, kwargs or {})
-        if func.namespace == "aten" and not _moves_nothing(func):
+        if func.namespace in ("aten", "rasa_train") and not _moves_nothing(func):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             if _overwrites(func, kwargs or {}):
@@ -67,7 +68,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FusedDropout(TorchFunctionMode):
-    """Dropout as on a GPU, one operation; on a CPU it is made of several."""
+    """Dropout as on a GPU, one operation where it is one of its own; on a CPU it is made of several."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is dropout:
@@ -138,7 +139,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
     results = []
     for engine in engines:
         ran = contender(engine, problem)
-        with Counter() as counter, FusedDropout():
+        with Counter() as counter, FusedDropout(), seeded.forced():
             with packed(ran.groups):
                 before = counter.ops
                 ran.micro_batch()

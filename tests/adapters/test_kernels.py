@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rasa_train.adapters import METHODS
+from rasa_train.adapters import METHODS, seeded
 from rasa_train.adapters.base import Factors
 from rasa_train.adapters.blocks import BlockOperands, SharedBlockInput
 from rasa_train.adapters.dropout import dropout
@@ -66,9 +67,10 @@ def flat(values: dict[str, Tensor]) -> Tensor:
     return torch.cat([values[name].flatten() for name in sorted(values)])
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("p", "fused"), [(0.0, False), (0.3, False), (0.3, True)])
 @pytest.mark.parametrize("case", ["all", "frozen A", "frozen B", "frozen B, no b", "bias", "unused"])
-def test_gradients_by_finite_differences(case: str, p: float) -> None:
+def test_gradients_by_finite_differences(case: str, p: float, fused: bool) -> None:
+    """Fused: with the operations that a GPU has for dropout."""
     random = numbers()
     weights, ranks = [random(5, 6), random(3, 6)], [2, 3]
     x, biases = random(2, 4, 6), [random(5), None] if case == "bias" else [None, None]
@@ -90,13 +92,17 @@ def test_gradients_by_finite_differences(case: str, p: float) -> None:
 
     def ours(x: Tensor, flat: Tensor) -> Tensor:
         torch.manual_seed(7)
-        outputs = SharedInput.apply(x, p, operands(flat.detach()), flat)
+        with seeded.forced() if fused else nullcontext():
+            outputs = SharedInput.apply(x, p, operands(flat.detach()), flat)
         return outputs[0] if case == "unused" else torch.cat(outputs, -1)
 
     inputs = [t.requires_grad_() for t in (x, buffer)]
     assert torch.autograd.gradcheck(ours, inputs)
     torch.manual_seed(7)
     dropped = dropout(x, p)[0] if p else x
+    if fused:
+        draw = seeded.Draw(round(p * 2**16), 7, 0)
+        dropped = x * seeded.kept((8, 6), draw, x.device).view(2, 4, 6) * draw.factor
     made = operands(buffer)
     Bds = [Bt.T if isinstance(Bt, Tensor) else Bt.Bd for Bt in made.Bts]
     both = zip(weights, biases, Bds, columns, strict=True)

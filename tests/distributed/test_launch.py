@@ -36,6 +36,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [pid for _, pid in sorted(found)]
 
 
+@pytest.mark.slow  # in one group of workers test_full_fine_tuning_across_strategies does the same, always
 def test_resume_across_strategies_and_world_sizes(home: Path) -> None:
     """ZeRO-3 on two workers, one process, FSDP, ZeRO-1, DDP: each is asked to stop, the next goes on."""
     run = home / "across"
