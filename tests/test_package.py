@@ -19,6 +19,7 @@ LAYERS = [
     ["probe"],
     ["analysis"],
     ["launch"],
+    ["agent"],
     ["worker"],
     ["train", "plan"],
     ["evaluate"],

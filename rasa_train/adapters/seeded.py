@@ -4,9 +4,9 @@ With m the mask and s = 1 / (1 - p), for x (tokens, in), A (R, in), g (tokens, R
 
     project   z = s (m * x) A^T        gradient   dA = s g^T (m * x)        add_back   dx += s m * (g A)
 
-Each reads its tensors once: neither m nor m * x is written, read or kept. An entry's random
-number is 16 bits of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with torch's
-seed as the key and the entry's position and the number of the call as the counter, so p is a multiple of 2^-16.
+Each reads its tensors once: neither m nor m * x is written, read or kept. An entry's random number is 16 bits of Philox
+4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with torch's seed as the key, and the
+entry's position and the number of the call as the counter. So p is a multiple of 2^-16.
 
 On a GPU they are the kernels of ``seeded_triton``; the functions here say what those compute, on any device.
 """
@@ -158,6 +158,8 @@ def _works(device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
             return False
         wrong = error(device, dtype, ranks)
         why = f"a check of its kernels failed, by {wrong:.1e}" if wrong > TOLERANCE else ""
+    except torch.OutOfMemoryError:  # says nothing about the kernels: the caller tries less at once
+        raise
     except Exception as failure:  # no C compiler, a GPU that is too old: whatever it is, there is another way
         why = str(failure).strip().split("\n")[0] or type(failure).__name__
     if why:

@@ -112,7 +112,8 @@ def train(
                 sys.exit(2)  # the first worker of this machine says it
             raise
         try:
-            from ..launch import Workers, WorkersFailed, launch, number
+            from ..agent import Workers, WorkersFailed
+            from ..launch import launch, number
 
             workers = Workers("auto" if nproc == "auto" else int(nproc), nnodes, node_rank, rdzv, max_restarts)
             if check:

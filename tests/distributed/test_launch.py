@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from rasa_train.agent import WorkersFailed, report
 from rasa_train.group import slow_workers
-from rasa_train.launch import WorkersFailed, _report, first_host
+from rasa_train.launch import first_host
 from tests.conftest import Cli
 
 from .conftest import STEPS, adapter, command, difference, metrics, reach, start
@@ -92,7 +93,7 @@ FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "ran
 def test_the_cause_is_told(outcomes: list[dict[str, Any]], exits: dict[int, tuple[int, int]], told: str) -> None:
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in exits.items()}
     with pytest.raises(WorkersFailed) as error:
-        _report(outcomes, SimpleNamespace(failures=failures), stop_asked=False, meeting="a:1")
+        report(outcomes, SimpleNamespace(failures=failures), stop_asked=False, meeting="a:1")
     assert str(error.value).startswith(told)
 
 
