@@ -30,7 +30,7 @@ MOST_RANKS = 256
 TOLERANCE = 1e-2
 """Of a check of the kernels: their results are rounded to bf16 once."""
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _forced: Iterator[int] | None = None
 
 
@@ -163,7 +163,7 @@ def _works(device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
     except Exception as failure:  # no C compiler, a GPU that is too old: whatever it is, there is another way
         why = str(failure).strip().split("\n")[0] or type(failure).__name__
     if why:
-        log.warning("dropout is not fused with the products of the adapter: %s", why)
+        _log.warning("dropout is not fused with the products of the adapter: %s", why)
     return not why
 
 

@@ -141,6 +141,35 @@ def test_kernels_can_be_compiled(capability: int, ranks: int, tmp_path: Path, mo
         assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_gpu_does_not_compute_is_not_used(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    works = seeded._works.__wrapped__
+    assert works(CPU, dtype, 8) and not caplog.messages
+
+    def wrong(dx: Tensor, g: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
+        return dx.add_(g @ A)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seeded, "add_back", wrong)  # the reference, which the operation is compared with
+        assert not works(CPU, dtype, 8)
+    assert "a check of its kernels failed" in caplog.messages[-1]
+
+    def fails(kind: type[Exception]) -> None:
+        def error(*_: object) -> float:
+            raise kind("Failed to find C compiler.\nMore")
+
+        monkeypatch.setattr(seeded, "error", error)
+
+    fails(RuntimeError)
+    assert not works(CPU, dtype, 8) and caplog.messages[-1].endswith("adapter: Failed to find C compiler.")
+    fails(torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError):
+        works(CPU, dtype, 8)
+
+
 @needs_gpu
 @pytest.mark.parametrize("ranks", [8, 24, 40, 120, seeded.MOST_RANKS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
