@@ -85,7 +85,7 @@ class Group:
         if self._fused and self.packed is not None:
             ready = self.packed.outputs(x)
         else:
-            # One mask for all, as in the packed form, so that a seed gives the same run on either path.
+            # One mask for all, as in the packed form: where that does not make its own (``seeded``), it is the same.
             ready = (adapters[0].drop(x),) * len(adapters)
         self._ready = dict(zip(indices, ready, strict=True))
         self._input = x
