@@ -37,11 +37,21 @@ def dropped(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if torch.compiler.is_compiling() else dropout(x, p)[0]
 
 
+def zeros(p: float) -> int:
+    """How many of the 2^16 values of 16 random bits drop an entry, so that it happens with probability p."""
+    return min(round(p * 2**16), 2**16 - 1)
+
+
+def scale(zeros: int) -> float:
+    """What entries that are kept are multiplied with."""
+    return 2**16 / (2**16 - zeros)
+
+
 def _with_few_draws(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    zero = min(round(p * 2**16), 2**16 - 1)  # of the 2^16 values of an int16
+    zero = zeros(p)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
     values = draws.view(torch.int16)[: x.numel()].view(x.shape)
     # In the dtype of x: a product with a bool takes three times as long.
     mask = torch.ge(values, zero - 2**15, out=torch.empty_like(values, dtype=x.dtype))
-    factor = 2**16 / (2**16 - zero)
+    factor = scale(zero)
     return (x * mask).mul_(factor), mask, factor

@@ -285,7 +285,7 @@ class SharedInput(torch.autograd.Function):
             dropped, mask, factor = dropout(rows, p)
             z = dropped @ A.t()
         else:
-            dropped, mask, factor = rows, None, draw.factor
+            dropped, mask, factor = rows, None, 1.0  # the draw says it
             z = torch.ops.rasa_train.project(rows, A, *draw)
         results = []
         for W, bias, Bt, own in zip(weights, biases, Bts, columns, strict=True):

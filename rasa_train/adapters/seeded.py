@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dropout import scale, zeros
+
 MOST_RANKS = 256
 """Of a group: a kernel holds that many columns of z at once."""
 
@@ -44,7 +46,7 @@ class Draw(NamedTuple):
 
     @property
     def factor(self) -> float:
-        return 2**16 / (2**16 - self.zero)
+        return scale(self.zero)
 
 
 def draw(x: Tensor, p: float, ranks: int) -> Draw | None:
@@ -52,7 +54,7 @@ def draw(x: Tensor, p: float, ranks: int) -> Draw | None:
     ``dropout``: on a CPU, in fp32, for more than ``MOST_RANKS`` ranks, without Triton."""
     if not p or not len(x) or ranks > MOST_RANKS:
         return None
-    zero = min(round(p * 2**16), 2**16 - 1)
+    zero = zeros(p)
     if _forced is not None:
         return Draw(zero, torch.initial_seed() & (2**63 - 1), next(_forced))
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not _works(x.device, x.dtype, ranks):
@@ -107,17 +109,14 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project(x: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
-    draw = Draw(zero, seed, call)
-    masked = x * kept((x.shape[0], x.shape[1]), draw, x.device)
-    return (masked @ A.t()).mul_(draw.factor)
+    return (x * _scaled_mask(x, zero, seed, call)) @ A.t()
 
 
 def gradient(g: Tensor, x: Tensor, zero: int, seed: int, call: int) -> Tensor:
     """In parts (number, R, in), in fp32 or better, whose sum it is."""
-    draw = Draw(zero, seed, call)
-    masked = x * kept((x.shape[0], x.shape[1]), draw, x.device)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (g.to(wide).t() @ masked.to(wide)).mul_(draw.factor).unsqueeze(0)
+    g, x = g.to(wide), x.to(wide)
+    return (g.t() @ (x * _scaled_mask(x, zero, seed, call))).unsqueeze(0)
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
@@ -125,8 +124,13 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
 
 
 def add_back(dx: Tensor, g: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    return dx.addcmul_(g @ A, _scaled_mask(dx, zero, seed, call))
+
+
+def _scaled_mask(x: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    """s m, in the dtype of x."""
     draw = Draw(zero, seed, call)
-    return dx.addcmul_(g @ A, kept((dx.shape[0], dx.shape[1]), draw, dx.device).to(dx.dtype), value=draw.factor)
+    return kept((x.shape[0], x.shape[1]), draw, x.device).to(x.dtype) * draw.factor
 
 
 _ops = torch.library.Library("rasa_train", "DEF")  # type: ignore[no-untyped-call]

@@ -55,6 +55,7 @@ def _gradient(
     g, x, parts, tokens, zero, seed, call, share, width, ranks: constexpr, BT: constexpr, BC: constexpr, BR: constexpr
 ):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
+    eighth = tl.program_id(0) * (BC // 8) + tl.arange(0, BC // 8)
     r = tl.arange(0, BR)
     inside = c < width
     first = tl.program_id(1) * share
@@ -63,7 +64,6 @@ def _gradient(
     for start in range(first, last, BT):
         t = (start + tl.arange(0, BT)).to(tl.int64)
         values = tl.load(x + t[:, None] * width + c[None, :], (t < last)[:, None] & inside[None, :], 0.0)
-        eighth = tl.program_id(0) * (BC // 8) + tl.arange(0, BC // 8)
         values = _masked(values, t, eighth, width, zero, seed, call)
         gs = tl.load(g + t[:, None] * ranks + r[None, :], (t < last)[:, None] & (r < ranks)[None, :], 0.0)
         total = tl.dot(tl.trans(gs), values, total)

@@ -130,9 +130,11 @@ def test_kernels_can_be_compiled(capability: int, ranks: int, tmp_path: Path, mo
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = kernels._blocks(ranks)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"ranks": ranks, **sizes}
     numbers = {"tokens": "i32", "zero": "i32", "seed": "i64", "call": "i32", "share": "i32", "width": "i32"}
-    for kernel in (kernels._project, kernels._gradient, kernels._add_back):
+    numbers |= {"number": "i32", "size": "i32"}
+    for kernel in (kernels._project, kernels._gradient, kernels._sum_parts, kernels._add_back):
+        constants = {"ranks": ranks, "BLOCK": 1024, **sizes}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         types = {"parts": "*fp32", **numbers, **dict.fromkeys(constants, "constexpr")}
         signature = {name: types.get(name, "*bf16") for name in kernel.arg_names}
         aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "width"]
