@@ -34,7 +34,7 @@ test-slow: $(VENV)/ready ## what takes minutes, but for what test-matrix, test-f
 	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/distributed --ignore tests/faults --ignore tests/test_fuzz.py
 
 test-matrix: $(VENV)/ready ## every strategy x method against one process (half an hour)
-	$(BIN)/python -m pytest -m slow tests/distributed
+	$(BIN)/python -m pytest -rP -m slow tests/distributed
 
 test-faults: $(VENV)/ready ## kill, damage, fill the disk: a run survives it (minutes; as root also the disks)
 	$(BIN)/python -m pytest tests/faults

@@ -17,9 +17,11 @@ from rasa_train.checkpoint import damage
 from .conftest import Case, Group, difference, metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+# alpha / r at most 2: with the default alpha of 32 and this learning rate LoRA and OLoRA make 1e-5 of a rounding, so
+# that one process differs from itself by more than the bound if only its micro-batch size, or a layout, is another.
 METHODS: dict[str, dict[str, Any]] = {
     "rasa": {"r": 4, "k": 1, "alpha": 8, "dropout": 0.1},
-    "lora": {"r": 4, "dropout": 0.1},
+    "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
     "vera": {"r": 16},
     "mora": {"r": 4},
 }
@@ -28,15 +30,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sharelora": {},
     "nola": {},
     "vb-lora": {"vector_length": 16},
-    # alpha / r = 1: with the default alpha of 32 and this learning rate OLoRA does not learn, and one process differs
-    # from itself by 1e-5 when only the micro-batch size is another.
     "olora": {"r": 4, "alpha": 4},
     "pissa": {"r": 4},
     "dora": {"r": 4},
     "full": {},
     "bitfit": {},
 }
-TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-3, "parameter": 1e-4}
+TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-4, "parameter": 2e-5}
 
 # (method, strategy, checkpointing, micro-batches of a worker's step, optimizer, further keys of distributed):
 # every strategy, method, optimizer, offload and way of accumulating, and every strategy with both optimizers.
@@ -109,6 +109,8 @@ def compare(cases: list[Case], group: Group, path: Path) -> dict[str, dict[str, 
 
 
 def assert_equal(differences: dict[str, dict[str, float]]) -> None:
+    for name, found in differences.items():
+        print(name, *(f"{what} {value:.1e}" for what, value in found.items()), sep="  ")
     wrong = {name: d for name, d in differences.items() if any(d[what] > limit for what, limit in TOLERANCE.items())}
     assert not wrong, wrong
 
