@@ -15,10 +15,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from . import group
+from .adapters.base import Method
 from .agent import GOES_ON, Workers, WorkersFailed, default_threads, start_and_watch
 from .data.prepare import PreparedData, prepare
 from .errors import DeviceLost, Stopped, UserError, WorkerLost
-from .model import load_config, load_tokenizer
+from .model import load_config, load_tokenizer, meta_model
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
 from .run_dir import RunDirectory, write_text
@@ -98,9 +99,42 @@ def _check_input(recipe: Recipe) -> PreparedData:
 
 
 def _check_strategy(recipe: Recipe, workers: int) -> None:
-    from .train import check_strategy
+    """Raise ``UserError`` if the method cannot do with the strategy, or the model without padding."""
+    method, strategy = recipe.adapter, recipe.distributed.strategy
+    divided = strategy != "ddp" and (workers > 1 or recipe.distributed.offload != "none")
+    if recipe.training.flat:
+        from .attention import check_packable
 
-    check_strategy(recipe, workers)
+        check_packable(meta_model(recipe.model))
+        if method.method == "peft":
+            raise UserError(
+                "training.batching: methods of PEFT are trained with padding; take length-grouped or shuffled, and "
+                "padding_free: false",
+                key="training.batching",
+            )
+    if recipe.model.base != "bf16" and (divided or recipe.training.compile):
+        raise UserError(
+            f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
+            key="model.base",
+        )
+    if recipe.training.activation_offload and divided and strategy in ("zero3", "fsdp"):
+        raise UserError(
+            f"training.activation_offload must be false for distributed.strategy: {strategy}, which replaces the "
+            "weights at each layer; it works with ddp, zero1 and zero2",
+            key="training.activation_offload",
+        )
+    if recipe.training.compile and divided:
+        raise UserError(
+            f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "
+            "a layer; it works with ddp",
+            key="training.compile",
+        )
+    if divided and type(method).after_step is not Method.after_step:
+        raise UserError(
+            f"distributed.strategy: {method.method} has a rule after each step that needs the gradients and weights "
+            f"of all layers on each worker; it must be ddp, got {strategy}",
+            key="distributed.strategy",
+        )
 
 
 def _summary(directory: RunDirectory) -> dict[str, Any]:

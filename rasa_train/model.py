@@ -9,19 +9,19 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.logging import disable_progress_bar
 
 from .distributed import decoder_layers
 from .errors import UserError
 from .precision import Base
+
+if TYPE_CHECKING:  # transformers takes seconds to import: a wrong recipe is told, and workers start, without it
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class ModelConfig(BaseModel):
@@ -62,11 +62,16 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """The architecture. Raises ``UserError`` when there is no such model, or it is none transformers knows."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
+    from transformers import AutoConfig
+
     return _from_hub(AutoConfig.from_pretrained, config.name, config, key="model.name")
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The base with its weights, in ``config.dtype``, in eval mode, on the CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     architecture = load_config(config)
     if Path(config.name).is_dir() and not has_weights(config):
         raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
@@ -87,6 +92,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 def checkpoint_layers(model: nn.Module, count: int) -> None:
     """Of a model whose checkpointing is enabled: recompute the first ``count`` decoder layers in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     for number, layer in enumerate(decoder_layers(model)):
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = number < count
@@ -96,13 +103,13 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer with ``backend``, for any number of tokens; layers that are alike share what is
     compiled. Of a layer that is recomputed, what the recomputation wraps is compiled."""
     compiled = cache(partial(torch.compile, dynamic=True, backend=backend))
+    outside = torch.compiler.disable(_recompute_compiled, recursive=False)  # type: ignore[no-untyped-call]
     for layer in decoder_layers(model):
         layer.compile(dynamic=True, backend=backend)
         if recompute := getattr(layer, "_gradient_checkpointing_func", None):
-            layer._gradient_checkpointing_func = partial(_recompute_compiled, recompute, compiled)  # type: ignore[assignment]
+            layer._gradient_checkpointing_func = partial(outside, recompute, compiled)  # type: ignore[assignment]
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
 def _recompute_compiled(recompute: Callable[..., Any], compiled: Callable[..., Any], layer: Any, *args: Any) -> Any:
     """``recompute(layer, *args)`` with the layer's forward compiled. It has to be outside of the graph: recomputing
     from inside of one allows no breaks of it."""
@@ -113,6 +120,8 @@ def _recompute_compiled(recompute: Callable[..., Any], compiled: Callable[..., A
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """The same architecture on the meta device: names and shapes, no memory."""
+    from transformers import AutoModelForCausalLM
+
     architecture = load_config(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -125,6 +134,7 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The base as ``load_model`` gives it, but its parameters on the meta device; buffers (rotary frequencies) have
     their values."""
     from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
     architecture = load_config(config)
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
@@ -149,6 +159,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / n).is_file() for n in names):
         return None
+    from transformers import AutoTokenizer
+
     return _from_hub(AutoTokenizer.from_pretrained, name, config, key=key)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from . import attention, checkpoint, group, guards
 from . import loss as loss_of
-from .adapters.base import Method, Site
+from .adapters.base import Site
 from .adapters.identity import base_samples
 from .adapters.inject import adapt, adapters, groups, narrow_base, rule_state, saved_tensors, trainable
 from .adapters.kernels import packed
@@ -26,7 +26,7 @@ from .checkpoint import Progress
 from .data.ahead import ahead
 from .data.prepare import PreparedData, prepare
 from .distributed import Engine, make_engine
-from .errors import Stopped, UserError
+from .errors import Stopped
 from .evaluate.training import TrainingEvaluation, best_of
 from .gradients import restore, train_step, validate
 from .loss import Loss
@@ -254,43 +254,6 @@ def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
 
     group.once("base", engine.reads, work)
     return read[0] if read else empty_model(recipe.model)
-
-
-def check_strategy(recipe: Recipe, workers: int) -> None:
-    """Raise ``UserError`` if the method cannot do with the strategy, or the model without padding."""
-    method, strategy = recipe.adapter, recipe.distributed.strategy
-    divided = strategy != "ddp" and (workers > 1 or recipe.distributed.offload != "none")
-    if recipe.training.flat:
-        attention.check_packable(meta_model(recipe.model))
-        if method.method == "peft":
-            raise UserError(
-                "training.batching: methods of PEFT are trained with padding; take length-grouped or shuffled, and "
-                "padding_free: false",
-                key="training.batching",
-            )
-    if recipe.model.base != "bf16" and (divided or recipe.training.compile):
-        raise UserError(
-            f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
-            key="model.base",
-        )
-    if recipe.training.activation_offload and divided and strategy in ("zero3", "fsdp"):
-        raise UserError(
-            f"training.activation_offload must be false for distributed.strategy: {strategy}, which replaces the "
-            "weights at each layer; it works with ddp, zero1 and zero2",
-            key="training.activation_offload",
-        )
-    if recipe.training.compile and divided:
-        raise UserError(
-            f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "
-            "a layer; it works with ddp",
-            key="training.compile",
-        )
-    if divided and type(method).after_step is not Method.after_step:
-        raise UserError(
-            f"distributed.strategy: {method.method} has a rule after each step that needs the gradients and weights "
-            f"of all layers on each worker; it must be ddp, got {strategy}",
-            key="distributed.strategy",
-        )
 
 
 def needs_whole_base(recipe: Recipe) -> bool:

@@ -48,6 +48,20 @@ def test_help_loads_nothing_heavy(name: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_wrong_recipe_is_told_without_transformers(tmp_path: Path) -> None:
+    """Nor does a launcher load it, or torch's compiler, until it needs a model: that would be most of its start."""
+    recipe = "model: {name: ./nowhere}\nadapter: {method: rasa, r: 4}\ndata: {dataset: no.jsonl}\noutput_dir: o\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    code = (
+        "import sys, rasa_train.launch; from typer.testing import CliRunner; from rasa_train.cli.train import app\n"
+        "for word in ('adapter.r=0', 'seed=1'): print(CliRunner().invoke(app, ['r.yaml', word]).stderr)\n"
+        "assert not {'transformers', 'torch._dynamo'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "adapter.r" in done.stdout and "'./nowhere' does not exist" in done.stdout
+
+
 @pytest.mark.parametrize(("method", "count", "rank"), [("lora", 20_971_520, 8), ("rasa", 20_980_256, 39)])
 def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path: Path, cli: Cli) -> None:
     """Llama-3.1-8B from its shape, no weights, no tokenizer, no data: the paper's counts (21.0M)."""
