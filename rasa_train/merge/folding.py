@@ -123,18 +123,13 @@ class Folding:
         if (adapter := self._factored(tensor)) is None:
             yield self._folded(tensor, tally)
             return
-        dtype = self._dtype(tensor)
         with torch.no_grad():
             factors = adapter.factors()
             Bd, A = factors.Bd.float(), factors.A.float()
             # norm(Bd A)^2 without Bd A
             tally.update2 += float(((Bd.double().mT @ Bd.double()) * (A.double() @ A.double().mT)).sum())
             for rows, W in tensor.blocks(max(BLOCK // max(A.shape[1], 1), 1)):
-                folded = (Bd[rows] @ A).add_(W)
-                stored = self._finite(tensor.name, folded.to(dtype))
-                if dtype != folded.dtype:
-                    tally.error2 += _norm2(folded.sub_(stored))
-                yield stored
+                yield self._rounded(tensor, (Bd[rows] @ A).add_(W), tally)
 
     def _factored(self, tensor: Stored) -> FactorAdapter | None:
         """The adapter whose product of factors, laid out as it is stored, is all that changes a tensor; or None."""
@@ -148,7 +143,7 @@ class Folding:
         return adapter if as_stored and isinstance(adapter, FactorAdapter) else None
 
     def _folded(self, tensor: Stored, tally: Tally) -> Tensor:
-        piece, dtype = self.pieces[tensor.name], self._dtype(tensor)
+        piece = self.pieces[tensor.name]
         trained = self.source.replaced.get(piece.parameter)
         W = tensor.read()
         if trained is not None:
@@ -156,17 +151,21 @@ class Folding:
             tally.update2 += _norm2(before.sub_(W))
             del before
         if not self.sites[piece.parameter] and piece.parameter not in self.biases:
-            result = self._finite(tensor.name, W.to(dtype))
-            tally.error2 += _norm2(W - result.to(W.dtype)) if dtype != W.dtype else 0.0
-            return result
+            return self._rounded(tensor, W, tally)
         W = W.to(torch.promote_types(W.dtype, torch.float32))  # this memory is ours: it becomes W + dW
         update = self._update(piece, W, tally)
         tally.update2 += _norm2(update)
         W += update
         del update
+        return self._rounded(tensor, W, tally)
+
+    def _rounded(self, tensor: Stored, W: Tensor, tally: Tally) -> Tensor:
+        """``W`` in the dtype of the output; overwrites it where that is another one."""
+        dtype = self._dtype(tensor)
         result = self._finite(tensor.name, W.to(dtype))
         if dtype != W.dtype:  # a row at a time would be slow, all at once as large as W
-            for some, stored in zip(torch.split(W, ROWS), torch.split(result, ROWS), strict=True):
+            blocks = (torch.split(t if t.ndim else t[None], ROWS) for t in (W, result))
+            for some, stored in zip(*blocks, strict=True):
                 tally.error2 += _norm2(some.sub_(stored.to(W.dtype)))
         return result
 
