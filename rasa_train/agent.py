@@ -27,6 +27,7 @@ from .errors import Stopped, UserError
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
 from .run_dir import write_text
+from .stop import handles_interrupts, say_interrupted
 from .worker import OUTCOMES, RECIPE, STARTED, STOP
 
 GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
@@ -67,7 +68,8 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
         job = Path(name)
         (job / OUTCOMES).mkdir()
         write_text(job / RECIPE, dump_recipe(recipe))
-        before = {number: signal.signal(number, _forward(job)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if handles_interrupts() else [])]
+        before = {number: signal.signal(number, _forward(job)) for number in numbers}
         failed: ChildFailedError | RendezvousError | None = None
         try:
             config = _launch_config(workers, per_node, job, recipe.distributed.timeout_seconds)
@@ -117,7 +119,7 @@ def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: 
         rdzv_backend="c10d",
         max_restarts=workers.max_restarts,
         monitor_interval=0.1,
-        signals_to_handle="SIGINT",  # the others are passed on by _forward
+        signals_to_handle="SIGQUIT",  # the others are passed on by _forward
         logs_specs=DefaultLogsSpecs(log_dir=str(job / "logs")),
         **{"run_id": "rasa-train", **options},
     )
@@ -169,13 +171,20 @@ def _address_towards(meeting: str) -> str:
 
 
 def _forward(job: Path) -> Any:
-    """A handler that tells all workers of this machine to save and leave."""
+    """A handler that tells all workers of this machine to save and leave. The second Ctrl-C ends them at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not any(job.glob(f"{STARTED}*")):
             raise Stopped(f"{name}: no worker had started; the same command starts the run")
+        if number == signal.SIGINT and (job / STOP).exists():
+            for path in job.glob(f"{STARTED}*"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(path.read_text()), signal.SIGKILL)
+            raise KeyboardInterrupt
         (job / STOP).write_text(name)
+        if number == signal.SIGINT:
+            say_interrupted()
 
     return handle
 

@@ -75,7 +75,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     architecture = load_config(config)
     if Path(config.name).is_dir() and not has_weights(config):
         raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         disable_progress_bar()
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     return _from_hub(

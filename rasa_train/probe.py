@@ -59,8 +59,7 @@ def seconds(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> 
     with tempfile.TemporaryDirectory(prefix="rasa-train-") as directory, contextlib.redirect_stderr(io.StringIO()):
         changed = {"output_dir": directory, "training": recipe.training.model_copy(update=short)}
         tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
-        with StopSignal() as stop:
-            run(tried, stop, PreparedData(data.train, None, data.stats, data.key))
+        run(tried, StopSignal(), PreparedData(data.train, None, data.stats, data.key))
         last = json.loads(RunDirectory(directory).metrics.read_text().splitlines()[-1])
     per_step = float(data.train.lengths.mean()) * min(recipe.training.batch_size, len(data.train))
     return steps * per_step / float(last["tokens_per_second"])

@@ -39,7 +39,7 @@ class Reporter:
         if self.console.is_terminal and not self.console.quiet:
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
             )

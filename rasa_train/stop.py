@@ -1,10 +1,12 @@
-"""A stop that was asked for: SIGTERM, SIGUSR1 (SLURM's warning), or a word from the process that started the worker.
+"""A stop that was asked for: SIGTERM, SIGUSR1 (SLURM's warning), Ctrl-C, or a word from the process that started the
+worker.
 
 Light to import: a worker listens before it loads anything that takes seconds.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -12,7 +14,8 @@ from typing import Any
 
 
 class StopSignal:
-    """Remembers that a stop was asked for until the step is done; the loop then saves and leaves.
+    """Remembers that a stop was asked for until the step is done; the loop then saves and leaves. A second Ctrl-C is an
+    interruption like any other.
 
     Args:
         word: a file that the launcher writes the signal's name to, for all workers of a machine at once.
@@ -23,8 +26,9 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if number != signal.SIGINT or handles_interrupts():
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -35,6 +39,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            say_interrupted()
 
     @property
     def reason(self) -> str:
@@ -42,3 +49,14 @@ class StopSignal:
         if not self._received and self._word and self._word.exists():
             self._received = self._word.read_text() or "a stop"
         return self._received
+
+
+def handles_interrupts() -> bool:
+    """Whether Ctrl-C reaches this process: a shell's background job ignores it."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def say_interrupted() -> None:
+    """What a first Ctrl-C does. Safe in a signal handler, where ``print`` may be under way already."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nCtrl-C: what is under way is finished and kept; once more ends it at once\n")

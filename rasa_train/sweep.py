@@ -142,9 +142,10 @@ def _child(command: list[str], capture: bool) -> tuple[int, str]:
             child.send_signal(asked[0])
         try:
             printed = child.communicate()[0] or ""
-        except KeyboardInterrupt:  # the terminal sends it to the run as well: let that end first
-            child.wait()
-            raise
+        except KeyboardInterrupt:  # the terminal sends it to the run as well: let that save first
+            if child.wait() != STOPPED:
+                raise
+            printed = ""
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

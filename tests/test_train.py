@@ -251,17 +251,18 @@ def test_killed_runs_end_bit_identical(recipe: Path, cli: Cli, optimizer: str) -
     assert "resuming from" in last.stderr or "is complete" in last.stdout
 
 
-def test_stop_signal_saves_and_exits_75(recipe: Path, cli: Cli) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_stop_signal_saves_and_exits_75(number: signal.Signals, recipe: Path, cli: Cli) -> None:
     command = [sys.executable, "-m", "rasa_train.cli.train", str(recipe), "training.checkpoint_every=epoch"]
     process = subprocess.Popen(command, cwd=recipe.parent, stderr=subprocess.PIPE, text=True)
     file = recipe.parent / "run" / "metrics.jsonl"
     while not (file.exists() and file.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert "SIGTERM: saved at step" in stderr and "Traceback" not in stderr
+    assert f"{number.name}: saved at step" in stderr and "Traceback" not in stderr
     steps = len(metrics(recipe.parent / "run"))
     assert 2 <= steps < 20
     resumed = cli("train", recipe, "training.checkpoint_every=epoch", check=True)

@@ -1,4 +1,4 @@
-"""Exit codes of all commands: 0 done, 2 the user's input is wrong, 75 stopped on request, 130 interrupted."""
+"""Exit codes of all commands: 0 done, 2 the user's input is wrong, 75 stopped on request and saved, 130 interrupted."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_resume_across_strategies_and_world_sizes(home: Path) -> None:
     stages = [
         (["--nproc", "2", "distributed.strategy=zero3"], 3, signal.SIGTERM),
         (["--nproc", "1"], 6, signal.SIGUSR1),
-        (["--nproc", "2", "distributed.strategy=fsdp"], 9, signal.SIGTERM),
+        (["--nproc", "2", "distributed.strategy=fsdp"], 9, signal.SIGINT),
         (["--nproc", "2", "distributed.strategy=zero1"], 13, signal.SIGUSR1),
         (["--nproc", "2"], None, None),
     ]
@@ -147,6 +147,25 @@ def test_workers_end_with_the_launcher(home: Path) -> None:
         time.sleep(0.05)
     alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     assert len(workers) == 2 and not alive
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_at_once(home: Path) -> None:
+    """Also where no worker hears that it was asked to save."""
+    process = start(home, "--nproc", "2", "training.epochs=1000", "output_dir=twice")
+    reach(process, home / "twice", 3)
+    workers = workers_of(process)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert process.returncode == 130 and "once more ends it at once" in stderr and "Traceback" not in stderr, stderr
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def test_an_error_of_the_user_in_a_worker_is_told_once(home: Path) -> None:
