@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
 import json
+import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, ignores Ctrl-C
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -41,7 +42,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run a command of the package in ``tmp_path``: ``cli("train", "recipe.yaml", ...)``. The same code as in a
-    process of its own, without the seconds of imports; ``cli_process`` is the real thing."""
+    process of its own, without the seconds of imports."""
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *args: object, check: bool = False) -> subprocess.CompletedProcess[str]:
@@ -56,26 +57,6 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
         if check:
             assert result.exit_code == 0, result.stderr
         return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr)
-
-    return run
-
-
-@pytest.fixture
-def cli_process(tmp_path: Path) -> Cli:
-    """Run a command of the package as a user does, in a process of its own."""
-
-    def run(name: str, *args: object, check: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", f"rasa_train.cli.{name}", *map(str, args)],
-            cwd=tmp_path,
-            env={**os.environ, **env},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if check:
-            assert done.returncode == 0, done.stderr
-        return done
 
     return run
 

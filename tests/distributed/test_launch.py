@@ -63,6 +63,7 @@ def test_resume_across_strategies_and_world_sizes(home: Path) -> None:
     assert len(metrics(run)) == STEPS
 
 
+@pytest.mark.slow  # test_killed_worker_is_restarted kills one, always; test_the_cause_is_told has the message
 def test_killed_worker_is_named(home: Path) -> None:
     process = start(home, "--nproc", "2", "output_dir=killed")
     reach(process, home / "killed", 7)
@@ -196,6 +197,7 @@ def test_host_memory_of_one_process(home: Path) -> None:
     assert difference(home / "one", home / "host")["loss"] < 1e-5
 
 
+@pytest.mark.slow  # test_joins_slurm takes the same way in, and so do the workers of the parity tests
 def test_joins_torchrun(home: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = ["-m", "rasa_train.cli.train", "recipe.yaml", "output_dir=torchrun", "distributed.strategy=fsdp"]
