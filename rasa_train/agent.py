@@ -27,8 +27,8 @@ from .errors import Stopped, UserError
 from .recipe.load import dump_recipe
 from .recipe.schema import Recipe
 from .run_dir import write_text
-from .stop import handles_interrupts, say_interrupted
-from .worker import OUTCOMES, RECIPE, STARTED, STOP
+from .stop import say_interrupted, signals
+from .worker import OUTCOMES, RECIPE, STARTED, STOP, kill
 
 GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
 
@@ -68,8 +68,7 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
         job = Path(name)
         (job / OUTCOMES).mkdir()
         write_text(job / RECIPE, dump_recipe(recipe))
-        numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if handles_interrupts() else [])]
-        before = {number: signal.signal(number, _forward(job)) for number in numbers}
+        before = {number: signal.signal(number, _forward(job)) for number in signals()}
         failed: ChildFailedError | RendezvousError | None = None
         try:
             config = _launch_config(workers, per_node, job, recipe.distributed.timeout_seconds)
@@ -178,9 +177,7 @@ def _forward(job: Path) -> Any:
         if not any(job.glob(f"{STARTED}*")):
             raise Stopped(f"{name}: no worker had started; the same command starts the run")
         if number == signal.SIGINT and (job / STOP).exists():
-            for path in job.glob(f"{STARTED}*"):
-                with suppress(ProcessLookupError):
-                    os.kill(int(path.read_text()), signal.SIGKILL)
+            kill(job.glob(f"{STARTED}*"))
             raise KeyboardInterrupt
         (job / STOP).write_text(name)
         if number == signal.SIGINT:

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
 
+from . import group
 from .distributed import decoder_layers
 from .errors import UserError
 from .precision import Base
@@ -75,7 +76,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     architecture = load_config(config)
     if Path(config.name).is_dir() and not has_weights(config):
         raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    if not sys.stderr.isatty() or group.rank():
         disable_progress_bar()
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     return _from_hub(

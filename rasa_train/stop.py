@@ -26,9 +26,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            if number != signal.SIGINT or handles_interrupts():
-                self._before[number] = signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in signals()}
         return self
 
     def __exit__(
@@ -51,9 +49,10 @@ class StopSignal:
         return self._received
 
 
-def handles_interrupts() -> bool:
-    """Whether Ctrl-C reaches this process: a shell's background job ignores it."""
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def signals() -> list[signal.Signals]:
+    """Those that ask for a stop. Ctrl-C only where it reaches this process: a shell's background job ignores it."""
+    interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if interrupts else [])]
 
 
 def say_interrupted() -> None:

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,14 @@ def main(job: Path) -> int:
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(outcome))
     beside.replace(path)
-    _end(job, outcome.get("lost", []))
+    # One that hangs does not hear the agent's SIGTERM, and the agent would wait for it for half a minute.
+    kill(job / f"{STARTED}{lost_rank}" for lost_rank in outcome.get("lost", []))
     return {"done": 0, "stopped": 0, "user error": 2, "lost": 1, "failed": 1}[outcome["kind"]]
 
 
-def _end(job: Path, ranks: list[int]) -> None:
-    """End those of the workers that are on this machine. One that hangs does not hear the agent's SIGTERM, and the
-    agent would wait for it for half a minute."""
-    for path in (job / f"{STARTED}{rank}" for rank in ranks):
+def kill(started: Iterable[Path]) -> None:
+    """End at once the workers that have written these files. Where there is none, the worker is on another machine."""
+    for path in started:
         if path.exists():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
