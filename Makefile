@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow test-matrix test-faults bench check format clean fuzz docs lock licences sbom audit
+.PHONY: help setup demo test test-slow test-matrix test-faults bench gpu-check gpu-check-wheels check format clean fuzz docs lock licences sbom audit
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +42,13 @@ test-faults: $(VENV)/ready ## kill, damage, fill the disk: a run survives it (mi
 bench: $(VENV)/ready ## what adapters cost on this machine, beside PEFT and the paper (docs/BENCHMARKS.md)
 	$(BIN)/rasa-bench
 
+gpu-check: $(VENV)/ready ## prove and measure everything on a GPU in nine minutes (docs/GPU.md); TINY=1 tries it on a CPU
+	@# STEPS, BUDGET, OUT and TINY reach it through the environment
+	$(BIN)/python scripts/gpu_check
+
+gpu-check-wheels: $(VENV)/ready ## download into .whl what gpu-check needs on a machine without a package index
+	$(BIN)/python scripts/gpu_check --download-wheels
+
 fuzz: $(VENV)/ready ## 10,000 recipes, files and adapters that nobody meant; hostile files in bounded memory (an hour)
 	RASA_FUZZ=10000 $(BIN)/python -m pytest -s tests/test_fuzz.py
 
@@ -50,9 +57,10 @@ check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready ## write again what is made from the code: the recipe reference, the figures of --list
+docs: $(VENV)/ready ## write again what is made: the recipe reference, the figures of --list, the tables of GPUs
 	$(BIN)/python scripts/make_recipe_reference.py
 	$(BIN)/python scripts/measure_recipes.py
+	$(BIN)/python scripts/make_benchmark_tables.py
 
 format: $(VENV)/ready ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

@@ -237,7 +237,8 @@ OWN_RECIPES = ("my.yaml", "recipe.yaml", "RECIPE")
 
 def assert_make(arguments: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(arguments) <= targets and arguments
+    names = [argument for argument in arguments if not re.fullmatch(r"[A-Z]+=\S+", argument)]
+    assert set(names) <= targets and names
 
 
 def assert_pip(arguments: list[str]) -> None:
@@ -265,7 +266,9 @@ def assert_python(arguments: list[str]) -> None:
         return
     if arguments[0].startswith("convert_"):
         return  # of llama.cpp
-    source = (ROOT / arguments[0]).read_text()
+    script = ROOT / arguments[0]
+    assert script.is_file() or (script / "__main__.py").is_file()
+    source = "".join(path.read_text() for path in ([script] if script.is_file() else script.glob("*.py")))
     assert all(f'"{word}"' in source for word in arguments[1:] if word.startswith("--"))
 
 
@@ -324,7 +327,7 @@ def options() -> set[str]:
         command: Any = typer.main.get_command(importlib.import_module(f"rasa_train.cli.{name}").app)
         for one in (command, *getattr(command, "commands", {}).values()):
             found |= {text for parameter in one.params for text in (*parameter.opts, *parameter.secondary_opts)}
-    for script in (ROOT / "scripts").glob("*.py"):
+    for script in (ROOT / "scripts").rglob("*.py"):
         found |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     return found
 

@@ -1,0 +1,193 @@
+"""Whole steps of small models on this device: methods against W + dW in fp32, dropout, experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, MixtralConfig
+
+from rasa_train.adapters import METHODS
+from rasa_train.adapters.experts import AdaptedExperts
+from rasa_train.adapters.inject import adapt, groups, trainable
+from rasa_train.adapters.kernels import packed
+from rasa_train.adapters.rasa import RaSA
+from rasa_train.bench import gate
+from rasa_train.bench.engines import Contender, give, values_for
+from rasa_train.bench.shapes import random_model, shared_copy
+from rasa_train.bench.workloads import Problem, language_model
+from rasa_train.offload import offloaded
+
+from .measure import BF16, DEVICE, Check, Values, error, hold, rounded
+
+METHOD_FIELDS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 8},
+    "rasa": {"r": 8, "k": 1},
+    "vera": {"r": 64},
+    "mora": {"r": 8},
+    "sharelora": {"r": 8},
+    "dora": {"r": 8},
+    "tied-lora": {"r": 8},
+    "adalora": {},
+}
+LOSS_ERROR, GRADIENT_ERROR = 5e-3, 0.15
+"""A bf16 model costs a tenth of each; a wrong scale, a lost term or a swapped factor costs far more."""
+SAME = 1e-3
+"""Two gradients of the same step: the order of a sum may differ, a mask may not."""
+OTHER = 1e-2
+"""Two gradients with other masks differ by more than this."""
+EXPERT_ERROR = 3e-2
+"""Of one layer: three products in bf16, one after the other."""
+LENGTHS = [70, 33, 129]
+
+
+@cache
+def small_llama() -> Problem:
+    """A Llama with two layers, and its loss on three sequences."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    return language_model(random_model(config, BF16, DEVICE), LENGTHS, flat=True)
+
+
+def method(name: str) -> Values:
+    """Loss and gradients of a method, computed fast (with packed factors) and plainly."""
+    problem = small_llama()
+    adapter = METHODS[name](**METHOD_FIELDS[name])
+    given = values_for(adapter, problem.base)
+    exact = gate.written_out(problem.base, adapter)
+    expected = trainable(exact)
+    give(given, expected)
+    exact_loss = float(Contender(exact, expected, problem.loss(exact), []).step())
+    values: Values = {}
+    for kind in ("fast", "plain"):
+        model = shared_copy(problem.base).train()
+        adapt(model, adapter)
+        parameters = trainable(model)
+        give(given, parameters)
+        together = groups(model) if kind == "fast" else []
+        loss = float(Contender(model, parameters, problem.loss(model), together).step())
+        pairs = [(gradient(p), gradient(expected[n])) for n, p in parameters.items()]
+        values[kind] = {
+            "loss_error": rounded(abs(loss / exact_loss - 1)),
+            "gradient_error": rounded(max(error(a, b) for a, b in pairs)),
+            "gradient_cosine": min(round(float(F.cosine_similarity(a, b, dim=0)), 6) for a, b in pairs),
+        }
+    fine = all(v["loss_error"] < LOSS_ERROR and v["gradient_error"] < GRADIENT_ERROR for v in values.values())
+    return hold(fine, "loss or gradients are not those of the method in fp32", values)
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient in fp32, as a vector."""
+    assert parameter.grad is not None
+    return parameter.grad.float().flatten()
+
+
+def dropout() -> Values:
+    """Gradients with a seed: again, with another seed, with recomputed layers, with activations in host memory."""
+    first = dropped_gradients(1)
+    values = {
+        "repeated": rounded(error(dropped_gradients(1), first)),
+        "recomputed": rounded(error(dropped_gradients(1, recompute=True), first)),
+        "offloaded": rounded(error(dropped_gradients(1, offload=True), first)),
+        "another_seed": rounded(error(dropped_gradients(2), first)),
+    }
+    same = max(values["repeated"], values["recomputed"], values["offloaded"])
+    hold(same < SAME, "the masks of a step are not the same again", values)
+    return hold(values["another_seed"] > OTHER, "another seed gives the same masks", values)
+
+
+def dropped_gradients(seed: int, *, recompute: bool = False, offload: bool = False) -> Tensor:
+    """All gradients of one step of RaSA with dropout, as a vector."""
+    problem, adapter = small_llama(), RaSA(r=8, k=1, dropout=0.1)
+    model = shared_copy(problem.base).train()
+    adapt(model, adapter)
+    parameters = trainable(model)
+    give(values_for(adapter, problem.base), parameters)
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    loss = problem.loss(model)
+    torch.manual_seed(seed)
+    with packed(groups(model)):
+        with host_memory(model, offload):
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+    return torch.cat([gradient(p) for p in parameters.values()])
+
+
+@contextmanager
+def host_memory(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keep activations in host memory inside, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    with offloaded(model, DEVICE.type):
+        yield
+
+
+def experts() -> Values:
+    """RaSA on fused experts in bf16 against fp32: the loss of a model, and one layer of experts on given routes.
+
+    In a model a few tokens go to other experts in bf16 than in fp32, so its gradients cannot be compared.
+    """
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        initializer_range=0.1,
+    )
+    base, adapter = random_model(config, BF16, DEVICE), RaSA(r=8, k=1)
+    given = values_for(adapter, base)
+    losses, layers = [], []
+    for model in (shared_copy(base).train(), copy.deepcopy(base).float().train()):
+        adapt(model, adapter)
+        parameters = trainable(model)
+        give(given, parameters)
+        loss = language_model(model, LENGTHS[:2], flat=True).loss(model)  # type: ignore[arg-type]
+        with packed(groups(model)):
+            losses.append(float(loss().detach()))
+            layers.append(layer_of_experts(model, config))
+    values = {name: rounded(error(found, layers[1][name])) for name, found in layers[0].items()}
+    worst = max(value for name, value in values.items() if name not in ("y", "dx"))
+    values = {"loss_error": rounded(abs(losses[0] / losses[1] - 1)), "y": values["y"], "dx": values["dx"]}
+    values["gradient_error"] = worst
+    fine = values["loss_error"] < LOSS_ERROR and max(values["y"], values["dx"], worst) < EXPERT_ERROR
+    return hold(fine, "the loss, an output or a gradient is not that in fp32", values)
+
+
+def layer_of_experts(model: nn.Module, config: MixtralConfig) -> dict[str, Tensor]:
+    """Output and gradients of the experts of the first layer, for tokens and routes that are always the same."""
+    module = next(m for m in model.modules() if isinstance(m, AdaptedExperts))
+    numbers = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(200, config.hidden_size, generator=numbers).to(BF16).to(DEVICE) for _ in range(2))
+    chances = torch.rand(200, config.num_local_experts, generator=numbers)
+    weights, routes = (t.to(DEVICE) for t in chances.topk(2))
+    dtype = module.down_proj.dtype
+    x = x.to(dtype).requires_grad_()
+    y = module(x, routes, weights.to(BF16).to(dtype))
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(y, [x, *trained.values()], dy.to(dtype))
+    return {"y": y.detach(), **dict(zip(("dx", *trained), gradients, strict=True))}
+
+
+CHECKS = [
+    *(Check(f"method {name}", partial(method, name)) for name in METHOD_FIELDS),
+    Check("dropout", dropout),
+    Check("experts", experts),
+]
