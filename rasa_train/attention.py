@@ -6,13 +6,16 @@ begin, under the names that transformers' own flash attention uses (``cu_seq_len
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from .errors import UserError
@@ -20,6 +23,15 @@ from .errors import UserError
 NAME = "rasa_varlen"
 """Name of this attention among transformers' implementations."""
 KINDS = {"full_attention", "sliding_attention"}
+
+
+def for_fewer_key_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``kernel``, torch's ``varlen_attn``, for keys and values with fewer heads than the queries. Newer versions
+    must be asked for that (``enable_gqa``); torch 2.11 does it unasked and does not take the argument."""
+    return partial(kernel, enable_gqa=True) if "enable_gqa" in inspect.signature(kernel).parameters else kernel
+
+
+_grouped_varlen_attn = for_fewer_key_heads(varlen_attn)
 
 
 def check_packable(model: PreTrainedModel) -> None:
@@ -103,17 +115,26 @@ def varlen_attention(
             "length-grouped or shuffled, and padding_free: false",
             key="training.batching",
         )
-    grouped = query.shape[1] != key.shape[1]
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and query.shape[-1] <= 256:
-        from torch.nn.attention.varlen import varlen_attn
-
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        at, longest = cu_seq_lens_q, max_length_q
-        result = varlen_attn(q, k, v, at, at, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)
-        assert isinstance(result, Tensor)
-        return result.unsqueeze(0), None
+        return _in_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     return _one_by_one(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+
+
+def _in_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    kernel = varlen_attn if query.shape[1] == key.shape[1] else _grouped_varlen_attn
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    sides = (-1 if window is None else window - 1, 0)
+    result = kernel(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=sides)
+    assert isinstance(result, Tensor)
+    return result.unsqueeze(0)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled anew

@@ -207,8 +207,7 @@ class DataParallel(Engine):
     def load_optimizer_state(self, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         for parameter, state in states.items():
             for key, tensor in state.items():
-                like = tensor.shape == parameter.shape
-                self.optimizer.state[parameter][key] = tensor.to(parameter.device) if like else tensor
+                self.optimizer.state[parameter][key] = _placed(self.optimizer, parameter, tensor)
 
 
 class FullyShard(Engine):
@@ -289,9 +288,8 @@ class FullyShard(Engine):
             assert isinstance(parameter, DTensor)
             for key, tensor in state.items():
                 if tensor.shape == parameter.shape:
-                    parts = distribute_tensor(tensor.to(self.mesh.device_type), self.mesh, parameter.placements)
-                    tensor = parts.to(parameter.device)
-                self.optimizer.state[parameter][key] = tensor
+                    tensor = distribute_tensor(tensor.to(self.mesh.device_type), self.mesh, parameter.placements)
+                self.optimizer.state[parameter][key] = _placed(self.optimizer, parameter, tensor)
 
 
 class Zero(Engine):
@@ -410,7 +408,7 @@ class Zero(Engine):
         for flat in flats:
             for key, tensor in example.items():
                 empty = torch.zeros_like(flat.data) if tensor.dim() > 0 else tensor.clone()
-                self.optimizer.state[flat][key] = empty
+                self.optimizer.state[flat][key] = _placed(self.optimizer, flat, empty)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for parameter, state in states.items():
@@ -440,6 +438,12 @@ def _deepspeed(accelerator: Accelerator) -> Any:
             dist_backend="nccl" if accelerator.device.type == "cuda" else "gloo", auto_mpi_discovery=False
         )
     return deepspeed
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Tensor) -> Tensor:
+    """Move state to where ``optimizer`` wants it. The count of steps is on the CPU, unless a fused kernel counts."""
+    fused = optimizer.param_groups[0].get("fused")
+    return state.to(parameter.device) if fused or state.shape == parameter.shape else state
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import group
 from .adapters.base import Adapter
@@ -41,15 +41,18 @@ def train_step(
     Raises:
         torch.OutOfMemoryError: where workers wait for each other in the forward pass, and could not try again.
     """
-    loss_sum, failed = 0.0, 0.0
+    mine, failed = None, 0.0
     try:
         with packed(fast):
-            loss_sum = accumulate(engine, losses, placed, train, work, recipe, step)
+            mine = accumulate(engine, losses, placed, train, work, recipe, step)
     except torch.OutOfMemoryError:
         if engine.sharded:
             raise
         failed = 1.0
-    loss_sum, failed = group.sum_over_workers(engine.accelerator, [loss_sum, failed])
+    if failed and engine.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is free may lie in pieces that are too small
+    # Read here and not inside: there the host would wait for the GPU before it queues what ``packed`` does at its end.
+    loss_sum, failed = group.sum_over_workers(engine.accelerator, [0.0 if mine is None else float(mine), failed])
     return None if failed else loss_sum / int(train.supervised[work.batch].sum())
 
 
@@ -61,8 +64,8 @@ def accumulate(
     work: Step,
     recipe: Recipe,
     step: int,
-) -> float:
-    """Forward and backward of this worker's micro-batches. Returns the sum of their losses."""
+) -> Tensor:
+    """Forward and backward of this worker's micro-batches. Returns the sum of their losses: fp64, on the device."""
     accelerator = engine.accelerator
     total_tokens = int(train.supervised[work.batch].sum())
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -83,10 +86,10 @@ def accumulate(
             if last and (penalty := recipe.adapter.penalty(placed)) is not None:
                 loss = loss + penalty
             engine.backward(loss, last=last)
-    return float(loss_sum)
+    return loss_sum
 
 
-def restore(engine: Engine, model: nn.Module, rules: Mapping[str, torch.Tensor]) -> None:
+def restore(engine: Engine, model: nn.Module, rules: Mapping[str, Tensor]) -> None:
     """As if the step had not been tried: no gradients, and what the method's rule has counted before it."""
     engine.zero_grad()
     for name, tensor in rule_state(model).items():

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -360,7 +360,16 @@ def peak_memory_bytes() -> int:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     others = ("torch", "transformers", "accelerate", "lion-pytorch")
-    return {"rasa_train": __version__, **{name: version(name) for name in others}}
+    return {"rasa_train": __version__, **{name: version_of(name) or "unknown" for name in others}}
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package. None where the package has no metadata: it is not installed, or it is a
+    plain folder on the import path."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _here() -> str:

@@ -79,6 +79,32 @@ class Watch:
         )
 
 
+class Room:
+    """How much a worker computes at once, now that steps may run out of memory.
+
+    A single shortage has passing causes: another process on the GPU, a batch of a rare shape, memory in pieces. So the
+    step is repeated with less at once, and the next step begins with the usual limit again. Where ``SHORTAGES`` of the
+    last ``SHORTAGES_WITHIN`` steps ran out of memory, the smaller limit becomes the usual one. Equal on all workers.
+    """
+
+    SHORTAGES, SHORTAGES_WITHIN = 3, 100
+
+    def __init__(self, limit: Limit, say: Callable[[str], None]) -> None:
+        self.usual = limit
+        """The limit that a step begins with."""
+        self.say = say
+        self._short: list[int] = []
+
+    def finished(self, step: int, limit: Limit) -> None:
+        """Take note that ``step`` (counted from 1) was finished with this ``limit``."""
+        if limit == self.usual:
+            return
+        self._short = [*(earlier for earlier in self._short if step - earlier < self.SHORTAGES_WITHIN), step]
+        if len(self._short) == self.SHORTAGES:
+            self.usual, self._short = limit, []
+            self.say(f"{self.SHORTAGES} steps have run out of memory: from here on at most {limit} at once")
+
+
 def smaller(limit: Limit, batch: np.ndarray, lengths: np.ndarray, workers: int) -> Limit:
     """About half as much at once as the largest micro-batch that ``limit`` makes of ``batch``.
 

@@ -13,6 +13,10 @@ MOST = 16_384
 ENOUGH = 4_096
 """Tokens at once below which a GPU is no longer busy: rather recompute layers than go there."""
 
+MARGIN = 0.08
+"""Share of a GPU's memory that a try must leave free: later batches have other shapes, and leave memory in other
+pieces."""
+
 
 @dataclass(frozen=True)
 class Setting:

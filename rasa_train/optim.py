@@ -108,8 +108,16 @@ class Lion(torch.optim.Optimizer):
 def make_optimizer(config: LionW | AdamW, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     if isinstance(config, LionW):
         return Lion(parameters, config)
-    return torch.optim.AdamW(  # torch takes its foreach implementation on a GPU
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    trained = list(parameters)
+    return torch.optim.AdamW(
+        trained,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True
+        if trained and all(p.is_cuda for p in trained)
+        else None,  # a few kernels a step; None: torch's choice
     )
 
 

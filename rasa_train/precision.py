@@ -11,6 +11,8 @@ are what they are with any base.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -40,9 +42,13 @@ class Narrow(nn.Module, ABC):
     def dense(self) -> Tensor:
         """W as it is used (out, in), in ``dtype``."""
 
+    def ready(self, x: Tensor) -> Any:
+        """x (tokens, in) in the form in which ``product`` multiplies it, for all linears that are held alike."""
+        return x
+
     @abstractmethod
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T for x (tokens, in)."""
+    def product(self, ready: Any) -> Tensor:
+        """x W^T for ``ready(x)``."""
 
     @abstractmethod
     def gradient(self, dy: Tensor) -> Tensor:
@@ -70,16 +76,22 @@ class Fp8(Narrow):
     def dense(self) -> Tensor:
         return (self.rows.float() * self.row_scales).to(self.dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        return self._scaled(x, self.rows, self.row_scales)
+    def ready(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return to_fp8(x)
+
+    def product(self, ready: tuple[Tensor, Tensor]) -> Tensor:
+        return self._scaled(*ready, self.rows, self.row_scales)
 
     def gradient(self, dy: Tensor) -> Tensor:
-        return self._scaled(dy, self.columns, self.column_scales)
+        return self._scaled(*to_fp8(dy), self.columns, self.column_scales)
 
-    def _scaled(self, left: Tensor, right: Tensor, scales: Tensor) -> Tensor:
-        narrow, of_left = to_fp8(left)
+    def _scaled(self, left: Tensor, left_scales: Tensor, right: Tensor, scales: Tensor) -> Tensor:
         out = self.dtype if self.dtype != torch.float32 else torch.bfloat16
-        result = torch._scaled_mm(narrow, right.t(), scale_a=of_left, scale_b=scales.t(), out_dtype=out)
+        # Sums within a product in the matrix units' own precision (about 14 bits), which is finer than the operands and
+        # twice as fast on Hopper; the flag says nothing on other devices.
+        result = torch._scaled_mm(
+            left, right.t(), scale_a=left_scales, scale_b=scales.t(), out_dtype=out, use_fast_accum=left.is_cuda
+        )
         return result.to(self.dtype)
 
 
@@ -99,8 +111,8 @@ class Nf4(Narrow):
         dense: Tensor = bnb.dequantize_4bit(self.packed, self.state)
         return dense.to(self.dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense())
+    def product(self, ready: Tensor) -> Tensor:
+        return F.linear(ready, self.dense())
 
     def gradient(self, dy: Tensor) -> Tensor:
         return dy @ self.dense()
@@ -112,12 +124,17 @@ def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / scales).to(FP8), scales
 
 
-def product(x: Tensor, weight: Tensor | Narrow, bias: Tensor | None) -> Tensor:
-    """x W^T + bias (tokens, out), a tensor of its own."""
-    if not isinstance(weight, Narrow):
-        return F.linear(x, weight, bias)
-    y = weight.product(x)
-    return y if bias is None else y.add_(bias)
+def products(x: Tensor, weights: Iterable[Tensor | Narrow], biases: Iterable[Tensor | None]) -> Iterator[Tensor]:
+    """x W_i^T + bias_i (tokens, out_i) for each i, tensors of their own. x is made ready once for all W_i, which are of
+    one form."""
+    ready = None
+    for weight, bias in zip(weights, biases, strict=True):
+        if not isinstance(weight, Narrow):
+            yield F.linear(x, weight, bias)
+            continue
+        ready = weight.ready(x) if ready is None else ready
+        y = weight.product(ready)
+        yield y if bias is None else y.add_(bias)
 
 
 def add_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor | Narrow) -> Tensor:
@@ -125,6 +142,19 @@ def add_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor | Narrow) -> Tens
     if isinstance(weight, Narrow):
         return weight.gradient(dy) if dx is None else dx.add_(weight.gradient(dy))
     return dy @ weight if dx is None else dx.addmm_(dy, weight)
+
+
+@contextmanager
+def full_sums() -> Iterator[None]:
+    """Make cuBLAS add up the parts of a bf16 product in fp32. The gradient of a factor has few rows and sums over all
+    tokens, so cuBLAS likes to compute it in parts; by default it may round the sum of each part to bf16."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_bf16_reduced_precision_reduction
+    flags.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        flags.allow_bf16_reduced_precision_reduction = before
 
 
 def narrow(weight: Tensor, base: Base) -> Narrow:
@@ -149,7 +179,7 @@ class NarrowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Narrow) -> Tensor:
         ctx.weight = weight
-        return weight.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(weight))
+        return weight.product(weight.ready(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

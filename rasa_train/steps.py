@@ -149,7 +149,8 @@ def memory_suffices(
     limit: Limit,
     training: TrainingConfig,
 ) -> bool:
-    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU. Leaves no trace."""
+    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU, with ``memory.MARGIN``
+    of it to spare. Leaves no trace."""
     device = engine.accelerator.device
     by_length = np.argsort(-train.lengths, kind="stable")
     ends = np.cumsum(train.lengths[by_length])
@@ -157,10 +158,11 @@ def memory_suffices(
     batch = batch_of(train, by_length[:number], training.flat, device)
     state = {name: tensor.clone() for name, tensor in rule_state(model).items()}
     moments = 1 if isinstance(training.optimizer, LionW) else 2
-    size = moments * sum(p.numel() for p in trainable(model).values())
+    size = moments * sum(p.nbytes for p in trainable(model).values())  # fp32, as the optimizer's state is
+    spare = int(memory.MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
     def attempt() -> None:  # a function, so that nothing of it is held afterwards
-        room = torch.empty(size, device=device)
+        room = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(spare, dtype=torch.uint8, device=device)
         with packed(fast), engine.synchronizing(False):
             engine.backward(losses(engine.model, on_device(batch, device)), last=False)
         del room

@@ -112,7 +112,8 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
         report.say(f"{len(data.train):,} examples, {total_steps:,} steps of {training.batch_size} sequences")
         report.start(progress.step, f"resuming from {found} (step {progress.step} of {total_steps})" if found else None)
 
-        limit = fitting = fit(engine, losses, model, fast, data.train, training, report.say)
+        limit = fit(engine, losses, model, fast, data.train, training, report.say)
+        room = guards.Room(limit, report.say)
         save = partial(save_checkpoint, engine, directory, recipe, model, shapes, data.key)
         watch, unsaved = guards.Watch(training.max_skipped, report.say), False
         planned = plan_steps(recipe, data.train, limit, accelerator, range(progress.step, total_steps), steps_per_epoch)
@@ -122,14 +123,16 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             lr = training.optimizer.lr * lr_factor(training.schedule, step, total_steps)
             set_lr(engine.optimizer, lr)
 
+            fitting = room.usual
             if fitting != limit:  # planned with as much at once as has turned out not to fit
                 work = step_of(batch, data.train, fitting, training.flat, accelerator)
             rules = {name: tensor.clone() for name, tensor in rule_state(model).items()}
             while (loss := train_step(engine, losses, placed, fast, data.train, work, recipe, step)) is None:
                 restore(engine, model, rules)
                 fitting = guards.smaller(fitting, batch, data.train.lengths, accelerator.num_processes)
-                report.say(f"step {step + 1}: out of memory; from here on at most {fitting} at once, the same batch")
+                report.say(f"step {step + 1}: out of memory; the same batch again, at most {fitting} at once")
                 work = step_of(batch, data.train, fitting, training.flat, accelerator)
+            room.finished(step + 1, fitting)
             grad_norm = engine.step(loss)
             if skipped := watch.skipped(step + 1, loss, grad_norm):
                 restore(engine, model, rules)
@@ -157,7 +160,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> d
             }
             if data.validation and due(training.validate_every, progress.step, epoch_done, done):
                 with packed(fast):
-                    row["validation_loss"] = validate(engine, losses, data.validation, fitting, training.flat)
+                    row["validation_loss"] = validate(engine, losses, data.validation, room.usual, training.flat)
                 report.say(f"step {progress.step}: validation loss {row['validation_loss']:.4f}")
             if measure and due(measure.every, progress.step, epoch_done, done):
                 with loss_of.with_logits(model), attention.padded(model), mixed(recipe, model), packed(fast):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +47,45 @@ def test_help_loads_nothing_heavy(name: str) -> None:
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("train",), "RECIPE is missing"),
+        (("train", "r.yaml", "--nproc", "b"), "--nproc must be a number of processes or auto, got 'b'"),
+        (("train", "--nonsense"), "No such option: --nonsense"),
+        (("merge", "run"), "Missing option '--output'"),
+        (("bench", "--rounds", "many"), "'--rounds'"),
+        (("eval", "run", "--suite"), "'--suite'"),
+        (("report",), "Missing argument"),
+        (("analyze", "reconstruct", "--x"), "No such option: --x"),
+    ],
+)
+def test_wrong_options_are_said_in_one_line(command: tuple[str, ...], says: str, cli: Cli) -> None:
+    done = cli(*command)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr and not done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("expandable_segments:True", None)),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, ("max_split_size_mb:64", None)),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, (None, "backend:cudaMallocAsync")),
+    ],
+)
+def test_memory_of_a_gpu_grows_in_place_unless_the_user_says_otherwise(
+    given: dict[str, str], expected: tuple[str | None, str | None]
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    code = (
+        f"import os, sys, rasa_train.cli.train; print(*map(os.environ.get, {names})); assert 'torch' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(value) for value in expected]
 
 
 def test_a_wrong_recipe_is_told_without_transformers(tmp_path: Path) -> None:
@@ -197,7 +237,7 @@ def assert_user_error(done: subprocess.CompletedProcess[str], words: str) -> Non
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert re.search(words, done.stderr, re.DOTALL), done.stderr
-    assert done.stderr.startswith(("error: ", "Usage"))
+    assert done.stderr.startswith("error: ")
 
 
 def test_copy_a_shipped_recipe(tmp_path: Path, cli: Cli) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from rasa_train import checkpoint, gradients
 from rasa_train.data.batching import Limit
 from rasa_train.errors import DeviceLost, UserError
-from rasa_train.guards import Watch, explained, smaller
+from rasa_train.guards import Room, Watch, explained, smaller
 from rasa_train.run_dir import RunDirectory
 from tests.conftest import Cli
 from tests.test_train import RECIPE, metrics
@@ -81,28 +82,69 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_batch(
     assert all(rows[one["index"]]["input_ids"] == one["input_ids"] for one in kept["examples"])
 
 
-def test_less_at_once_where_memory_runs_out(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than two sequences do not fit: the same numbers as with two from the start, and every later step fits."""
-    options = ["adapter.dropout=0", "training.epochs=1", "training.micro_batch_size=8"]
-    cli("train", recipe, *options, "training.micro_batch_size=2", "output_dir=small", check=True)
-    plain, tried, validated = gradients.on_device, [], []
+def out_of_memory_where(
+    monkeypatch: pytest.MonkeyPatch, short: Callable[[int, int], bool]
+) -> tuple[list[int], list[int]]:
+    """Let a micro-batch run out of memory where ``short(sequences, number of tries before)``. Returns the sequences of
+    each try, and of each micro-batch of a validation."""
+    plain, tried, validated = gradients.on_device, list[int](), list[int]()
 
     def on_device(batch, device):  # type: ignore[no-untyped-def]
         if not torch.is_grad_enabled():
             validated.append(len(batch["input_ids"]))
         else:
             tried.append(len(batch["input_ids"]))
-            if tried[-1] > 2:
+            if short(tried[-1], len(tried) - 1):
                 raise torch.OutOfMemoryError("no room")
         return plain(batch, device)
 
     monkeypatch.setattr(gradients, "on_device", on_device)
-    done = cli("train", recipe, *options, check=True)
-    assert tried[:2] == [8, 4] and max(tried[2:]) == 2 and done.stderr.count("out of memory") == 2
-    assert max(validated) == 2, "validation takes no more than a step"
+    return tried, validated
+
+
+SHORT = ["adapter.dropout=0", "training.epochs=1", "training.micro_batch_size=8"]
+
+
+def same_numbers(directory: Path) -> None:
     for key in ("loss", "grad_norm"):
-        a, b = ([row[key] for row in metrics(recipe.parent / name)] for name in ("run", "small"))
+        a, b = ([row[key] for row in metrics(directory / name)] for name in ("run", "small"))
         assert a == pytest.approx(b, rel=1e-5), key
+
+
+def test_less_at_once_where_memory_runs_out(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than two sequences never fit: the same numbers as with two from the start, and after the third step that
+    ran out of memory nothing larger is tried."""
+    cli("train", recipe, *SHORT, "training.micro_batch_size=2", "output_dir=small", check=True)
+    tried, validated = out_of_memory_where(monkeypatch, lambda sequences, before: sequences > 2)
+    done = cli("train", recipe, *SHORT, check=True)
+    again = [8, 4, 2, 2, 2, 2]
+    assert tried[:18] == again * 3 and max(tried[18:]) == 2 and tried[18:], tried
+    assert done.stderr.count("out of memory; the same batch again") == 6
+    assert done.stderr.count("3 steps have run out of memory: from here on at most 2 sequences at once") == 1
+    assert max(validated) == 2, "validation takes no more than a step"
+    same_numbers(recipe.parent)
+
+
+def test_one_shortage_does_not_last(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the second step runs out of memory, once; the step after it computes eight sequences at once again."""
+    cli("train", recipe, *SHORT, "training.micro_batch_size=2", "output_dir=small", check=True)
+    tried, _ = out_of_memory_where(monkeypatch, lambda sequences, before: before == 1)
+    done = cli("train", recipe, *SHORT, check=True)
+    assert tried[:5] == [8, 8, 4, 4, 8] and "from here on" not in done.stderr
+    assert "step 2: out of memory; the same batch again, at most 4 sequences at once" in done.stderr
+    same_numbers(recipe.parent)
+
+
+def test_rare_shortages_do_not_add_up() -> None:
+    said: list[str] = []
+    room, less = Room(Limit(tokens=4096), said.append), Limit(tokens=2048)
+    for step in (1, 90, 101, 200, 201):  # never three of a hundred
+        room.finished(step, less)
+    assert room.usual == Limit(tokens=4096) and not said
+    room.finished(202, less)
+    assert room.usual == less and said == ["3 steps have run out of memory: from here on at most 2,048 tokens at once"]
+    room.finished(203, less)
+    assert len(said) == 1, "the usual limit is no shortage"
 
 
 def test_one_sequence_that_does_not_fit_is_the_users(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_small_and_expanded_tensors_stay() -> None:
     assert moved.bytes == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_memory_of_a_gpu() -> None:
     def peak(source: str) -> int:
         torch.manual_seed(0)

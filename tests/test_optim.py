@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from lion_pytorch import Lion as Oracle
-from torch import nn
+from torch import Tensor, nn
 
-from rasa_train.optim import LionW, make_optimizer, set_lr
+from rasa_train.distributed import DataParallel
+from rasa_train.optim import AdamW, LionW, make_optimizer, set_lr
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -35,3 +36,30 @@ def test_lion_is_lion_pytorch_to_the_bit(weight_decay: float) -> None:
         for p, q in zip(ours, theirs, strict=True)
         if p is not ours[3]
     )
+
+
+@pytest.mark.gpu
+def test_adamw_on_a_gpu_is_fused_and_resumes() -> None:
+    """The fused kernel against torch's loop over tensors on the CPU, its state carried over in the middle."""
+    torch.manual_seed(0)
+    values, gradients = [torch.randn(7, 5) for _ in range(9)], [torch.randn(7, 5) for _ in range(6)]
+
+    def run(device: str, handed_over: bool) -> list[Tensor]:
+        parameters = [nn.Parameter(value.to(device)) for value in values]
+        engine = DataParallel.__new__(DataParallel)
+        engine.optimizer = make_optimizer(AdamW(lr=1e-2), parameters)
+        for step, gradient in enumerate(gradients):
+            if handed_over and step == 3:
+                states = {p: {key: t.cpu() for key, t in engine.optimizer.state[p].items()} for p in parameters}
+                engine.optimizer = make_optimizer(AdamW(lr=1e-2), parameters)
+                engine.load_optimizer_state(states)
+            for parameter in parameters:
+                parameter.grad = gradient.to(device)
+            engine.optimizer.step()
+        assert bool(engine.optimizer.param_groups[0]["fused"]) == (device == "cuda")
+        return [parameter.detach().cpu() for parameter in parameters]
+
+    expected = run("cpu", False)
+    for handed_over in (False, True):
+        for a, b in zip(run("cuda", handed_over), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

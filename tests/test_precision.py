@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rasa_train import precision
 from rasa_train.adapters import METHODS
 from rasa_train.adapters.inject import adapt, groups, narrow_base, trainable
 from rasa_train.adapters.kernels import packed
@@ -65,6 +68,40 @@ def gradients(model: nn.Module, *, fast: bool) -> Tensor:
     found = torch.cat([p.grad.flatten() for p in trainable(model).values() if p.grad is not None])
     model.zero_grad()
     return found
+
+
+def test_linears_that_share_an_input_quantise_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 layers of 7 linears in 4 groups: the forward pass quantises 4 inputs a layer; the backward pass 7 gradients a
+    layer, less 3 in the first, where the input of q, k and v comes from the frozen embedding and needs none."""
+    model, calls = tiny("lora"), list[tuple[int, ...]]()
+    narrow_base(model, "fp8", torch.device("cpu"))
+
+    def counted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(tuple(matrix.shape))
+        return to_fp8(matrix)
+
+    monkeypatch.setattr(precision, "to_fp8", counted)
+    gradients(model, fast=True)
+    assert len(calls) == 2 * 4 + 2 * 7 - 3
+
+
+def test_gradients_of_factors_are_summed_in_full() -> None:
+    """The flag of cuBLAS is off for every product of the backward pass, and as before afterwards."""
+    seen: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            in_backward = torch._C._current_graph_task_id() != -1
+            if in_backward and "out" in (kwargs or {}):  # how the gradients of factors are written
+                seen.append(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+            return func(*args, **(kwargs or {}))
+
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    for method in ("lora", "mora"):
+        with Watch():
+            gradients(tiny(method), fast=True)
+    assert before and len(seen) > 20 and not any(seen)
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == before
 
 
 @pytest.mark.parametrize("base", BOTH)

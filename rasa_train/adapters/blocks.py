@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..precision import Narrow, add_gradient, product
+from ..precision import Narrow, add_gradient, full_sums, products
 from .base import Adapter
 from .dropout import dropout
 from .flat import Flat, Packed, blocks
@@ -109,12 +109,11 @@ class SharedBlockInput(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         dropped, mask, factor = dropout(rows, p)
         results = []
-        for W, bias, T in zip(*operands, strict=True):
-            y = product(rows, W, bias)
+        for y, T in zip(products(rows, operands.weights, operands.biases), operands.blocks, strict=True):
             z = _by_block(wrap(dropped, _size(T)), T.mT)
-            for start in range(0, len(W), _size(T)):
-                y[:, start : start + _size(T)].add_(z[:, : len(W) - start])
-            results.append(y.view(*x.shape[:-1], len(W)))
+            for start in range(0, y.shape[1], _size(T)):
+                y[:, start : start + _size(T)].add_(z[:, : y.shape[1] - start])
+            results.append(y.view(*x.shape[:-1], y.shape[1]))
         ctx.save_for_backward(dropped, mask)
         ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)
@@ -122,6 +121,7 @@ class SharedBlockInput(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
+    @full_sums()
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         dropped, mask = ctx.saved_tensors
         needs_x, _, _, needs_flat = ctx.needs_input_grad

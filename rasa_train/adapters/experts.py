@@ -95,7 +95,9 @@ def is_fused(module: nn.Module) -> bool:
 def is_supported(module: nn.Module) -> bool:
     """Whether fused expert weights are laid out as above: not transposed, interleaved, biased or ungated."""
     flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    if any(getattr(module, name, None) != value for name, value in (flags | {"has_post_expert_norm": False}).items()):
+    if any(getattr(module, name, None) != value for name, value in flags.items()):
+        return False
+    if getattr(module, "has_post_expert_norm", False):  # a transformers without this flag has no such experts
         return False
     E, H, I = (int(getattr(module, name, 0)) for name in ("num_experts", "hidden_dim", "intermediate_dim"))
     shapes: Mapping[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}

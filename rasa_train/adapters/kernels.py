@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..precision import Narrow, NarrowLinear, add_gradient, product
+from ..precision import Narrow, NarrowLinear, add_gradient, full_sums, products
 from . import seeded
 from .base import ALIGNMENT, Adapter, FactorAdapter, Factors
 from .blocks import BlockAdapter, pack_blocks
@@ -288,10 +288,9 @@ class SharedInput(torch.autograd.Function):
             dropped, mask, factor = rows, None, 1.0  # the draw says it
             z = torch.ops.rasa_train.project(rows, A, *draw)
         results = []
-        for W, bias, Bt, own in zip(weights, biases, Bts, columns, strict=True):
-            y = product(rows, W, bias)
+        for y, Bt, own in zip(products(rows, weights, biases), Bts, columns, strict=True):
             y.addmm_(z[:, own], Bt if isinstance(Bt, Tensor) else Bt.Bd.t())
-            results.append(y.view(*x.shape[:-1], len(W)))
+            results.append(y.view(*x.shape[:-1], y.shape[1]))
         ctx.save_for_backward(dropped, mask, z)
         ctx.draw, ctx.factor, ctx.operands, ctx.flat, ctx.lead = draw, factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)
@@ -299,6 +298,7 @@ class SharedInput(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
+    @full_sums()
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         dropped, mask, z = ctx.saved_tensors
         weights, _, A, trains_A, Bts, columns = ctx.operands

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..adapters.lora import LoRA
 from ..adapters.mora import MoRA
 from ..adapters.rasa import RaSA
 from ..adapters.vera import VeRA
+from ..errors import UserError
 from .peers import place_paper_rasa, place_per_linear
 from .shapes import LinearStack, shared_copy
 from .workloads import Loss, Problem
@@ -27,6 +28,9 @@ Label = tuple[str, str | None]
 """Names of an engine and its method."""
 NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
 """What ``Engine.name`` can be."""
+BASE: Label = ("base", None)
+METHODS = {"lora", "rasa", "vera", "mora"}
+"""What the method of an engine can be."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Contender:
 
 
 def engines(width: int, dropout: float) -> list[Engine]:
-    """All of them, the frozen base first.
+    """All engines for a model of this width, the frozen base first.
 
     Hyper-parameters are the paper's for mathematics at LoRA r = 8; VeRA's rank is a quarter of the model's width, as
     the paper's 1024 is of 4096. The per-linear function has no dropout: unsloth leaves its fast path when there is.
@@ -106,6 +110,48 @@ def engines(width: int, dropout: float) -> list[Engine]:
         Engine("ours", VeRA(r=min(1024, width // 4), dropout=dropout), _place_ours),
         Engine("ours", MoRA(r=8, dropout=dropout), _place_ours),
     ]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engines to run, beside the frozen base, which always is; None for all."""
+
+    engines: frozenset[str] | None = None
+    methods: frozenset[str] | None = None
+
+    @classmethod
+    def read(cls, names: str | None, methods: str | None) -> Choice:
+        """Read the values of ``--engines`` and ``--methods``, names separated by commas.
+
+        Raises:
+            UserError: a name is unknown, or none of the engines has one of the methods.
+        """
+        choice = cls(_known("--engines", names, NAMES), _known("--methods", methods, METHODS))
+        others = (choice.engines or NAMES) - {"base"}
+        if others and len(choice.of(engines(64, 0.0))) == 1:
+            raise UserError(f"--engines {names} --methods {methods}: none of these engines has one of these methods")
+        return choice
+
+    def of(self, every: Sequence[Engine]) -> list[Engine]:
+        """The chosen ones of ``every``, the frozen base first."""
+        return [
+            engine
+            for engine in every
+            if engine.method is None
+            or (
+                (self.engines is None or engine.name in self.engines)
+                and (self.methods is None or engine.method.method in self.methods)
+            )
+        ]
+
+
+def _known(option: str, given: str | None, known: set[str]) -> frozenset[str] | None:
+    if given is None:
+        return None
+    chosen = {name.strip() for name in given.split(",")}
+    if unknown := sorted(chosen - known):
+        raise UserError(f"{option}: there is no {', '.join(unknown)}; there are {', '.join(sorted(known))}", key=option)
+    return frozenset(chosen)
 
 
 def contender(engine: Engine, problem: Problem, *, own_stack: bool = False) -> Contender:

@@ -36,6 +36,7 @@ def table(result: dict[str, Any]) -> str:
             f"NOT TIMED: {row['engine']} {row['method']} is wrong: loss off by {row['loss_error']:.1e}, gradients by "
             f"{row['gradient_error']:.1e} (cosine {row['gradient_cosine']:.4f})"
         )
+    lines += [f"does not fit: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["does_not_fit"]]
     lines += [f"not run: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["skipped"]]
     return "\n".join(lines)
 

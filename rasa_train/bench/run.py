@@ -4,56 +4,64 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..group import versions
+from ..group import version_of, versions
+from ..memory import MARGIN
 from . import gate
 from .counters import count
-from .engines import Contender, Engine, Label, contender, engines, give, values_for
-from .shapes import LINEARS, architecture, random_model
+from .engines import BASE, Choice, Contender, Engine, Label, contender, engines, give, values_for
+from .room import MOST_TOKENS, most_tokens
+from .shapes import LINEARS, LinearStack, architecture, random_model
 from .timing import by_operation, interleaved, peak_in_own_process
 from .workloads import Problem, describe, language_model, lengths, linears
 
 
-def compare(
-    shape: str,
-    workload: str,
-    *,
-    tokens: int,
-    dtype: torch.dtype,
-    dropout: float,
-    own_stacks: bool,
-    only: set[str] | None,
-    warmup: int,
-    rounds: int,
-    device: torch.device,
-    profile: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Protocol:
+    """How engines are compared."""
+
+    dtype: torch.dtype
+    """Dtype of the base; the gate is run in bf16 whatever it is."""
+    dropout: float
+    own_stacks: bool
+    """Give ``stock`` engines full logits, padded batches and recomputed activations, as their users have; else all but
+    the adapter is the same for all."""
+    choice: Choice
+    warmup: int
+    """Steps of each engine that are not timed."""
+    rounds: int
+    """Steps of each engine that are timed."""
+    profile: bool = False
+    """Also run a step of each engine under torch's profiler, afterwards."""
+
+
+def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, device: torch.device) -> dict[str, Any]:
     """Time engines on the same tokens. Returns what ``rasa-bench --json`` prints.
+
+    An engine that runs out of memory is listed in ``does_not_fit``, and the others go on.
 
     Args:
         shape: ``linears-1024``, a name in ``SHAPES``, or a path.
-        tokens: of one step, for the workloads ``packed`` and ``long``.
-        dtype: of the base; the gate is run in bf16 whatever it is.
-        own_stacks: give ``stock`` engines full logits, padded batches and recomputed activations, as their users
-            have; else all but the adapter is the same for all.
-        only: names of the engines to run, besides the frozen base; None for all.
-        warmup, rounds: steps of each engine that are not timed, and that are.
-        profile: also run a step of each under torch's profiler, afterwards.
+        tokens: tokens of a step for the workloads ``packed`` and ``long``. None: 1,024 on a CPU; on a GPU as many as
+            the memory holds for the most demanding of the engines, up to ``MOST_TOKENS``.
     Raises:
-        UserError: the shape is none.
+        UserError: there is no such shape, or the frozen base alone does not fit.
     """
-    sizes = lengths(workload, tokens)
-    problem = _problem(shape, sizes, workload == "padded", dtype, device)
-    chosen = [e for e in engines(problem.width, dropout) if only is None or e.name in (*only, "base")]
+    with _base_fits(shape, tokens):
+        base = _base(shape, protocol.dtype, device)
+    width = base.width if isinstance(base, LinearStack) else base.config.hidden_size
+    chosen = protocol.choice.of(engines(width, protocol.dropout))
     skipped = [{**_names(e), "why": f"{e.needs} is not installed"} for e in chosen if e.missing]
     chosen = [e for e in chosen if not e.missing]
 
@@ -62,74 +70,140 @@ def compare(
     failed = [{**_names(e), **vars(verdicts[e.label])} for e in chosen if not verdicts[e.label].passed]
     chosen = [e for e in chosen if verdicts[e.label].passed]
 
-    held = _held(problem.base)
-    ready: dict[Label, Contender] = {}
-    peaks: dict[Label, int | None] = {}
+    if tokens is None:
+        tokens = _tokens(base, chosen, protocol.own_stacks, device)
+    sizes = lengths(workload, tokens)
+    problem = _problem(base, sizes, padded=workload == "padded", dtype=protocol.dtype, device=device)
+    contest = Contest(problem, protocol, device)
     for engine in chosen:
-        print(f"building {_title(engine)}", file=sys.stderr)
-        build = partial(_ready, problem, engine, own_stacks)
-        if device.type == "cuda":
-            ready[engine.label], grown = _gpu_peak(build, device)
-            peaks[engine.label] = held + grown
-        else:
-            own = peak_in_own_process(partial(_twice, build))
-            peaks[engine.label] = None if own is None else held + own
-            ready[engine.label] = build()
-    works = {label: ran.step for label, ran in ready.items()}
-    settle = {label: ran.settle for label, ran in ready.items()}
-    print(f"timing {warmup} + {rounds} rounds", file=sys.stderr)
-    times = interleaved(works, settle, warmup=warmup, rounds=rounds, device=device)
-    base = times["base", None]
-    profiles: dict[Label, dict[str, float]] = {}
-    for label, work in works.items() if profile else ():
-        profiles[label] = by_operation(work, device)
-        settle[label]()
-    rows = [
-        {
-            **_names(engine),
-            "seconds_per_step": statistics.median(took := times[engine.label]),
-            "seconds_range": [min(took), max(took)],
-            "over_base": statistics.median(a / b for a, b in zip(took, base, strict=True)),
-            "tokens_per_second": problem.tokens / statistics.median(took),
-            "peak_memory_bytes": peaks[engine.label],
-            "loss_error": verdicts[engine.label].loss_error,
-            "gradient_error": verdicts[engine.label].gradient_error,
-            "gradient_cosine": verdicts[engine.label].gradient_cosine,
-            **({"seconds_by_operation": profiles[engine.label]} if profile else {}),
-        }
-        for engine in chosen
-    ]
+        contest.enter(engine)
+    with _base_fits(shape, tokens):
+        rows = [{**row, **_errors(verdicts[label])} for label, row in contest.rows().items()]
     return {
         "rows": rows,
         "failed": failed,
         "skipped": skipped,
+        "does_not_fit": [{**_names_of(label), "why": why} for label, why in contest.misfits.items()],
         "shape": shape,
         "workload": {"name": workload, **describe(sizes)},
-        "dtype": str(dtype).removeprefix("torch."),
-        "dropout": dropout,
-        "own_stacks": own_stacks,
-        "rounds": rounds,
+        "dtype": str(protocol.dtype).removeprefix("torch."),
+        "dropout": protocol.dropout,
+        "own_stacks": protocol.own_stacks,
+        "rounds": protocol.rounds,
         **machine(device),
     }
+
+
+class Contest:
+    """Engines on one problem, each built, measured for memory, and then timed in turns."""
+
+    def __init__(self, problem: Problem, protocol: Protocol, device: torch.device) -> None:
+        self.problem, self.protocol, self.device = problem, protocol, device
+        self.misfits: dict[Label, str] = {}
+        """Engines that ran out of memory, and when."""
+        self._held = _held(problem.base)
+        self._ready: dict[Label, Contender] = {}
+        self._peaks: dict[Label, int | None] = {}
+
+    def enter(self, engine: Engine) -> None:
+        """Build an engine and measure the memory of a step."""
+        print(f"building {_title(engine)}", file=sys.stderr)
+        build = partial(_ready, self.problem, engine, self.protocol.own_stacks)
+        try:
+            if self.device.type == "cuda":
+                ran, grown = _gpu_peak(build, self.device)
+                peak: int | None = self._held + grown
+            else:
+                own = peak_in_own_process(partial(_twice, build))
+                ran, peak = build(), None if own is None else self._held + own
+        except torch.OutOfMemoryError:
+            self._drop(engine.label, "building it")
+            return
+        self._ready[engine.label], self._peaks[engine.label] = ran, peak
+
+    def _drop(self, label: Label, doing: str) -> None:
+        """Forget an engine that ran out of memory. Called when its exception, which holds tensors, is gone."""
+        if label == BASE:
+            raise torch.OutOfMemoryError("the frozen base alone does not fit")
+        print(f"{' '.join(filter(None, label))} does not fit", file=sys.stderr)
+        self.misfits[label] = f"out of memory {doing} with {self.problem.tokens:,} tokens"
+        self._ready.pop(label, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rows(self) -> dict[Label, dict[str, Any]]:
+        """Time the engines. Returns a row of results for each that fits."""
+        protocol = self.protocol
+        print(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
+        works = {label: ran.step for label, ran in self._ready.items()}
+        settle = {label: ran.settle for label, ran in self._ready.items()}
+        times = interleaved(
+            works,
+            settle,
+            warmup=protocol.warmup,
+            rounds=protocol.rounds,
+            device=self.device,
+            dropped=lambda label: self._drop(label, "in a step"),
+        )
+        return {
+            label: {
+                **_names_of(label),
+                "seconds_per_step": statistics.median(took),
+                "seconds_range": [min(took), max(took)],
+                "over_base": statistics.median(a / b for a, b in zip(took, times[BASE], strict=True)),
+                "tokens_per_second": self.problem.tokens / statistics.median(took),
+                "peak_memory_bytes": self._peaks[label],
+                **(self._profile(label) if protocol.profile else {}),
+            }
+            for label, took in times.items()
+        }
+
+    def _profile(self, label: Label) -> dict[str, dict[str, float]]:
+        took = by_operation(self._ready[label].step, self.device)
+        self._ready[label].settle()
+        return {"seconds_by_operation": took}
+
+
+@contextmanager
+def _base_fits(shape: str, tokens: int | None) -> Iterator[None]:
+    """Around what needs memory for the frozen base, without which there is nothing to compare with."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        less = "a smaller --shape" if tokens is None else f"--tokens {max(64, tokens // 2)}"
+        with_tokens = "" if tokens is None else f" with {tokens:,} tokens"
+        raise UserError(f"--shape: {shape} does not fit in memory{with_tokens}; try {less}", key="--shape") from None
+
+
+def _tokens(base: nn.Module, chosen: list[Engine], own_stacks: bool, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1_024
+    if not isinstance(base, PreTrainedModel):
+        return MOST_TOKENS
+    free, total = torch.cuda.mem_get_info(device)
+    return most_tokens(base, chosen, own_stacks, room=free - int(MARGIN * total))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one thread"
-    optional: dict[str, str | None] = {}
-    for package in ("peft", "liger-kernel"):
-        try:
-            optional[package] = version(package)
-        except PackageNotFoundError:
-            optional[package] = None
+    optional = {package: version_of(package) for package in ("peft", "triton", "liger-kernel")}
     date = datetime.now(UTC).date().isoformat()
     return {"device": name, "date": date, "versions": {**versions(), **optional}}
 
 
-def _problem(shape: str, sizes: list[int], padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
+def _base(shape: str, dtype: torch.dtype, device: torch.device) -> LinearStack | PreTrainedModel:
     if shape == LINEARS:
-        return linears(sizes, padded=padded, dtype=dtype, device=device)
-    return language_model(random_model(architecture(shape), dtype, device), sizes, flat=not padded)
+        return LinearStack(1024, 32, dtype, device)
+    return random_model(architecture(shape), dtype, device)
+
+
+def _problem(
+    base: LinearStack | PreTrainedModel, sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device
+) -> Problem:
+    if isinstance(base, LinearStack):
+        return linears(base, sizes, padded=padded, dtype=dtype, device=device)
+    return language_model(base, sizes, flat=not padded)
 
 
 def _ready(problem: Problem, engine: Engine, own_stack: bool) -> Contender:
@@ -165,24 +239,31 @@ def _held(model: nn.Module) -> int:
 
 
 def _names(engine: Engine) -> dict[str, str | None]:
-    name, method = engine.label
-    return {"engine": name, "method": method}
+    return _names_of(engine.label)
+
+
+def _names_of(label: Label) -> dict[str, str | None]:
+    return {"engine": label[0], "method": label[1]}
+
+
+def _errors(verdict: gate.Verdict) -> dict[str, float]:
+    return {name: getattr(verdict, name) for name in ("loss_error", "gradient_error", "gradient_cosine")}
 
 
 def _title(engine: Engine) -> str:
     return " ".join(filter(None, engine.label))
 
 
-def count_all(shape: str, dropout: float, only: set[str] | None) -> dict[str, Any]:
-    """The counters of all engines, or ``only`` of those named. Returns what ``rasa-bench --counters --json`` prints.
+def count_all(shape: str, dropout: float, choice: Choice) -> dict[str, Any]:
+    """Count what the chosen engines move and dispatch. Returns what ``rasa-bench --counters --json`` prints.
 
     Raises:
-        UserError: the shape is none that can be counted.
+        UserError: the shape cannot be counted.
     """
     if shape == LINEARS:
         raise UserError(f"--counters counts a whole model, not {LINEARS}; try --shape llama-3.1-8b", key="--shape")
     config = architecture(shape)
-    labels = [engine.label for engine in engines(config.hidden_size, dropout) if only is None or engine.name in only]
+    labels = [engine.label for engine in choice.of(engines(config.hidden_size, dropout))]
     counted = count(config, dropout, labels)
-    rows = [{"engine": engine, "method": method, **vars(c)} for (engine, method), c in counted.items()]
+    rows = [{**_names_of(label), **vars(c)} for label, c in counted.items()]
     return {"rows": rows, "shape": shape, "dropout": dropout, **machine(torch.device("cpu"))}

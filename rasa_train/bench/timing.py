@@ -30,22 +30,39 @@ def seconds(work: Work, device: torch.device) -> float:
 
 
 def interleaved(
-    works: Mapping[Key, Work], settle: Mapping[Key, Work], *, warmup: int, rounds: int, device: torch.device
+    works: Mapping[Key, Work],
+    settle: Mapping[Key, Work],
+    *,
+    warmup: int,
+    rounds: int,
+    device: torch.device,
+    dropped: Callable[[Key], None],
 ) -> dict[Key, list[float]]:
-    """Seconds of each work, one per round; in every round each is run once, in this order.
+    """Time each work once in every round, in this order. Returns the seconds of each, one per round.
 
     Args:
         settle: called after each run, outside the time.
         warmup: rounds that are not counted.
+        dropped: called for a work that runs out of memory. It is not run again, and has no times.
     """
     times: dict[Key, list[float]] = {key: [] for key in works}
     for number in range(warmup + rounds):
-        for key, work in works.items():
-            took = seconds(work, device)
+        for key in list(times):
+            took = _seconds_if_it_fits(works[key], device)
             settle[key]()
-            if number >= warmup:
+            if took is None:
+                del times[key]
+                dropped(key)
+            elif number >= warmup:
                 times[key].append(took)
     return times
+
+
+def _seconds_if_it_fits(work: Work, device: torch.device) -> float | None:
+    try:
+        return seconds(work, device)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def by_operation(work: Work, device: torch.device) -> dict[str, float]:

@@ -101,9 +101,8 @@ def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Pr
     return Problem(base, loss, stock_loss, sum(sizes), base.config.hidden_size, base.dtype)
 
 
-def linears(sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
+def linears(base: LinearStack, sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
     """The seven linears of one layer on as many rows as there are tokens, forward and backward down to the input."""
-    base = LinearStack(1024, 32, dtype, device)
     rows = len(sizes) * max(sizes) if padded else sum(sizes)
     generator = torch.Generator().manual_seed(1)
     x, g = (torch.randn(rows, base.width, generator=generator).to(device, dtype) for _ in range(2))

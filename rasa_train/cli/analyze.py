@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .errors import user_errors
+from .errors import Command, user_errors
 
 if TYPE_CHECKING:
     from ..analysis.updates import Updates
@@ -36,7 +36,7 @@ def main_help() -> None:
     """Reconstruction error, spectra and subspaces of weight updates."""
 
 
-@app.command()
+@app.command(cls=Command)
 def reconstruct(
     source: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER | BASE TUNED]", help="An adapter or run; or two models.")
@@ -100,7 +100,7 @@ def reconstruct(
         print(said)
 
 
-@app.command()
+@app.command(cls=Command)
 def spectrum(
     source: Annotated[
         list[str], typer.Argument(metavar="ADAPTER | BASE TUNED", help="An adapter or run; or two models.")
@@ -148,7 +148,7 @@ def spectrum(
         _table("updates by layer: norms, and ranks by three measures", columns, cells)
 
 
-@app.command()
+@app.command(cls=Command)
 def subspace(
     first: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter or run.")],
     second: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="Another one. (default: the same)")] = None,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .errors import user_errors
+from .errors import Command, user_errors
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     shape: Annotated[
         str | None,
@@ -34,11 +34,18 @@ def bench(
         typer.Option(help="Sequences of mean length 250 end to end; 4 long ones; 3 padded ones, as in the paper."),
     ] = "packed",
     tokens: Annotated[
-        int | None, typer.Option(min=64, help="Of a step, packed or long. (default: 16384 on a GPU, 1024 on a CPU)")
+        int | None,
+        typer.Option(
+            min=64,
+            help="Tokens of a step, packed or long. (default: 1024 on a CPU; on a GPU what fits, up to 16384)",
+        ),
     ] = None,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="On the adapters' input.")] = 0.05,
     engines: Annotated[
-        str | None, typer.Option(help="Which to run, as ours,peft; the frozen base always is. (default: all)")
+        str | None, typer.Option(help="Engines to run, as in ours,peft; the frozen base always is. (default: all)")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to run: lora, rasa, vera, mora, with commas between. (default: all)")
     ] = None,
     own_stacks: Annotated[
         bool,
@@ -77,12 +84,12 @@ def bench(
     rasa-bench --counters --json
     """
     with user_errors(), _quiet():
-        only = _names(engines)
         if counters:
+            from ..bench.engines import Choice
             from ..bench.report import counters_table
             from ..bench.run import count_all
 
-            result = count_all(shape or "llama-3.1-8b", dropout, only)
+            result = count_all(shape or "llama-3.1-8b", dropout, Choice.read(engines, methods))
             print(json.dumps(result) if as_json else counters_table(result))
             return
         if data:
@@ -97,26 +104,17 @@ def bench(
             return
         import torch
 
+        from ..bench.engines import Choice
         from ..bench.report import table
-        from ..bench.run import compare
+        from ..bench.run import Protocol, compare
         from ..bench.shapes import LINEARS
 
+        choice = Choice.read(engines, methods)
         where = _device(device)
         on_gpu = where.type == "cuda"
         torch.set_num_threads(1)
-        result = compare(
-            shape or ("llama-3.1-8b" if on_gpu else LINEARS),
-            workload,
-            tokens=tokens or (16_384 if on_gpu else 1_024),
-            dtype=_dtype(dtype, on_gpu),
-            dropout=dropout,
-            own_stacks=own_stacks,
-            only=only,
-            warmup=warmup,
-            rounds=rounds,
-            device=where,
-            profile=profile,
-        )
+        protocol = Protocol(_dtype(dtype, on_gpu), dropout, own_stacks, choice, warmup, rounds, profile)
+        result = compare(shape or ("llama-3.1-8b" if on_gpu else LINEARS), workload, tokens, protocol, where)
         print(json.dumps(result) if as_json else table(result))
 
 
@@ -130,17 +128,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _names(engines: str | None) -> set[str] | None:
-    if engines is None:
-        return None
-    from ..bench.engines import NAMES
-
-    chosen = set(engines.split(","))
-    if unknown := sorted(chosen - NAMES):
-        raise UserError(f"--engines: there is no {', '.join(unknown)}; there are {', '.join(sorted(NAMES))}")
-    return chosen
 
 
 def _device(name: str) -> Any:

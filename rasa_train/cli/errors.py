@@ -5,10 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
 
 from ..errors import Stopped, UserError
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""The exception for a command line that cannot be read. Typer's own: newer versions carry a copy of click's."""
+
+
+class Command(TyperCommand):
+    """A command that says in one line what is wrong with its options, as it does with everything else."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except USAGE_ERROR as error:
+            print(f"error: {error.format_message().rstrip('.')} (--help lists the options)", file=sys.stderr)
+            sys.exit(USER_ERROR)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .errors import user_errors
+from .errors import Command, user_errors
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     target: Annotated[
         str | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .errors import user_errors
+from .errors import Command, user_errors
 
 if TYPE_CHECKING:
     from ..merge import ExportReport, ExtractReport, MergeReport, VerifyReport
@@ -21,7 +21,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 EXTRACT = "Extract an adapter"
 
 
-@app.command()
+@app.command(cls=Command)
 def merge(
     adapter: Annotated[
         Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or output_dir of a run.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import user_errors
+from .errors import Command, user_errors
 
 if TYPE_CHECKING:
     from ..report.runs import Run
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, or directories of runs (a sweep's).")

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import shipped
-from .errors import user_errors
+from ..errors import UserError
+from .errors import Command, user_errors
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -27,7 +28,7 @@ def _recipes(incomplete: str) -> list[str]:
     return [name for name in (*files, *shipped.runnable()) if name.startswith(incomplete)]
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     recipe: Annotated[
         str | None, typer.Argument(help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes)
@@ -82,17 +83,16 @@ def train(
             print(json.dumps(Recipe.model_json_schema(), indent=2))
             return
         if recipe is None:
-            raise typer.BadParameter("which recipe? For example: rasa-train configs/demo.yaml", param_hint="RECIPE")
+            raise UserError("RECIPE is missing, for example: rasa-train configs/demo.yaml (--help lists the options)")
         if copy:
             from ..recipe import copy_recipe
 
             if len(overrides or []) > 1:
-                raise typer.BadParameter("takes a recipe and one destination", param_hint="--copy")
+                raise UserError("--copy takes a recipe and one destination")
             print(copy_recipe(recipe, overrides[0] if overrides else None))
             return
         if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
-            raise typer.BadParameter(f"must be a number of processes or auto, got {nproc!r}", param_hint="--nproc")
-        from ..errors import UserError
+            raise UserError(f"--nproc must be a number of processes or auto, got {nproc!r}")
         from ..recipe import load_recipe
 
         if sweep or print_commands:
@@ -144,7 +144,6 @@ def _sweep(
     recipe: str, overrides: list[str], sweeps: list[str], flags: list[str], print_commands: bool, as_json: bool
 ) -> int:
     """Exit code 0 when every run is complete, otherwise that of the first that failed."""
-    from ..errors import UserError
     from ..sweep import commands, grid, run
 
     if not sweeps:

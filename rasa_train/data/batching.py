@@ -22,6 +22,9 @@ class Limit:
     multiple_of: int = 1
     """With ``tokens``: see ``pack_batch``."""
 
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens" if self.tokens else f"{self.examples} sequence{'s'[: self.examples != 1]}"
+
     def split(self, indices: np.ndarray, lengths: np.ndarray, num_workers: int) -> list[list[np.ndarray]]:
         """``split_batch`` or ``pack_batch``."""
         if self.tokens:

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..group import version_of
 from .problems import Row
 
 TASKS = {"math": "rasa_math", "gsm8k": "rasa_gsm8k", "code": "rasa_humaneval_plus"}
@@ -121,7 +121,7 @@ def needs_harness() -> None:
 def versions() -> dict[str, str]:
     """Of what results depend on."""
     names = ("rasa_train", "torch", "transformers", "lm_eval", "math-verify", "sympy", "vllm")
-    return {name: version(name) for name in names if find_spec(name.replace("-", "_")) is not None}
+    return {name: version_of(name) or "unknown" for name in names if find_spec(name.replace("-", "_")) is not None}
 
 
 def digest(value: Any) -> str:

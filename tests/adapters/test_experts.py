@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rasa_train.adapters import DoRA, LoRA, RaSA
 from rasa_train.adapters.base import Method, linear
+from rasa_train.adapters.experts import is_supported
 from rasa_train.adapters.inject import adapters, attach, find_sites, trainable
 from rasa_train.errors import UserError
 
@@ -44,6 +45,17 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model
+
+
+def test_flags_of_older_and_newer_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 does not have the flag for a norm after the experts; with it and set, the layout is another."""
+    experts = tiny("mixtral").get_submodule("model.layers.0.mlp.experts")
+    for holder in (experts, type(experts)):
+        if "has_post_expert_norm" in vars(holder):
+            monkeypatch.delattr(holder, "has_post_expert_norm")
+    assert not hasattr(experts, "has_post_expert_norm") and is_supported(experts)
+    experts.has_post_expert_norm = True
+    assert not is_supported(experts)
 
 
 @every_model

@@ -17,7 +17,6 @@ from rasa_train.adapters.seeded import Draw, draw, kept, philox
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="needs triton")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_what_a_gpu_does_not_compute_is_not_used(
         works(CPU, dtype, 8)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [8, 24, 40, 120, seeded.MOST_RANKS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu(ranks: int, dtype: torch.dtype) -> None:

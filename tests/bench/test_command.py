@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 
-from rasa_train.bench import data
+from rasa_train.bench import data, peers, run
+from rasa_train.bench.engines import Choice, Contender, Engine, engines
 from rasa_train.bench.report import table
+from rasa_train.bench.room import most_tokens, saved_bytes_per_token
+from rasa_train.bench.shapes import random_model
 from rasa_train.bench.timing import interleaved, peak_in_own_process
-from rasa_train.bench.workloads import examples, lengths
+from rasa_train.bench.workloads import Problem, examples, lengths
 from tests.conftest import Cli
 
 ROW = {"engine", "method", "seconds_per_step", "over_base", "tokens_per_second", "peak_memory_bytes"}
@@ -46,6 +51,7 @@ def test_the_table_names_the_longest_operations() -> None:
     }
     row |= {"tokens_per_second": 9.0, "peak_memory_bytes": None, "seconds_by_operation": took}
     whole = {"shape": "s", "dtype": "d", "dropout": 0.0, "device": "c", "rounds": 1, "failed": [], "skipped": []}
+    whole["does_not_fit"] = []
     text = table({**whole, "workload": {"name": "w", "sequences": 1, "tokens": 9}, "rows": [row]})
     assert "ours rasa, ms by operation:\n  op0 9, op1 8, op2 7, op3 6, op4 5, op5 4, op6 3, op7 2, others 2\n" in text
 
@@ -63,6 +69,9 @@ def test_json_of_the_counters(cli: Cli, tiny_llama: Path) -> None:
     [
         (("--shape", "llama-9000"), "linears-1024, llama-3.1-8b"),
         (("--engines", "ours,theirs"), "there is no theirs"),
+        (("--methods", "nonsense"), "there is no nonsense; there are lora, mora, rasa, vera"),
+        (("--engines", "paper", "--methods", "lora"), "none of these engines has one of these methods"),
+        (("--tokens", "10"), "'--tokens': Input should be greater than or equal to 64"),
         (("--counters", "--shape", "linears-1024"), "--shape llama-3.1-8b"),
         (("--data",), "--data needs --tokenizer"),
     ],
@@ -70,12 +79,73 @@ def test_json_of_the_counters(cli: Cli, tiny_llama: Path) -> None:
 def test_what_is_wrong_is_said(arguments: tuple[str, ...], says: str, cli: Cli) -> None:
     done = cli("bench", *arguments)
     assert done.returncode == 2 and says in done.stderr and not done.stdout
+    assert done.stderr.count("\n") == 1, "one line"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(cli: Cli) -> None:
     done = cli("bench", "--device", "cuda")
-    assert done.returncode == 2 and "no GPU" in done.stderr
+    assert done.returncode == 2 and "no GPU" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("when", ["building it", "in a step"])
+def test_an_engine_that_runs_out_of_memory_is_named(
+    when: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's RaSA has no room, when it is built or in a timed step: the others are timed all the same."""
+
+    monkeypatch.setattr(run, "peak_in_own_process", lambda work: None)  # slow, and it would count the calls too
+    if when == "building it":
+        ready = run._ready
+
+        def no_room_to_build(problem: Problem, engine: Engine, own_stack: bool) -> Contender:
+            if engine.name == "paper":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return ready(problem, engine, own_stack)
+
+        monkeypatch.setattr(run, "_ready", no_room_to_build)
+    else:
+        forward, calls = peers.PaperRaSA.forward, count(1)
+        of_gate, of_a_step = 2 * 7, 3 * 7
+
+        def no_room_in_the_third_step(self: peers.PaperRaSA, x: torch.Tensor) -> torch.Tensor:
+            if next(calls) > of_gate + 2 * of_a_step:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(self, x)
+
+        monkeypatch.setattr(peers.PaperRaSA, "forward", no_room_in_the_third_step)
+    arguments = ("--shape", tiny_llama, "--tokens", 64, "--engines", "paper,ours", "--methods", "rasa", "--rounds", 2)
+    result = json.loads(cli("bench", *arguments, "--json", check=True).stdout)
+    assert [(row["engine"], row["method"]) for row in result["rows"]] == [("base", None), ("ours", "rasa")]
+    assert result["does_not_fit"] == [
+        {"engine": "paper", "method": "rasa", "why": f"out of memory {when} with 64 tokens"}
+    ]
+    assert "does not fit: paper rasa: out of memory" in table(result)
+
+
+def test_a_base_that_does_not_fit_is_said(cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: LlamaModel, **_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.gate, "check", lambda *_: run.gate.Verdict(0.0, 0.0, 1.0))
+    monkeypatch.setattr(LlamaModel, "forward", no_room)
+    monkeypatch.setattr(run, "peak_in_own_process", lambda work: None)
+    done = cli("bench", "--shape", tiny_llama, "--tokens", 256, "--engines", "base")
+    assert done.returncode == 2 and done.stderr.endswith("does not fit in memory with 256 tokens; try --tokens 128\n")
+
+
+def test_as_many_tokens_as_fit() -> None:
+    """What a forward pass keeps grows with the tokens, and the engine that keeps most decides."""
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=112, num_hidden_layers=2)
+    base = random_model(config, torch.float32, torch.device("cpu"))
+    every = Choice.read("paper,ours", "rasa").of(engines(64, 0.05))
+    own = {engine.name: saved_bytes_per_token(base, engine, own_stacks=False) for engine in every}
+    assert own["base"] < own["ours"] < own["paper"], own
+    at_once = 2048 * 512 * 10
+    assert most_tokens(base, every, False, room=at_once + int(3000 * own["paper"])) == 2560
+    assert most_tokens(base, every[:1], False, room=at_once + int(3000.1 * own["base"])) == 2560
+    assert most_tokens(base, every, False, room=0) == 512 and most_tokens(base, every, False, room=10**12) == 16_384
+    recomputed = saved_bytes_per_token(base, every[1], own_stacks=True)
+    assert every[1].name == "paper" and recomputed < own["paper"] / 2
 
 
 def test_lengths_are_fixed_and_add_up() -> None:
@@ -93,7 +163,7 @@ def test_engines_take_turns() -> None:
     order: list[str] = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
     settle = {name: lambda name=name: order.append(name.upper()) for name in "ab"}
-    times = interleaved(works, settle, warmup=1, rounds=2, device=torch.device("cpu"))
+    times = interleaved(works, settle, warmup=1, rounds=2, device=torch.device("cpu"), dropped=order.append)
     assert "".join(order) == "aAbB" * 3 and {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
 
 

@@ -53,7 +53,7 @@ def test_a_wrong_engine_does_not_pass(place: object) -> None:
 
 def test_peers_compute_their_method_exactly() -> None:
     """In fp32, against W + dW written out: the tolerance of the gate is bf16's, not the peers'."""
-    problem = linears([6], padded=False, dtype=torch.float32, device=CPU)
+    problem = linears(LinearStack(1024, 32, torch.float32, CPU), [6], padded=False, dtype=torch.float32, device=CPU)
     for name in ("paper", "per-linear", "peft", "ours"):
         engine = next(e for e in engines(64, 0.0) if e.name == name)
         values = values_for(engine.method, problem.base)
@@ -67,7 +67,7 @@ def test_peers_compute_their_method_exactly() -> None:
 
 
 def test_no_value_is_zero_and_engines_share_the_base() -> None:
-    problem = linears([6], padded=False, dtype=torch.float32, device=CPU)
+    problem = linears(LinearStack(1024, 32, torch.float32, CPU), [6], padded=False, dtype=torch.float32, device=CPU)
     for engine in engines(64, 0.0):
         assert all(value.any() for value in values_for(engine.method, problem.base).values())
         weights = {p.data_ptr() for p in problem.base.parameters()}

@@ -1,0 +1,56 @@
+"""How many tokens of a step fit in memory, counted from what each engine keeps for its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..loss import CHUNK
+from .engines import Engine, contender
+from .workloads import language_model
+
+MOST_TOKENS, LEAST_TOKENS = 16_384, 512
+"""Tokens of a step on a GPU, unless the command says otherwise. The least is also the number that is tried, and the
+step in which numbers are taken."""
+BYTES_PER_LOGIT = 10
+"""Bytes of a logit and its gradient: both in the base's 16 bits, once in fp32, and what softmax needs beside it."""
+
+
+def most_tokens(base: PreTrainedModel, engines: Sequence[Engine], own_stacks: bool, room: int) -> int:
+    """Return the most tokens of a step, from ``LEAST_TOKENS`` to ``MOST_TOKENS``, that fit for each of the engines.
+
+    Args:
+        room: free bytes, without the base, which is there.
+    """
+    most = MOST_TOKENS
+    for engine in engines:
+        stock = own_stacks and engine.stock
+        logits = base.config.vocab_size * BYTES_PER_LOGIT
+        per_token = saved_bytes_per_token(base, engine, own_stacks) + (logits if stock else 0)
+        at_once = 0 if stock else logits * CHUNK
+        most = min(most, int(max(room - at_once, 0) / per_token))
+    return max(most // LEAST_TOKENS * LEAST_TOKENS, LEAST_TOKENS)
+
+
+def saved_bytes_per_token(base: PreTrainedModel, engine: Engine, own_stacks: bool) -> float:
+    """Return the bytes that a forward pass keeps for the backward pass, per token."""
+    ran = contender(engine, language_model(base, [LEAST_TOKENS], flat=True), own_stack=own_stacks)
+    weights = {t.untyped_storage().data_ptr() for t in (*ran.model.parameters(), *ran.model.buffers())}
+    kept: dict[int, Tensor] = {}  # by storage, and held: its address must stay its own
+
+    def keep(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor
+        return tensor
+
+    def as_it_is(tensor: Any) -> Any:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, as_it_is):
+        ran.loss()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / LEAST_TOKENS
