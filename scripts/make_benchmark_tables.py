@@ -265,7 +265,8 @@ def profile(benchmark: Benchmark) -> str:
     rows = []
     for name, values in steps.items():
         times = [f"{pair['device_ms']:g} / {pair['host_ms']:g}" for pair in values["parts"].values()]
-        rows.append([name, *times, f"{values['gaps_ms']:g}", f"{values['peak_gib']:g}"])
+        more = [f"{values[key]:g}" if values.get(key) is not None else "?" for key in ("gaps_ms", "peak_gib")]
+        rows.append([name, *times, *more])
     return table(head, rows)
 
 

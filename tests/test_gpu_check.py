@@ -1,4 +1,4 @@
-"""``scripts/gpu_check``: steps are run, cut and judged, figures are recorded. The steps here are small real processes."""
+"""``scripts/gpu_check``: steps are run, cut and judged, and figures recorded. The steps here are small processes."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def environment_of(options: argparse.Namespace, out: Path, temporary: Path) -> d
     """What the processes of the steps find in their environment."""
     places = [temporary / "site", ROOT, ROOT / "scripts", os.environ.get("PYTHONPATH")]
     environment = {
-        "OMP_NUM_THREADS": str(min(8, os.cpu_count() or 1)),
+        "OMP_NUM_THREADS": "1" if options.tiny else str(min(8, os.cpu_count() or 1)),
         "RASA_TRAIN_CACHE": str(temporary / "cache"),
         "TRITON_CACHE_DIR": str(temporary / "triton"),
         **os.environ,

@@ -86,7 +86,7 @@ def profile(name: str) -> Values:
         synchronize()
     ran.settle()
     spans = kernels(profiled) if ON_GPU else operations(profiled)
-    if ON_GPU:
+    if ON_GPU and spans:
         values |= gaps(spans)
     longest = by_name(spans)
     values["longest"] = [{"name": n[:60], "ms": rounded(ms), "times": times} for n, ms, times in longest[:10]]
