@@ -58,7 +58,7 @@ def judge_comparison(step: str, command: str, results: Results, code: int, print
 
 def title(row: Row) -> str:
     """``ours RaSA``"""
-    method = row.get("method")
+    method: str = row.get("method") or ""
     return " ".join(filter(None, [row["engine"], NAMES.get(method, method)]))
 
 

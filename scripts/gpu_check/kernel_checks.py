@@ -51,7 +51,7 @@ def varlen(window: int | None) -> Values:
 def seeded_kernels(dtype: torch.dtype) -> Values:
     """The products with a seeded mask at several ranks; each rank is a kernel of its own."""
     x = random(64, 128, dtype=dtype)
-    values = {}
+    values: Values = {}
     for ranks in (8, 16, 24, 40, 80, 120, 256):
         if seeded.draw(x, 0.1, ranks) is None:
             return hold(False, f"the kernels are not used with {ranks} ranks; the log says why", values)
@@ -111,7 +111,7 @@ def lion() -> Values:
 def adamw() -> Values:
     """AdamW as training makes it, torch's fused one, and the plain loop over tensors."""
     config = AdamW(weight_decay=0.1)
-    given = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    given: Values = config.model_dump(exclude={"name"})
     plain = stepped(lambda p: torch.optim.AdamW(p, **given, foreach=False, fused=False), DEVICE)
     ours = stepped(lambda p: make_optimizer(config, p), DEVICE)
     fused = stepped(lambda p: torch.optim.AdamW(p, **given, fused=True), DEVICE)

@@ -91,6 +91,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def timing_event() -> torch.cuda.Event:
+    """An event that can say how long after another one it happened on the device."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def milliseconds(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
     """Median of the time of one call: on the device where there is a GPU, else on the clock."""
     for _ in range(warmup if ON_GPU else 1):
@@ -102,7 +107,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 10, warmup: int = 3)
         return 1e3 * (time.perf_counter() - began)
     pairs = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = timing_event(), timing_event()
         start.record()
         work()
         end.record()

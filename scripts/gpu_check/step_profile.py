@@ -17,7 +17,7 @@ from rasa_train.bench.engines import Contender
 from rasa_train.optim import Lion, LionW
 
 from .large_model import ENGINES, TOKENS, built
-from .measure import ON_GPU, Check, Values, rounded, synchronize
+from .measure import ON_GPU, Check, Values, rounded, synchronize, timing_event
 
 PARTS = ("pack", "forward", "backward", "unpack", "clip_and_optimizer")
 DROPOUT = 0.05
@@ -35,7 +35,7 @@ class Marks:
 
     def set(self) -> None:
         """Set a mark here."""
-        event = torch.cuda.Event(enable_timing=True) if ON_GPU else None
+        event = timing_event() if ON_GPU else None
         if event is not None:
             event.record()
         self.marks.append((time.perf_counter(), event))
@@ -102,14 +102,15 @@ Span = tuple[float, float, str]
 
 def kernels(profiled: torch.profiler.profile) -> list[Span]:
     """Everything that the device did, in the order of time."""
-    events: Any = profiled.events()
+    events: Any = profiled.events()  # type: ignore[no-untyped-call]
     own = [e for e in events if str(e.device_type).endswith("CUDA") and not e.name.startswith("ProfilerStep")]
     return sorted((e.time_range.start, e.time_range.end, e.name) for e in own if not e.name.startswith("Optimizer."))
 
 
 def operations(profiled: torch.profiler.profile) -> list[Span]:
     """Operations of the host with the time that each took itself."""
-    return [(0.0, float(e.self_cpu_time_total), e.name) for e in profiled.events() or []]
+    events: Any = profiled.events()  # type: ignore[no-untyped-call]
+    return [(0.0, float(e.self_cpu_time_total), e.name) for e in events]
 
 
 def by_name(spans: list[Span]) -> list[tuple[str, float, int]]:

@@ -64,7 +64,7 @@ def _tests() -> Sequence[str]:
     """Pytest on the files with tests for a GPU alone: others may need packages that a bare machine lacks."""
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     files = [str(path.relative_to(ROOT)) for path in marked if path.name != "test_gpu_check.py"]
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "gpu"]
+    pytest = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", "-m", "gpu"]
     return [*pytest, *(files or ["tests/test_offload.py"])]
 
 
