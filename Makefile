@@ -9,26 +9,34 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-slow test-matrix test-faults bench gpu-check gpu-check-wheels check format clean fuzz docs lock licences sbom audit
+.PHONY: help setup demo test test-gpu test-slow test-matrix test-faults bench gpu-check gpu-check-wheels check format clean fuzz docs \
+	lock licences sbom audit
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-setup: $(VENV)/ready ## make .venv with everything to run, test and develop
+# For a GPU whose driver is older than torch's own CUDA: the address of an index with builds for another one.
+TORCH_INDEX ?=
+
+setup: $(VENV)/ready ## make .venv with everything to run, test and develop (TORCH_INDEX=URL: torch for another CUDA)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	@# torch first and by its exact version: a range may pull a build for other hardware
-	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/ready ## fine-tune a tiny Llama with LoRA and RaSA, merge, compare
 	$(BIN)/python -m rasa_train.demo
 
-test: $(VENV)/ready ## the test suite
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+test: $(VENV)/ready ## the test suite: on the CPU, GPUs hidden; then, where there is a GPU, test-gpu
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	@! command -v nvidia-smi >/dev/null || $(MAKE) test-gpu
+
+test-gpu: $(VENV)/ready ## the tests that need a GPU
+	RASA_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 test-slow: $(VENV)/ready ## what takes minutes, but for what test-matrix, test-faults and fuzz run
 	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/distributed --ignore tests/faults --ignore tests/test_fuzz.py

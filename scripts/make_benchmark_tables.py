@@ -210,7 +210,7 @@ def comparison(benchmark: Benchmark, name: str) -> str:
     said = f"{TITLES[name]}: {workload['sequences']} sequences, {workload['tokens']:,} tokens, {result['dtype']}."
     for key, why in (("failed", "computes something else"), ("does_not_fit", "does not fit"), ("skipped", None)):
         said += "".join(f" {' '.join(name_of(r))}: {why or r['why']}." for r in result.get(key, []))
-    return f"{wrapped(said)}\n\n    {result['command']}\n\n{table(head, rows)}"
+    return f"{wrapped(said)}\n\n    {result['command'].removesuffix(' --json')}\n\n{table(head, rows)}"
 
 
 def name_of(row: Row) -> list[str]:
@@ -231,8 +231,8 @@ def checks(benchmark: Benchmark) -> str:
             errors = [f"{values[k][e]:.2g}" for k in ("fast", "plain") for e in ("loss_error", "gradient_error")]
             methods.append([f"{name.removeprefix('method ')}{said_of(row)}", *errors])
         else:
-            figures = ", ".join(f"{key} {value:.2g}" for key, value in values.items() if isinstance(value, float))
-            others.append([name, row["outcome"], figures or row.get("why", "")])
+            figures = [f"{key.replace('_', ' ')} {v:.2g}" for key, v in values.items() if isinstance(v, float)]
+            others.append([name, row["outcome"], ", ".join(figures) or row.get("why", "")])
     return f"{table(head, methods)}\n\n{table(['check', 'outcome', 'errors and times'], others)}"
 
 

@@ -8,6 +8,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from rasa_train import group
+from rasa_train.group import version_of
 from rasa_train.recipe import configs_dir
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
@@ -107,3 +111,10 @@ def test_the_wheel_holds_recipes_and_the_demo(tmp_path: Path) -> None:
     assert {f"rasa_train/demo/model/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names
     assert {f"rasa_train/report/page.{ending}" for ending in ("html", "css", "js")} <= names
     assert "rasa_train/py.typed" in names and not any(name.startswith("tests/") for name in names)
+
+
+def test_a_package_without_metadata_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder on the import path is enough to run from, so a missing version must not end a run."""
+    assert version_of("pytest") and version_of("no-such-package-at-all") is None
+    monkeypatch.setattr(group, "version_of", lambda package: None if package == "lion-pytorch" else "1")
+    assert group.versions()["lion-pytorch"] == "unknown" and group.versions()["torch"] == "1"

@@ -95,3 +95,21 @@ def test_steps_are_those_that_are_left(tiny_llama: Path, token_rows: Path, accel
             assert torch.equal(x["input_ids"], y["input_ids"]) and torch.equal(x["targets"], y["targets"])
     assert sorted(np.concatenate([step.batch for step in whole[:5]])) == list(range(40))
     assert sum(len(t["targets"]) for t in whole[0].tensors) == train.supervised[whole[0].batch].sum()
+
+
+@pytest.mark.gpu
+def test_a_try_leaves_a_margin(tiny_llama: Path, token_rows: Path) -> None:
+    """With 5% of the GPU's memory free the tiny model would fit, but not with 8% to spare."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    what = recipe(tiny_llama, token_rows, padding_free=True)
+    train = prepare(what.data, None).train
+    engine = make_engine(what.distributed, Accelerator(), 1.0)
+    model, _, losses = build(what, engine)
+    engine.prepare(model, partial(make_optimizer, what.training.optimizer))
+    tried = partial(memory_suffices, engine, losses, model, groups(model), train, Limit(tokens=70), what.training)
+    free, total = torch.cuda.mem_get_info()
+    filled = torch.empty(free - total // 20, dtype=torch.uint8, device="cuda")
+    assert not tried()
+    del filled
+    torch.cuda.empty_cache()
+    assert tried()

@@ -328,3 +328,26 @@ def test_keep_last_and_tensorboard(recipe: Path, cli: Cli) -> None:
     run = recipe.parent / "run"
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000018", "step-00000020"]
     assert list((run / "trackers").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.batching=length-grouped",
+        "training.batching=packed",
+        "training.activation_offload=true",
+        "training.optimizer={name: adamw, lr: 3.0e-3}",
+        "training.compile=true",
+        "model.base=fp8",
+        "model.base=nf4",
+    ],
+)
+def test_every_way_to_train_on_a_gpu(setting: str, cli: Cli, tmp_path: Path) -> None:
+    """40 steps of the demo in bf16, with dropout: the loss falls, on the GPU, with a micro-batch that was tried."""
+    arguments = ("adapter.dropout=0.05", "model.dtype=bfloat16", "training.max_steps=40", "output_dir=run", setting)
+    done = cli("train", "demo", *arguments, check=True)
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"], [row["loss"] for row in rows]
+    assert 0 < rows[-1]["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
+    assert "tokens at a time" in done.stderr

@@ -19,16 +19,15 @@ TINY_FACTOR = 4.0
 COMPARISONS: dict[str, tuple[float, str]] = {
     "bench_packed": (100, "--workload packed --engines ours --methods lora,rasa"),
     "bench_no_dropout": (80, "--workload packed --engines ours --methods lora,rasa --dropout 0"),
-    "bench_peers": (
-        90,
-        "--workload packed --engines ours,peft-tuned,per-linear,paper --methods lora,rasa --tokens 4096",
-    ),
+    "bench_peers": (90, "--workload packed --engines ours,peft-tuned,per-linear,paper --methods lora,rasa"),
     "bench_long": (70, "--workload long --engines ours --methods lora,rasa"),
     "bench_padded": (60, "--workload padded --engines ours,peft,paper --methods lora,rasa --own-stacks"),
 }
-"""Time limit in seconds and arguments of each comparison. The peers keep more activations than ours: 4,096 tokens are
-what fits for them on a card with 80 GB. Without ``--tokens`` rasa-bench takes as many as the free memory allows."""
+"""Time limit in seconds and arguments of each comparison."""
 GPU = "--device cuda --warmup 2 --rounds 5"
+PEERS = f"--tokens 4096 {GPU}"
+"""Without ``--tokens`` rasa-bench takes as many as the free memory allows. The peers keep more activations than ours:
+this is what fits for all of them on a card with 80 GB, and with the same number cards can be compared."""
 TINY = "--device cpu --shape rasa_train/demo/model --tokens 128 --warmup 1 --rounds 1"
 
 
@@ -54,7 +53,8 @@ def _checks(name: str, limit: float) -> Step:
 
 def _comparison(name: str, tiny: bool) -> Step:
     limit, given = COMPARISONS[name]
-    arguments = shlex.split(f"{given} {TINY if tiny else GPU} --json")
+    more = TINY if tiny else PEERS if name == "bench_peers" else GPU
+    arguments = shlex.split(f"{given} {more} --json")
     command = [sys.executable, "-m", "rasa_train.cli.bench", *arguments]
     judge: Judge = partial(judge_comparison, name, shlex.join(["rasa-bench", *arguments]))
     return Step(name, command, limit, judge, captured=True)
