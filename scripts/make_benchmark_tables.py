@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "BENCHMARKS.md"
 BENCHMARKS = ROOT / "benchmarks"
 BEGIN, END = "<!-- begin: made from benchmarks/ by make docs -->", "<!-- end -->"
 FORMAT = 1
-"""Of the files that can be read."""
+"""Format of the files that can be read."""
 WIDTH = 120
 NAMES = {"lora": "LoRA", "rasa": "RaSA", "vera": "VeRA", "mora": "MoRA"}
 TITLES = {
@@ -29,7 +29,7 @@ TITLES = {
     "bench_long": "Four long sequences",
     "bench_padded": "The paper's micro-batch, each engine with its users' own stack",
 }
-"""Of the comparisons, in the order of the page."""
+"""Titles of the comparisons, in the order of the page."""
 
 Benchmark = dict[str, Any]
 Row = dict[str, Any]

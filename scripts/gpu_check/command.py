@@ -1,4 +1,4 @@
-"""The command line: what is wrong in it is said in one line; then the steps run, and a table says what they gave."""
+"""The command line of gpu_check: reads the options, runs the steps, and prints a table of what they gave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import json, torch
 there = torch.cuda.is_available()
 print(json.dumps({"torch": torch.__version__, "device": torch.cuda.get_device_name(0) if there else "cpu"}))
 """
-"""Asks torch, in a process of its own: this one needs no package."""
+"""Program that asks torch, in a process of its own: this one needs no package."""
 
 
 class Wrong(Exception):
@@ -39,7 +39,7 @@ class Wrong(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise Wrong(message)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parsed(arguments: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
-    """The options. Those of ``make gpu-check`` come as variables of the environment.
+    """Return the options. Those of ``make gpu-check`` come as variables of the environment.
 
     Raises:
         Wrong: one is not what it must be.
@@ -104,7 +104,7 @@ def _seconds(text: str) -> float:
 
 
 def _names(text: str) -> list[str]:
-    """The steps that are named, in their own order; all if none is."""
+    """Return the steps that are named, in their own order; all of them if none is named."""
     wanted = text.replace(",", " ").split()
     if unknown := [name for name in wanted if name not in steps.NAMES]:
         raise Wrong(f"STEPS: there is no {', '.join(unknown)}; there are {', '.join(steps.NAMES)}")
@@ -194,8 +194,8 @@ def _commit() -> str | None:
 
 
 def prepared(out: Path, facts: Row, *, fresh: bool) -> Results:
-    """The directory of results. What an earlier run of the same code on the same device left there stays if only some
-    steps are to run, and goes otherwise."""
+    """Return the results of the directory. It is emptied, unless only some steps are to run and its results are of the
+    same code on the same device."""
     results, run = Results(out), out / "run.json"
     same = {key: facts[key] for key in ("device", "torch", "tiny", "commit")}
     earlier = json.loads(run.read_text()) if run.exists() else None
@@ -208,7 +208,7 @@ def prepared(out: Path, facts: Row, *, fresh: bool) -> Results:
 
 @contextlib.contextmanager
 def card_watched(file: Path, device: str) -> Iterator[None]:
-    """Write what the card does, every two seconds, if there is nvidia-smi."""
+    """Write to a file what the card does, every two seconds, if there is nvidia-smi."""
     what = "timestamp,utilization.gpu,memory.used,power.draw,clocks.sm,clocks.mem,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv", "--loop=2"]
     if device == "cpu":

@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def versions() -> Values:
-    """Versions of packages, the card and its driver."""
+    """Return the versions of packages, and what is known of the card and its driver."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in PACKAGES:
         try:
@@ -49,7 +49,7 @@ def _driver() -> str | None:
 
 
 def ceilings() -> Values:
-    """bf16 products, copies on the device, and what the host takes to ask for a small operation."""
+    """Measure bf16 products, copies on the device, and the time in which the host asks for a small operation."""
     n = 256 if TINY else 8192
     a, b = random(n, n), random(n, n)
     product = milliseconds(lambda: a @ b)

@@ -18,14 +18,14 @@ from .large_model import ENGINES, TOKENS, built, problem, step_of
 from .measure import ON_GPU, Check, Values, hold, milliseconds, random, rounded, synchronize
 
 LAYERS = 8
-"""Of the 8B shape: what is gained per layer is the same with fewer."""
+"""Layers of the 8B shape that are run: what is gained in a layer is the same with fewer."""
 COMPILED_LAYERS = 4
 SHAPES = ((4096, 24), (4096, 120), (4096, 40), (14336, 8), (14336, 40))
 """Width and ranks of the products with a dropped input."""
 
 
 def fused_base() -> Values:
-    """The frozen base, LoRA and RaSA as they are, and with Liger's norms, SwiGLU and rotary embedding."""
+    """Time the frozen base, LoRA and RaSA as they are, and with Liger's norms, SwiGLU and rotary embedding."""
     values: dict[str, Any] = {"layers": LAYERS, "tokens": TOKENS, "eager": timed()}
     if ON_GPU and find_spec("liger_kernel"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
@@ -56,7 +56,7 @@ def timed() -> dict[str, dict[str, float | None]]:
 
 
 def compiled_layers() -> Values:
-    """The base and RaSA, eager and with compiled layers (which take the plain path)."""
+    """Time the base and RaSA, eager and with compiled layers (which take the plain path)."""
     values: Values = {"layers": COMPILED_LAYERS, "tokens": TOKENS}
     for name in ("base", "RaSA"):
         ran = built(name, 0.0, COMPILED_LAYERS)
@@ -73,7 +73,7 @@ def compiled_layers() -> Values:
 
 
 def seeded_speed() -> Values:
-    """The three products with a seeded mask beside those of cuBLAS without dropout."""
+    """Time the three products with a seeded mask beside those of cuBLAS without dropout."""
     used = seeded.draw(random(64, 128), 0.05, 8) is not None
     hold(used, "the kernels are not used on this device; the log says why", {})
     return {f"{width} wide, r{ranks}": seeded_shape(width, ranks) for width, ranks in SHAPES}

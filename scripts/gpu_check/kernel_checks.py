@@ -16,21 +16,21 @@ from rasa_train.loss import linear_cross_entropy
 from rasa_train.optim import AdamW, Lion, LionW, make_optimizer
 from rasa_train.precision import Fp8, Narrow, Nf4
 
-from .measure import BF16, DEVICE, TINY, Check, Values, error, hold, milliseconds, random, rounded
+from .measure import BF16, DEVICE, ON_GPU, TINY, Check, NeedsGpu, Values, error, hold, milliseconds, random, rounded
 
 BF16_ERROR = 2e-2
-"""Of an operation with bf16 inputs and results: a few roundings of 2^-8 each."""
+"""Error of an operation with bf16 inputs and results: a few roundings of 2^-8 each."""
 FP8_ERROR = 0.06
-"""Of a product of two fp8 operands: e4m3 has three bits after the point, so an entry is off by up to 1/16."""
+"""Error of a product of two fp8 operands: e4m3 has three bits after the point, so an entry is off by up to 1/16."""
 NF4_ERROR = 0.15
-"""Of a product with a weight in 4 bits: quantising normal numbers alone costs about 0.09."""
+"""Error of a product with a weight in 4 bits: quantising normal numbers alone costs about 0.09."""
 FP32_ERROR = 1e-5
-"""Of parameters after three steps in fp32. A step moves them by 2e-4 and more of their size, so that a lost factor is
-far above, and the rounding of a few operations far below."""
+"""Error of parameters after three steps in fp32. A step moves them by 2e-4 and more of their size, so that a lost
+factor is far above, and the rounding of a few operations far below."""
 
 
 def varlen(window: int | None) -> Values:
-    """Attention within sequences of one row, grouped key heads: output and three gradients."""
+    """Compare attention within sequences of one row, with grouped key heads: the output and three gradients."""
     lengths = [5, 130, 64, 1, 57]
     starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
 
@@ -49,7 +49,7 @@ def varlen(window: int | None) -> Values:
 
 
 def seeded_kernels(dtype: torch.dtype) -> Values:
-    """The products with a seeded mask at several ranks; each rank is a kernel of its own."""
+    """Compare the products with a seeded mask, at several ranks: each rank has a kernel of its own."""
     x = random(64, 128, dtype=dtype)
     values: Values = {}
     for ranks in (8, 16, 24, 40, 80, 120, 256):
@@ -60,10 +60,16 @@ def seeded_kernels(dtype: torch.dtype) -> Values:
 
 
 def narrow_base(kind: type[Narrow], most: float) -> Values:
-    """Both products with a frozen weight in fewer bits, beside those in bf16."""
+    """Compare both products with a frozen weight in fewer bits with those in bf16, and their times."""
     out, width, tokens = (64, 128, 32) if TINY else (14336, 4096, 8192)
     weight, x, dy = random(out, width, scale=0.02), random(tokens, width), random(tokens, out)
     narrow = kind(weight)
+    try:
+        narrow.product(narrow.ready(x))
+    except RuntimeError as why:
+        if ON_GPU or "per-tensor scaling" not in str(why):
+            raise
+        raise NeedsGpu("this torch has no such products for a CPU") from None
     values = {
         "forward_error": rounded(error(narrow.product(narrow.ready(x)), x @ weight.t())),
         "gradient_error": rounded(error(narrow.gradient(dy), dy @ weight)),
@@ -77,7 +83,7 @@ def narrow_base(kind: type[Narrow], most: float) -> Values:
 
 
 def loss_head() -> Values:
-    """The loss of the LM head in chunks: the value and its gradient, and its time beside its two products."""
+    """Compare the chunked loss of the LM head and its gradient with fp32, and its time with its two products'."""
     vocabulary, width, tokens = (512, 64, 100) if TINY else (128256, 4096, 6000)
     weight, hidden = random(vocabulary, width, scale=0.02), random(tokens, width).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
@@ -102,14 +108,14 @@ def loss_head() -> Values:
 
 
 def lion() -> Values:
-    """Lion on this device and on a CPU: the same parameters after three steps."""
+    """Compare the parameters after three steps of Lion on this device and on a CPU."""
     found, right = (stepped(lambda p: Lion(p, LionW()), torch.device(place)) for place in (DEVICE, "cpu"))
     values = {"error": rounded(error(found, right))}
     return hold(values["error"] < FP32_ERROR, "the devices differ", values)
 
 
 def adamw() -> Values:
-    """AdamW as training makes it, torch's fused one, and the plain loop over tensors."""
+    """Compare AdamW as training makes it, and torch's fused one, with the plain loop over tensors."""
     config = AdamW(weight_decay=0.1)
     given: Values = config.model_dump(exclude={"name"})
     plain = stepped(lambda p: torch.optim.AdamW(p, **given, foreach=False, fused=False), DEVICE)

@@ -14,7 +14,7 @@ from rasa_train.bench.workloads import Problem, language_model, lengths
 from .measure import BF16, DEVICE, ON_GPU, TINY
 
 TOKENS = 128 if TINY else 8192
-"""Of a step. At 16,384 the 8B base alone keeps 79 GiB for its backward pass."""
+"""Tokens of a step. With 16,384 the 8B base alone keeps 79 GiB for its backward pass."""
 ENGINES = {"base": ("base", None), "LoRA": ("ours", "lora"), "RaSA": ("ours", "rasa")}
 """Names for people, and the labels that rasa-bench has for them."""
 

@@ -37,12 +37,13 @@ METHOD_FIELDS: dict[str, dict[str, Any]] = {
     "adalora": {},
 }
 LOSS_ERROR, GRADIENT_ERROR = 5e-3, 0.15
-"""A bf16 model costs a tenth of each; a wrong scale, a lost term or a swapped factor costs far more."""
+"""Largest errors of a whole model. bf16 alone costs up to half of the second; a wrong scale, a lost term or a swapped
+factor costs far more."""
 SAME, OTHER = 1e-2, 0.1
 """Two gradients of the same step differ by less: sums may be in another order, rounded to bf16. With other masks they
 differ by more: by about 0.6."""
 EXPERT_ERROR = 3e-2
-"""Of one layer: three products in bf16, one after the other."""
+"""Error of one layer of experts: three products in bf16, one after the other."""
 LENGTHS = [70, 33, 129]
 
 
@@ -62,7 +63,7 @@ def small_llama() -> Problem:
 
 
 def method(name: str) -> Values:
-    """Loss and gradients of a method, computed fast (with packed factors) and plainly."""
+    """Compare loss and gradients of a method, computed fast (with packed factors) and plainly, with fp32."""
     problem = small_llama()
     adapter = METHODS[name](**METHOD_FIELDS[name])
     given = values_for(adapter, problem.base)
@@ -95,7 +96,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def dropout() -> Values:
-    """Gradients with a seed: again, with another seed, with recomputed layers, with activations in host memory."""
+    """Compare gradients with dropout: repeated, with recomputed layers, with offloading, and with another seed."""
     first = dropped_gradients(1)
     values = {
         "repeated": rounded(error(dropped_gradients(1), first)),
@@ -137,7 +138,7 @@ def host_memory(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def experts() -> Values:
-    """RaSA on fused experts in bf16 against fp32: the loss of a model, and one layer of experts on given routes.
+    """Compare RaSA on fused experts with fp32: the loss of a model, and one layer of experts on given routes.
 
     In a model a few tokens go to other experts in bf16 than in fp32, so its gradients cannot be compared.
     """

@@ -27,7 +27,7 @@ def microseconds(work: partial[Tensor]) -> float:
 
 
 def products(tokens: int, width: int, out: int) -> Values:
-    """A linear's two products, the six products of an adapter by its rank, and the linear with columns appended."""
+    """Time a linear's two products, the six of an adapter at each rank, and the linear's with columns appended."""
     x, W, dy = random(tokens, width), random(out, width), random(tokens, out)
     y, dx = torch.empty_like(dy), torch.empty_like(x)
     forward = microseconds(partial(torch.mm, x, W.t(), out=y))
@@ -69,7 +69,7 @@ def products(tokens: int, width: int, out: int) -> Values:
 
 
 def fp8_products(tokens: int, width: int, out: int) -> Values:
-    """The forward product in fp8, with one scale a tensor and with one a row, over that in bf16."""
+    """Time the forward product in fp8, with one scale a tensor and with one a row, beside that in bf16."""
     x, W = random(tokens, width, scale=0.05), random(out, width, scale=0.05)
     bf16 = microseconds(partial(torch.mm, x, W.t()))
     narrow_x, narrow_W = x.to(torch.float8_e4m3fn), W.to(torch.float8_e4m3fn)
@@ -84,7 +84,7 @@ def fp8_products(tokens: int, width: int, out: int) -> Values:
 
 
 def attention(tokens: int, length: int) -> Values:
-    """Attention of the 8B shape within sequences of one length."""
+    """Time the attention of the 8B shape within sequences of one length."""
     starts = torch.arange(0, tokens + 1, length, device=DEVICE, dtype=torch.int32)
     q, k, v = (random(1, heads, tokens, 128).requires_grad_() for heads in (32, 8, 8))
     dout = random(1, tokens, 32, 128)

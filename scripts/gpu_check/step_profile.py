@@ -67,7 +67,7 @@ def optimizer_step(ran: Contender, optimizer: torch.optim.Optimizer | None, mark
 
 
 def profile(name: str) -> Values:
-    """The parts of a step, its peak memory, and its kernels (which go to profile.txt)."""
+    """Time the parts of a step and measure its peak memory. Its kernels go to profile.txt."""
     ran = built(name, DROPOUT)
     optimizer = Lion(list(ran.parameters.values()), LionW(lr=1e-9)) if ran.parameters else None
     if ON_GPU:

@@ -15,7 +15,7 @@ from .figures import judge_checks, judge_comparison, judge_tests
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
 TINY_FACTOR = 4.0
-"""By which time limits are longer on a CPU."""
+"""Factor by which time limits are longer on a CPU."""
 COMPARISONS: dict[str, tuple[float, str]] = {
     "bench_packed": (100, "--workload packed --engines ours --methods lora,rasa"),
     "bench_no_dropout": (80, "--workload packed --engines ours --methods lora,rasa --dropout 0"),
@@ -61,7 +61,7 @@ def _comparison(name: str, tiny: bool) -> Step:
 
 
 def _tests() -> Sequence[str]:
-    """Pytest on the files with tests for a GPU alone: others may need packages that a bare machine lacks."""
+    """Return the call of pytest, on the files that have tests for a GPU: others may need packages that are missing."""
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     files = [str(path.relative_to(ROOT)) for path in marked if path.name != "test_gpu_check.py"]
     pytest = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", "-m", "gpu"]

@@ -20,12 +20,12 @@ STEPS, STOP_AT, BATCH = (8, 3, 4) if TINY else (200, 80, 64)
 STOPPED = 75
 """Exit code of a run that was stopped on request, with everything saved."""
 LARGEST_DIFFERENCE = 0.05
-"""Of the loss of one step, in nats. Kernels of a GPU add in an order that changes from run to run; bf16 makes that
+"""Largest difference of a step's loss. Kernels of a GPU add in an order that changes from run to run; bf16 makes that
 differences of 2^-8 in activations, which training carries on from step to step. A lost optimizer state, another
 learning rate or other data move the loss of a step by several times as much."""
 LAST, MEAN_DIFFERENCE = 20, 0.01
-"""Steps at the end whose mean losses are compared, and by what share these may differ: differences of single steps
-have no sign in common, so their mean is far smaller, unless the resumed run is another run."""
+"""Number of steps at the end whose mean loss is compared, and the share by which it may differ. The differences of
+single steps have no sign in common, so their mean is far smaller, unless the resumed run is a different run."""
 
 
 def recipe(directory: Path, name: str, **training: Any) -> Path:
@@ -94,7 +94,7 @@ def stop(path: Path) -> int:
 
 
 def stopped_and_resumed() -> Values:
-    """The losses of a run that was stopped and resumed, against those of one that was not."""
+    """Compare the losses of a run that was stopped and resumed with those of one that was not."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         whole, stopped = (recipe(directory, run, micro_batch_tokens=4096) for run in ("whole", "stopped"))
@@ -134,7 +134,7 @@ def compared(undisturbed: list[dict[str, Any]], resumed: list[dict[str, Any]]) -
 
 
 def found_micro_batch() -> Values:
-    """A few steps with ``micro_batch_size: auto``, and what the run says that it found."""
+    """Train a few steps with ``micro_batch_size: auto``. Returns the micro-batch that the run says it found."""
     with tempfile.TemporaryDirectory() as name:
         path = recipe(Path(name), "auto", micro_batch_size="auto", max_steps=3 if TINY else 6, checkpoint_every=3)
         finish(path)

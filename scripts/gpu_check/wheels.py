@@ -15,16 +15,16 @@ WHEELS = ROOT / ".whl"
 PINNED = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "lion-pytorch", "bitsandbytes")
 """What a machine with torch, transformers, accelerate and triton lacks, at the versions of requirements.lock."""
 LIGER = "liger-kernel==0.8.5"
-"""Only for measuring: a peer is not fair without it."""
+"""Not a dependency: the comparison with ``peft-tuned`` is fair only with it."""
 PYTHON = "3.12"
 PLATFORMS = ("2_28", "2_27", "2_24", "2_17")
-"""Versions of glibc that wheels may ask for; pip takes each of them literally."""
+"""Versions of glibc that a wheel may name. pip matches each of them exactly."""
 CUDA = "130"
-"""Of the library in bitsandbytes that is kept: the others are 40 MB of code for other versions."""
+"""Version of CUDA whose library stays in the wheel of bitsandbytes. Those for other versions have 40 MB."""
 
 
 def download(folder: Path = WHEELS) -> str:
-    """Download the wheels into an ignored folder. Returns what would have to be taken to the other machine.
+    """Download the wheels into an ignored folder. Returns the list of what must be copied to the other machine.
 
     Raises:
         RuntimeError: pip could not download one.
