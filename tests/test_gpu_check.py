@@ -179,7 +179,8 @@ def test_a_comparison_is_judged_by_our_engines(tmp_path: Path) -> None:
     assert judge(0, json.dumps(whole | {"does_not_fit": [wrong]}))[0] == FAILED
     assert judge(0, json.dumps(whole | {"failed": [wrong]}))[0] == FAILED
     assert judge(1, json.dumps(whole))[0] == FAILED
-    assert judge(0, "Killed") == (FAILED, "no result")
+    results.log.write_text("Traceback\nRuntimeError: no luck\n╰────╯\n")
+    assert judge(1, "Killed") == (FAILED, "no result: RuntimeError: no luck")
 
 
 def losses(*values: float) -> list[dict[str, Any]]:

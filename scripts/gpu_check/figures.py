@@ -44,7 +44,9 @@ def judge_comparison(step: str, command: str, results: Results, code: int, print
     try:
         result = json.loads(lines[-1])
     except (IndexError, ValueError):
-        return FAILED, "no result"
+        said = results.log.read_text().splitlines() if results.log.exists() else []
+        last = next((line.strip(" │") for line in reversed(said) if re.search(r"\w", line)), "")
+        return FAILED, f"no result: {last}"[:200]
     results.add_comparison({"step": step, "command": command, "result": result})
     parts = [_speed(result), _against_others(result)]
     for key, says in (("failed", "wrong"), ("does_not_fit", "does not fit"), ("skipped", "not installed")):
