@@ -45,11 +45,11 @@ def join(timeout_seconds: int) -> list[str]:
         UserError: a worker did not come, or cannot be connected to, within the time; the message names it.
     """
     if world_size() == 1:
-        return [_here()]
+        return [here()]
     if not _group:
         timeout = timedelta(seconds=timeout_seconds)
         store = _store(timeout)
-        places = _roll_call(store, timeout_seconds)
+        where = _roll_call(store, timeout_seconds)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -59,15 +59,20 @@ def join(timeout_seconds: int) -> list[str]:
             )
         except RuntimeError as error:
             raise UserError(
-                f"worker {rank()} ({places[rank()]}) could not connect to the other workers: {_first_line(error)}\n"
-                f"Its network interfaces: {_interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
+                f"worker {rank()} ({where[rank()]}) could not connect to the other workers: {first_line(error)}\n"
+                f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
                 key="distributed",
             ) from None
-        _group.update(store=store, places=places)
-    return list(_group["places"])
+        _group.update(store=store, places=where)
+    return places()
 
 
 _group: dict[str, Any] = {}
+
+
+def places() -> list[str]:
+    """Where each worker is, by rank: its host and, where there is one, its GPU."""
+    return list(_group["places"]) if _group else [here()]
 
 
 def _store(timeout: timedelta) -> Store:
@@ -86,7 +91,7 @@ def _store(timeout: timedelta) -> Store:
         )
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"worker {rank()} ({_here()}) cannot reach worker 0 at {address}:{port}: {_first_line(error)}",
+            f"worker {rank()} ({here()}) cannot reach worker 0 at {address}:{port}: {first_line(error)}",
             key="distributed",
         ) from None
     return PrefixStore(f"rasa_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -94,7 +99,7 @@ def _store(timeout: timedelta) -> Store:
 
 def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
     workers = range(world_size())
-    store.set(f"here/{rank()}", _here())
+    store.set(f"here/{rank()}", here())
     deadline = time.monotonic() + timeout_seconds
     missing = [worker for worker in workers if not _is_set(store, f"here/{worker}", deadline)]
     places = [store.get(f"here/{worker}").decode() for worker in workers if worker not in missing]
@@ -218,7 +223,7 @@ def watching(timeout_seconds: int) -> Iterator[None]:
         why = ": dead, hanging, or out of reach" if missing else ""
         raise WorkerLost(
             f"{what} (distributed.timeout_seconds={timeout_seconds}){why}. "
-            f"Worker {rank()} ({_group['places'][rank()]}) was told: {_first_line(error)}",
+            f"Worker {rank()} ({_group['places'][rank()]}) was told: {first_line(error)}",
             missing,
         ) from None
 
@@ -262,8 +267,9 @@ def _is_set(store: Store, key: str, deadline: float) -> bool:
 def same_everywhere(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raise ``UserError`` naming the workers whose ``facts`` (recipe, versions, weights) differ from the first's."""
     every: list[dict[str, str]] = gather(accelerator, dict(facts))
+    where = places()
     different = [
-        f"  {name}: {every[0][name]} on worker 0, {theirs[name]} on worker {worker} ({_group['places'][worker]})"
+        f"  {name}: {every[0][name]} on worker 0, {theirs[name]} on worker {worker} ({where[worker]})"
         for worker, theirs in enumerate(every)
         for name in every[0]
         if theirs[name] != every[0][name]
@@ -292,7 +298,7 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
     workers, me = accelerator.num_processes, accelerator.process_index
     if workers == 1:
         return None
-    places = _group["places"]
+    where = places()
     before, after = (me - 1) % workers, (me + 1) % workers
     try:
         message = torch.ones(1 << 18, device=accelerator.device)
@@ -304,17 +310,17 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
         exchange = min(_timed(accelerator, lambda: dist.all_reduce(gradients)) for _ in range(2))
     except RuntimeError as error:
         raise UserError(
-            f"worker {me} ({places[me]}) lost the others in the first exchange; its neighbours are worker {before} "
-            f"({places[before]}) and worker {after} ({places[after]}): {_first_line(error)}\n"
-            f"Its network interfaces: {_interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
+            f"worker {me} ({where[me]}) lost the others in the first exchange; its neighbours are worker {before} "
+            f"({where[before]}) and worker {after} ({where[after]}): {first_line(error)}\n"
+            f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
             key="distributed",
         ) from None
     times: list[tuple[float, float]] = gather(accelerator, (link, compute))
     lines = [
-        f"{workers} workers on {len({p.split()[0] for p in places})} host(s): "
+        f"{workers} workers on {len({p.split()[0] for p in where})} host(s): "
         f"{size * 4 / 2**20:.1f} MiB of gradients are summed in {exchange * 1e3:.0f} ms"
     ]
-    return "\n".join(lines + slow_workers(times, places))
+    return "\n".join(lines + slow_workers(times, where))
 
 
 def slow_workers(times: list[tuple[float, float]], places: list[str]) -> list[str]:
@@ -372,12 +378,14 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _here() -> str:
+def here() -> str:
+    """Where this worker is: its host and, where there is one, its GPU."""
     gpu = f" GPU {os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else ""
     return f"{socket.gethostname()}{gpu}"
 
 
-def _interfaces() -> str:
+def interfaces() -> str:
+    """The network interfaces of this machine with their addresses, in a line."""
     return ", ".join(f"{name} {address}" for name, address in addresses().items()) or "none"
 
 
@@ -397,5 +405,6 @@ def addresses() -> dict[str, str]:
     return found
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

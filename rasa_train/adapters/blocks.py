@@ -71,19 +71,17 @@ def tile(z: Tensor, size: int) -> Tensor:
 
 
 def pack_blocks(
-    adapters: Sequence[BlockAdapter],
+    made: Sequence[Tensor],
     weights: list[Tensor | Narrow],
     biases: list[Tensor | None],
     dtype: torch.dtype,
 ) -> Packed:
-    """The blocks of a group's members, in the dtype of their weights."""
-    with torch.enable_grad():
-        made = [adapter.blocks() for adapter in adapters]
+    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights."""
     flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
     for place, T in zip(flat.views, made, strict=True):
         flat.put(place, T)
     flat.train()
-    return Packed(SharedBlockInput, BlockOperands(weights, biases, flat.views), flat, dtype, adapters[0])
+    return Packed(SharedBlockInput, BlockOperands(weights, biases, flat.views), flat, dtype)
 
 
 class BlockOperands(NamedTuple):

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .base import Adapter
-
 
 class Flat:
     """Tensors of these shapes that lie one after the other in ``buffer``, of dtype ``dtype`` on the device of ``like``.
@@ -56,12 +54,9 @@ class Packed:
     operands: Any
     flat: Flat
     dtype: torch.dtype
-    adapter: Adapter
-    """Of a member: all have one dropout."""
 
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """y of all members, for x (..., in)."""
-        p = self.adapter.dropout if self.adapter.training else 0.0
+    def outputs(self, x: Tensor, p: float) -> tuple[Tensor, ...]:
+        """Compute y of all members, for x (..., in) of which each entry is dropped with probability ``p``."""
         result: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.buffer)  # type: ignore[no-untyped-call]
         return result
 

@@ -83,7 +83,7 @@ class Group:
             watched(adapter, x)
         self._fused = self._together and self.packed is not None and x.dtype == self.packed.dtype
         if self._fused and self.packed is not None:
-            ready = self.packed.outputs(x)
+            ready = self.packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
         else:
             # One mask for all, as in the packed form: where that does not make its own (``seeded``), it is the same.
             ready = (adapters[0].drop(x),) * len(adapters)
@@ -157,13 +157,12 @@ def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None
     adapters = [member.adapter for member in members]
     weights = [member.narrow if member.narrow is not None else weight_of(member) for member in members]
     biases, dtype = [member.bias for member in members], members[0].weight.dtype
-    factors = [adapter for adapter in adapters if isinstance(adapter, FactorAdapter)]
-    if len(factors) == len(members):
-        return pack_factors(factors, weights, biases, dtype, frozen)
-    of_blocks = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
-    if len(of_blocks) == len(members):
-        return pack_blocks(of_blocks, weights, biases, dtype)
-    return None
+    with torch.enable_grad():
+        factors = [adapter.factors() for adapter in adapters if isinstance(adapter, FactorAdapter)]
+        of_blocks = [adapter.blocks() for adapter in adapters if isinstance(adapter, BlockAdapter)]
+        if len(factors) == len(members):
+            return pack_factors(factors, weights, biases, dtype, frozen)
+    return pack_blocks(of_blocks, weights, biases, dtype) if len(of_blocks) == len(members) else None
 
 
 def _stands_still(member: Linear) -> bool:
@@ -177,23 +176,21 @@ def _stands_still(member: Linear) -> bool:
 
 
 def pack_factors(
-    adapters: Sequence[FactorAdapter],
+    factors: Sequence[Factors],
     weights: list[Tensor | Narrow],
     biases: list[Tensor | None],
     dtype: torch.dtype,
     frozen: dict[Any, Tensor],
 ) -> Packed:
-    """The factors of a group's members, in the dtype of their weights.
+    """Pack the factors of a group's members (fp32) in the dtype of their weights. Called with gradients enabled.
 
     B that is frozen (VeRA's is large) is not multiplied out here: its Bd is made in each call, and not kept.
 
     Args:
         frozen: low-precision copies of frozen factors, which groups share; used and added to.
     """
-    with torch.enable_grad():
-        factors = [adapter.factors() for adapter in adapters]
-        # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
-        products = [f.Bd.mT if f.B.requires_grad else None for f in factors]
+    # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
+    products = [f.Bd.mT if f.B.requires_grad else None for f in factors]
     first = factors[0].A
     common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
     ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
@@ -223,7 +220,7 @@ def pack_factors(
         Bts.append(Factors(B, d, A, b))
     flat.train()
     operands = Operands(weights, biases, A, not common, Bts, columns)
-    return Packed(SharedInput, operands, flat, dtype, adapters[0])
+    return Packed(SharedInput, operands, flat, dtype)
 
 
 class Operands(NamedTuple):
