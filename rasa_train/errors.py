@@ -1,4 +1,6 @@
-"""The ways a command may end early that are nobody's bug."""
+"""Exceptions that end a command without being a bug of the package."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
@@ -27,3 +29,8 @@ class WorkerLost(Exception):
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message)
         self.ranks = ranks
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor
 
-from rasa_train.reconstruct import pinv, reconstruct
+from rasa_train.lowrank.reconstruct import pinv, reconstruct
 
 KINDS = {  # kind: (out, in) of Llama-3.1-8B
     "k_proj": (1024, 4096), "v_proj": (1024, 4096), "q_proj": (4096, 4096), "o_proj": (4096, 4096),

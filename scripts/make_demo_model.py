@@ -28,7 +28,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rasa_train.demo.problems import CONTAINERS, NAMES, THINGS
+from rasa_train.data.demo_problems import CONTAINERS, NAMES, THINGS
 
 BOS, EOS = "<s>", "</s>"
 TEMPLATE = (

@@ -16,11 +16,13 @@ from typing import BinaryIO
 
 import torch
 
-from rasa_train.adapters.inject import attach, saved_tensors
-from rasa_train.adapters.rasa import RaSA
+from rasa_train.adapters.inject import attach
 from rasa_train.adapters.saved import write_adapter
-from rasa_train.merge.weights import tensor_bytes, write_tensors
-from rasa_train.model import ModelConfig, meta_model
+from rasa_train.adapters.state import saved_tensors
+from rasa_train.io.checkpoint_files import tensor_bytes, write_tensors
+from rasa_train.methods.rasa import RaSA
+from rasa_train.models.config import ModelConfig
+from rasa_train.models.load import meta_model
 
 SHARD = 4_000_000_000
 """Bytes of a file at the most, as in many models on the hub."""

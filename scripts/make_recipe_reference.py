@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.base import Method
+from rasa_train.adapters.contract import Method
+from rasa_train.adapters.registry import METHODS
 from rasa_train.recipe.schema import Recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "RECIPE.md"

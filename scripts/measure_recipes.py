@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rasa_train.plan import plan
-from rasa_train.recipe import load_recipe
-from rasa_train.shipped import configs_dir, runnable
+from rasa_train.check.estimate import plan
+from rasa_train.recipe.load import load_recipe
+from rasa_train.recipe.shipped import configs_dir, runnable
 
 SHAPES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": {

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from rasa_train.data.demo_problems import held_out, make_problems, training_problems
 from rasa_train.demo.__main__ import exact_match
-from rasa_train.demo.problems import held_out, make_problems, training_problems
-from rasa_train.launch import launch
-from rasa_train.merge import merge
-from rasa_train.recipe import load_recipe
+from rasa_train.launch.launch import launch
+from rasa_train.merging.merged import merge
+from rasa_train.recipe.load import load_recipe
 
 FRACTION = 0.5
 """Share of the demo's 3,000 problems: with all of them the better methods are close to each other."""

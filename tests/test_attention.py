@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rasa_train import attention
-from rasa_train.attention import NAME, check_packable, use_varlen
 from rasa_train.data.batching import flatten, with_targets
 from rasa_train.errors import UserError
-from rasa_train.loss import PLAIN_HEADS, install
+from rasa_train.kernels import varlen_attention
+from rasa_train.kernels.varlen_attention import NAME
+from rasa_train.models.families import PLAIN_HEADS
+from rasa_train.models.padding_free import check_packable, use_varlen
+from rasa_train.objectives.next_token import install
 
 from .test_loss import assert_same_gradients, examples, reference
 from .tiny_models import tiny_model
@@ -64,7 +66,7 @@ def of_torch_2_11(
     assert cu_seq_q is cu_seq_k and max_q == max_k and return_aux is None and window_size[1] == 0
     window = None if window_size[0] < 0 else window_size[0] + 1
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    return attention._one_by_one(q, k, v, cu_seq_q, scale, 0.0, window)[0]
+    return varlen_attention._one_by_one(q, k, v, cu_seq_q, scale, 0.0, window)[0]
 
 
 def of_torch_2_13(
@@ -84,18 +86,18 @@ def test_the_kernel_is_called_as_its_version_takes_it(
     kernel: Callable[..., Tensor], key_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "_grouped_varlen_attn", attention.for_fewer_key_heads(kernel))
+    monkeypatch.setattr(attention, "_grouped_varlen_attn", varlen_attention.for_fewer_key_heads(kernel))
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, key_heads, key_heads))
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
-    got = attention._in_one_kernel(query, key, value, starts, 7, 0.5, window)
-    expected = attention._one_by_one(query, key, value, starts, 0.5, 0.0, window)
+    got = varlen_attention._in_one_kernel(query, key, value, starts, 7, 0.5, window)
+    expected = varlen_attention._one_by_one(query, key, value, starts, 0.5, 0.0, window)
     torch.testing.assert_close(got, expected)
 
 
 def test_the_kernel_of_this_torch_can_be_called() -> None:
     """Its signature takes what ``_in_one_kernel`` gives."""
     q = torch.zeros(12, 4, 8)
-    for kernel in (attention.varlen_attn, attention._grouped_varlen_attn):
+    for kernel in (attention.varlen_attn, varlen_attention._grouped_varlen_attn):
         inspect.signature(kernel).bind(q, q, q, q, q, 7, 7, scale=0.5, window_size=(-1, 0))
 
 
@@ -109,8 +111,8 @@ def test_the_kernel_on_a_gpu(key_heads: int, window: int | None) -> None:
     made = [torch.randn(1, heads, 200, 64, device="cuda") for heads in (4, key_heads, key_heads)]
     low = [t.bfloat16().requires_grad_() for t in made]
     high = [t.detach().float().requires_grad_() for t in low]
-    got = attention._in_one_kernel(*low, starts, 130, None, window)
-    expected = attention._one_by_one(*high, starts, None, 0.0, window)
+    got = varlen_attention._in_one_kernel(*low, starts, 130, None, window)
+    expected = varlen_attention._one_by_one(*high, starts, None, 0.0, window)
     dy = torch.randn_like(expected)
     got.backward(dy.bfloat16())
     expected.backward(dy)

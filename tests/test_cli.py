@@ -241,7 +241,8 @@ def assert_user_error(done: subprocess.CompletedProcess[str], words: str) -> Non
 
 
 def test_copy_a_shipped_recipe(tmp_path: Path, cli: Cli) -> None:
-    from rasa_train.recipe import configs_dir, load_recipe
+    from rasa_train.recipe.load import load_recipe
+    from rasa_train.recipe.shipped import configs_dir
 
     assert cli("train", "--copy", "math_llama8b_r8", "mine.yaml", check=True).stdout == "mine.yaml\n"
     assert (tmp_path / "mine.yaml").read_text() == (configs_dir() / "math_llama8b_r8.yaml").read_text()

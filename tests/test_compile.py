@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from rasa_train.adapters import METHODS
 from rasa_train.adapters.inject import adapt
-from rasa_train.attention import use_varlen
+from rasa_train.adapters.registry import METHODS
 from rasa_train.data.batching import collate, flatten, with_targets
-from rasa_train.loss import install
-from rasa_train.model import compile_layers
+from rasa_train.models.layers import compile_layers
+from rasa_train.models.padding_free import use_varlen
+from rasa_train.objectives.next_token import install
 
 from .test_loss import assert_same_gradients, examples
 from .tiny_models import tiny_model

@@ -12,9 +12,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rasa_train.data.config import DataConfig
+from rasa_train.data.demo_problems import extract_answer, held_out, training_problems
 from rasa_train.data.prepare import prepare
-from rasa_train.demo.problems import extract_answer, held_out, training_problems
-from rasa_train.model import ModelConfig
+from rasa_train.models.config import ModelConfig
 
 
 def test_problems_are_deterministic_disjoint_and_right() -> None:

@@ -23,10 +23,10 @@ import pytest
 import typer
 import yaml
 
-from rasa_train.adapters import METHODS
-from rasa_train.recipe import configs_dir, load_recipe
-from rasa_train.recipe.load import _all_keys
+from rasa_train.adapters.registry import METHODS
+from rasa_train.recipe.load import _all_keys, load_recipe
 from rasa_train.recipe.schema import Recipe
+from rasa_train.recipe.shipped import configs_dir
 from tests.conftest import Cli
 from tests.doc_pages import PAGES, ROOT, Command, blocks, commands_of, links, name_of, spans
 from tests.recipe.test_paper import MODELS
@@ -353,8 +353,8 @@ def test_what_the_text_names_is_there(page: Path, options: set[str]) -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small runs, models and files under the names that the pages use."""
-    from rasa_train.launch import launch
-    from rasa_train.merge import merge
+    from rasa_train.launch.launch import launch
+    from rasa_train.merging.merged import merge
 
     root = tmp_path_factory.mktemp("docs")
     short = ["training.max_steps=2", "training.batch_size=4", "data.fraction=0.005", f"data.cache_dir={root / 'cache'}"]

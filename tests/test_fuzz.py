@@ -25,9 +25,8 @@ from rasa_train.adapters.saved import read_adapter
 from rasa_train.data.columns import find_columns
 from rasa_train.data.sources import find_source
 from rasa_train.errors import UserError
-from rasa_train.merge.weights import open_checkpoint
-from rasa_train.recipe import load_recipe
-from rasa_train.recipe.load import _all_keys
+from rasa_train.io.checkpoint_files import open_checkpoint
+from rasa_train.recipe.load import _all_keys, load_recipe
 from rasa_train.recipe.schema import Recipe
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
@@ -241,7 +240,7 @@ def test_shard_names_stay_in_their_directory(name: str, tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w.weight": name}}))
     with pytest.raises(UserError, match="weight_map"):
         open_checkpoint(base)
-    from rasa_train.adapters.identity import base_samples
+    from rasa_train.io.base_fingerprint import base_samples
 
     assert base_samples(str(base)) == {}, "nor are samples taken from outside"
 

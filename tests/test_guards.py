@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from rasa_train import checkpoint, gradients
 from rasa_train.data.batching import Limit
 from rasa_train.errors import DeviceLost, UserError
-from rasa_train.guards import Room, Watch, explained, smaller
-from rasa_train.run_dir import RunDirectory
+from rasa_train.io.run_dir import RunDirectory
+from rasa_train.training import checkpoint
+from rasa_train.training import step as gradients
+from rasa_train.training.fault_handling import Room, Watch, explained, smaller
 from tests.conftest import Cli
 from tests.test_train import RECIPE, metrics
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from rasa_train.data.batching import collate, flatten, with_targets
 from rasa_train.data.encode import Example
-from rasa_train.loss import PLAIN_HEADS, LossHead, from_logits, has_plain_head, install, linear_cross_entropy
+from rasa_train.kernels.linear_cross_entropy import linear_cross_entropy
+from rasa_train.models.families import PLAIN_HEADS, has_plain_head
+from rasa_train.objectives.next_token import LossHead, from_logits, install
 
 from .tiny_models import VOCABULARY, tiny_model
 

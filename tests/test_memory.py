@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rasa_train.errors import UserError
-from rasa_train.memory import ENOUGH, MOST, Setting, search
+from rasa_train.training.memory_search import ENOUGH, MOST, Setting, search
 
 LAYERS = 32
 

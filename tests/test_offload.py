@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import attach, groups
-from rasa_train.adapters.kernels import packed
-from rasa_train.offload import LEAST, offloaded
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.shared_input import packed
+from rasa_train.adapters.state import groups
+from rasa_train.training.offload import LEAST, offloaded
 
 
 def gradients(model: nn.Module, source: str, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:

@@ -7,8 +7,9 @@ import torch
 from lion_pytorch import Lion as Oracle
 from torch import Tensor, nn
 
-from rasa_train.distributed import DataParallel
-from rasa_train.optim import AdamW, LionW, make_optimizer, set_lr
+from rasa_train.distributed.ddp import DataParallel
+from rasa_train.optim.optimizers import AdamW, LionW, make_optimizer
+from rasa_train.optim.schedule import set_lr
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rasa_train import group
-from rasa_train.group import version_of
-from rasa_train.recipe import configs_dir
+from rasa_train import process
+from rasa_train.process import version_of
+from rasa_train.recipe.shipped import configs_dir
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rasa_train"
 
@@ -117,4 +117,4 @@ def test_a_package_without_metadata_has_no_version(monkeypatch: pytest.MonkeyPat
     """A folder on the import path is enough to run from, so a missing version must not end a run."""
     assert version_of("pytest") and version_of("no-such-package-at-all") is None
     monkeypatch.setattr(group, "version_of", lambda package: None if package == "lion-pytorch" else "1")
-    assert group.versions()["lion-pytorch"] == "unknown" and group.versions()["torch"] == "1"
+    assert process.versions()["lion-pytorch"] == "unknown" and process.versions()["torch"] == "1"

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from rasa_train.adapters.saved import read_adapter
-from rasa_train.merge import merge
-from rasa_train.peft import MoraConfig, RasaConfig
+from rasa_train.integrations.peft_plugin import MoraConfig, RasaConfig
+from rasa_train.merging.merged import merge
 
 DEMO = Path(__file__).parents[1] / "rasa_train" / "demo" / "model"
 TOKENS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(5))

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rasa_train import precision
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import adapt, groups, narrow_base, trainable
-from rasa_train.adapters.kernels import packed
+from rasa_train.adapters.inject import adapt, narrow_base
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.shared_input import packed
+from rasa_train.adapters.state import groups, trainable
 from rasa_train.errors import UserError
-from rasa_train.precision import LARGEST, Base, NarrowLinear, narrow, to_fp8
+from rasa_train.kernels import quantized_weight as precision
+from rasa_train.kernels.quantized_weight import LARGEST, Base, NarrowLinear, narrow, to_fp8
 from tests.conftest import Cli
 
 SIZES = {"vocab_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}

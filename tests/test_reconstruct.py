@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rasa_train import reconstruct as module
-from rasa_train.reconstruct import Stack, reconstruct, truncated
+from rasa_train.lowrank import reconstruct as module
+from rasa_train.lowrank.reconstruct import Stack, reconstruct, truncated
 
 L, b, a = 4, 20, 28
 

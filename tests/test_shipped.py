@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rasa_train import shipped
-from rasa_train.recipe import load_recipe
+from rasa_train.recipe import shipped
+from rasa_train.recipe.load import load_recipe
 from tests.conftest import Cli
 from tests.recipe.test_paper import COUNTS, FULL, MODELS, SCALED, TABLES
 

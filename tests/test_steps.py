@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from rasa_train.adapters.inject import groups, rule_state
+from rasa_train.adapters.state import groups, rule_state
 from rasa_train.data.batching import Limit
 from rasa_train.data.prepare import prepare
-from rasa_train.distributed import make_engine
-from rasa_train.optim import make_optimizer
+from rasa_train.distributed.choose import make_engine
+from rasa_train.optim.optimizers import make_optimizer
 from rasa_train.recipe.schema import Recipe
-from rasa_train.steps import limit_of, memory_suffices, plan_steps
-from rasa_train.train import build
+from rasa_train.training.micro_batches import limit_of, memory_suffices, plan_steps
+from rasa_train.training.run import build
 
 
 @pytest.fixture

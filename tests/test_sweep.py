@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from rasa_train.errors import UserError
-from rasa_train.recipe import load_recipe
-from rasa_train.sweep import commands, grid
+from rasa_train.recipe.load import load_recipe
+from rasa_train.recipe.sweep import commands, grid
 from tests.conftest import Cli
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rasa_train.adapters.saved import part, read_safetensors
 from rasa_train.errors import UserError
-from rasa_train.tensor_file import DTYPES, TensorFile
+from rasa_train.io.tensor_file import DTYPES, TensorFile
 
 TENSORS: dict[str, Tensor] = {
     "wide": torch.arange(6, dtype=torch.float64).view(2, 3),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, Site, linear
+from .contract import Adapter, linear
+from .site import Site
 
 OTHER_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_proj"), "down_proj": ("w2",)}
 """What else the experts' linears are called: Mixtral's names, and the name of the fused parameter."""

@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import METHODS
-from .base import Method
-from .inject import saved_tensors
+from .contract import Method
+from .registry import METHODS
+from .state import saved_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
 PEFT_TENSORS = "adapter_model.safetensors"

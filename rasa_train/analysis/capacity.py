@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..reconstruct import Start, reconstruct
+from ..lowrank.reconstruct import Start, reconstruct
 from .updates import KindUpdates
 
 

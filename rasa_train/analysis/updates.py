@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.base import Adapter, FactorAdapter, Site, by_kind
-from ..adapters.inject import find_sites
-from ..adapters.rasa import RaSAAdapter
+from ..adapters.contract import Adapter, FactorAdapter
 from ..adapters.saved import read_adapter
+from ..adapters.site import Site, by_kind
+from ..adapters.sites import find_sites
 from ..errors import UserError
-from ..merge import find_adapter
-from ..merge.parameters import Weights, check_finetuned, of_site
-from ..merge.source import find_base, load
-from ..model import ModelConfig
+from ..merging.parameters import Weights, check_finetuned, of_site
+from ..merging.source import find_adapter, find_base, load
+from ..methods.rasa import RaSAAdapter
+from ..models.config import ModelConfig
 from .spectrum import Energy, Update, energy
 
 

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PretrainedConfig
 
-from ..adapters import seeded
-from ..adapters.dropout import dropout, fused
-from ..adapters.kernels import packed
+from ..adapters.shared_input import packed
 from ..errors import UserError
+from ..kernels import seeded_dropout
+from ..kernels.dropout import dropout, fused
 from .engines import Engine, Label, contender, engines
 from .shapes import random_model, shared_copy
 from .workloads import language_model
@@ -139,7 +139,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
     results = []
     for engine in engines:
         ran = contender(engine, problem)
-        with Counter() as counter, FusedDropout(), seeded.forced():
+        with Counter() as counter, FusedDropout(), seeded_dropout.forced():
             with packed(ran.groups):
                 before = counter.ops
                 ran.micro_batch()

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..data.config import DataConfig
 from ..data.prepare import prepare
 from ..errors import UserError
-from ..model import ModelConfig, load_tokenizer
+from ..models.config import ModelConfig
+from ..models.load import load_tokenizer
 
 ROWS = 395_000
 """Of MetaMathQA."""

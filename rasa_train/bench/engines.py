@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapters.base import Method
-from ..adapters.inject import adapt, find_sites, groups, trainable
-from ..adapters.kernels import Group, packed
-from ..adapters.lora import LoRA
-from ..adapters.mora import MoRA
-from ..adapters.rasa import RaSA
-from ..adapters.vera import VeRA
+from ..adapters.contract import Method
+from ..adapters.inject import adapt
+from ..adapters.shared_input import Group, packed
+from ..adapters.sites import find_sites
+from ..adapters.state import groups, trainable
 from ..errors import UserError
+from ..methods.lora import LoRA
+from ..methods.mora import MoRA
+from ..methods.rasa import RaSA
+from ..methods.vera import VeRA
 from .peers import place_paper_rasa, place_per_linear
 from .shapes import LinearStack, shared_copy
 from .workloads import Loss, Problem

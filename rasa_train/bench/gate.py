@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from ..adapters.base import Method
-from ..adapters.inject import AdaptedLinear, adapt, trainable
+from ..adapters.contract import Method
+from ..adapters.inject import adapt
+from ..adapters.linear import AdaptedLinear
+from ..adapters.state import trainable
 from .engines import Contender, Engine, contender, give, values_for
 from .shapes import random_model
 from .workloads import language_model

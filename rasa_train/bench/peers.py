@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..adapters.base import by_kind
-from ..adapters.inject import find_sites
-from ..adapters.lora import LoRA
-from ..adapters.rasa import RaSA
+from ..adapters.site import by_kind
+from ..adapters.sites import find_sites
+from ..methods.lora import LoRA
+from ..methods.rasa import RaSA
 
 
 class PaperPool(nn.Module):

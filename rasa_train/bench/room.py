@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..loss import CHUNK
+from ..kernels.linear_cross_entropy import CHUNK
 from .engines import Engine, contender
 from .workloads import language_model
 

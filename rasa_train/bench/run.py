@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..group import version_of, versions
-from ..memory import MARGIN
+from ..process import version_of, versions
+from ..training.memory_search import MARGIN
 from . import gate
 from .counters import count
 from .engines import BASE, Choice, Contender, Engine, Label, contender, engines, give, values_for

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import UserError
-from ..model import ModelConfig, load_config
+from ..models.config import ModelConfig
+from ..models.load import load_config
 
 LINEARS = "linears-1024"
 """The seven linears of a decoder layer alone, 1024 wide: what an adapter costs, with nothing around it."""

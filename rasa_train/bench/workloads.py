@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention import use_varlen
 from ..data.batching import collate, flatten, with_targets
 from ..data.encode import IGNORE, Example
-from ..loss import install
-from ..steps import on_device
+from ..models.padding_free import use_varlen
+from ..objectives.next_token import install
+from ..training.micro_batches import on_device
 from .shapes import LinearStack
 
 WORKLOADS = {

@@ -221,7 +221,7 @@ def _updates(source: Sequence[str], random: str | None, base: str | None, seed: 
 def _mixing(source: Sequence[str]) -> dict[str, Any]:
     from ..adapters.saved import read_adapter
     from ..analysis.mixing import mixing_weights
-    from ..merge import find_adapter
+    from ..merging.source import find_adapter
 
     return mixing_weights(read_adapter(find_adapter(Path(source[0]))).tensors) if len(source) == 1 else {}
 

@@ -15,7 +15,10 @@ from ..errors import UserError
 from .errors import Command, user_errors
 
 if TYPE_CHECKING:
-    from ..merge import ExportReport, ExtractReport, MergeReport, VerifyReport
+    from ..merging.extract import ExtractReport
+    from ..merging.lora import ExportReport
+    from ..merging.merged import MergeReport
+    from ..merging.verify import VerifyReport
 
 app = typer.Typer(pretty_exceptions_enable=False)
 EXTRACT = "Extract an adapter"
@@ -95,8 +98,8 @@ def merge(
             verified = _verify(given, report, run, where) if verify else None
         facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
         if push is not None:
-            from ..merge.hub import push as push_directory
-            from ..merge.hub import write_card
+            from ..merging.hub import push as push_directory
+            from ..merging.hub import write_card
 
             write_card(output, run, facts)
             print(push_directory(output, push, upload=upload), file=sys.stderr if as_json else sys.stdout)
@@ -119,7 +122,7 @@ def _check(format: str, dtype: str | None, max_rank: int | None, verify: bool) -
 
 def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]:
     """What ``merge`` takes: one directory, or several with weights; and the first as it was given."""
-    from ..merge import find_adapter
+    from ..merging.source import find_adapter
 
     if (adapter is None) == (not adapters):
         raise UserError("give one ADAPTER_OR_RUN, or several with --adapter DIR:WEIGHT")
@@ -149,8 +152,9 @@ def _write(
 ) -> MergeReport | ExportReport:
     import torch
 
-    from ..merge import export_lora, export_peft
-    from ..merge import merge as merge_checkpoint
+    from ..merging.lora import export_lora
+    from ..merging.merged import merge as merge_checkpoint
+    from ..merging.peft_format import export_peft
 
     if format == "peft":
         if not isinstance(given, Path):
@@ -166,7 +170,7 @@ def _write(
 def _verify(given: Any, report: Any, run: Path, where: dict[str, Any]) -> VerifyReport:
     import yaml
 
-    from ..merge import verify
+    from ..merging import verify
 
     recipe = run / "recipe.yaml"
     template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
@@ -186,7 +190,7 @@ def _extract(
 ) -> ExtractReport:
     if k is not None and (k > r or method == "lora"):
         raise UserError(f"--k must be in [0, --r={r}], for --method rasa; got {k} for {method}")
-    from ..merge import extract
+    from ..merging import extract
 
     with _bar() as progress:
         return extract(
@@ -196,8 +200,9 @@ def _extract(
 
 
 def _describe(report: MergeReport | ExportReport | ExtractReport, verified: VerifyReport | None) -> str:
-    from ..merge import ExportReport, ExtractReport
-    from ..merge.output import size
+    from ..io.atomic_dir import size
+    from ..merging.extract import ExtractReport
+    from ..merging.lora import ExportReport
 
     lines = [f"{report.output}  {size(report.bytes)} in {report.seconds:.1f} s"]
     if isinstance(report, ExtractReport):

@@ -68,7 +68,7 @@ def main() -> None:
 
 def _write(output: Path, page: str) -> None:
     from ..errors import UserError
-    from ..run_dir import write_text
+    from ..io.atomic import write_text
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import shipped
 from ..errors import UserError
+from ..recipe import shipped
 from .errors import Command, user_errors
 
 app = typer.Typer(
@@ -85,7 +85,7 @@ def train(
         if recipe is None:
             raise UserError("RECIPE is missing, for example: rasa-train configs/demo.yaml (--help lists the options)")
         if copy:
-            from ..recipe import copy_recipe
+            from ..recipe.load import copy_recipe
 
             if len(overrides or []) > 1:
                 raise UserError("--copy takes a recipe and one destination")
@@ -93,7 +93,7 @@ def train(
             return
         if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
             raise UserError(f"--nproc must be a number of processes or auto, got {nproc!r}")
-        from ..recipe import load_recipe
+        from ..recipe.load import load_recipe
 
         if sweep or print_commands:
             given = {"--check": check, "--fresh": fresh}
@@ -112,8 +112,8 @@ def train(
                 sys.exit(2)  # the first worker of this machine says it
             raise
         try:
-            from ..agent import Workers, WorkersFailed
-            from ..launch import launch, number
+            from ..launch.launch import launch, number
+            from ..launch.supervisor import Workers, WorkersFailed
 
             workers = Workers("auto" if nproc == "auto" else int(nproc), nnodes, node_rank, rdzv, max_restarts)
             if check:
@@ -144,7 +144,7 @@ def _sweep(
     recipe: str, overrides: list[str], sweeps: list[str], flags: list[str], print_commands: bool, as_json: bool
 ) -> int:
     """Exit code 0 when every run is complete, otherwise that of the first that failed."""
-    from ..sweep import commands, grid, run
+    from ..recipe.sweep import commands, grid, run
 
     if not sweeps:
         raise UserError("--print gives the commands of a sweep: say what to sweep, as --sweep adapter.r=8,16")
@@ -169,7 +169,7 @@ def _sweep(
 
 
 def _check(recipe: Any, workers: int, as_json: bool) -> None:
-    from ..check import check
+    from ..check.check import check
 
     result = check(recipe, workers)
     if as_json:

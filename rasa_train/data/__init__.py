@@ -7,6 +7,6 @@ padded tensors).
 Only the configuration is imported here, so that a recipe is validated without loading torch.
 """
 
-from rasa_train.data.config import DataConfig, ValidationConfig
+from .config import DataConfig, ValidationConfig
 
 __all__ = ["DataConfig", "ValidationConfig"]

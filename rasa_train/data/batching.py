@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rasa_train.data.encode import IGNORE, Example
+from .encode import IGNORE, Example
 
 Batching = Literal["length-grouped", "shuffled", "sequential", "packed"]
 

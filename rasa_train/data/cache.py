@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rasa_train.data.encode import Example, targets
+from .encode import Example, targets
 
 FORMAT = 1
 """Version of the files and of the text they were made from: raise it when either changes."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rasa_train.errors import UserError
+from ..errors import UserError
 
 Row = Mapping[str, Any]
 Kind = Literal["pair", "messages", "tokens"]

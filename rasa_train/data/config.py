@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, model_validator
 
-from rasa_train.errors import UserError
+from ..errors import UserError
 
 Template = Literal["alpaca", "chat", "plain"]
 Supervise = Literal["response", "paper", "all"]

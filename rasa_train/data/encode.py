@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rasa_train.data.columns import Kind
-from rasa_train.data.config import DataConfig
-from rasa_train.errors import UserError
+from ..errors import UserError
+from .columns import Kind
+from .config import DataConfig
 
 IGNORE = -100
 """Label of a token without loss (torch's ``cross_entropy`` default)."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from rasa_train.data.cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_meta
-from rasa_train.data.columns import Columns, Row, find_columns
-from rasa_train.data.config import DataConfig
-from rasa_train.data.encode import Encoded, Encoder, plain_backend
-from rasa_train.data.sources import Source, find_source
-from rasa_train.errors import UserError
+from ..errors import UserError
+from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_meta
+from .columns import Columns, Row, find_columns
+from .config import DataConfig
+from .encode import Encoded, Encoder, plain_backend
+from .sources import Source, find_source
 
 _CHUNK = 256  # rows
 _SEED = 42  # of the reference's data scaling runs

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from rasa_train.data.columns import Row
-from rasa_train.errors import UserError
+from ..errors import UserError
+from .columns import Row
 
 BUILT_IN = {
     "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
@@ -138,7 +138,7 @@ class DemoSource:
     """The word problems that the package makes itself (``rasa_train.demo``)."""
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        from rasa_train.demo.problems import training_problems
+        from .demo_problems import training_problems
 
         for number, problem in enumerate(training_problems(), 1):
             yield f"demo row {number}", dict(problem)

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..recipe import load_recipe
-from .problems import extract_answer, held_out
+from ..data.demo_problems import extract_answer, held_out
+from ..recipe.load import load_recipe
 
 METHODS = ("lora", "rasa")
 MAX_NEW_TOKENS = 128

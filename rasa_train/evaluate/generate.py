@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import Stopped, UserError
-from ..run_dir import write_text
+from ..io.atomic import write_text
 from ..stop import StopSignal
 from .suites import Question, Suite
 

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
 from ..errors import UserError
-from ..merge.bias import new_biases
-from ..merge.source import Source, find_adapter, open_source
-from ..model import ModelConfig, load_model, load_tokenizer
-from ..run_dir import RunDirectory
+from ..io.run_dir import RunDirectory
+from ..merging.bias import new_biases
+from ..merging.source import Source, find_adapter, open_source
+from ..models.config import ModelConfig
+from ..models.load import load_model, load_tokenizer
 from .suites import digest, needs_harness
 
 Backend = Literal["hf", "vllm"]

@@ -10,8 +10,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from ..data.demo_problems import held_out
 from ..data.sources import HubSource, find_source
-from ..demo.problems import held_out
 from ..errors import UserError
 from .answers import boxed_answer, gsm8k_answer, marked_answer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..run_dir import write_json
+from ..io.atomic import write_json
 
 Result = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..run_dir import write_json
+from ..io.atomic import write_json
 from ..stop import StopSignal
 from . import forgetting, results
 from .answers import needs_math

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..adapters.registry import METHODS
 from ..errors import UserError
-from ..shipped import configs_dir
-from .schema import METHODS, Recipe
+from .schema import Recipe
+from .shipped import configs_dir
 from .yaml_lines import Key, Location, parse, parse_file, short
 
 

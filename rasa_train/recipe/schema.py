@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from ..adapters import METHODS, Method
+from ..adapters.contract import Method
+from ..adapters.registry import METHODS
 from ..data.config import DataConfig
-from ..distributed import DistributedConfig
+from ..distributed.config import DistributedConfig
 from ..errors import UserError
-from ..model import ModelConfig
-from ..optim import LionW, OptimizerConfig, ScheduleConfig
+from ..models.config import ModelConfig
+from ..optim.optimizers import LionW, OptimizerConfig
+from ..optim.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     AdapterConfig = Method

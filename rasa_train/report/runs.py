@@ -15,8 +15,8 @@ from torch import Tensor
 from ..adapters.saved import CONFIG, read_adapter
 from ..analysis.mixing import mixing_weights
 from ..errors import UserError
-from ..merge import find_adapter
-from ..run_dir import RunDirectory
+from ..io.run_dir import RunDirectory
+from ..merging.source import find_adapter
 
 RECENT = 10
 """Steps over which the loss at the end of a run is averaged: that of one batch says little."""

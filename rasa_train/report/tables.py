@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from ..merge.output import size
+from ..io.atomic_dir import size
 from .charts import Group
 from .runs import Run, headlines, lower_is_better, number
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.models.llama import modeling_llama
 
-from rasa_train.adapters import seeded
 from rasa_train.bench.engines import Contender
-from rasa_train.model import compile_layers
+from rasa_train.kernels import seeded_dropout as seeded
+from rasa_train.models.layers import compile_layers
 
 from .large_model import ENGINES, TOKENS, built, problem, step_of
 from .measure import ON_GPU, Check, Values, hold, milliseconds, random, rounded, synchronize

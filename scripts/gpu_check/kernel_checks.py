@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rasa_train.adapters import seeded
-from rasa_train.attention import varlen_attention
-from rasa_train.loss import linear_cross_entropy
-from rasa_train.optim import AdamW, Lion, LionW, make_optimizer
-from rasa_train.precision import Fp8, Narrow, Nf4
+from rasa_train.kernels import seeded_dropout as seeded
+from rasa_train.kernels.linear_cross_entropy import linear_cross_entropy
+from rasa_train.kernels.quantized_weight import Fp8, Narrow, Nf4
+from rasa_train.kernels.varlen_attention import varlen_attention
+from rasa_train.optim.optimizers import AdamW, Lion, LionW, make_optimizer
 
 from .measure import BF16, DEVICE, ON_GPU, TINY, Check, NeedsGpu, Values, error, hold, milliseconds, random, rounded
 

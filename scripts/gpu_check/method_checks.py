@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, MixtralConfig
 
-from rasa_train.adapters import METHODS
 from rasa_train.adapters.experts import AdaptedExperts
-from rasa_train.adapters.inject import adapt, groups, trainable
-from rasa_train.adapters.kernels import packed
-from rasa_train.adapters.rasa import RaSA
+from rasa_train.adapters.inject import adapt
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.shared_input import packed
+from rasa_train.adapters.state import groups, trainable
 from rasa_train.bench import gate
 from rasa_train.bench.engines import Contender, give, values_for
 from rasa_train.bench.shapes import random_model, shared_copy
 from rasa_train.bench.workloads import Problem, language_model
-from rasa_train.offload import offloaded
+from rasa_train.methods.rasa import RaSA
+from rasa_train.training.offload import offloaded
 
 from .measure import BF16, DEVICE, Check, Values, error, hold, rounded
 

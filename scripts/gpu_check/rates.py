@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rasa_train.attention import varlen_attention
+from rasa_train.kernels.varlen_attention import varlen_attention
 
 from .measure import BF16, DEVICE, TINY, Check, Values, milliseconds, random, rounded
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from rasa_train.adapters.kernels import packed
+from rasa_train.adapters.shared_input import packed
 from rasa_train.bench.engines import Contender
-from rasa_train.optim import Lion, LionW
+from rasa_train.optim.optimizers import Lion, LionW
 
 from .large_model import ENGINES, TOKENS, built
 from .measure import ON_GPU, Check, Values, rounded, synchronize, timing_event

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.adalora import AdaLoRA
-from rasa_train.adapters.base import Method, Site
-from rasa_train.adapters.inject import AdaptedLinear, adapters, attach, rule_state, saved_tensors, trainable
-from rasa_train.adapters.kernels import packed
-from rasa_train.adapters.prilora import PriLoRA
+from rasa_train.adapters.contract import Method
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.linear import AdaptedLinear
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.shared_input import packed
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.state import adapters, rule_state, saved_tensors, trainable
 from rasa_train.errors import UserError
-from rasa_train.merge.lora import lora_factors
+from rasa_train.merging.lora import lora_factors
+from rasa_train.methods.adalora import AdaLoRA
+from rasa_train.methods.prilora import PriLoRA
 
 STEPS = 16
 

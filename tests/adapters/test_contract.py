@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.base import Method
-from rasa_train.adapters.inject import adapt, adapters, saved_tensors, trainable
+from rasa_train.adapters.contract import Method
+from rasa_train.adapters.inject import adapt
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import TENSORS, load_tensors, read_adapter, write_adapter
+from rasa_train.adapters.state import adapters, saved_tensors, trainable
 from rasa_train.errors import UserError
-from rasa_train.merge import merge
+from rasa_train.merging.merged import merge
 
 FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "alpha": 8},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rasa_train.adapters.dropout import dropout, dropped, fused
+from rasa_train.kernels.dropout import dropout, dropped, fused
 
 
 @pytest.mark.parametrize("draw", [dropout, fused])

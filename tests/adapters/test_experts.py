@@ -9,11 +9,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rasa_train.adapters import DoRA, LoRA, RaSA
-from rasa_train.adapters.base import Method, linear
+from rasa_train.adapters.contract import Method, linear
 from rasa_train.adapters.experts import is_supported
-from rasa_train.adapters.inject import adapters, attach, find_sites, trainable
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.sites import find_sites
+from rasa_train.adapters.state import adapters, trainable
 from rasa_train.errors import UserError
+from rasa_train.methods.dora import DoRA
+from rasa_train.methods.lora import LoRA
+from rasa_train.methods.rasa import RaSA
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

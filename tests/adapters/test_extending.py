@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import adapters, trainable
-from rasa_train.merge import export_lora
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.state import adapters, trainable
+from rasa_train.merging.lora import export_lora
 from tests.adapters import test_contract as contract
 from tests.adapters.test_contract import bases as bases  # a fixture
 from tests.doc_pages import ROOT, blocks

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.base import Method, Site
-from rasa_train.adapters.bitfit import BitFit
-from rasa_train.adapters.full import Full
-from rasa_train.adapters.inject import adapters, attach, saved_tensors, trainable
+from rasa_train.adapters.contract import Method
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.state import adapters, saved_tensors, trainable
 from rasa_train.errors import UserError
+from rasa_train.methods.bitfit import BitFit
+from rasa_train.methods.full import Full
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA_8B = {

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rasa_train.adapters.inject import attach, trainable
+from rasa_train.adapters.inject import attach
 from rasa_train.adapters.saved import load_tensors, read_adapter
-from rasa_train.optim import LionW, ScheduleConfig, lr_factor, make_optimizer, set_lr
+from rasa_train.adapters.state import trainable
+from rasa_train.optim.optimizers import LionW, make_optimizer
+from rasa_train.optim.schedule import ScheduleConfig, lr_factor, set_lr
 
 
 def batches(path: Path) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rasa_train.adapters.identity import TENSORS, base_samples
+from rasa_train.io.base_fingerprint import TENSORS, base_samples
 
 
 def base(directory: Path, shards: str = "1GB", dtype: torch.dtype = torch.bfloat16) -> Path:

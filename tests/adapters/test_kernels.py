@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rasa_train.adapters import METHODS, seeded
-from rasa_train.adapters.base import Factors
-from rasa_train.adapters.blocks import BlockOperands, SharedBlockInput
-from rasa_train.adapters.dropout import dropout
-from rasa_train.adapters.flat import blocks
-from rasa_train.adapters.inject import adapt, adapters, groups, trainable
-from rasa_train.adapters.kernels import Operands, SharedInput, packed
-from rasa_train.adapters.lora import LoRA
+from rasa_train.adapters.inject import adapt
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.shared_input import packed
+from rasa_train.adapters.state import adapters, groups, trainable
+from rasa_train.kernels import seeded_dropout as seeded
+from rasa_train.kernels.block_diagonal import BlockOperands, SharedBlockInput
+from rasa_train.kernels.dropout import dropout
+from rasa_train.kernels.flat_buffer import blocks
+from rasa_train.kernels.low_rank import Factors, Operands, SharedInput
+from rasa_train.methods.lora import LoRA
 from tests.adapters.test_contract import FIELDS, HEADS
 
 WITH_SITES = [name for name in METHODS if name not in ("full", "peft")]

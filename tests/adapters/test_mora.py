@@ -10,9 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rasa_train.adapters import METHODS, MoRA
-from rasa_train.adapters.base import Site
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.site import Site
 from rasa_train.errors import UserError
+from rasa_train.methods.mora import MoRA
 
 TYPES = [1, 2, 3, 4, 6]
 SHAPES = [(17, 41), (41, 17), (24, 24), (32, 8), (8, 32), (30, 12), (13, 13), (2, 5)]

@@ -11,16 +11,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.base import Adapter, Method, Site
-from rasa_train.adapters.dora import DoRA, DoRAAdapter
-from rasa_train.adapters.inject import attach, saved_tensors, trainable
-from rasa_train.adapters.lora import LoRA
-from rasa_train.adapters.olora import OLoRA, StartedAdapter
-from rasa_train.adapters.pissa import PiSSA
+from rasa_train.adapters.contract import Adapter, Method
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import load_tensors, read_adapter, write_adapter
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.state import saved_tensors, trainable
 from rasa_train.errors import UserError
-from rasa_train.merge.lora import lora_factors
+from rasa_train.merging.lora import lora_factors
+from rasa_train.methods.dora import DoRA, DoRAAdapter
+from rasa_train.methods.lora import LoRA
+from rasa_train.methods.olora import OLoRA, StartedAdapter
+from rasa_train.methods.pissa import PiSSA
 
 SHAPES = [(12, 10), (10, 12)]
 STARTED: list[Method] = [OLoRA(r=4, alpha=10), PiSSA(r=4, alpha=10)]

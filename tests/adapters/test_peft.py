@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rasa_train.adapters import LoRA, Peft
-from rasa_train.adapters.inject import adapt, adapters, saved_tensors, trainable
+from rasa_train.adapters.inject import adapt
 from rasa_train.adapters.saved import load_tensors, read_adapter, write_adapter
+from rasa_train.adapters.state import adapters, saved_tensors, trainable
 from rasa_train.errors import UserError
-from rasa_train.merge import export_lora, merge
+from rasa_train.merging.lora import export_lora
+from rasa_train.merging.merged import merge
+from rasa_train.methods.from_peft import Peft
+from rasa_train.methods.lora import LoRA
 
 SHAPE = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -7,11 +7,15 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from rasa_train.adapters import LoRA, RaSA
-from rasa_train.adapters.base import Built, FactorAdapter, Method, Site
-from rasa_train.adapters.dropout import dropout
-from rasa_train.adapters.inject import adapters, attach, find_sites, trainable
+from rasa_train.adapters.contract import Built, FactorAdapter, Method
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.sites import find_sites
+from rasa_train.adapters.state import adapters, trainable
 from rasa_train.errors import UserError
+from rasa_train.kernels.dropout import dropout
+from rasa_train.methods.lora import LoRA
+from rasa_train.methods.rasa import RaSA
 
 
 def sites(layers: int = 4, out: int = 12, in_: int = 10, kind: str = "mlp.up") -> list[Site]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rasa_train.adapters import seeded
-from rasa_train.adapters.seeded import Draw, draw, kept, philox
+from rasa_train.kernels import seeded_dropout as seeded
+from rasa_train.kernels.seeded_dropout import Draw, draw, kept, philox
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="needs triton")
@@ -124,7 +124,7 @@ def test_kernels_can_be_compiled(capability: int, ranks: int, tmp_path: Path, mo
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rasa_train.adapters import seeded_triton as kernels
+    from rasa_train.kernels import seeded_dropout_triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = kernels._blocks(ranks)

@@ -12,11 +12,21 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rasa_train.adapters import METHODS, NOLA, MoRA, ShareLoRA, TiedLoRA, VBLoRA, VeRA, nola
-from rasa_train.adapters.base import Built, Method, Site
-from rasa_train.adapters.inject import adapters, attach, find_sites, saved_tensors, trainable
+from rasa_train.adapters.contract import Built, Method
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import load_tensors, read_adapter, write_adapter
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.sites import find_sites
+from rasa_train.adapters.state import adapters, saved_tensors, trainable
 from rasa_train.errors import UserError
+from rasa_train.methods import nola
+from rasa_train.methods.mora import MoRA
+from rasa_train.methods.nola import NOLA
+from rasa_train.methods.sharelora import ShareLoRA
+from rasa_train.methods.tied_lora import TiedLoRA
+from rasa_train.methods.vblora import VBLoRA
+from rasa_train.methods.vera import VeRA
 
 FRESH = {
     "vera": VeRA(r=6),

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rasa_train.adapters import VeRA
-from rasa_train.adapters.base import Site
-from rasa_train.adapters.inject import adapters, attach, saved_tensors, trainable
+from rasa_train.adapters.inject import attach
 from rasa_train.adapters.saved import load_tensors, read_adapter, write_adapter
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.state import adapters, saved_tensors, trainable
 from rasa_train.errors import UserError
+from rasa_train.methods.vera import VeRA
 
 
 def tiny() -> nn.Module:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rasa_train.analysis.capacity import capacity
 from rasa_train.analysis.updates import KindUpdates, of_adapter, of_models, random_updates
-from rasa_train.merge import merge
+from rasa_train.merging.merged import merge
 from tests.conftest import Cli
 from tests.merge.conftest import load, save_adapter, save_base
 

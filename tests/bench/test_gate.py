@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from rasa_train.adapters.lora import LoRA
 from rasa_train.bench import gate, peers
 from rasa_train.bench.engines import NAMES, Engine, contender, engines, give, values_for
 from rasa_train.bench.shapes import LinearStack, random_model
 from rasa_train.bench.workloads import linears
+from rasa_train.methods.lora import LoRA
 
 CPU = torch.device("cpu")
 ALL = engines(64, 0.05)

@@ -5,7 +5,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from rasa_train.data import DataConfig, ValidationConfig
+from rasa_train.data.config import DataConfig, ValidationConfig
 from rasa_train.errors import UserError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tiny_data import SENTENCES, character_tokenizer
 
-from rasa_train.data import DataConfig
+from rasa_train.data.config import DataConfig
 from rasa_train.data.encode import Encoder, Example, prompt_text
 from rasa_train.errors import UserError
 

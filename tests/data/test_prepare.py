@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_data import rows_of, write_lines
 
-from rasa_train.data import DataConfig
 from rasa_train.data import prepare as prepare_module
 from rasa_train.data.batching import supervised_tokens
 from rasa_train.data.cache import TokenDataset
+from rasa_train.data.config import DataConfig
 from rasa_train.data.encode import Encoder
 from rasa_train.data.prepare import prepare
 from rasa_train.errors import UserError

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from rasa_train import group
+from rasa_train import process
+from rasa_train.distributed import rendezvous
+from rasa_train.io.run_dir import RunDirectory
 from rasa_train.recipe.schema import Recipe
-from rasa_train.run_dir import RunDirectory
 from rasa_train.stop import StopSignal
-from rasa_train.train import run
+from rasa_train.training.run import run
 
 torch.set_num_threads(1)
 
@@ -32,8 +33,8 @@ def main(cases: list[dict[str, Any]]) -> int:
     warnings.filterwarnings("ignore")
     for case in cases:
         recipe = Recipe.model_validate(case)
-        group.join(recipe.distributed.timeout_seconds)
-        if group.rank() == 0:
+        rendezvous.join(recipe.distributed.timeout_seconds)
+        if process.rank() == 0:
             RunDirectory(recipe.output_dir).create()
         began = time.perf_counter()
         try:
@@ -41,9 +42,9 @@ def main(cases: list[dict[str, Any]]) -> int:
                 run(recipe, stop)
         except BaseException:
             Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(recipe.output_dir) / f"error-{group.rank()}.txt").write_text(traceback.format_exc())
+            (Path(recipe.output_dir) / f"error-{process.rank()}.txt").write_text(traceback.format_exc())
             return 1
-        if group.rank() == 0:
+        if process.rank() == 0:
             print(f"{time.perf_counter() - began:.1f} s {recipe.output_dir}", file=sys.stderr, flush=True)
     return 0
 

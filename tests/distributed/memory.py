@@ -19,16 +19,17 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM  # noqa: F401 - so that its code is not counted
 
-from rasa_train import group
-from rasa_train.adapters.inject import saved_tensors
-from rasa_train.checkpoint import Progress
+from rasa_train import process
+from rasa_train.adapters.state import saved_tensors
 from rasa_train.data.batching import with_targets
-from rasa_train.distributed import make_engine
-from rasa_train.optim import make_optimizer
+from rasa_train.distributed import rendezvous
+from rasa_train.distributed.choose import make_engine
+from rasa_train.io.run_dir import RunDirectory
+from rasa_train.optim.optimizers import make_optimizer
 from rasa_train.recipe.schema import Recipe
-from rasa_train.run_dir import RunDirectory
-from rasa_train.steps import on_device
-from rasa_train.train import build, save_checkpoint
+from rasa_train.training.checkpoint import Progress
+from rasa_train.training.micro_batches import on_device
+from rasa_train.training.run import build, save_checkpoint
 
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ def growth(found: dict[str, int], phase: str) -> Iterator[None]:
 
 def main(recipe: Recipe) -> None:
     directory, found = RunDirectory(recipe.output_dir), {}
-    accelerator = group.start(recipe.distributed.timeout_seconds)
+    accelerator = rendezvous.start(recipe.distributed.timeout_seconds)
     if accelerator.is_main_process:
         directory.create()
     engine = make_engine(recipe.distributed, accelerator, 1.0)
@@ -68,7 +69,7 @@ def main(recipe: Recipe) -> None:
     with growth(found, "save"):
         progress = Progress(step=1)
         save_checkpoint(engine, directory, recipe, model, shapes, "data", progress, print, retry=False, needed=True)
-    (directory.path / f"memory-{group.rank()}.json").write_text(json.dumps(found))
+    (directory.path / f"memory-{process.rank()}.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()
 
 

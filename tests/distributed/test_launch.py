@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from rasa_train.agent import WorkersFailed, report
-from rasa_train.group import slow_workers
-from rasa_train.launch import first_host
+from rasa_train.distributed.preflight import slow_workers
+from rasa_train.launch.launch import first_host
+from rasa_train.launch.supervisor import WorkersFailed, report
 from tests.conftest import Cli
 
 from .conftest import STEPS, adapter, command, difference, metrics, reach, start

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rasa_train.adapters.saved import read_adapter
-from rasa_train.checkpoint import damage
+from rasa_train.training.checkpoint import damage
 
 from .conftest import Case, Group, difference, metrics
 

@@ -16,7 +16,8 @@ from rasa_train.evaluate import results
 from rasa_train.evaluate.generate import SampleFile, generate, response_budget
 from rasa_train.evaluate.load import Plan, find_subjects, load_lm, wrap
 from rasa_train.evaluate.suites import Suite, load_suite
-from rasa_train.model import ModelConfig, load_model, load_tokenizer
+from rasa_train.models.config import ModelConfig
+from rasa_train.models.load import load_model, load_tokenizer
 from rasa_train.stop import StopSignal
 
 pytest.importorskip("lm_eval")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rasa_train.checkpoint import damage
+from rasa_train.training.checkpoint import damage
 from tests.test_train import metrics
 
 INJECTED: Counter[tuple[str, str]] = Counter()

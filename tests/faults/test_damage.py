@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rasa_train.checkpoint import CHECKSUMS, damage
+from rasa_train.training.checkpoint import CHECKSUMS, damage
 
 from .conftest import Whole
 from .harness import inject, same_result, start

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rasa_train.checkpoint import damage
+from rasa_train.training.checkpoint import damage
 from tests.test_train import metrics
 
 from .conftest import Whole

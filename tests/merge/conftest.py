@@ -20,9 +20,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import adapt, saved_tensors, trainable
+from rasa_train.adapters.inject import adapt
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import write_adapter
+from rasa_train.adapters.state import saved_tensors, trainable
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from rasa_train.adapters.identity import base_samples
 from rasa_train.adapters.saved import read_adapter, write_adapter
 from rasa_train.cli.merge import app
-from rasa_train.merge import merge, output
+from rasa_train.io import atomic_dir as output
+from rasa_train.io.base_fingerprint import base_samples
+from rasa_train.merging.merged import merge
 
 from .conftest import load, save_adapter, save_base
 

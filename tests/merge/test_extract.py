@@ -11,9 +11,10 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from rasa_train.errors import UserError
-from rasa_train.merge import extract, merge
-from rasa_train.merge import extract as function
-from rasa_train.reconstruct import Reconstruction
+from rasa_train.lowrank.reconstruct import Reconstruction
+from rasa_train.merging import extract
+from rasa_train.merging import extract as function
+from rasa_train.merging.merged import merge
 
 from .conftest import load, save_base
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rasa_train.merge import merge
-from rasa_train.merge.weights import INDEX
+from rasa_train.io.checkpoint_files import INDEX
+from rasa_train.merging.merged import merge
 
 from .conftest import load, save_adapter
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rasa_train.merge import merge
+from rasa_train.merging.merged import merge
 
 from .conftest import save_adapter, save_base
 from .test_command import INDEX, run

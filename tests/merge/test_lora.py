@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from rasa_train.adapters.base import Site
-from rasa_train.adapters.lora import LoRA, LoRAAdapter
 from rasa_train.adapters.saved import read_adapter, write_adapter
-from rasa_train.merge import export_lora, merge
-from rasa_train.merge.lora import lora_factors
+from rasa_train.adapters.site import Site
+from rasa_train.merging.lora import export_lora, lora_factors
+from rasa_train.merging.merged import merge
+from rasa_train.methods.lora import LoRA, LoRAAdapter
 
 from .conftest import load, logits, save_base
 

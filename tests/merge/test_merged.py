@@ -13,16 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
-from rasa_train.adapters.base import Adapter, Built, Method, Site
-from rasa_train.adapters.inject import adapters, attach, trainable
-from rasa_train.adapters.lora import LoRA
-from rasa_train.adapters.saved import METHODS, read_adapter, write_adapter
+from rasa_train.adapters.contract import Adapter, Built, Method
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.saved import read_adapter, write_adapter
+from rasa_train.adapters.site import Site
+from rasa_train.adapters.state import adapters, trainable
 from rasa_train.errors import UserError
-from rasa_train.merge import export_lora, find_adapter, merge
-from rasa_train.merge.merged import Folding
-from rasa_train.merge.source import Source
-from rasa_train.merge.weights import open_checkpoint
-from rasa_train.model import ModelConfig, meta_model
+from rasa_train.io.checkpoint_files import open_checkpoint
+from rasa_train.merging.folding import Folding
+from rasa_train.merging.lora import export_lora
+from rasa_train.merging.merged import merge
+from rasa_train.merging.source import Source, find_adapter
+from rasa_train.methods.lora import LoRA
+from rasa_train.models.config import ModelConfig
+from rasa_train.models.load import meta_model
 
 from .conftest import load, logits, save_adapter, save_base
 

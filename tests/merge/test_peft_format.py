@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rasa_train.adapters import METHODS
-from rasa_train.adapters.inject import attach, saved_tensors, trainable
+from rasa_train.adapters.inject import attach
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import read_adapter, write_adapter
+from rasa_train.adapters.state import saved_tensors, trainable
 from rasa_train.errors import UserError
-from rasa_train.merge import export_peft
+from rasa_train.merging.peft_format import export_peft
 
 from .conftest import load, logits, save_base
 from .test_lora import peft_logits

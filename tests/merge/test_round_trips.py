@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from rasa_train.adapters import METHODS
-from rasa_train.merge import export_lora, export_peft, merge
+from rasa_train.adapters.registry import METHODS
+from rasa_train.merging.lora import export_lora
+from rasa_train.merging.merged import merge
+from rasa_train.merging.peft_format import export_peft
 
 from .conftest import FIELDS, load, logits, save_adapter, save_base
 from .test_command import refused

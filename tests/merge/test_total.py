@@ -9,7 +9,9 @@ from torch.testing import assert_close
 
 from rasa_train.adapters.saved import read_adapter, write_adapter
 from rasa_train.errors import UserError
-from rasa_train.merge import export_lora, merge, verify
+from rasa_train.merging import verify
+from rasa_train.merging.lora import export_lora
+from rasa_train.merging.merged import merge
 
 from .conftest import load, logits, save_adapter, save_base
 from .test_lora import peft_logits

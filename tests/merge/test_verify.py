@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rasa_train.errors import UserError
-from rasa_train.merge import merge, verify
+from rasa_train.merging import verify
+from rasa_train.merging.merged import merge
 
 from .conftest import save_adapter, save_base
 

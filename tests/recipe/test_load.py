@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rasa_train.adapters import METHODS
+from rasa_train.adapters.registry import METHODS
 from rasa_train.errors import UserError
-from rasa_train.recipe import configs_dir, load_recipe
-from rasa_train.recipe.load import dump_recipe
+from rasa_train.recipe.load import dump_recipe, load_recipe
 from rasa_train.recipe.schema import Recipe
+from rasa_train.recipe.shipped import configs_dir
 from rasa_train.recipe.yaml_lines import parse
 
 GOOD = """\

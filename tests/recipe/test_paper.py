@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rasa_train.adapters.inject import adapt, trainable
-from rasa_train.optim import LionW
-from rasa_train.recipe import configs_dir, load_recipe
+from rasa_train.adapters.inject import adapt
+from rasa_train.adapters.state import trainable
+from rasa_train.optim.optimizers import LionW
+from rasa_train.recipe.load import load_recipe
 from rasa_train.recipe.schema import Recipe
+from rasa_train.recipe.shipped import configs_dir
 
 MODELS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": {

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from rasa_train.adapters import METHODS
+from rasa_train.adapters.registry import METHODS
 from rasa_train.data.config import DataConfig, ValidationConfig
-from rasa_train.distributed import DistributedConfig
-from rasa_train.model import ModelConfig
-from rasa_train.optim import AdamW, LionW, ScheduleConfig
+from rasa_train.distributed.config import DistributedConfig
+from rasa_train.models.config import ModelConfig
+from rasa_train.optim.optimizers import AdamW, LionW
+from rasa_train.optim.schedule import ScheduleConfig
 from rasa_train.recipe.schema import EvaluateConfig, TrackingConfig, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]

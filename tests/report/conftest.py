@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from rasa_train.adapters import METHODS
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import write_adapter
-from rasa_train.recipe import load_recipe
-from rasa_train.recipe.load import dump_recipe
+from rasa_train.recipe.load import dump_recipe, load_recipe
 
 STEPS, EPOCHS, LAYERS, R, K = 40, 4, 6, 4, 1
 MakeRun = Callable[..., Path]

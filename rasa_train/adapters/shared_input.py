@@ -1,0 +1,160 @@
+"""The fast path: linears that share an input are one operation, and their factors are packed once a step.
+
+Inside ``packed`` the factors of a ``Group`` are buffers in the dtype of W, made of the methods' fp32 ``factors()`` once
+and computed with by ``kernels.low_rank``; their gradients (fp32, summed over micro-batches) go back through
+``factors()`` once. Outside of it the adapter's own ``forward`` is called: the reference, which gives the same numbers and
+works wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
+``kernels.block_diagonal``; an adapter that is neither is computed by its own ``forward`` always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.block_diagonal import pack_blocks
+from ..kernels.flat_buffer import Packed
+from ..kernels.low_rank import pack_factors
+from ..kernels.quantized_weight import Narrow, NarrowLinear
+from .block_adapter import BlockAdapter
+from .contract import Adapter, FactorAdapter
+
+
+class Linear(Protocol):
+    """A linear with an adapter."""
+
+    weight: Any  # Tensor; nn.Module's attributes are looser
+    narrow: Narrow | None
+    bias: Any
+    transposed: bool
+    adapter: Adapter
+
+
+class Group:
+    """Linears of one layer, in the order in which it calls them, each time with one and the same input.
+
+    With packed factors the first one that is called computes for all, and the others find their result here. A layer
+    that does otherwise still gets the right result: its linears are then computed one by one, by the plain path.
+    """
+
+    def __init__(self, members: Sequence[Linear]) -> None:
+        self.members = tuple(members)
+        self.packed: Packed | None = None
+        self._together = True
+        self._input: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+        """By member that is still to be called: its output; without packed factors the input of its adapter."""
+        self._fused = False
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        """y (..., out) of member ``index`` for x (..., in)."""
+        if index not in self._ready or not _same(self._input, x):
+            self._together &= index not in self._ready
+            self._compute(range(len(self.members)) if self._together else (index,), x)
+        ready = self._ready.pop(index)
+        if not self._ready:
+            self._input = None
+        # Not before it is called: only then are its parameters there, if they are partitioned.
+        return ready if self._fused else plain(self.members[index], x, ready)
+
+    def _compute(self, indices: Sequence[int], x: Tensor) -> None:
+        adapters = [self.members[index].adapter for index in indices]
+        for adapter in adapters:
+            watched(adapter, x)
+        self._fused = self._together and self.packed is not None and x.dtype == self.packed.dtype
+        if self._fused and self.packed is not None:
+            ready = self.packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
+        else:
+            # One mask for all, as in the packed form: where that does not make its own (``seeded``), it is the same.
+            ready = (adapters[0].drop(x),) * len(adapters)
+        self._ready = dict(zip(indices, ready, strict=True))
+        self._input = x
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    """Whether it is one tensor. DeepSpeed gives each module a view of its input: not the object is the same, but the
+    memory (which ``a`` holds, so nothing else can be there)."""
+    return a is b or (a is not None and a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride()))
+
+
+def watched(adapter: Adapter, x: Tensor) -> None:
+    """Show the adapter its input, if its rule wants to see it."""
+    if adapter.watches and adapter.training:
+        adapter.watch(x)
+
+
+def weight_of(member: Linear) -> Tensor:
+    """W (out, in), whichever way it is stored."""
+    if member.narrow is not None:
+        return member.narrow.dense()
+    weight: Tensor = member.weight
+    return weight.t() if member.transposed else weight
+
+
+def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
+    """y = W x + b + dW drop(x), by the adapter's own ``forward``."""
+    weight = weight_of(member)
+    if member.narrow is None:
+        y = F.linear(x, weight, member.bias)
+    else:
+        y = NarrowLinear.apply(x, member.narrow)  # type: ignore[no-untyped-call]
+        y = y if member.bias is None else y + member.bias
+    update: Tensor = member.adapter(dropped, weight)
+    return y + update.to(y.dtype)
+
+
+@contextmanager
+def packed(groups: Iterable[Group]) -> Iterator[None]:
+    """Compute with packed factors inside; at the end hand the gradients of all that was computed to the parameters.
+
+    The parameters must not change inside, and their own gradients are not complete before the end.
+    """
+    frozen: dict[Any, Tensor] = {}
+    own = []
+    try:
+        for group in groups:
+            group.packed = _pack(group.members, frozen)
+            if group.packed is not None:
+                own.append(group)
+        yield
+        edges, gradients = [], []
+        for group in own:
+            assert group.packed is not None
+            for edge, gradient in group.packed.flat.gradients():
+                edges.append(edge)
+                gradients.append(gradient)
+        if edges:
+            torch.autograd.backward(edges, gradients)
+    finally:
+        for group in own:
+            group.packed = None
+
+
+def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
+    """None unless all are of one form, computed in the dtype of W, beside a W that is frozen and whole."""
+    if not all(_stands_still(member) for member in members):
+        return None
+    adapters = [member.adapter for member in members]
+    weights = [member.narrow if member.narrow is not None else weight_of(member) for member in members]
+    biases, dtype = [member.bias for member in members], members[0].weight.dtype
+    with torch.enable_grad():
+        factors = [adapter.factors() for adapter in adapters if isinstance(adapter, FactorAdapter)]
+        of_blocks = [adapter.blocks() for adapter in adapters if isinstance(adapter, BlockAdapter)]
+        if len(factors) == len(members):
+            return pack_factors(factors, weights, biases, dtype, frozen)
+    return pack_blocks(of_blocks, weights, biases, dtype) if len(of_blocks) == len(members) else None
+
+
+def _stands_still(member: Linear) -> bool:
+    weight, bias = member.weight, member.bias
+    return (
+        member.adapter.compute_dtype is None
+        and not weight.requires_grad
+        and (weight.dim() == 2 or member.narrow is not None)
+        and not (bias is not None and bias.requires_grad)
+    )

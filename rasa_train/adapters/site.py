@@ -1,0 +1,52 @@
+"""Where an update goes: metadata of one frozen weight, never the weight itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Metadata of one frozen weight W (out_features x in_features) that gets an update.
+
+    ``lead`` is the leading shape of every tensor of the update: () for a linear, (num_experts,) for a
+    fused expert weight, so that one adapter serves all experts of a layer.
+    """
+
+    path: str
+    """Dotted path of the linear in the model: ``model.layers.3.self_attn.q_proj``."""
+    kind: str
+    """The path below the layer index: ``self_attn.q_proj``. Pools are keyed by it."""
+    layer: int
+    out_features: int
+    in_features: int
+    weight: str
+    """Name of the base parameter that holds W."""
+    transposed: bool = False
+    """W is stored in_features x out_features (GPT-2's Conv1D)."""
+    bias: bool = False
+    num_experts: int | None = None
+    rows: tuple[int, int] | None = None
+    """W is this range of output rows of the base parameter (gate and up in a fused gate_up_proj)."""
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return () if self.num_experts is None else (self.num_experts,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+
+def by_kind(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Sites that can share tensors: same kind and same shape. The key is a valid module name: the kind with
+    ``__`` for dots (a hybrid model with several shapes of one kind has the shape in the key as well)."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, (*site.lead, *site.shape)), []).append(site)
+    kinds = [kind for kind, _ in groups]
+    return {
+        kind.replace(".", "__") + ("" if kinds.count(kind) == 1 else "__" + "x".join(map(str, shape))): group
+        for (kind, shape), group in groups.items()
+    }

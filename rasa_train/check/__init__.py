@@ -1,0 +1,1 @@
+"""Say what a run would be before it starts: parameters, steps, memory, time."""

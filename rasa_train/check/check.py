@@ -1,0 +1,190 @@
+"""``rasa-train --check``: what a recipe would do, shown to a person or given as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from .. import process
+from ..data.prepare import PreparedData, prepare
+from ..data.sources import SourceMissing
+from ..errors import UserError
+from ..models.load import has_weights, load_tokenizer
+from ..recipe.schema import Recipe
+from ..training.reporter import clock
+from . import trial_run
+from .estimate import USABLE, plan
+
+
+@dataclass
+class CheckResult:
+    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces; ``shortages`` are
+    those of the ``problems`` that are not only something absent, which another machine may have."""
+
+    facts: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+    shortages: list[str] = field(default_factory=list)
+    samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+
+    def show(self) -> None:
+        console = Console(highlight=False)
+        whole = not console.is_terminal  # lines for other programs are neither cut nor padded
+        rows = _lines(self.facts)
+        if whole:
+            width = max(len(name) for name, _ in rows)
+            console.print(*(f"{name:<{width}} {value}" for name, value in rows), sep="\n", markup=False, soft_wrap=True)
+        else:
+            table = Table(show_header=False, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        for i, pieces in enumerate(self.samples):
+            console.print(f"\nsample {i + 1} (what is trained on is marked »like this«)", style="bold")
+            marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
+            console.print(marked, markup=False, soft_wrap=whole)
+        console.print()
+        for topic, fine, words in _topics(self.facts):
+            line = f"{'ok ' if fine else '-- '} {topic}: {words}"
+            console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
+        for problem in self.problems:
+            console.print(f"not ready: {problem}", style="red", markup=False, soft_wrap=whole)
+        if not self.problems:
+            console.print("ready to train", style="green")
+
+
+def check(recipe: Recipe, workers: int = 1) -> CheckResult:
+    """Everything that can be known without training, for this number of workers.
+
+    Raises:
+        UserError: something is wrong. What is only absent (the data set, the weights) is reported, not raised.
+    """
+    problems: list[str] = []
+    data: PreparedData | None = None
+    tokenizer: Tokenizer | None = None
+    if not has_weights(recipe.model):
+        problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
+    facts_of_model = plan(recipe, None, workers)  # a wrong adapter is told before the data is looked at
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+        data = prepare(recipe.data, tokenizer)
+    except SourceMissing as error:
+        problems.append(str(error))
+    except UserError as error:
+        if tokenizer is not None or has_weights(recipe.model):
+            raise
+        problems.append(str(error))
+    facts = plan(recipe, data, workers) if data else facts_of_model
+    facts |= {
+        "disk_bytes_free": trial_run.disk_free(Path(recipe.output_dir)),
+        "devices": trial_run.devices(),
+        "versions": process.versions(),
+        "seconds_estimate": None,
+    }
+    problems += (shortages := _shortages(facts))
+    if data and not problems and workers == 1:
+        facts["seconds_estimate"] = trial_run.seconds(recipe, data, facts["total_parameters"], facts["optimizer_steps"])
+    facts["problems"] = problems
+    samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
+    return CheckResult(facts, problems, shortages, samples)
+
+
+def _shortages(facts: dict[str, Any]) -> list[str]:
+    """What this machine has too little of. Only of a GPU is memory counted: without one, another machine trains."""
+    found = []
+    needed, free = facts["disk_bytes_needed"], facts["disk_bytes_free"]
+    if needed is not None and needed > free:
+        found.append(
+            f"output_dir: checkpoints need {_size(needed)}, the disk has {_size(free)} free; make room, or set "
+            "training.keep_last"
+        )
+    least = min(facts["devices"], key=lambda device: int(device["memory_bytes"]))
+    total = facts["memory_bytes"]["total"]
+    if least["name"] != "cpu" and total > USABLE * least["memory_bytes"]:
+        found.append(
+            f"memory: {_size(total)} for each worker, {least['name']} has {_size(least['memory_bytes'])}; try "
+            "training.activation_checkpointing: auto, or another distributed.strategy"
+        )
+    return found
+
+
+def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
+    """(topic, whether it is fine, in a few words)."""
+    problems, seconds, needed = facts["problems"], facts["seconds_estimate"], facts["disk_bytes_needed"]
+    device, median = facts["devices"][0], facts["median_example"]
+    data = "not here" if median is None else f"median {median:,.0f}, longest {facts['longest_example']:,} tokens"
+    total = _size(facts["memory_bytes"]["total"])
+    steps = facts["optimizer_steps"]
+    model = f"{sum(facts['sites'].values())} linears adapted, {facts['trainable_parameters']:,} parameters trained"
+    return [
+        ("recipe", True, f"{facts['method']}, {'?' if steps is None else f'{steps:,}'} steps"),
+        ("data", median is not None, data),
+        ("model", not any(p.startswith("model.") for p in problems), model),
+        (
+            "memory",
+            not any(p.startswith("memory:") for p in problems),
+            f"{total} of {_size(device['memory_bytes'])} ({device['name']} x {len(facts['devices'])})",
+        ),
+        (
+            "disk",
+            not any(p.startswith("output_dir:") for p in problems),
+            f"{'?' if needed is None else _size(needed)} of {_size(facts['disk_bytes_free'])} free",
+        ),
+        ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
+    ]
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
+    example = data.train[index]
+    supervised = example.labels != -100
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for end in range(1, len(supervised) + 1):
+        if end == len(supervised) or supervised[end] != supervised[start]:
+            pieces.append((tokenizer.decode(example.input_ids[start:end].tolist()), bool(supervised[start])))
+            start = end
+    return pieces
+
+
+def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
+    kinds = [f"{kind} x {n} (rank {facts['effective_rank'][kind]})" for kind, n in facts["sites"].items()]
+    share = f"{facts['trainable_share']:.3%} of {facts['total_parameters']:,}"
+    unknown = "unknown without the data"
+
+    def number(name: str) -> str:
+        return unknown if facts[name] is None else f"{facts[name]:,}"
+
+    size, tokens = facts["micro_batch_size"], facts["micro_batch_tokens"]
+    at_once = f"at most {size} sequences of {facts['longest']:,} tokens" if size else f"{tokens:,} tokens at a time"
+    return [
+        ("method", facts["method"]),
+        ("trained", f"{facts['trainable_parameters']:,} parameters ({share})"),
+        *[("adapted" if i == 0 else "", kind) for i, kind in enumerate(kinds)],
+        ("examples", number("examples")),
+        ("dropped", number("dropped_examples")),
+        ("truncated", number("truncated_examples")),
+        ("tokens", number("tokens")),
+        ("supervised", number("supervised_tokens")),
+        ("steps", number("optimizer_steps")),
+        ("workers", f"{facts['workers']} ({facts['strategy']})"),
+        *[
+            ("memory" if i == 0 else "", f"{part.replace('_', ' '):<20}{_size(size):>12}")
+            for i, (part, size) in enumerate(facts["memory_bytes"].items())
+        ],
+        ("", f"each worker, {at_once}"),
+        *[
+            ("strategies" if i == 0 else "", f"{strategy:<20}{_size(size):>12}")
+            for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())
+        ],
+        *[("advice" if i == 0 else "", line) for i, line in enumerate(facts["advice"])],
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+    ]

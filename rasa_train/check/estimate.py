@@ -1,0 +1,189 @@
+"""What a recipe will do, before it does it: parameters, steps, memory. ``rasa-train --check`` prints this."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..adapters.inject import adapt
+from ..adapters.site import Site
+from ..adapters.state import adapters, saved_tensors, trainable
+from ..data.prepare import PreparedData
+from ..kernels.linear_cross_entropy import CHUNK
+from ..models.families import decoder_layers, has_plain_head
+from ..models.load import count_parameters, meta_model
+from ..models.padding_free import check_packable
+from ..optim.optimizers import LionW
+from ..recipe.schema import Recipe
+from ..training.memory_search import MOST
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+USABLE = 0.9
+"""Share of a GPU's memory that a worker may fill: the rest is CUDA's own, NCCL's buffers and fragments."""
+
+
+def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[str, Any]:
+    """The facts of a run; null for what cannot be known without the data.
+
+    Raises:
+        UserError: the architecture is not to be had, or the adapter does not fit it.
+    """
+    model = meta_model(recipe.model)
+    if recipe.training.flat:
+        check_packable(model)
+    total = count_parameters(model)
+    with torch.device("meta"):
+        model, sites = adapt(model, recipe.adapter)
+    trained = sum(p.numel() for p in trainable(model).values())
+    training = recipe.training
+    steps_per_epoch = math.ceil(len(data.train) / training.batch_size) if data else None
+    steps = training.max_steps or (training.epochs * steps_per_epoch if steps_per_epoch else None)
+    kinds: dict[str, dict[str, int]] = {}
+    for adapter in adapters(model).values():
+        kind = kinds.setdefault(adapter.site.kind, {"sites": 0, "effective_rank": adapter.effective_rank})
+        kind["sites"] += 1
+        kind["effective_rank"] = max(kind["effective_rank"], adapter.effective_rank)
+    return {
+        "method": recipe.adapter.method,
+        "trainable_parameters": trained,
+        "total_parameters": total,
+        "trainable_share": trained / total,
+        "effective_rank": {kind: facts["effective_rank"] for kind, facts in kinds.items()},
+        "sites": {kind: facts["sites"] for kind, facts in kinds.items()},
+        "steps_per_epoch": steps_per_epoch,
+        "optimizer_steps": steps,
+        "examples": len(data.train) if data else None,
+        "validation_examples": len(data.validation) if data and data.validation else (0 if data else None),
+        "dropped_examples": data.stats.dropped_over_length + data.stats.dropped_unsupervised if data else None,
+        "tokens": int(data.train.lengths.sum()) if data else None,
+        "supervised_tokens": int(data.train.supervised.sum()) if data else None,
+        "longest_example": int(data.train.lengths.max()) if data else None,
+        "median_example": float(np.median(data.train.lengths)) if data else None,
+        "truncated_examples": data.stats.truncated if data else None,
+        "disk_bytes_needed": disk_bytes(recipe, model, steps, steps_per_epoch),
+        **_memory_facts(recipe, model, sites, data, workers),
+    }
+
+
+def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_epoch: int | None) -> int | None:
+    """What the checkpoints take (one more than are kept, while it is written) and the adapter at the end."""
+    training = recipe.training
+    every = steps_per_epoch if isinstance(training.checkpoint_every, str) else training.checkpoint_every
+    if steps is None or every is None:
+        return None
+    adapter = sum(_bytes(tensor) for tensor in saved_tensors(model).values())
+    moments = 1 if isinstance(training.optimizer, LionW) else 2
+    state = moments * 4 * sum(p.numel() for p in trainable(model).values())
+    number = math.ceil(steps / every)
+    kept = number if training.keep_last is None else min(number, training.keep_last + 1)
+    return kept * (adapter + state) + adapter
+
+
+def _memory_facts(
+    recipe: Recipe, model: PreTrainedModel, sites: list[Site], data: PreparedData | None, workers: int
+) -> dict[str, Any]:
+    longest = int(data.train.lengths.max()) if data else recipe.data.max_length
+    training, most = recipe.training, math.ceil(recipe.training.batch_size / workers)
+    wanted = training.micro_batch_size
+    size = min(max(1, MOST // longest) if wanted == "auto" else wanted, most)
+    by_tokens = training.flat and wanted == "auto"
+    tokens = max(training.micro_batch_tokens or MOST, longest) if by_tokens else size * longest
+
+    def parts(strategy: str) -> dict[str, int]:
+        return memory(recipe, model, sites, strategy, workers, tokens=tokens)
+
+    totals = {strategy: parts(strategy)["total"] for strategy in STRATEGIES}
+    return {
+        "strategy": recipe.distributed.strategy,
+        "workers": workers,
+        "micro_batch_size": None if by_tokens else size,
+        "micro_batch_tokens": tokens,
+        "longest": longest,
+        "memory_bytes": parts(recipe.distributed.strategy),
+        "memory_bytes_by_strategy": totals,
+        "advice": advice(recipe, totals, workers),
+    }
+
+
+def memory(
+    recipe: Recipe, model: PreTrainedModel, sites: list[Site], strategy: str, workers: int, *, tokens: int
+) -> dict[str, int]:
+    """Estimate of one worker's GPU memory in bytes, by part. Exact for what is counted; ``activations`` and
+    ``logits`` are a model of the largest micro-batch, of ``tokens`` tokens with their padding: what the layers that are
+    not recomputed keep for the backward pass (``auto``: without recomputing), and the loss over the vocabulary."""
+    config: PretrainedConfig = model.config.get_text_config()
+    half = 4 if recipe.model.dtype == "float32" else 2
+    # Whatever is trained is fp32; base weights that are (full fine-tuning) have no second copy.
+    of_base = {id(p): p.numel() for n, p in model.named_parameters() if recipe.adapter.trains(n)}
+    trained = sum(p.numel() for p in trainable(model).values())
+    adapter = trained - sum(of_base.values())
+    base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
+    moments = 1 if isinstance(recipe.training.optimizer, LionW) else 2
+    if recipe.model.base == "nf4":  # 4 bits, and a scale of 8 bits for each 64 of them
+        linears = sum(math.prod((*s.lead, *s.shape)) for s in sites if s.num_experts is None)
+        base -= int(linears * (half - 0.5 - 1 / 64))
+    masters = strategy.startswith("zero")  # DeepSpeed steps on a copy of its own
+
+    share = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[strategy] if workers > 1 else 0
+
+    def divided(size: int, from_stage: int) -> int:
+        return math.ceil(size / workers) if share >= from_stage else size
+
+    offload = recipe.distributed.offload if strategy == recipe.distributed.strategy else "none"
+    parts = {
+        "base_weights": 0 if offload == "all" else divided(base, 3),
+        "adapter_parameters": adapter * 4 if strategy == "zero3" else divided(adapter * 4, 3),
+        "gradients": divided(trained * 4, 2),
+        "optimizer_state": 0 if offload != "none" else divided(trained * 4 * (moments + masters), 1),
+    }
+    if share == 3 or offload == "all":
+        parts["gathered_weights"] = _gathered(model, strategy)
+    per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * half
+    layers = config.num_hidden_layers
+    wanted = recipe.training.activation_checkpointing
+    recomputed = 0 if wanted == "auto" else layers if wanted is True else min(int(wanted), layers)
+    kept = recomputed * config.hidden_size * half + (layers - recomputed + bool(recomputed)) * per_layer
+    if recipe.training.activation_offload:
+        kept = per_layer  # of the layer that is at work
+    parts["activations"] = tokens * kept
+    chunked = has_plain_head(model)
+    parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * (half + 4) if chunked else tokens * (half + 8))
+    parts["total"] = sum(parts.values())
+    return parts
+
+
+def _gathered(model: nn.Module, strategy: str) -> int:
+    """Bytes of the weights that are whole at one time: a layer, the next one that is fetched meanwhile, and what is
+    outside the layers (FSDP: all of it; ZeRO-3: one tensor of it)."""
+    layers = [[p for p in layer.parameters()] for layer in decoder_layers(model)]
+    inside = {id(p) for layer in layers for p in layer}
+    outside = [_bytes(p) for p in model.parameters() if id(p) not in inside]
+    rest = sum(outside) if strategy == "fsdp" else max(outside, default=0)
+    return 2 * max(sum(map(_bytes, layer)) for layer in layers) + rest
+
+
+def _bytes(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def advice(recipe: Recipe, totals: dict[str, int], workers: int) -> list[str]:
+    """Which strategy to take on the GPU that is named in the recipe, or is there. Nothing without one."""
+    size = recipe.distributed.gpu_memory_gib
+    if size is None and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if size is None:
+        return []
+    fits = [strategy for strategy, total in totals.items() if total <= USABLE * size * 2**30]
+    if fits:
+        best = fits[0]  # in the order of STRATEGIES each divides more, and so exchanges more, than the one before
+        return [f"distributed.strategy={best}: {totals[best] / 2**30:,.1f} of {size:,.0f} GiB"]
+    least = min(totals, key=lambda strategy: totals[strategy])
+    ways = [] if recipe.training.activation_checkpointing else ["training.activation_checkpointing=true"]
+    ways += ["training.micro_batch_size=1", "data.max_length", "more workers"]
+    ways += ["distributed.offload=all with zero3"] if workers > 1 else ["distributed.strategy=zero3 offload=all"]
+    return [f"no strategy fits {size:,.0f} GiB; {least} needs {totals[least] / 2**30:,.1f}. Try", *ways]

@@ -1,0 +1,65 @@
+"""What the machine has for a run, and how fast it is: for ``rasa-train --check``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.prepare import PreparedData
+from ..io.run_dir import RunDirectory
+from ..recipe.schema import Recipe, TrackingConfig
+from ..stop import StopSignal
+from ..training.run import run
+
+STEPS, SEQUENCES = 3, 8
+"""Of the probe; the first steps are slower than the rest, so only the last is taken."""
+MOST_FLOPS = {"cpu": 1e12, "cuda": 1e15}
+"""A probe of more would take longer than a check should."""
+MOST_BYTES = 8 << 30
+"""Of the base: a larger one takes too long to read."""
+
+
+def devices() -> list[dict[str, Any]]:
+    """Name and memory in bytes of each GPU; of the machine where there is none."""
+    if not torch.cuda.is_available():
+        return [{"name": "cpu", "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}]
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+
+
+def disk_free(path: Path) -> int:
+    """Bytes that are free where ``path`` is going to be."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def seconds(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> float | None:
+    """Estimate of what ``steps`` take on this machine: by training a few of ``SEQUENCES`` sequences, in a directory
+    that is thrown away, and the tokens per second of the last. None where that would take too long to try.
+
+    Args:
+        parameters: of the base.
+    Raises:
+        UserError: they cannot be trained.
+    """
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = STEPS * min(SEQUENCES, recipe.training.batch_size) * int(data.train.lengths.max())
+    size = parameters * (4 if recipe.model.dtype == "float32" else 2)
+    if 6 * parameters * tokens > MOST_FLOPS[kind] or size > MOST_BYTES or recipe.distributed.offload != "none":
+        return None
+    short = {"max_steps": STEPS, "batch_size": min(SEQUENCES, recipe.training.batch_size), "evaluate": None}
+    with tempfile.TemporaryDirectory(prefix="rasa-train-") as directory, contextlib.redirect_stderr(io.StringIO()):
+        changed = {"output_dir": directory, "training": recipe.training.model_copy(update=short)}
+        tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
+        run(tried, StopSignal(), PreparedData(data.train, None, data.stats, data.key))
+        last = json.loads(RunDirectory(directory).metrics.read_text().splitlines()[-1])
+    per_step = float(data.train.lengths.mean()) * min(recipe.training.batch_size, len(data.train))
+    return steps * per_step / float(last["tokens_per_second"])

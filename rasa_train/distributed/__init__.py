@@ -1,0 +1,1 @@
+"""How workers share a model and exchange tensors. Everything of DeepSpeed and FSDP is here."""

@@ -1,0 +1,55 @@
+"""Exchanges between all workers of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def sum_over_workers(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Element-wise sums over all workers, in fp64."""
+    if accelerator.num_processes == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    dist.all_reduce(total)
+    return [float(v) for v in total.tolist()]
+
+
+def average(tensors: list[Tensor], workers: int) -> None:
+    """Mean over all workers, in place, in one exchange."""
+    if not tensors:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors]).div_(workers)
+    dist.all_reduce(together)
+    parts = torch.split(together, [tensor.numel() for tensor in tensors])  # type: ignore[no-untyped-call]
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def stop_agreed(accelerator: Accelerator, reason: str) -> bool:
+    """Whether any worker was asked to stop (has a ``reason``). Every worker must call it at the same step."""
+    return sum_over_workers(accelerator, [float(bool(reason))])[0] > 0
+
+
+def from_first(accelerator: Accelerator, value: Any) -> Any:
+    """What ``value`` is on the first worker."""
+    if accelerator.num_processes == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """What ``value`` is on each worker."""
+    if accelerator.num_processes == 1:
+        return [value]
+    every: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(every, value)
+    return every

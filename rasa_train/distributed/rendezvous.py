@@ -1,0 +1,205 @@
+"""Workers meet, do things once for all of them, and notice when one is lost."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from ..errors import UserError, WorkerLost, first_line
+from ..process import here, rank, world_size
+from .network import interfaces
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def group_of_one() -> None:
+    """One process that uses host memory is a group as well."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, now and later
+
+
+def join(timeout_seconds: int) -> list[str]:
+    """Meet the other workers. Returns where each of them is, by rank. Does nothing when it was done before.
+
+    Raises:
+        UserError: a worker did not come, or cannot be connected to, within the time; the message names it.
+    """
+    if world_size() == 1:
+        return [here()]
+    if not _group:
+        timeout = timedelta(seconds=timeout_seconds)
+        store = _store(timeout)
+        where = _roll_call(store, timeout_seconds)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(
+                backend, store=PrefixStore("group", store), rank=rank(), world_size=world_size(), timeout=timeout
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"worker {rank()} ({where[rank()]}) could not connect to the other workers: {first_line(error)}\n"
+                f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
+                key="distributed",
+            ) from None
+        _group.update(store=store, places=where)
+    return places()
+
+
+_group: dict[str, Any] = {}
+
+
+def places() -> list[str]:
+    """Where each worker is, by rank: its host and, where there is one, its GPU."""
+    return list(_group["places"]) if _group else [here()]
+
+
+def _store(timeout: timedelta) -> Store:
+    """The key-value store of the job; under torchrun one of each restart."""
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = TCPStore(
+            address,
+            port,
+            world_size(),
+            is_master=rank() == 0 and not of_agent,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"worker {rank()} ({here()}) cannot reach worker 0 at {address}:{port}: {first_line(error)}",
+            key="distributed",
+        ) from None
+    return PrefixStore(f"rasa_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
+    workers = range(world_size())
+    store.set(f"here/{rank()}", here())
+    deadline = time.monotonic() + timeout_seconds
+    missing = [worker for worker in workers if not _is_set(store, f"here/{worker}", deadline)]
+    places = [store.get(f"here/{worker}").decode() for worker in workers if worker not in missing]
+    if missing:
+        came = ", ".join(sorted(set(places))) or "nobody"
+        raise UserError(
+            f"{len(missing)} of {world_size()} workers did not come within {timeout_seconds} s: worker "
+            f"{', '.join(map(str, missing[:16]))}. There are workers on: {came}. Were all nodes started, and is "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} reachable from each?",
+            key="distributed.timeout_seconds",
+        )
+    return places
+
+
+def once(name: str, first: bool, work: Callable[[], str]) -> str:
+    """``work`` done by the one worker for which ``first`` is true, its answer given to all.
+
+    Raises:
+        UserError: where the work was done and the input is wrong.
+        SystemExit: with code 2, on the other workers, in that case: the message is printed once.
+    """
+    store: Store | None = _group.get("store")
+    if store is None:
+        return work()
+    if first:
+        try:
+            answer = work()
+        except UserError:
+            store.set(name, "wrong")
+            raise
+        store.set(name, f"right {answer}")
+        return answer
+    store.wait([name], timedelta(days=2))
+    verdict, _, answer = store.get(name).decode().partition(" ")
+    if verdict == "wrong":
+        raise SystemExit(2)
+    return answer
+
+
+def start(timeout_seconds: int, *, log_with: list[str] | None = None, project_dir: str | None = None) -> Accelerator:
+    """Join the group of workers the launcher made, or be the one worker.
+
+    Raises:
+        RuntimeError: accelerate sees another number of workers than the launcher started. That would train
+            each of them on its own, without an error.
+    """
+    from accelerate import Accelerator
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about itself and DeepSpeed, at every step
+    join(timeout_seconds)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with or None, project_dir=project_dir)
+    if accelerator.num_processes != world_size():
+        raise RuntimeError(f"the launcher started {world_size()} workers, accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+# -- losing a worker -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(timeout_seconds: int) -> Iterator[None]:
+    """Where workers exchange tensors. An exchange that breaks off, because a worker has died, hangs or cannot be
+    reached for ``timeout_seconds``, ends in ``WorkerLost`` on all the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "store" not in _group or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        missing = _missing(_group["store"])
+        names = ", ".join(f"worker {worker} ({_group['places'][worker]})" for worker in missing)
+        what = f"{names} did not answer" if missing else "an exchange broke off, and all workers are there"
+        why = ": dead, hanging, or out of reach" if missing else ""
+        raise WorkerLost(
+            f"{what} (distributed.timeout_seconds={timeout_seconds}){why}. "
+            f"Worker {rank()} ({_group['places'][rank()]}) was told: {first_line(error)}",
+            missing,
+        ) from None
+
+
+ROLL_CALL_SECONDS = 3.0
+"""How long after a broken exchange a worker waits for the others to say that they are alive. The timeouts of those
+that waited for the same one end together."""
+
+
+def _missing(store: Store) -> list[int]:
+    """Workers that do not answer now. The store is in the process of worker 0, so its silence is that worker's."""
+    found = [0]
+
+    def call_roll() -> None:
+        with suppress(RuntimeError):
+            store.set(f"alive/{rank()}", "")
+            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            missing = [worker for worker in range(world_size()) if not _is_set(store, f"alive/{worker}", deadline)]
+            found[:] = [0] if rank() in missing else missing
+            if rank() == 0 and len(missing) < world_size() - 1:
+                time.sleep(ROLL_CALL_SECONDS)  # the others may still be calling
+
+    caller = threading.Thread(target=call_roll, daemon=True)  # a call to a dead store may never return
+    caller.start()
+    caller.join(3 * ROLL_CALL_SECONDS)
+    return found
+
+
+def _is_set(store: Store, key: str, deadline: float) -> bool:
+    """Whether it is set by the ``deadline``, of ``time.monotonic()``."""
+    try:
+        store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+    except RuntimeError:  # torch's DistStoreError
+        return False
+    return True

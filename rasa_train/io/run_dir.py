@@ -1,0 +1,140 @@
+"""The run directory: what belongs to a run, which run it is, and that only one process writes to it.
+
+recipe.yaml  metrics.jsonl  checkpoints/step-00000123/  adapter/  summary.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from .atomic import write_text
+
+OWN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "trackers")
+"""What ``--fresh`` removes; anything else in the directory is the user's."""
+
+HARMLESS = {
+    "output_dir",
+    "tracking",
+    "distributed",
+    "data.num_workers",
+    "data.cache_dir",
+    "training.micro_batch_size",
+    "training.micro_batch_tokens",
+    "training.padding_free",
+    "training.activation_checkpointing",
+    "training.activation_offload",
+    "training.compile",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.validate_every",
+    "training.log_every",
+    "training.evaluate",
+    "training.max_skipped",
+}
+"""Keys of a recipe that may change between two starts of one run: they do not alter what is computed."""
+
+
+class RunDirectory:
+    """Paths of one run, its metrics and its lock."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.summary = self.path / "summary.json"
+        self.skipped = self.path / "skipped"
+
+    def create(self) -> None:
+        """Make the directory. Raises ``UserError`` when it cannot be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}", key="output_dir") from None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory. Raises ``UserError`` when another run holds it. A killed run leaves no lock behind."""
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"output_dir: {self.path} is in use by {holder}", key="output_dir") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+    def clear(self) -> None:
+        """Remove the run that is here (``--fresh``), and nothing else."""
+        for name in OWN:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def check_same_run(self, recipe_yaml: str) -> None:
+        """Raise ``UserError`` with the differences if the run here was started from a recipe that computes
+        something else."""
+        if not self.recipe.exists():
+            return
+        old, new = (_flatten(yaml.safe_load(text)) for text in (self.recipe.read_text(), recipe_yaml))
+        harmless = set(HARMLESS)
+        if new.get("training.loss_average") == "micro_batch":
+            harmless.remove("training.micro_batch_size")
+        changed = [
+            f"  {key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in harmless)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run of another recipe:\n" + "\n".join(changed) + "\n"
+                "Choose another output_dir, or start over with --fresh (which deletes that run).",
+                key="output_dir",
+            )
+
+    def start_metrics(self, last_step: int) -> None:
+        """Drop the lines after ``last_step`` (work that the kill undid) and a torn last line."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text().splitlines() if (step := _step(line)) and step <= last_step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The line of the last step, with the last loss that is a number and the number of ``skipped_steps``."""
+        rows: list[dict[str, Any]] = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        loss = next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None)
+        return rows[-1] | {"loss": loss, "skipped_steps": sum(row.get("skipped", 0) for row in rows)}
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    items = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+    return {key: v for item in items for key, v in item.items()}

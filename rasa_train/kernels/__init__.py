@@ -1,0 +1,1 @@
+"""Operations on tensors, with their gradients. They know nothing of adapters or models."""

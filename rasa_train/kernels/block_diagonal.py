@@ -1,0 +1,143 @@
+"""Updates that are block diagonal, and their fast path.
+
+    dW x = tile([T_0 x_0; T_1 x_1; ...])        T_g (q x q), x_g: features g q ... (g + 1) q - 1 of x
+
+n blocks read the first n q features (x followed by its own first ones, where it has fewer), and the n q outputs are
+repeated or cut to those of the linear. Such an update reads no more than a low-rank one, though its rank can be full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dropout import dropout
+from .flat_buffer import Flat, Packed, blocks
+from .quantized_weight import Narrow, add_gradient, full_sums, products
+
+
+def wrap(x: Tensor, size: int) -> Tensor:
+    """The first ``size`` features, the very first ones following the last."""
+    return torch.cat([x, x[..., : size - x.shape[-1]]], -1) if size > x.shape[-1] else x[..., :size]
+
+
+def tile(z: Tensor, size: int) -> Tensor:
+    """z again and again, up to ``size`` features."""
+    times = math.ceil(size / z.shape[-1])
+    return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
+
+
+def pack_blocks(
+    made: Sequence[Tensor],
+    weights: list[Tensor | Narrow],
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+) -> Packed:
+    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights."""
+    flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
+    for place, T in zip(flat.views, made, strict=True):
+        flat.put(place, T)
+    flat.train()
+    return Packed(SharedBlockInput, BlockOperands(weights, biases, flat.views), flat, dtype)
+
+
+class BlockOperands(NamedTuple):
+    """What ``SharedBlockInput`` multiplies with."""
+
+    weights: list[Tensor | Narrow]
+    biases: list[Tensor | None]
+    blocks: list[Tensor]
+    """Views of the flat buffer, one after the other."""
+
+
+class SharedBlockInput(torch.autograd.Function):
+    """y_i = x W_i^T + bias_i + tile(drop(x)_g T_ig^T for all g) for all i, differentiable in x and the blocks.
+
+    x (..., in), W_i (out_i, in), T_i (n_i, q_i, q_i), all of one dtype.
+
+    Args:
+        flat: the buffer that the blocks are views of; the gradient is laid out like it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, operands: BlockOperands, flat: Tensor) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        dropped, mask, factor = dropout(rows, p)
+        results = []
+        for y, T in zip(products(rows, operands.weights, operands.biases), operands.blocks, strict=True):
+            z = _by_block(wrap(dropped, _size(T)), T.mT)
+            for start in range(0, y.shape[1], _size(T)):
+                y[:, start : start + _size(T)].add_(z[:, : y.shape[1] - start])
+            results.append(y.view(*x.shape[:-1], y.shape[1]))
+        ctx.save_for_backward(dropped, mask)
+        ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    @full_sums()
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        dropped, mask = ctx.saved_tensors
+        needs_x, _, _, needs_flat = ctx.needs_input_grad
+        new = torch.empty_like if all(dy is not None for dy in dys) else torch.zeros_like
+        d_flat, dx = new(ctx.flat), None
+        d_dropped = torch.zeros_like(dropped) if needs_x and mask is not None else None
+        places = blocks(d_flat, [tuple(T.shape) for T in ctx.operands.blocks])
+        for dy, W, T, place in zip(dys, ctx.operands.weights, ctx.operands.blocks, places, strict=True):
+            if dy is None:
+                continue
+            dy = dy.reshape(-1, len(W))
+            dz = _gathered(dy, _size(T))
+            if needs_flat:
+                torch.bmm(_split(dz, T).mT, _split(wrap(dropped, _size(T)), T), out=place)
+            if needs_x:
+                dx = add_gradient(dx, dy, W)
+                _add_wrapped(dx if d_dropped is None else d_dropped, _by_block(dz, T))
+        if dx is not None:
+            dx = dx if d_dropped is None else dx.addcmul_(d_dropped, mask, value=ctx.factor)
+            dx = dx.view(*ctx.lead, -1)
+        return (dx, None, None, d_flat if needs_flat else None)
+
+
+def _size(T: Tensor) -> int:
+    return T.shape[0] * T.shape[1]
+
+
+def _split(x: Tensor, T: Tensor) -> Tensor:
+    """(tokens, n q) -> (n, tokens, q)"""
+    return x.view(len(x), *T.shape[:2]).transpose(0, 1)
+
+
+def _by_block(x: Tensor, T: Tensor) -> Tensor:
+    """x_g T_g side by side (tokens, n q)."""
+    result = x.new_empty(x.shape)
+    torch.bmm(_split(x, T), T, out=_split(result, T))
+    return result
+
+
+def _gathered(dy: Tensor, size: int) -> Tensor:
+    """The gradient of z (tokens, size), of which dy is the gradient of its tiling."""
+    if dy.shape[1] < size:
+        return F.pad(dy, (0, size - dy.shape[1]))
+    if dy.shape[1] == size:
+        return dy
+    dz = dy[:, :size].clone()
+    for start in range(size, dy.shape[1], size):
+        part = dy[:, start : start + size]
+        dz[:, : part.shape[1]].add_(part)
+    return dz
+
+
+def _add_wrapped(dx: Tensor, d_wrapped: Tensor) -> None:
+    """Add the gradient of ``wrap(x)`` to that of x."""
+    first, more = d_wrapped[:, : dx.shape[1]], d_wrapped[:, dx.shape[1] :]
+    dx[:, : first.shape[1]].add_(first)
+    if more.shape[1]:
+        dx[:, : more.shape[1]].add_(more)

@@ -1,0 +1,82 @@
+"""The cross-entropy of a linear head, with the logits of only a chunk of the tokens in memory at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2048
+"""Tokens whose logits exist at one time: enough for full-speed products, 1.5 GiB at a vocabulary of 128k."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, chunk: int = CHUNK
+) -> Tensor:
+    """``cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")``, ``chunk`` logits at a time.
+
+    The products are in the dtype of ``hidden`` (or autocast's), softmax and sum in fp32. torch's own function of this
+    name rounds the loss of a bf16 head to bf16.
+
+    Args:
+        hidden: (tokens, width); none at all give 0, connected to the graph.
+        weight, bias: (vocabulary, width), (vocabulary).
+        targets: (tokens), int64.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, chunk, dtype, torch.is_grad_enabled()
+        )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss is a sum, so its gradients are known in forward up to one factor; logits are never computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        grad: bool,
+    ) -> Tensor:
+        wants = [grad and need for need in ctx.needs_input_grad[:3]]
+        dh, dw, db = (torch.zeros_like(t) if want and t is not None else None
+                      for t, want in zip((hidden, weight, bias), wants, strict=True))  # fmt: skip
+        w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for at in range(0, len(hidden), chunk):
+            part = slice(at, at + chunk)
+            h, target = hidden[part].to(dtype), targets[part].unsqueeze(1)
+            p = F.linear(h, w, b).float()
+            highest = p.amax(1, keepdim=True)
+            of_target = p.gather(1, target) - highest
+            total = p.sub_(highest).exp_().sum(1, keepdim=True)
+            loss += (total.log() - of_target).sum()
+            if not any(wants):
+                continue
+            dlogits = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0)).to(dtype)
+            if dh is not None:
+                dh[part] = dlogits @ w
+            if dw is not None:
+                dw += dlogits.t() @ h
+            if db is not None:
+                db += dlogits.sum(0)
+        ctx.save_for_backward(dh, dw, db)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # In fp32: rounded to bf16, the factor would be off by as much for every entry.
+        scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)

@@ -1,0 +1,227 @@
+"""Linears that share an input, with low-rank updates, as one operation on packed factors.
+
+A layer calls q_proj, k_proj and v_proj with one x (gate_proj and up_proj with another). For such a group
+
+    z = drop(x) A^T                 A (R, in): the factors A_i of all members, one below the other
+    y_i = x W_i^T + z_i Bd_i^T      Bd_i = diag(b_i) B_i diag(d_i), added into the base's output; z_i: columns of z
+
+and backwards, with g_i = dy_i Bd_i:
+
+    dx = sum_i dy_i W_i + drop^T(g A),    dA = g^T drop(x),    dBd_i^T = z_i^T dy_i
+
+So x and each dy_i are read no more often than the arithmetic needs, z (tokens x R) is all that is kept beside x, and
+nothing is cast, concatenated or scaled per token. On a GPU that holds with dropout too (``seeded_dropout``); elsewhere
+drop(x) is kept instead of x, and its mask. Bd_i is held transposed: a CPU makes z_i^T dy_i, of few rows, up to twelve
+times as fast as dy_i^T z_i, of few columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import seeded_dropout
+from .dropout import dropout
+from .flat_buffer import Flat, Packed, blocks
+from .quantized_weight import Narrow, add_gradient, full_sums, products
+
+
+def pack_factors(
+    factors: Sequence[Factors],
+    weights: list[Tensor | Narrow],
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+    frozen: dict[Any, Tensor],
+) -> Packed:
+    """Pack the factors of a group's members (fp32) in the dtype of their weights. Called with gradients enabled.
+
+    B that is frozen (VeRA's is large) is not multiplied out here: its Bd is made in each call, and not kept.
+
+    Args:
+        frozen: low-precision copies of frozen factors, which groups share; used and added to.
+    """
+    # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
+    products = [f.Bd.mT if f.B.requires_grad else None for f in factors]
+    first = factors[0].A
+    common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
+    ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
+    ends = [ranks[0]] * len(ranks) if common else torch.tensor(ranks).cumsum(0).tolist()
+    columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+    shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[1])]
+    for f, rank in zip(factors, ranks, strict=True):
+        diagonals = [(rank,)] if f.b is None else [(rank,), (len(f.B),)]
+        shapes += [(rank, len(f.B))] if f.B.requires_grad else diagonals
+    flat = Flat(shapes, dtype, first)
+    views = iter(flat.views)
+    A = _low(first, dtype, frozen) if common else next(views)
+    Bts: list[Tensor | Factors] = []
+    for f, Bt, own in zip(factors, products, columns, strict=True):
+        if not common:
+            flat.put(A[own.start : own.start + len(f.A)], f.A)
+        if Bt is not None:
+            place = next(views)
+            flat.put(place[: len(Bt)], Bt)
+            Bts.append(place)
+            continue
+        B = _padded(_low(f.B, dtype, frozen), own.stop - own.start)
+        d, b = next(views), None if f.b is None else next(views)
+        flat.put(d[: len(f.d)], f.d)
+        if b is not None and f.b is not None:
+            flat.put(b, f.b)
+        Bts.append(Factors(B, d, A, b))
+    flat.train()
+    operands = Operands(weights, biases, A, not common, Bts, columns)
+    return Packed(SharedInput, operands, flat, dtype)
+
+
+class Operands(NamedTuple):
+    """What ``SharedInput`` multiplies with: constants, or views of the flat buffer, where A comes before the others."""
+
+    weights: list[Tensor | Narrow]
+    biases: list[Tensor | None]
+    A: Tensor
+    trains_A: bool
+    Bts: list[Tensor | Factors]
+    """Bd^T of each member; factors where B is frozen: what is trained, and in the buffer, is d and b."""
+    columns: list[slice]
+    """Of z, for each member: disjoint, or the same for all."""
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what is trained, in the order of the buffer."""
+        trained = [self.A] if self.trains_A else []
+        for Bt in self.Bts:
+            trained += [Bt] if isinstance(Bt, Tensor) else [Bt.d] if Bt.b is None else [Bt.d, Bt.b]
+        return [tuple(t.shape) for t in trained]
+
+
+def _aligned(r: int) -> int:
+    return -(-r // ALIGNMENT) * ALIGNMENT
+
+
+def _padded(B: Tensor, rank: int) -> Tensor:
+    """B (out, R) with zeros up to ``rank`` columns."""
+    return B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1]))
+
+
+def _key(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.shape, t.stride()
+
+
+def _low(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> Tensor:
+    """A frozen tensor in ``dtype``, once for all who ask with the same ``copies``."""
+    key = (*_key(t), dtype)
+    if key not in copies:
+        copies[key] = t.detach().to(dtype).contiguous()
+    return copies[key]
+
+
+class SharedInput(torch.autograd.Function):
+    """y_i = x W_i^T + bias_i + drop(x) A[columns_i]^T Bd_i^T for all i, differentiable in x and what is trained.
+
+    x (..., in), W_i (out_i, in), A (R, in), Bd_i (out_i, columns_i), all of one dtype.
+
+    Args:
+        flat: the buffer that trained operands are views of; the gradient is laid out like it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor) -> tuple[Tensor, ...]:
+        weights, biases, A, _, Bts, columns = operands
+        rows = x.reshape(-1, x.shape[-1])
+        draw = seeded_dropout.draw(rows, p, len(A))
+        if draw is None:
+            dropped, mask, factor = dropout(rows, p)
+            z = dropped @ A.t()
+        else:
+            dropped, mask, factor = rows, None, 1.0  # the draw says it
+            z = torch.ops.rasa_train.project(rows, A, *draw)
+        results = []
+        for y, Bt, own in zip(products(rows, weights, biases), Bts, columns, strict=True):
+            y.addmm_(z[:, own], Bt if isinstance(Bt, Tensor) else Bt.Bd.t())
+            results.append(y.view(*x.shape[:-1], y.shape[1]))
+        ctx.save_for_backward(dropped, mask, z)
+        ctx.draw, ctx.factor, ctx.operands, ctx.flat, ctx.lead = draw, factor, operands, flat, x.shape[:-1]
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    @full_sums()
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        dropped, mask, z = ctx.saved_tensors
+        weights, _, A, trains_A, Bts, columns = ctx.operands
+        needs_x, _, _, needs_flat = ctx.needs_input_grad
+        # A member whose output is not used has no gradient: then what is not written must be zero.
+        new = torch.empty_like if all(dy is not None for dy in dys) else torch.zeros_like
+        d_flat, g = new(ctx.flat), new(z)
+        places = iter(blocks(d_flat, ctx.operands.shapes()))
+        dA = next(places) if trains_A else None
+        dx, started = None, set()
+        for dy, W, Bt, own in zip(dys, weights, Bts, columns, strict=True):
+            own_places = [next(places) for _ in range(1 if isinstance(Bt, Tensor) or Bt.b is None else 2)]
+            if dy is None:
+                continue
+            dy = dy.reshape(-1, len(W))
+            dense = Bt.t() if isinstance(Bt, Tensor) else Bt.Bd
+            if own.start in started:  # columns that all share
+                g[:, own].addmm_(dy, dense)
+            else:
+                torch.mm(dy, dense, out=g[:, own])
+            started.add(own.start)
+            if needs_flat and isinstance(Bt, Tensor):
+                torch.mm(z[:, own].t(), dy, out=own_places[0])
+            elif needs_flat:
+                _diagonal_gradients(dy.t() @ z[:, own], Bt, own_places)
+            if needs_x:
+                dx = add_gradient(dx, dy, W)
+        if dx is not None:
+            if ctx.draw is not None:
+                torch.ops.rasa_train.add_back(dx, g, A, *ctx.draw)
+            elif mask is not None:
+                dx.addcmul_(g @ A, mask, value=ctx.factor)
+            else:
+                dx.addmm_(g, A)
+            dx = dx.view(*ctx.lead, -1)
+        if dA is not None and needs_flat:
+            if ctx.draw is not None:
+                torch.ops.rasa_train.sum_parts(torch.ops.rasa_train.gradient(g, dropped, *ctx.draw), dA)
+            else:
+                torch.mm(g.t(), dropped, out=dA)
+        return (dx, None, None, d_flat if needs_flat else None)
+
+
+def _diagonal_gradients(dBd: Tensor, factors: Factors, places: list[Tensor]) -> None:
+    """Those of d, and of b if there is one, into ``places``, for the gradient of diag(b) B diag(d). Uses ``dBd`` up."""
+    terms = dBd.mul_(factors.B)
+    if factors.b is None:
+        torch.sum(terms, 0, out=places[0])
+        return
+    torch.mv(terms.t(), factors.b, out=places[0])
+    torch.mv(terms, factors.d, out=places[1])
+
+
+ALIGNMENT = 8
+"""Ranks are padded (with zeros) to a multiple where it serves: 16 bytes a row in a 16-bit dtype, which matrix units
+want."""
+
+
+class Factors(NamedTuple):
+    """dW = diag(b) B diag(d) A; B (..., out, R), d (..., R), A (..., R, in), b (..., out); ``...`` is the site's
+    ``lead``. No b is a b of ones."""
+
+    B: Tensor
+    d: Tensor
+    A: Tensor
+    b: Tensor | None = None
+
+    @property
+    def Bd(self) -> Tensor:
+        """diag(b) B diag(d) (..., out, R). The diagonals go into B, which is out x R work; into z = A x it would be
+        tokens x R, and round once more."""
+        Bd = self.B * self.d.unsqueeze(-2)
+        return Bd if self.b is None else Bd * self.b.unsqueeze(-1)

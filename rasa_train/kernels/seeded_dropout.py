@@ -1,0 +1,189 @@
+"""Products with a dropped input whose mask is never stored: it is made again, from a seed, wherever it is needed.
+
+With m the mask and s = 1 / (1 - p), for x (tokens, in), A (R, in), g (tokens, R):
+
+    project   z = s (m * x) A^T        gradient   dA = s g^T (m * x)        add_back   dx += s m * (g A)
+
+Each reads its tensors once: neither m nor m * x is written, read or kept. An entry's random number is 16 bits of Philox
+4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with torch's seed as the key, and the
+entry's position and the number of the call as the counter. So p is a multiple of 2^-16.
+
+On a GPU they are the kernels of ``seeded_triton``; the functions here say what those compute, on any device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import scale, zeros
+
+MOST_RANKS = 256
+"""Of a group: a kernel holds that many columns of z at once."""
+
+TOLERANCE = 1e-2
+"""Of a check of the kernels: their results are rounded to bf16 once."""
+
+_log = logging.getLogger(__name__)
+_forced: Iterator[int] | None = None
+
+
+class Draw(NamedTuple):
+    """Which mask: entry (t, j) of an x with so many columns is kept or not."""
+
+    zero: int
+    """Of 2^16 values of a random number, those that drop the entry."""
+    seed: int
+    call: int
+
+    @property
+    def factor(self) -> float:
+        return scale(self.zero)
+
+
+def draw(x: Tensor, p: float, ranks: int) -> Draw | None:
+    """A mask that no other call has; None where there is to be none, and where x (tokens, in) has to be dropped by
+    ``dropout``: on a CPU, in fp32, for more than ``MOST_RANKS`` ranks, without Triton."""
+    if not p or not len(x) or ranks > MOST_RANKS:
+        return None
+    zero = zeros(p)
+    if _forced is not None:
+        return Draw(zero, torch.initial_seed() & (2**63 - 1), next(_forced))
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not _works(x.device, x.dtype, ranks):
+        return None
+    generator = torch.cuda.default_generators[x.device.index]
+    call = generator.get_offset()  # type: ignore[attr-defined]
+    generator.set_offset(call + 4)  # type: ignore[attr-defined]
+    return Draw(zero, generator.initial_seed() & (2**63 - 1), call)
+
+
+@contextmanager
+def forced() -> Iterator[None]:
+    """Inside ``draw`` is as on a GPU wherever x is, and calls are numbered from 0: to count and test that form."""
+    global _forced
+    before, _forced = _forced, count()
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def kept(shape: tuple[int, int], draw: Draw, device: torch.device) -> Tensor:
+    """The mask m (tokens, in), bool."""
+    tokens, width = shape
+    eighths = -(-width // 8)  # eight entries side by side are of one Philox block
+    positions = torch.arange(tokens * eighths, device=device)
+    zero, one = positions.new_zeros(()), positions.new_ones(())  # torch's own numbers have no such counters
+    words = philox((positions, zero + draw.call, zero, one), draw.seed)
+    halves = [[word & 0xFFFF, word >> 16] for word in words]
+    order = [(0, 0), (0, 1), (2, 0), (2, 1), (1, 0), (1, 1), (3, 0), (3, 1)]  # (word, half) of the eight
+    numbers = torch.stack([halves[word][half] for word, half in order], -1)
+    return (numbers >= draw.zero).view(tokens, eighths * 8)[:, :width]
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 of 128-bit counters and a 64-bit key: 32-bit words, in int64."""
+    c0, c1, c2, c3 = (word & 0xFFFFFFFF for word in counter)
+    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(10):
+        high_a, low_a = _multiply(0xD2511F53, c0)
+        high_b, low_b = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a product of words. By halves of b, for int64 has no more than 63 bits."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = high + (low >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def project(x: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    return (x * _scaled_mask(x, zero, seed, call)) @ A.t()
+
+
+def gradient(g: Tensor, x: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    """In parts (number, R, in), in fp32 or better, whose sum it is."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    g, x = g.to(wide), x.to(wide)
+    return (g.t() @ (x * _scaled_mask(x, zero, seed, call))).unsqueeze(0)
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(parts.sum(0))
+
+
+def add_back(dx: Tensor, g: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    return dx.addcmul_(g @ A, _scaled_mask(dx, zero, seed, call))
+
+
+def _scaled_mask(x: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    """s m, in the dtype of x."""
+    draw = Draw(zero, seed, call)
+    return kept((x.shape[0], x.shape[1]), draw, x.device).to(x.dtype) * draw.factor
+
+
+_ops = torch.library.Library("rasa_train", "DEF")  # type: ignore[no-untyped-call]
+_ops.define("project(Tensor x, Tensor A, int zero, int seed, int call) -> Tensor")  # type: ignore[no-untyped-call]
+_ops.define("gradient(Tensor g, Tensor x, int zero, int seed, int call) -> Tensor")  # type: ignore[no-untyped-call]
+_ops.define("sum_parts(Tensor parts, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_ops.define("add_back(Tensor(a!) dx, Tensor g, Tensor A, int zero, int seed, int call) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+for _function in (project, gradient, sum_parts, add_back):
+    _ops.impl(_function.__name__, _function, "CPU")  # type: ignore[no-untyped-call]
+
+
+@cache
+def _kernels() -> bool:
+    """Whether there is Triton; then the operations are its kernels on a GPU."""
+    if not find_spec("triton"):
+        return False
+    from . import seeded_dropout_triton as seeded_triton
+
+    for function in (project, gradient, sum_parts, add_back):
+        _ops.impl(function.__name__, getattr(seeded_triton, function.__name__), "CUDA")  # type: ignore[no-untyped-call]
+    return True
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
+    """Whether the kernels can be made for this GPU, and give what they should."""
+    try:
+        if not _kernels():
+            return False
+        wrong = error(device, dtype, ranks)
+        why = f"a check of its kernels failed, by {wrong:.1e}" if wrong > TOLERANCE else ""
+    except torch.OutOfMemoryError:  # says nothing about the kernels: the caller tries less at once
+        raise
+    except Exception as failure:  # no C compiler, a GPU that is too old: whatever it is, there is another way
+        why = str(failure).strip().split("\n")[0] or type(failure).__name__
+    if why:
+        _log.warning("dropout is not fused with the products of the adapter: %s", why)
+    return not why
+
+
+def error(device: torch.device, dtype: torch.dtype, ranks: int) -> float:
+    """Largest error of the operations on ``device``, over the largest value, on a small x of odd sizes."""
+    random = torch.Generator(device).manual_seed(0)  # not one that a run uses
+    x, A, g, dx = (
+        torch.randn(shape, generator=random, device=device).to(dtype)
+        for shape in ((77, 208), (ranks, 208), (77, ranks), (77, 208))
+    )
+    some, ops = Draw(20_000, 3 << 40 | 7, 12), torch.ops.rasa_train
+    found = (
+        ops.project(x, A, *some),
+        ops.sum_parts(ops.gradient(g, x, *some), torch.empty_like(A)),
+        ops.add_back(dx.clone(), g, A, *some),
+    )
+    x, A, g, dx = x.float(), A.float(), g.float(), dx.float()
+    expected = project(x, A, *some), gradient(g, x, *some)[0], add_back(dx, g, A, *some)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))

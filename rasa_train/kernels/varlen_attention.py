@@ -1,0 +1,117 @@
+"""Attention over sequences that lie one after the other in one row, each seeing only itself.
+
+The model gets ``input_ids`` (1, tokens), ``position_ids`` that start again with each sequence, and where sequences
+begin, under the names that transformers' own flash attention uses (``cu_seq_lens_q``, ...).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from ..errors import UserError
+
+NAME = "rasa_varlen"
+"""Name of this attention among transformers' implementations."""
+
+
+def for_fewer_key_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``kernel``, torch's ``varlen_attn``, for keys and values with fewer heads than the queries. Newer versions
+    must be asked for that (``enable_gqa``); torch 2.11 does it unasked and does not take the argument."""
+    return partial(kernel, enable_gqa=True) if "enable_gqa" in inspect.signature(kernel).parameters else kernel
+
+
+_grouped_varlen_attn = for_fewer_key_heads(varlen_attn)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention, an implementation for transformers' ``AttentionInterface``.
+
+    Args:
+        query: (1, heads, tokens, head size); ``key`` and ``value`` may have fewer heads.
+        sliding_window: tokens that are seen, the token itself among them; None for all before it.
+        cu_seq_lens_q: where each sequence begins, and the end; int32, (sequences + 1), on the device.
+        max_length_q: tokens of the longest sequence, or more.
+    Returns:
+        (1, tokens, heads, head size), and None for the attention weights.
+    Raises:
+        UserError: the model asks for what this cannot do.
+    """
+    asked = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
+    if cu_seq_lens_q is None or asked or attention_mask is not None:
+        what = ", ".join(asked) or ("an attention mask" if attention_mask is not None else "keeps sequences to itself")
+        raise UserError(
+            f"training.batching: {type(module).__name__} cannot be trained without padding ({what}); take "
+            "length-grouped or shuffled, and padding_free: false",
+            key="training.batching",
+        )
+    if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and query.shape[-1] <= 256:
+        return _in_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+
+
+def _in_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    kernel = varlen_attn if query.shape[1] == key.shape[1] else _grouped_varlen_attn
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    sides = (-1 if window is None else window - 1, 0)
+    result = kernel(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=sides)
+    assert isinstance(result, Tensor)
+    return result.unsqueeze(0)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled anew
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    lengths = starts.diff().tolist()
+    parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
+    grouped = query.shape[1] != key.shape[1]
+    results = []
+    for (q, k, v), length in zip(parts, lengths, strict=True):
+        mask = None
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        results.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(results, dim=2).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, varlen_attention)

@@ -1,0 +1,232 @@
+"""The workers of one machine: started by torch's elastic agent, told to stop, and what became of them.
+
+The agent and the workers share a directory: the recipe, a file that says that they have started, one that asks them to
+stop, and what each of them reports at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from ..distributed import network
+from ..errors import Stopped, UserError
+from ..io.atomic import write_text
+from ..recipe.load import dump_recipe
+from ..recipe.schema import Recipe
+from ..stop import say_interrupted, signals
+from .worker_process import OUTCOMES, RECIPE, STARTED, STOP, kill
+
+GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
+
+
+class WorkersFailed(Exception):
+    """A worker ended in a way that is neither the user's input nor a stop; the message names it."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers to start, and where. Ignored when a launcher has started this process."""
+
+    per_node: int | Literal["auto"] = "auto"
+    """On this machine; ``auto``: one for each GPU, one without."""
+    nodes: int = 1
+    node_rank: int | None = None
+    rendezvous: str | None = None
+    """HOST:PORT where the nodes meet; HOST is the machine with node rank 0."""
+    max_restarts: int = 0
+    """How often all workers are started again, from the last checkpoint, after one has died."""
+
+
+def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
+    """Run the workers of this machine to their end, and say what became of them.
+
+    Raises:
+        UserError, Stopped, WorkersFailed: as a worker reported it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+
+    default_threads(per_node)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart finds the stale keys of the first start
+    with tempfile.TemporaryDirectory(prefix="rasa-train-") as name:
+        job = Path(name)
+        (job / OUTCOMES).mkdir()
+        write_text(job / RECIPE, dump_recipe(recipe))
+        before = {number: signal.signal(number, _forward(job)) for number in signals()}
+        failed: ChildFailedError | RendezvousError | None = None
+        try:
+            config = _launch_config(workers, per_node, job, recipe.distributed.timeout_seconds)
+            with _hanging_up(job, workers, recipe.distributed.timeout_seconds):
+                elastic_launch(config, sys.executable)("-m", "rasa_train.launch.worker_process", str(job))
+        except ChildFailedError as error:
+            failed = error
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        except RendezvousError as error:
+            failed = error
+            if not any(job.glob(f"{STARTED}*")):
+                raise UserError(
+                    f"the {workers.nodes} nodes did not meet at {workers.rendezvous} within "
+                    f"{recipe.distributed.timeout_seconds} s. Is the same command running on each, with its own "
+                    f"--node-rank? {error}",
+                    key="distributed.timeout_seconds",
+                ) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        report(_outcomes(job), failed, (job / STOP).exists(), workers.rendezvous)
+
+
+def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: int) -> Any:
+    import logging
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told here, once
+    options: dict[str, Any] = {"rdzv_endpoint": "localhost:0", "rdzv_configs": {"join_timeout": timeout_seconds}}
+    if workers.rendezvous:
+        host = workers.rendezvous.rpartition(":")[0]
+        address = _address_towards(workers.rendezvous)
+        options["rdzv_endpoint"], options["local_addr"] = workers.rendezvous, address
+        options["rdzv_configs"]["is_host"] = workers.node_rank == 0
+        # Without it gloo may offer 127.0.0.1 to the other nodes, which then wait for ever.
+        interface = next((name for name, mine in network.addresses().items() if mine == address), None)
+        if interface and not address.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        options["run_id"] = f"rasa-train-{host}"
+    return LaunchConfig(
+        min_nodes=workers.nodes,
+        max_nodes=workers.nodes,
+        nproc_per_node=per_node,
+        rdzv_backend="c10d",
+        max_restarts=workers.max_restarts,
+        monitor_interval=0.1,
+        signals_to_handle="SIGQUIT",  # the others are passed on by _forward
+        logs_specs=DefaultLogsSpecs(log_dir=str(job / "logs")),
+        **{"run_id": "rasa-train", **options},
+    )
+
+
+@contextmanager
+def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[None]:
+    """Around torch's agent of a node: end its connections to node 0 when the workers have given the others up and it
+    has not. Where nothing is refused and nothing arrives, its store waits for an answer without end."""
+    over = threading.Event()
+    patience = 10.0 + (timeout_seconds + 50.0 if workers.max_restarts else 0.0)  # to meet again takes that long
+
+    def watch() -> None:
+        while not over.wait(1.0) and job.exists():
+            lost = [outcome["time"] for outcome in _outcomes(job) if outcome["kind"] == "lost"]
+            began = max((path.stat().st_mtime for path in job.glob(f"{STARTED}*")), default=0.0)
+            if lost and began < min(lost) < time.time() - patience:
+                _hang_up(str(workers.rendezvous))
+
+    if workers.node_rank:  # not where the store is
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _hang_up(meeting: str) -> None:
+    """Shut down the sockets of this process that are connected to ``meeting``. Whoever waits at one gets an error."""
+    host, _, port = meeting.rpartition(":")
+    where = (socket.gethostbyname(host), int(port))
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # closed meanwhile, or not connected
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.getpeername()[:2] in (where, (f"::ffff:{where[0]}", where[1])):
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _address_towards(meeting: str) -> str:
+    """This machine's address on the way to the meeting point. Raises ``UserError`` if there is no way."""
+    host, _, port = meeting.rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"--rdzv: {host} cannot be reached from here: {error.strerror or error}") from None
+
+
+def _forward(job: Path) -> Any:
+    """A handler that tells all workers of this machine to save and leave. The second Ctrl-C ends them at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not any(job.glob(f"{STARTED}*")):
+            raise Stopped(f"{name}: no worker had started; the same command starts the run")
+        if number == signal.SIGINT and (job / STOP).exists():
+            kill(job.glob(f"{STARTED}*"))
+            raise KeyboardInterrupt
+        (job / STOP).write_text(name)
+        if number == signal.SIGINT:
+            say_interrupted()
+
+    return handle
+
+
+def default_threads(per_node: int) -> None:
+    """Share the cores; torch would give all of them to every worker."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // max(per_node, 1), 1)))
+
+
+def _outcomes(job: Path) -> list[dict[str, Any]]:
+    """What the workers of the last start reported, in the order in which they ended."""
+    found = [json.loads(path.read_text()) for path in (job / OUTCOMES).glob("*.json")]
+    last = max((outcome["restart"] for outcome in found), default=0)
+    return sorted((o for o in found if o["restart"] == last), key=lambda outcome: float(outcome["time"]))
+
+
+def report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool, meeting: str | None) -> None:
+    """Nothing if all went well, else the one exception that says why not. ``failed``: what ended the agent."""
+    by_kind = {outcome["kind"]: outcome for outcome in reversed(outcomes)}  # the first of each kind
+    if user := by_kind.get("user error"):
+        raise UserError(user["message"], key=user["key"])
+    if stopped := [o["message"] for o in outcomes if o["kind"] == "stopped"]:
+        raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
+    failures = getattr(failed, "failures", {})  # none where node 0 is out of reach
+    if failed is None or (not failures and set(by_kind) == {"done"}):
+        return
+    lost = by_kind.get("lost")
+    killed = {r: f for r, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
+    rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
+    # A worker that has lost another kills it then; the agent's time of that is in whole seconds.
+    if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
+        name = signal.Signals(-earliest.exitcode).name
+        when = time.strftime("%H:%M:%S", time.localtime(earliest.timestamp))
+        hint = " Was memory short?" if name == "SIGKILL" else ""
+        raise WorkersFailed(f"worker {rank} was ended by {name} at {when}.{hint} {GOES_ON}")
+    if first := by_kind.get("failed"):
+        raise WorkersFailed(
+            f"{first['trace']}worker {first['rank']} ({first['host']}) failed first: {first['message']}"
+        )
+    if lost:
+        raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
+    if stop_asked:
+        raise Stopped("stopped before the first step was done; the same command goes on")
+    if not failures:
+        raise WorkersFailed(f"node 0 does not answer at {meeting}: dead, or out of reach. {GOES_ON}")
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    raise WorkersFailed(f"workers ended without a word; exit codes by rank: {codes}")

@@ -1,0 +1,91 @@
+"""One worker process, started by ``launch`` (``python -m rasa_train.launch.worker_process JOB``). It reports to files in JOB.
+
+Light until it listens for a stop. An exit code other than 0 makes torch's agent end, or restart, all workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import Stopped, UserError, WorkerLost
+from ..stop import StopSignal
+
+RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
+
+
+def main(job: Path) -> int:
+    """Train; returns the exit code."""
+    _die_with_parent()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the launcher's result
+    with StopSignal(job / STOP) as stop:
+        rank = os.environ.get("RANK", "0")
+        (job / f"{STARTED}{rank}").write_text(str(os.getpid()))
+        if any('"user error"' in path.read_text() for path in (job / OUTCOMES).glob("*.json")):
+            return 2  # a restart cannot help
+        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if restart and rank == "0":
+            print(f"a worker has died; restart {restart}", file=sys.stderr)
+        try:
+            import yaml
+
+            from ..distributed import rendezvous
+            from ..recipe.schema import Recipe
+            from ..training.run import run
+
+            recipe = Recipe.model_validate(yaml.safe_load((job / RECIPE).read_text()))
+            with rendezvous.watching(recipe.distributed.timeout_seconds):
+                run(recipe, stop)
+            outcome: dict[str, Any] = {"kind": "done"}
+        except Stopped as stopped:
+            outcome = {"kind": "stopped", "message": str(stopped)}
+        except UserError as error:
+            outcome = {"kind": "user error", "message": str(error), "key": error.key}
+        except WorkerLost as lost:
+            outcome = {"kind": "lost", "message": str(lost), "lost": lost.ranks}
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            message = f"{type(error).__name__}: {said}"
+            outcome = {"kind": "failed", "message": message, "trace": traceback.format_exc()}
+    outcome |= {"rank": int(rank), "host": socket.gethostname(), "time": time.time()}
+    outcome["restart"] = restart
+    path = job / OUTCOMES / f"{outcome['restart']}-{rank}.json"
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(outcome))
+    beside.replace(path)
+    # One that hangs does not hear the agent's SIGTERM, and the agent would wait for it for half a minute.
+    kill(job / f"{STARTED}{lost_rank}" for lost_rank in outcome.get("lost", []))
+    return {"done": 0, "stopped": 0, "user error": 2, "lost": 1, "failed": 1}[outcome["kind"]]
+
+
+def kill(started: Iterable[Path]) -> None:
+    """End at once the workers that have written these files. Where there is none, the worker is on another machine."""
+    for path in started:
+        if path.exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """The launcher holds the lock of the run directory: no worker may outlive it (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stderr.flush()
+    # Not through the interpreter's end: threads of gloo sometimes abort there, after all is done.
+    os._exit(code)

@@ -1,0 +1,200 @@
+"""An adapter from a fully fine-tuned checkpoint: the RaSA (or LoRA) nearest to what fine-tuning changed.
+
+RaSA's by the coordinate descent of the paper's Appendix A (``rasa_train.reconstruct``), LoRA's by the truncated SVD.
+One kind of linear is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters.saved import TENSORS, write_adapter
+from ..adapters.site import Site, by_kind
+from ..adapters.sites import find_sites
+from ..adapters.state import POOLS
+from ..errors import UserError
+from ..io.atomic_dir import new_directory
+from ..io.base_fingerprint import base_samples
+from ..lowrank.reconstruct import Reconstruction, reconstruct, truncated
+from ..methods.lora import LoRA
+from ..methods.rasa import RaSA
+from .parameters import Weights, check_finetuned
+from .source import find_model
+
+Update = Callable[[Site], Tensor]
+"""fine-tuned - base of one site (out, in), fp32: read at each call."""
+
+DENSE = 1 << 28
+"""Values of the updates of one kind (1 GB) that are kept whole. Larger ones are cut to ``KEPT`` times r ranks a layer
+for the descent; the errors that are reported are those to the whole updates all the same."""
+KEPT = 8
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """One kind of linear, all layers: squared norms."""
+
+    norm2: float
+    """Of what fine-tuning changed."""
+    error: float
+    """Of what the adapter leaves."""
+    lora_error: float
+    """Of what the best LoRA of the same r leaves."""
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    output: str
+    method: str
+    base_model: str
+    finetuned: str
+    r: int
+    k: int
+    kinds: dict[str, KindReport]
+    others_changed: list[str]
+    """Tensors that fine-tuning changed and the adapter has no part in: norms, embeddings, ..."""
+    bytes: int
+    seconds: float
+
+    def total(self) -> KindReport:
+        rows = list(self.kinds.values())
+        return KindReport(*(sum(getattr(row, name) for row in rows) for name in ("norm2", "error", "lora_error")))
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"total": asdict(self.total())}
+
+
+def extract(
+    finetuned: str,
+    base: str,
+    output: str | Path,
+    *,
+    method: Literal["rasa", "lora"] = "rasa",
+    r: int = 8,
+    k: int | None = None,
+    sweeps: int = 50,
+    targets: str | list[str] = "all-linear",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractReport:
+    """Write the adapter that is nearest to ``finetuned`` minus ``base``.
+
+    Args:
+        finetuned, base: hub ids or directories of two checkpoints of one architecture.
+        k: shared ranks a layer, for RaSA; default max(r // 8, 1).
+        sweeps: of the coordinate descent.
+        targets: as ``adapter.targets`` of a recipe.
+        progress: called with (values done, values in all).
+    Raises:
+        UserError: the checkpoints are not of one architecture, or ``output`` cannot be written.
+    """
+    start = time.perf_counter()
+    config: RaSA | LoRA = RaSA(r=r, k=k, targets=targets) if method == "rasa" else LoRA(r=r, alpha=r, targets=targets)
+    shared = config.k if isinstance(config, RaSA) else 0
+    before, after = (Weights(find_model(name, None, weights=True)) for name in (base, finetuned))
+    sites = find_sites(before.model, targets)
+    check_finetuned(before, after, sites)
+    if fused := [site for site in sites if site.num_experts is not None]:
+        raise UserError(
+            f"{fused[0].path} is a fused expert weight, which --extract does not do: name others with --targets"
+        )
+
+    def update(site: Site) -> Tensor:
+        return after.weight(site) - before.weight(site)
+
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, KindReport] = {}
+    done, total = 0, sum(site.out_features * site.in_features for site in sites)
+    with new_directory(
+        Path(output), overwrite=overwrite, inputs=[before.directory, after.directory], nbytes=0
+    ) as partial:
+        for kind, group in by_kind(sites).items():
+            fitted, kinds[group[0].kind] = _fit(update, group, r, shared, sweeps)
+            tensors |= _rasa(kind, group, fitted) if isinstance(config, RaSA) else _lora(group, fitted)
+            done += sum(site.out_features * site.in_features for site in group)
+            if progress is not None:
+                progress(done, total)
+        samples = base_samples(str(before.directory))
+        write_adapter(partial, config, tensors, base_model=base, base_revision=None, base_tensors=samples)
+        nbytes = (partial / TENSORS).stat().st_size
+        facts = {name: asdict(report) for name, report in kinds.items()}
+        (partial / "extraction.json").write_text(json.dumps({"finetuned": finetuned, "kinds": facts}, indent=2) + "\n")
+    return ExtractReport(
+        output=str(output),
+        method=method,
+        base_model=base,
+        finetuned=finetuned,
+        r=r,
+        k=shared,
+        kinds=kinds,
+        others_changed=_changed_beside(before, after, {site.weight for site in sites}),
+        bytes=nbytes,
+        seconds=round(time.perf_counter() - start, 3),
+    )
+
+
+def _changed_beside(before: Weights, after: Weights, parameters: set[str]) -> list[str]:
+    """Names of other parameters that are not the same in both."""
+    both = sorted((before.pieces.keys() & after.pieces.keys()) - parameters)
+    return [name for name in both if not torch.equal(before.read(name), after.read(name))]
+
+
+def _fit(update: Update, group: list[Site], r: int, k: int, sweeps: int) -> tuple[Reconstruction, KindReport]:
+    b, a = group[0].shape
+    updates = (update(site) for site in group)
+    if len(group) * b * a <= DENSE:
+        fitted = reconstruct(torch.stack(list(updates)), r, k, sweeps=sweeps, start="best")
+        return fitted, KindReport(fitted.norm2, fitted.error, fitted.e_lora)
+    norm2, parts = 0.0, []
+    for dW in updates:
+        norm2 += float(torch.linalg.vector_norm(dW, dtype=torch.float64) ** 2)
+        parts.append(truncated(dW, KEPT * r))
+    factors = torch.stack([B for B, _ in parts]), torch.stack([A for _, A in parts])
+    fitted = reconstruct(factors, r, k, sweeps=sweeps, start="best")
+    lora_error = fitted.e_lora + norm2 - fitted.norm2
+    error = _error(update, group, fitted)
+    if error > lora_error:  # what was cut can tip the scale when there is nothing to share
+        fitted = reconstruct(factors, r, k, sweeps=0, start="theorem")
+        error = _error(update, group, fitted)
+    return fitted, KindReport(norm2, error, lora_error)
+
+
+def _error(update: Update, group: list[Site], fitted: Reconstruction) -> float:
+    error = 0.0
+    for i, site in enumerate(group):
+        B, A = (t.float() for t in fitted.factors(i))
+        error += float(torch.linalg.vector_norm(update(site).sub_(B @ A), dtype=torch.float64) ** 2)
+    return error
+
+
+def _rasa(kind: str, group: list[Site], fitted: Reconstruction) -> dict[str, Tensor]:
+    """RaSA's tensors, with factors of equal norms: private d = 1, shared d at most 1."""
+    sides = [t.norm(dim=d).clamp(min=1e-30) for t, d in ((fitted.B_S, 0), (fitted.A_S, 1))]
+    largest = fitted.d.abs().amax(0).clamp(min=1e-30)
+    root = (sides[0] * sides[1] * largest).sqrt()
+    tensors: dict[str, Tensor] = {}
+    if fitted.A_S.shape[0]:
+        tensors[f"{POOLS}.{kind}.B_S"] = (fitted.B_S * (root / sides[0])).float()
+        tensors[f"{POOLS}.{kind}.A_S"] = (fitted.A_S * (root / sides[1])[:, None]).float()
+    for i, site in enumerate(group):
+        tensors[f"{site.path}.d"] = torch.cat([fitted.B.new_ones(fitted.B.shape[2]), fitted.d[i] / largest]).float()
+    return tensors | (_lora(group, fitted) if fitted.B.shape[2] else {})
+
+
+def _lora(group: list[Site], fitted: Reconstruction) -> dict[str, Tensor]:
+    """The private factors, each with half of the singular value."""
+    tensors = {}
+    for i, site in enumerate(group):
+        B, A = fitted.B[i], fitted.A[i]
+        ratio = (B.norm(dim=0).clamp(min=1e-30) / A.norm(dim=1).clamp(min=1e-30)).sqrt()
+        tensors[f"{site.path}.B"] = (B / ratio).float()
+        tensors[f"{site.path}.A"] = (A * ratio[:, None]).float()
+    return tensors

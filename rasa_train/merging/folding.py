@@ -1,0 +1,302 @@
+"""W + dW, tensor by tensor: what a merged checkpoint holds.
+
+stored = round(W + dW)        W + dW in fp32, one rounding, to the dtype that W has in the file
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..adapters.contract import FactorAdapter
+from ..adapters.site import Site
+from ..errors import UserError
+from ..io.checkpoint_files import CODES, FLOATS, Checkpoint, Stored, tensor_bytes, write_tensors
+from .bias import new_biases
+from .names import Piece, locate
+from .source import Source
+
+ROWS = 1024
+BLOCK = 1 << 18
+"""Values that are folded at a time where dW is a product of factors: few enough for the processor's cache."""
+QUANTISED = "a quantised base cannot be merged into; give the original with --base, or use --format lora"
+
+
+@dataclass
+class Tally:
+    """Squared norms, over the adapted weights of one file."""
+
+    bytes: int = 0
+    """Size of the file."""
+    update2: float = 0.0
+    """Of dW."""
+    error2: float = 0.0
+    """Of what rounding to the output's dtype changes."""
+    kept: tuple[str, Tensor] | None = None
+    """The update of the parameter whose pieces are being written, by its name."""
+
+
+class Folding:
+    """W + dW for each tensor of one checkpoint, with all that can be checked from headers checked first."""
+
+    def __init__(self, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+        self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
+        self.parameters = dict(source.model.named_parameters())
+        self.sites: dict[str, list[Site]] = {name: [] for name in source.replaced}
+        self.biases: dict[str, Tensor] = {}
+        for site in source.sites:
+            adapter = source.adapters[site.path]
+            if adapter.effective_rank:  # else dW = 0: only the bias changes
+                self.sites.setdefault(site.weight, []).append(site)
+            if site.bias and (bias := adapter.delta_bias()) is not None:
+                self.biases[f"{site.path}.bias"] = bias.detach().float()
+                self.sites.setdefault(f"{site.path}.bias", [])
+        self.stored = checkpoint.tensors
+        self.pieces = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
+        self.sources: dict[str, list[str]] = {}
+        for name, piece in self.pieces.items():
+            self.sources.setdefault(piece.parameter, []).append(name)
+        for parameter in self.sites:
+            self._check(parameter)
+        self.of_biases = Tally()
+        self.added, self.switches = self._add_biases()
+
+    @property
+    def adapted(self) -> int:
+        return len(self.sites) + sum(bool(bias.any()) for added in self.added.values() for bias in added.values())
+
+    @property
+    def added_bytes(self) -> int:
+        return sum(bias.nbytes for added in self.added.values() for bias in added.values())
+
+    def stored_bytes(self, tensor: Stored) -> int:
+        """Size in the output."""
+        if tensor.dtype not in FLOATS:
+            return tensor.nbytes
+        return math.prod(tensor.shape) * self._dtype(tensor).itemsize
+
+    @property
+    def largest(self) -> int:
+        """Values of the largest tensor that is changed as a whole."""
+        whole = (n for p in self.sites for n in self.sources[p] if self._factored(self.stored[n]) is None)
+        return max((math.prod(self.stored[name].shape) for name in whole), default=0)
+
+    def write(self, file: str, path: Path, tick: Callable[[int], None]) -> Tally:
+        """Write the counterpart of one base file. Files can be written at the same time, each by a thread."""
+        tally = Tally()
+        tensors = {tensor.name: tensor for tensor in self.checkpoint.files[file]}
+        # Wide dtypes first: then every tensor is aligned. Pieces of one parameter side by side: then its
+        # update is computed once.
+        order = sorted(tensors.values(), key=lambda t: (self._group(t), t.start))
+        entries = [(t.name, self._code(t), t.shape, self.stored_bytes(t)) for t in order]
+        added = self.added.get(file, {})
+        entries += [(name, CODES[t.dtype], tuple(t.shape), t.nbytes) for name, t in added.items()]
+        entries.sort(key=_width, reverse=True)
+
+        def write(name: str, out: BinaryIO) -> None:
+            if name in added:
+                out.write(tensor_bytes(added[name]))
+                return
+            tensor = tensors[name]
+            if self._adapted(name):
+                for part in self._merged(tensor, tally):
+                    out.write(tensor_bytes(part))
+            elif self._code(tensor) == tensor.dtype:
+                tensor.copy_to(out)
+            else:
+                out.write(tensor_bytes(self._finite(name, tensor.read().to(self._dtype(tensor)))))
+            tick(tensor.nbytes)
+
+        tally.bytes = write_tensors(path, entries, write, self.checkpoint.metadata[file])
+        tally.kept = None
+        return tally
+
+    # -- one tensor ----------------------------------------------------------------------------------------
+
+    def _merged(self, tensor: Stored, tally: Tally) -> Iterator[Tensor]:
+        """What is stored for an adapted tensor, some rows at a time where that can be."""
+        if (adapter := self._factored(tensor)) is None:
+            yield self._folded(tensor, tally)
+            return
+        with torch.no_grad():
+            factors = adapter.factors()
+            Bd, A = factors.Bd.float(), factors.A.float()
+            # norm(Bd A)^2 without Bd A
+            tally.update2 += float(((Bd.double().mT @ Bd.double()) * (A.double() @ A.double().mT)).sum())
+            for rows, W in tensor.blocks(max(BLOCK // max(A.shape[1], 1), 1)):
+                yield self._rounded(tensor, (Bd[rows] @ A).add_(W), tally)
+
+    def _factored(self, tensor: Stored) -> FactorAdapter | None:
+        """The adapter whose product of factors, laid out as it is stored, is all that changes a tensor; or None."""
+        piece = self.pieces[tensor.name]
+        sites = self.sites[piece.parameter]
+        if len(sites) != 1 or not piece.whole or piece.parameter in self.source.replaced or tensor.dtype == "F64":
+            return None
+        (site,) = sites
+        adapter = self.source.adapters[site.path]
+        as_stored = site.rows is None and not site.transposed and not site.lead
+        return adapter if as_stored and isinstance(adapter, FactorAdapter) else None
+
+    def _folded(self, tensor: Stored, tally: Tally) -> Tensor:
+        piece = self.pieces[tensor.name]
+        trained = self.source.replaced.get(piece.parameter)
+        W = tensor.read()
+        if trained is not None:
+            before, W = W.float(), piece.of(trained).clone()
+            tally.update2 += _norm2(before.sub_(W))
+            del before
+        if not self.sites[piece.parameter] and piece.parameter not in self.biases:
+            return self._rounded(tensor, W, tally)
+        W = W.to(torch.promote_types(W.dtype, torch.float32))  # this memory is ours: it becomes W + dW
+        update = self._update(piece, W, tally)
+        tally.update2 += _norm2(update)
+        W += update
+        del update
+        return self._rounded(tensor, W, tally)
+
+    def _rounded(self, tensor: Stored, W: Tensor, tally: Tally) -> Tensor:
+        """``W`` in the dtype of the output; overwrites it where that is another one."""
+        dtype = self._dtype(tensor)
+        result = self._finite(tensor.name, W.to(dtype))
+        if dtype != W.dtype:  # a row at a time would be slow, all at once as large as W
+            blocks = (torch.split(t if t.ndim else t[None], ROWS) for t in (W, result))
+            for some, stored in zip(*blocks, strict=True):
+                tally.error2 += _norm2(some.sub_(stored.to(W.dtype)))
+        return result
+
+    @torch.no_grad()
+    def _update(self, piece: Piece, W: Tensor, tally: Tally) -> Tensor:
+        """dW of one tensor of the checkpoint, fp32, laid out as it is stored."""
+        if piece.whole:
+            return self._parameter_update(piece.parameter, W)
+        if tally.kept is None or tally.kept[0] != piece.parameter:
+            tally.kept = None
+            tally.kept = piece.parameter, self._parameter_update(piece.parameter, None)
+        return piece.of(tally.kept[1])
+
+    def _parameter_update(self, parameter: str, W: Tensor | None) -> Tensor:
+        sites, shape = self.sites[parameter], self.parameters[parameter].shape
+        if parameter in self.biases:
+            return self.biases[parameter]
+        if W is None and any(self.source.adapters[site.path].needs_weight for site in sites):
+            W = torch.empty(shape)
+            for name in self.sources[parameter]:
+                self.pieces[name].of(W).copy_(self.stored[name].read())
+        if len(sites) == 1 and sites[0].rows is None:
+            return self._delta(sites[0], W)
+        update = torch.zeros(shape)
+        for site in sites:
+            _rows(site, update).add_(self._delta(site, W))
+        return update
+
+    def _delta(self, site: Site, W: Tensor | None) -> Tensor:
+        """dW of one site as its part of the parameter is stored: transposed where the parameter is."""
+        rows = None if W is None else _rows(site, W)
+        weight = rows if rows is None or not site.transposed else rows.mT
+        delta = self.source.adapters[site.path].delta(weight)
+        return delta.mT if site.transposed else delta
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
+        # aminmax hands NaN and infinities through, and is forty times faster than isfinite
+        if values.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(values)):
+            raise UserError(
+                f"{name} has values that are not finite after the merge, as {dtype_name(values.dtype)}: the base "
+                "or the adapter is damaged, or the dtype is too narrow (then --dtype bfloat16 or float32)"
+            )
+        return values
+
+    def _add_biases(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, bool]]:
+        """Biases that the base has not, by the file that holds their weight; and what its config must say."""
+        new = new_biases(self.source)
+        added: dict[str, dict[str, Tensor]] = {}
+        for parameter, bias in new.tensors.items():
+            weight = parameter.removesuffix("bias") + "weight"
+            if len(names := self.sources.get(weight, [])) != 1 or not self.pieces[names[0]].whole:
+                raise UserError(f"{self.checkpoint.directory} has no tensor for {weight}, which gets a bias")
+            tensor = self.stored[names[0]]
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{tensor.name} is {tensor.dtype}: {QUANTISED}")
+            name = tensor.name.removesuffix("weight") + "bias"
+            stored = self._finite(name, bias.to(self._dtype(tensor)))
+            self.of_biases.update2 += _norm2(bias)
+            self.of_biases.error2 += _norm2(bias - stored.float())
+            added.setdefault(tensor.path.name, {})[name] = stored
+        return added, dict(new.switches)
+
+    # -- checks and layout, from headers -------------------------------------------------------------------
+
+    def _check(self, parameter: str) -> None:
+        names, where = self.sources.get(parameter, []), self.checkpoint.directory
+        if not names:
+            raise UserError(f"{where} has no tensor for {parameter}, which is adapted: is it the right base?")
+        whole = self.parameters[parameter]
+        for name in names:
+            piece, tensor = self.pieces[name], self.stored[name]
+            if piece.unknown:
+                raise UserError(
+                    f"{where} stores {parameter} in a form that cannot be merged ({piece.unknown}): use --format lora"
+                )
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{name} is {tensor.dtype}: {QUANTISED}")
+            expected = _shape_of(piece, whole)
+            if tensor.shape != expected:
+                raise UserError(
+                    f"{name} in {tensor.path} has shape {tensor.shape}, the model's {parameter} needs "
+                    f"{expected}: config.json and weights are not of one model"
+                )
+        if sum(math.prod(self.stored[name].shape) for name in names) != whole.numel():
+            raise UserError(
+                f"{where} holds the adapted weight {parameter} in part only, or twice: {len(names)} tensors"
+            )
+
+    def _adapted(self, name: str) -> bool:
+        return name in self.pieces and self.pieces[name].parameter in self.sites
+
+    def _dtype(self, tensor: Stored) -> torch.dtype:
+        return self.dtype or FLOATS[tensor.dtype]
+
+    def _code(self, tensor: Stored) -> str:
+        return CODES[self._dtype(tensor)] if tensor.dtype in FLOATS else tensor.dtype
+
+    def _group(self, tensor: Stored) -> int:
+        """Where in the file the first tensor of the same parameter begins."""
+        piece = self.pieces.get(tensor.name)
+        if piece is None or piece.whole or piece.parameter not in self.sites:
+            return tensor.start
+        together = (self.stored[name] for name in self.sources[piece.parameter])
+        return min(other.start for other in together if other.path == tensor.path)
+
+
+def _rows(site: Site, t: Tensor) -> Tensor:
+    """The site's output rows of its parameter (or of something laid out like it), as they are stored."""
+    if site.rows is None:
+        return t
+    start, end = site.rows
+    return t[..., start:end] if site.transposed else t[..., start:end, :]
+
+
+def _width(entry: tuple[str, str, tuple[int, ...], int]) -> int:
+    """Bytes of one value of a tensor to be written."""
+    _, _, shape, nbytes = entry
+    return nbytes // (math.prod(shape) or 1)
+
+
+def _shape_of(piece: Piece, parameter: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(piece.of(parameter).shape)
+    except IndexError:  # more experts in the file than in the model
+        return ()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _norm2(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t)) ** 2

@@ -1,0 +1,80 @@
+"""A model card for what was written, and its upload, which is dry unless it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..errors import UserError
+from ..io.atomic_dir import size
+
+CITATION = """@inproceedings{he2025rasa,
+  title     = {RaSA: Rank-Sharing Low-Rank Adaptation},
+  author    = {He, Zhiwei and others},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2503.12576}
+}"""
+
+
+def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
+    """Write ``README.md`` into an output directory (the base's own is replaced). Returns the text.
+
+    Args:
+        run: the run directory, whose recipe and summary are quoted; or an adapter directory, which has none.
+        report: of the merge, the export or the extraction; ``verify`` in it is quoted.
+    """
+    merged = report.get("format") == "merged"
+    head = {
+        "base_model": report["base_model"],
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["rasa_train", *sorted(set(str(report["method"]).replace("+", " ").split()) - {"1"})],
+    }
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}"]
+    what = "merged into" if merged else "an adapter for"
+    parts.append(f"{report['method']} {what} `{report['base_model']}`, made with rasa_train.")
+    if (run / "recipe.yaml").is_file():
+        recipe = (run / "recipe.yaml").read_text()
+        data = yaml.safe_load(recipe).get("data", {})
+        parts.append(f"## Data\n\n`{data.get('dataset')}`, template `{data.get('template')}`.")
+        parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
+    if (run / "summary.json").is_file():
+        summary = json.loads((run / "summary.json").read_text())
+        rows = [f"| {key} | {value} |" for key, value in summary.items() if not isinstance(value, dict)]
+        parts.append("## Training\n\n| | |\n|---|---|\n" + "\n".join(rows))
+    facts = {**report, **report.get("verify", {})}
+    facts = {key: value for key, value in facts.items() if isinstance(value, int | float) and key != "seconds"}
+    parts.append(
+        "## Conversion\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    )
+    parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
+    text = "\n\n".join(parts) + "\n"
+    (directory / "README.md").write_text(text)
+    return text
+
+
+def push(directory: Path, repository: str, *, upload: bool) -> str:
+    """Upload a directory to a private repository of the hub; without ``upload`` only say what would be.
+
+    Raises:
+        UserError: the hub refuses, or there is no network or login.
+    """
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    total = size(sum(path.stat().st_size for path in files))
+    listed = "\n".join(f"  {path.relative_to(directory)}  {size(path.stat().st_size)}" for path in files)
+    if not upload:
+        return f"not uploaded (--upload does it): {len(files)} files, {total}, to {repository}\n{listed}"
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        address = api.upload_folder(repo_id=repository, folder_path=directory)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(f"--push {repository}: {' '.join(str(error).split())[:400]}") from None
+    return f"uploaded {len(files)} files, {total}: {address}"

@@ -1,0 +1,315 @@
+"""Export of any factor method as a plain LoRA adapter in PEFT's format, exactly.
+
+    dW = B diag(d) A   ->   lora_B = B diag(d),  lora_A = A,  lora_alpha = r, so that the scale is 1
+
+d stays on one side: its entries can be negative. PEFT and vLLM load the result without knowing the method. With a
+largest rank the product is cut by its singular values, which is the best there is of that rank.
+
+Fused expert weights are parameters, not modules: PEFT (0.19) adapts them as ``target_parameters``, with one rank for
+all experts. gate and up are one parameter there, so their ranks stand beside each other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.contract import FactorAdapter
+from ..adapters.saved import CONFIG, PEFT_TENSORS
+from ..adapters.site import Site
+from ..errors import UserError
+from ..io.atomic_dir import new_directory
+from ..io.checkpoint_files import tensor_bytes, write_tensors
+from .source import Adapters, Source, open_source
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for ``--max-lora-rank``."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What PEFT adapts with one pair of factors: a linear, or a fused weight of experts."""
+
+    name: str
+    """The module's path, or the parameter's name: what PEFT's patterns and targets are matched with."""
+    prefix: str
+    """Of its tensors in the file."""
+    sites: list[Site]
+    """The linear; or the linears that are rows of the fused weight, those that are adapted."""
+
+    @property
+    def fused(self) -> bool:
+        return self.sites[0].num_experts is not None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did."""
+
+    output: str
+    format: str
+    method: str
+    base_model: str
+    tensors: int
+    adapted: int
+    bytes: int
+    seconds: float
+    rounding: float
+    """0: nothing is rounded."""
+    base_checked: bool
+    """Whether the base is known to be the one that the adapter was trained on."""
+    rank: int
+    """The largest rank of a site."""
+    error: float
+    """norm(written - dW) / norm(dW) over all sites: what ``max_rank`` costs. 0 without it."""
+    max_lora_rank: int | None
+    """vLLM's option, or None when the rank is more than it takes."""
+    fused_experts: bool = False
+    """Whether fused expert weights are among what is adapted: not every reader of LoRA knows these."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_lora(
+    adapter: Adapters,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    any_base: bool = False,
+    max_rank: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """Write the adapter as a LoRA adapter directory. Of the base only the configuration is needed.
+
+    Args:
+        adapter, base, revision, any_base: as of ``open_source``.
+        max_rank: cut larger ranks to this.
+    Raises:
+        UserError: the method is no factor method, the adapter does not fit, or ``output`` cannot be written.
+    """
+    start = time.perf_counter()
+    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
+    _check(source)
+    targets = _targets(source)
+    ranks = {target.name: _rank(source, target, max_rank) for target in targets}
+    nbytes = 4 * sum(math.prod(shape) for target in targets for shape in _shapes(source, target, ranks[target.name]))
+    inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
+    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, progress)
+        (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
+    rank = max(ranks.values())
+    return ExportReport(
+        output=str(output),
+        format="lora",
+        method=source.label,
+        base_model=source.base,
+        tensors=2 * len(targets),
+        adapted=len(source.sites),
+        bytes=written,
+        seconds=round(time.perf_counter() - start, 3),
+        rounding=0.0,
+        base_checked=source.checked,
+        rank=rank,
+        error=error,
+        max_lora_rank=next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
+        fused_experts=any(target.fused for target in targets),
+    )
+
+
+@torch.no_grad()
+def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
+    """(A (*lead, R, in), diag(b) B diag(d) (*lead, out, R)), fp32, without the ranks whose d is zero (AdaLoRA prunes
+    by zeros)."""
+    factors = adapter.factors()
+    kept = _nonzero(factors.d)
+    return factors.A.float()[..., kept, :], factors.Bd.float()[..., kept]
+
+
+@torch.no_grad()
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best approximation of B A of that rank, through QR of the factors: nothing of the size of dW is made.
+
+    Args:
+        A, B: (*lead, R, in) and (*lead, out, R); each of ``lead`` is cut by itself.
+        rank: at most R, in and out.
+    Returns:
+        A' (*lead, rank, in), B' (*lead, out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
+    """
+    Q, R = torch.linalg.qr(B.double())
+    P, S = torch.linalg.qr(A.double().mT)
+    U, s, Vh = torch.linalg.svd(R @ S.mT)
+    root, lost = s[..., :rank].sqrt(), float((s[..., rank:] ** 2).sum())
+    A = root.unsqueeze(-1) * (Vh[..., :rank, :] @ P.mT)
+    B = Q @ U[..., :rank] * root.unsqueeze(-2)
+    return A.float(), B.float(), lost, float((s**2).sum())
+
+
+def _targets(source: Source) -> list[Target]:
+    """Linears as they come; then the fused weights."""
+    fused: dict[str, list[Site]] = {}
+    targets = []
+    for site in source.sites:
+        if site.num_experts is None:
+            targets.append(Target(site.path, f"base_model.model.{site.path}", [site]))
+        else:
+            fused.setdefault(site.weight, []).append(site)
+    for name, sites in fused.items():
+        module, _, _ = name.rpartition(".")
+        own = [f"{module}.{key}" for key, _ in source.model.get_submodule(module).named_parameters(recurse=False)]
+        # PEFT wraps the module once for each parameter, in their order: the last one is outermost.
+        around = [key for key in own[own.index(name) + 1 :] if key in fused]
+        targets.append(Target(name, f"base_model.model.{module}" + ".base_layer" * len(around), sites))
+    return targets
+
+
+def _rank(source: Source, target: Target, max_rank: int | None) -> int:
+    rank = sum(len(_kept(source, site)) for site in target.sites)
+    if max_rank is None or rank <= max_rank:
+        return rank
+    return min(max_rank, target.sites[0].in_features, _rows(source, target))
+
+
+def _rows(source: Source, target: Target) -> int:
+    """Outputs: of the linear, or of all that the fused weight holds."""
+    return source.model.get_parameter(target.name).shape[-2] if target.fused else target.sites[0].out_features
+
+
+def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B in the file."""
+    ranks = rank * (target.sites[0].num_experts or 1)
+    return (ranks, target.sites[0].in_features), (_rows(source, target), ranks)
+
+
+def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
+    """As of ``lora_factors``. The linears of one fused weight have ranks of their own, beside each other."""
+    pairs = [lora_factors(_factor_adapter(source, site)) for site in target.sites]
+    if not target.fused:
+        return pairs[0]
+    A = torch.cat([A for A, _ in pairs], -2)
+    B = A.new_zeros(len(A), _rows(source, target), A.shape[-2])
+    start = 0
+    for site, (_, own) in zip(target.sites, pairs, strict=True):
+        B[:, slice(*(site.rows or (None, None))), start : start + own.shape[-1]] = own
+        start += own.shape[-1]
+    return A, B
+
+
+def _as_stored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """PEFT's two matrices: A has the ranks of expert 0 first, B the experts of rank 0."""
+    if A.ndim == 2:
+        return A, B
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+
+def _write_factors(
+    source: Source,
+    targets: list[Target],
+    ranks: dict[str, int],
+    path: Path,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[int, float]:
+    """Size of the file, and the relative error of what was cut."""
+    entries, sides = [], {}
+    for target in targets:
+        for side, shape in zip("AB", _shapes(source, target, ranks[target.name]), strict=True):
+            name = f"{target.prefix}.lora_{side}.weight"
+            entries.append((name, "F32", shape, 4 * math.prod(shape)))
+            sides[name] = target, side
+    total, done = sum(entry[-1] for entry in entries), 0
+    lost2 = norm2 = 0.0
+    now: tuple[str, Tensor, Tensor] | None = None
+
+    def write(name: str, out: BinaryIO) -> None:
+        nonlocal done, lost2, norm2, now
+        target, side = sides[name]
+        if now is None or now[0] != target.name:
+            A, B = _factors(source, target)
+            if ranks[target.name] < A.shape[-2]:
+                A, B, lost, of = truncated(A, B, ranks[target.name])
+                lost2 += lost
+            else:
+                of = float(((A @ A.mT) * (B.mT @ B)).sum())
+            norm2 += of
+            now = target.name, *_as_stored(A, B)
+        done += out.write(tensor_bytes(now[1] if side == "A" else now[2]))
+        if progress is not None:
+            progress(done, total)
+
+    return write_tensors(path, entries, write), math.sqrt(lost2 / norm2) if norm2 else 0.0
+
+
+def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -> dict[str, Any]:
+    r = max(ranks.values())
+    # alpha = rank everywhere: the scale is 1 for readers that know the patterns and for those that do not.
+    pattern = {name: rank for name, rank in ranks.items() if rank != r}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.base,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": any(site.transposed for site in source.sites),
+        "inference_mode": True,
+        "target_modules": target_modules(source.model, [t.sites[0] for t in targets if not t.fused]),
+    }
+    if fused := {target.name for target in targets if target.fused}:
+        kinds = {f"{t.sites[0].kind.rpartition('.')[0]}.{t.name.rpartition('.')[2]}" for t in targets if t.fused}
+        config["target_parameters"] = _shortest([kinds], fused, [name for name, _ in source.model.named_parameters()])
+    return config | ({"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {})
+
+
+def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
+    """The shortest names that select just these sites: last names, else kinds, else whole paths."""
+    kinds = {site.kind for site in sites}
+    last = {kind.rpartition(".")[2] for kind in kinds}
+    return _shortest([last, kinds], {site.path for site in sites}, [path for path, _ in model.named_modules()])
+
+
+def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) -> list[str]:
+    """The first set of names by which PEFT finds just what is wanted; else that itself."""
+    for names in candidates:
+        if {path for path in paths if any(path == n or path.endswith("." + n) for n in names)} == wanted:
+            return sorted(names)
+    return sorted(wanted)
+
+
+def _check(source: Source) -> None:
+    if source.replaced:
+        raise UserError(
+            f"the adapter has base parameters ({min(source.replaced)}, ...), which no LoRA can hold: use "
+            "--format merged"
+        )
+    for site in source.sites:
+        if not isinstance(source.adapters[site.path], FactorAdapter):
+            raise UserError(f"adapter.method: {source.label!r} is no product of low-rank factors: use --format merged")
+
+
+def _kept(source: Source, site: Site) -> Tensor:
+    with torch.no_grad():
+        return _nonzero(_factor_adapter(source, site).factors().d)
+
+
+def _nonzero(d: Tensor) -> Tensor:
+    """Positions of the ranks that count, of any expert; at least one, since LoRA has no rank 0."""
+    kept = d.reshape(-1, d.shape[-1]).any(0).nonzero().flatten()
+    return kept if kept.numel() else torch.zeros(1, dtype=torch.long)
+
+
+def _factor_adapter(source: Source, site: Site) -> FactorAdapter:
+    adapter = source.adapters[site.path]
+    assert isinstance(adapter, FactorAdapter)
+    return adapter

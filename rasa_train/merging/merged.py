@@ -1,0 +1,257 @@
+"""The adapter folded into the base: an ordinary Hugging Face checkpoint, written file by file.
+
+A merge that was killed goes on with the files it had finished. Memory is that of a few tensors, whatever the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..adapters.saved import CONFIG
+from ..errors import UserError
+from ..io.atomic_dir import new_directory
+from ..io.checkpoint_files import INDEX, open_checkpoint
+from .folding import QUANTISED, Folding, Tally, dtype_name
+from .source import Adapters, open_source
+
+WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".ckpt",
+    ".npz",
+}
+"""Endings of files that hold weights: they would contradict the merged ones."""
+SMALL = 200_000_000
+"""Bytes; a larger file beside a model is no tokenizer."""
+FINISHED = ".finished.json"
+"""In a directory under way: the files in it that are whole and on the disk, with their tallies."""
+BYTES_A_VALUE = 10
+"""Memory that folding takes for each value of a tensor: W and dW in fp32, and what was read or is written."""
+MEMORY = 1_200_000_000
+"""Bytes that all threads together may take for tensors, as far as their number can see to it."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    output: str
+    format: str
+    method: str
+    base_model: str
+    base_checked: bool
+    """Whether the base is known to be the one that the adapter was trained on."""
+    tensors: int
+    """Tensors in the output."""
+    adapted: int
+    """Weights and biases that the adapter changes or adds."""
+    bytes: int
+    """Size of the safetensors files."""
+    seconds: float
+    rounding: float | None
+    """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that the output's
+    dtype loses. 0 for fp32; None when the update is zero."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def merge(
+    adapter: Adapters,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    any_base: bool = False,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Write the base with the adapter folded in to the directory ``output``.
+
+    Args:
+        adapter: an adapter directory or a run directory; or several as (directory, weight): the weighted sum of
+            their updates.
+        base: hub id or directory; default: what the adapter names.
+        any_base: take a base whose weights are not those trained on.
+        dtype: of all floating-point tensors of the output; default: what each has in the base.
+        threads: files written at a time; default: the processors, fewer where tensors are so large that memory
+            would go beyond 2 GB.
+        progress: called with (bytes read, bytes in all), by one thread at a time.
+    Raises:
+        UserError: the adapter does not fit, files are damaged, values are not finite, or ``output`` cannot be
+            written. ``output`` is then what it was.
+    """
+    start = time.perf_counter()
+    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    checkpoint = open_checkpoint(source.directory)
+    config = _read_config(source.directory)
+    folding = Folding(source, checkpoint, dtype)
+    nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values()) + folding.added_bytes
+    tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
+    read = [source.directory, *source.origins]
+    key = _key(source.directory, checkpoint.files, source.origins, dtype, source.label)
+    with new_directory(Path(output), overwrite=overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
+        tallies = _write_files(folding, partial, threads or _threads(folding), tick)
+        if checkpoint.index is not None:
+            index = checkpoint.index
+            index["weight_map"] |= {name: file for file, added in folding.added.items() for name in added}
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _copy_small_files(source.directory, partial)
+        if dtype is not None or folding.switches:
+            config |= folding.switches
+            if dtype is not None:
+                _set_dtype(config, dtype_name(dtype))
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tallies.append(folding.of_biases)
+    update2, error2 = (sum(getattr(tally, name) for tally in tallies) for name in ("update2", "error2"))
+    return MergeReport(
+        output=str(output),
+        format="merged",
+        method=source.label,
+        base_model=source.base,
+        base_checked=source.checked,
+        tensors=len(checkpoint.tensors) + sum(map(len, folding.added.values())),
+        adapted=folding.adapted,
+        bytes=sum(tally.bytes for tally in tallies),
+        seconds=round(time.perf_counter() - start, 3),
+        rounding=math.sqrt(error2 / update2) if update2 else None,
+    )
+
+
+def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[int], None]) -> list[Tally]:
+    """Write the files that are not there yet, several at a time, and note each when it is on the disk."""
+    note, finished, lock = partial / FINISHED, {}, threading.Lock()
+    if note.is_file():
+        finished = {file: Tally(**tally) for file, tally in json.loads(note.read_text()).items()}
+    stopped = threading.Event()
+
+    def counted(nbytes: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        with lock:
+            tick(nbytes)
+
+    def write(file: str) -> Tally:
+        if file in finished and (partial / file).stat().st_size == finished[file].bytes:
+            counted(sum(tensor.nbytes for tensor in folding.checkpoint.files[file]))
+            return finished[file]
+        try:
+            tally = folding.write(file, partial / file, counted)
+        except BaseException:
+            stopped.set()
+            raise
+        with (partial / file).open("rb") as written:
+            os.fsync(written.fileno())
+        with lock:
+            finished[file] = tally
+            beside = note.with_suffix(".partial")
+            beside.write_text(json.dumps({name: asdict(each) for name, each in finished.items()}))
+            beside.replace(note)
+        return tally
+
+    if threads == 1:
+        return [write(file) for file in folding.checkpoint.files]
+    # Each thread of the pool computes by itself: with threads of their own they would wait for each other.
+    before, share = torch.get_num_threads(), max((os.cpu_count() or 1) // threads, 1)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        futures = [pool.submit(write, file) for file in folding.checkpoint.files]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # Ctrl-C
+            stopped.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+    for future in futures:
+        if not future.cancelled() and (error := future.exception()) and not isinstance(error, _StoppedError):
+            raise error
+    return [future.result() for future in futures]
+
+
+class _StoppedError(Exception):
+    """Another file could not be written, so this one need not be."""
+
+
+def _threads(folding: Folding) -> int:
+    fit = MEMORY // (BYTES_A_VALUE * max(folding.largest, 1))
+    return int(max(1, min(os.cpu_count() or 1, len(folding.checkpoint.files), fit)))
+
+
+def _key(
+    base: Path, files: Sequence[str] | Mapping[str, Any], origins: Sequence[Path], dtype: torch.dtype | None, label: str
+) -> str:
+    """Of all that a merge's files are made from: names, sizes and times of the inputs, and what is done to them."""
+    paths = [base / file for file in files] + [path for origin in origins for path in sorted(origin.iterdir())]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps([__version__, label, str(dtype), stats]).encode()).hexdigest()
+
+
+def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return tick
+
+
+def _read_config(base_dir: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((base_dir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{base_dir / 'config.json'} cannot be read: {error}") from None
+    if config.get("quantization_config"):
+        raise UserError(f"{base_dir} has a quantization_config: {QUANTISED}")
+    return dict(config)
+
+
+def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
+    """Say the new dtype in ``config.json``, nested configs included."""
+    assert isinstance(config, dict)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            config[key] = dtype
+        elif isinstance(value, dict):
+            _set_dtype(value, dtype)
+    if "model_type" in config and "torch_dtype" not in config:
+        config["dtype"] = dtype
+
+
+def _copy_small_files(base_dir: Path, output: Path) -> None:
+    """Configuration, tokenizer, chat templates, licence: all but weights, hidden files, directories."""
+    for path in sorted([*base_dir.iterdir(), *(base_dir / "additional_chat_templates").glob("*.jinja")]):
+        weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == CONFIG
+        if weights or path.name.startswith(".") or not path.is_file() or path.stat().st_size > SMALL:
+            continue
+        target = output / path.relative_to(base_dir)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

@@ -1,0 +1,73 @@
+"""The weights of a model on disk by the names that its parameters have in memory, one at a time; and two such models
+side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapters.site import Site
+from ..errors import UserError
+from ..io.checkpoint_files import FLOATS, Stored, open_checkpoint
+from .names import Piece, locate
+from .source import architecture
+
+
+class Weights:
+    """The weights of a model directory. Only headers are read at first."""
+
+    def __init__(self, directory: Path) -> None:
+        stored = open_checkpoint(directory).tensors
+        self.directory = directory
+        self.model = architecture(directory)
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self.pieces: dict[str, list[tuple[Piece, Stored]]] = {}
+        for name, piece in locate(self.model, {name: tensor.shape for name, tensor in stored.items()}).items():
+            self.pieces.setdefault(piece.parameter, []).append((piece, stored[name]))
+
+    def read(self, parameter: str) -> Tensor:
+        """One parameter, fp32, put together where the files have it in pieces.
+
+        Raises:
+            UserError: it is absent, stored in a way that cannot be followed, of another shape than the configuration
+                says, or not finite.
+        """
+        pieces, shape = self.pieces.get(parameter, []), self.shapes.get(parameter)
+        if not pieces or shape is None or any(piece.unknown for piece, _ in pieces):
+            raise UserError(f"{self.directory} has no tensor for {parameter}, or in a layout that cannot be read")
+        whole = torch.empty(shape)
+        for piece, stored in pieces:
+            if stored.dtype not in FLOATS:
+                raise UserError(f"{stored.name} in {stored.path} is {stored.dtype}: a quantised model cannot be read")
+            place = piece.of(whole)
+            if place.shape != stored.shape:
+                raise UserError(
+                    f"{stored.name} in {stored.path} has shape {stored.shape}, the model's {parameter} needs "
+                    f"{tuple(place.shape)}: config.json and weights are not of one model"
+                )
+            place.copy_(stored.read())
+        if not torch.isfinite(whole).all():
+            raise UserError(f"{parameter} in {self.directory} has values that are not finite")
+        return whole
+
+    def weight(self, site: Site) -> Tensor:
+        """W of a site (*lead, out, in), fp32."""
+        return of_site(site, self.read(site.weight))
+
+
+def of_site(site: Site, parameter: Tensor) -> Tensor:
+    """The part of a parameter that is the site's W (*lead, out, in)."""
+    if site.transposed:
+        parameter = parameter.mT
+    return parameter if site.rows is None else parameter[..., slice(*site.rows), :]
+
+
+def check_finetuned(base: Weights, tuned: Weights, sites: Iterable[Site]) -> None:
+    """Raise ``UserError`` unless ``tuned`` has the weights of all sites in the shapes of ``base``."""
+    for site in sites:
+        if (found := tuned.shapes.get(site.weight)) != base.shapes[site.weight]:
+            is_ = "absent" if found is None else f"{found}, not {base.shapes[site.weight]}"
+            raise UserError(f"{tuned.directory} is no fine-tuned {base.directory}: its {site.weight} is {is_}")

@@ -1,0 +1,112 @@
+"""Export in the format that PEFT has for the method itself: LoRA, VeRA and DoRA, to be trained on with PEFT."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ..adapters.contract import Method
+from ..adapters.saved import CONFIG, PEFT_TENSORS, read_adapter
+from ..errors import UserError
+from ..io.atomic_dir import new_directory
+from ..methods.dora import DoRA
+from ..methods.lora import LoRA
+from ..methods.vera import VeRA
+from .lora import ExportReport, target_modules
+from .source import Source, find_adapter, open_source
+
+
+def export_peft(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    any_base: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write the adapter as PEFT would have saved it. Of the base only the configuration is needed.
+
+    Raises:
+        UserError: PEFT has not this method, the adapter does not fit, or ``output`` cannot be written.
+    """
+    start = time.perf_counter()
+    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
+    method = read_adapter(find_adapter(Path(adapter))).method
+    config, names = _format(method)
+    if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
+        raise UserError(
+            f"{fused[0].path} is a fused weight of experts: use --format lora, by which PEFT has it exactly (lora and "
+            "vera), or --format merged"
+        )
+    tensors = _tensors(source, names)
+    config |= {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.base,
+        "fan_in_fan_out": any(site.transposed for site in source.sites),
+        "inference_mode": True,
+        "target_modules": target_modules(source.model, source.sites),
+    }
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
+    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))  # readable as umask says
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        written = (partial / PEFT_TENSORS).stat().st_size
+    return ExportReport(
+        output=str(output),
+        format="peft",
+        method=source.label,
+        base_model=source.base,
+        tensors=len(tensors),
+        adapted=len(source.sites),
+        bytes=written,
+        seconds=round(time.perf_counter() - start, 3),
+        rounding=0.0,
+        base_checked=source.checked,
+        rank=max(source.adapters[site.path].effective_rank for site in source.sites),
+        error=0.0,
+        max_lora_rank=None,
+    )
+
+
+def _format(method: Method) -> tuple[dict[str, Any], dict[str, str]]:
+    """PEFT's configuration, and its name of each of an adapter's tensors."""
+    if isinstance(method, LoRA | DoRA):
+        config = {"peft_type": "LORA", "r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+        names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+        if isinstance(method, DoRA):
+            return {**config, "use_dora": True}, {**names, "m": "lora_magnitude_vector"}
+        return {**config, "use_rslora": method.rslora}, names
+    if isinstance(method, VeRA):
+        config = {
+            "peft_type": "VERA",
+            "r": method.r,
+            "d_initial": method.d_initial,
+            "vera_dropout": method.dropout,
+            "projection_prng_key": method.projection_seed,
+            "save_projection": True,  # so that nobody depends on what torch draws from the seed
+        }
+        return config, {"b": "vera_lambda_b", "d": "vera_lambda_d"}
+    raise UserError(
+        f"adapter.method: --format peft is for lora, dora and vera, got {method.method}: --format lora writes any "
+        "other factor method as an equal LoRA"
+    )
+
+
+def _tensors(source: Source, names: dict[str, str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for site in source.sites:
+        adapter = source.adapters[site.path]
+        own = dict(adapter.named_parameters())
+        for ours, theirs in names.items():
+            tensors[f"base_model.model.{site.path}.{theirs}"] = own[ours].detach().contiguous()
+    if "b" in names:
+        pool = source.adapters[source.sites[0].path].pool  # type: ignore[attr-defined]
+        tensors |= {f"base_model.vera_{side}": getattr(pool, side).contiguous() for side in "AB"}
+    return tensors

@@ -1,0 +1,233 @@
+"""What goes into a merge or an export: the adapter, or a weighted sum of several, and the base model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..adapters.contract import Adapter
+from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter
+from ..adapters.site import Site
+from ..adapters.sites import find_sites
+from ..adapters.state import POOLS
+from ..errors import UserError
+from ..io.base_fingerprint import base_samples
+from ..io.checkpoint_files import INDEX, SINGLE, read_index
+from ..models.config import ModelConfig
+from ..models.load import load_model, meta_model
+from .total import total
+
+Adapters = str | Path | Sequence[tuple[str | Path, float]]
+"""An adapter, or several with their weights."""
+
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+"""What is downloaded of a hub model beside its weights."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A saved adapter, or a weighted sum of several, with its values in place, on the CPU."""
+
+    label: str
+    """The method, or the sum: ``0.7 rasa + 0.3 lora``."""
+    base: str
+    """Base model as the user or the adapter names it: a hub id or a directory."""
+    directory: Path
+    """Where the base is on this machine."""
+    origins: list[Path]
+    """Directories of the adapters."""
+    model: PreTrainedModel
+    """The base on the meta device: names and shapes."""
+    sites: list[Site]
+    """Those that have an adapter."""
+    adapters: dict[str, Adapter]
+    """By the path of their site."""
+    replaced: dict[str, Tensor]
+    """Base parameters that were trained themselves, by their name: they take the place of the base's."""
+    checked: bool = False
+    """Whether the base is known to be the one that the adapter was trained on."""
+
+
+def open_source(
+    adapter: Adapters, base: str | None, revision: str | None, *, weights: bool, any_base: bool = False
+) -> Source:
+    """Read the adapters, find their base and see that they fit it.
+
+    Args:
+        adapter: an adapter or run directory; or several as (directory, weight).
+        base, revision, weights: as of ``find_base``.
+        any_base: take a base whose weights are not those trained on.
+    Raises:
+        UserError: an adapter or the base cannot be read, or they do not fit.
+    """
+    given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
+    read = [(read_adapter(find_adapter(Path(path))), weight) for path, weight in given]
+    first = read[0][0]
+    if base is None and (others := {s.base_model for s, _ in read} - {first.base_model}):
+        raise UserError(
+            f"the adapters name several bases, {first.base_model!r} and {min(map(str, others))!r}: say with --base "
+            "which one it is"
+        )
+    name, base_dir = find_base(first, base, revision, weights=weights)
+    checked = all([any_base or _check_identity(saved, base_dir) for saved, _ in read])
+    sources = [load(saved, name, base_dir) for saved, _ in read]
+    if len(sources) == 1 and read[0][1] == 1:
+        return replace(sources[0], checked=checked)
+    if any(source.replaced for source in sources):
+        raise UserError("an adapter with base parameters of its own cannot be part of a sum, or be weighted")
+    sites, adapters = total([(s.sites, s.adapters, weight) for s, (_, weight) in zip(sources, read, strict=True)])
+    label = " + ".join(f"{weight:g} {saved.method.method}" for saved, weight in read)
+    origins = [saved.directory for saved, _ in read]
+    return Source(label, name, base_dir, origins, sources[0].model, sites, adapters, {}, checked)
+
+
+def _check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
+    """Whether the base is the one trained on; False where that cannot be told.
+
+    Raises:
+        UserError: it is another one.
+    """
+    found = base_samples(str(base_dir), only=saved.base_tensors)
+    different = [name for name, sample in found.items() if sample != saved.base_tensors[name]]
+    if different:
+        raise UserError(
+            f"{base_dir} is not the base that {saved.directory} was trained on ({saved.base_model}): its "
+            f"{different[0]} is another ({len(different)} of {len(found)} sampled tensors are). Give the right one "
+            "with --base, or --any-base if this is what you want"
+        )
+    return bool(found)
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter directory that ``path`` is or holds: itself, a run's ``adapter/``, its newest checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give an adapter directory or the output_dir of a run")
+    _see(path)
+    for directory in (path, path / "adapter"):
+        if (directory / CONFIG).is_file():
+            return directory
+    steps = {int(match[1]): match.string for match in map(_STEP.fullmatch, _names(path / "checkpoints")) if match}
+    for step in sorted(steps, reverse=True):
+        directory = path / "checkpoints" / steps[step]
+        if (directory / CONFIG).is_file():
+            return directory
+    raise UserError(f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}")
+
+
+def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, weights: bool) -> tuple[str, Path]:
+    """The base model's name and its directory here, downloaded as far as it is needed.
+
+    Args:
+        base: hub id or directory; None for the one the adapter names.
+        weights: whether its safetensors files are needed, or only its configuration.
+    Raises:
+        UserError: no base is named, or it is neither here nor on the hub.
+    """
+    name = base or saved.base_model
+    if not name:
+        raise UserError(f"{saved.directory / CONFIG} names no base model: give it with --base")
+    if revision is None and name == saved.base_model:
+        revision = saved.base_revision
+    hint = "" if base else " (the adapter names it): give the base with --base"
+    return name, find_model(name, revision, weights=weights, hint=hint)
+
+
+def find_model(name: str, revision: str | None, *, weights: bool, hint: str = "") -> Path:
+    """The directory of a model here, downloaded as far as it is needed. Raises ``UserError`` when there is none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _see(path)
+        if not (path / "config.json").is_file():
+            raise UserError(f"base model: {name} is a directory without a config.json, so it is no model")
+        return path
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"base model: {name!r} does not exist{hint}")
+    try:
+        return _download(name, revision, weights)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        why = " ".join(str(error).split())[:400]
+        raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
+
+
+def _see(directory: Path) -> None:
+    """Raise ``UserError`` where we may not look into a directory."""
+    try:
+        for path in directory.iterdir():
+            path.lstat()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
+
+
+def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
+    """Build the adapters for the base and copy the saved values in.
+
+    Raises:
+        UserError: the adapter does not fit this base: a name, a shape, or a value that is not finite.
+    """
+    model = architecture(base_dir)
+    base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
+    if (merged := saved.method.merged(base, saved.tensors)) is not None:
+        return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged)
+    shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    replaced = {key: tensor for key, tensor in saved.tensors.items() if key in shapes}
+    check_tensors({key: shapes[key] for key in replaced}, replaced, origin=str(saved.directory))
+    sites: list[Site] = []
+    adapters: dict[str, Adapter] = {}
+    if len(replaced) < len(saved.tensors) or not replaced:
+        sites = find_sites(model, saved.method.targets, saved.method.exclude)
+        with torch.random.fork_rng(devices=[]):  # building draws initial values that nobody will see
+            built = saved.method.build(sites)
+        adapters = built.adapters
+        sites = [site for site in sites if site.path in adapters]  # BitFit leaves some as they are
+        owners = {**adapters, **{f"{POOLS}.{key}": pool for key, pool in built.pools.items()}}
+        places = {
+            f"{owner}.{key}": tensor
+            for owner, module in owners.items()
+            for key, tensor in module.state_dict(keep_vars=True).items()
+        }
+        tensors = {key: tensor for key, tensor in saved.tensors.items() if key not in replaced}
+        check_tensors({key: tuple(p.shape) for key, p in places.items()}, tensors, origin=str(saved.directory))
+        with torch.no_grad():
+            for key, place in places.items():
+                place.copy_(tensors[key])
+        for adapter in adapters.values():
+            adapter.eval()
+    return Source(saved.method.method, name, base_dir, [saved.directory], model, sites, adapters, replaced)
+
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()] if directory.is_dir() else []
+
+
+def architecture(base_dir: Path) -> PreTrainedModel:
+    """The model of a directory on the meta device."""
+    try:
+        return meta_model(ModelConfig(name=str(base_dir)))
+    except UserError as error:
+        raise UserError(str(error).replace("model.name:", "base model:", 1)) from None
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    files = SMALL_FILES if weights else ["config.json", "*.py"]
+    small = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+    if not weights:
+        return Path(small)
+    index = Path(small) / INDEX
+    wanted = sorted(set(read_index(index)["weight_map"].values())) if index.is_file() else [SINGLE]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

@@ -1,0 +1,157 @@
+"""Proof of a merge: the adapted model and the merged one on the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.contract import Adapter
+from ..adapters.inject import adapt
+from ..adapters.saved import load_tensors, read_adapter
+from ..data.encode import prompt_text
+from ..errors import UserError
+from ..models.config import ModelConfig
+from ..models.load import load_model, load_tokenizer
+from .source import Adapters, Source, find_adapter, open_source
+
+QUERIES = [
+    "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
+    "Write a function that returns the n-th Fibonacci number.",
+    "Name three primary colours and say what comes of mixing each two of them.",
+    "Translate into French: the train to the coast leaves at nine.",
+]
+EXACT = 1e-2
+"""Largest share of the adapter's effect on the logits that an unrounded merge may be off by: fp32 is far below."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Differences between the base with the adapter on and the merged checkpoint, both computed in fp32: what is
+    left is the rounding of the merged weights."""
+
+    prompts: int
+    tokens: int
+    template: str
+    """That of the prompts; ``tokens`` when the base has no tokenizer and they are random tokens."""
+    logits: float
+    """Largest difference of a logit."""
+    adapter_logits: float
+    """The same between base and adapted model: what the adapter does, to compare with."""
+    kl: float
+    """Mean over tokens of KL(adapted || merged), nats."""
+    loss: float
+    """Mean next-token loss on the prompts, adapted model."""
+    loss_difference: float
+    """Merged minus adapted."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(
+    adapter: Adapters,
+    merged: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    any_base: bool = False,
+    template: str = "alpaca",
+    exact: bool = False,
+) -> VerifyReport:
+    """Run both models on a few prompts, one after the other, on the CPU.
+
+    Args:
+        adapter, base, revision, any_base: as of ``merge``.
+        merged: the directory a merge has written.
+        template: of the prompts: the recipe's.
+        exact: the merge has rounded nothing, so that no difference is allowed.
+    Raises:
+        UserError: the models differ though nothing was rounded; or a sum of adapters of fused experts.
+    """
+    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    batches, template = _prompts(source.directory, template, int(source.model.config.get_text_config().vocab_size))
+    without = _logits(lambda: _load(source.directory), batches)
+    on = _logits(lambda: _adapted(source, adapter), batches)
+    off = _logits(lambda: _load(Path(merged)), batches)
+    differences = [float((a - b).abs().max()) for a, b in zip(on, off, strict=True)]
+    effect = max(float((a - b).abs().max()) for a, b in zip(on, without, strict=True))
+    tokens = sum(len(logits) for logits in on)
+    kl = sum(float(_kl(a, b)) for a, b in zip(on, off, strict=True)) / tokens
+    losses = [_loss(logits, batches) for logits in (on, off)]
+    report = VerifyReport(
+        len(batches), tokens, template, max(differences), effect, kl, losses[0], losses[1] - losses[0]
+    )
+    if exact and report.logits > EXACT * max(effect, EXACT):
+        raise UserError(
+            f"{merged} is not the adapted model: logits differ by up to {report.logits:.3g}, the adapter changes them "
+            f"by {effect:.3g}, and nothing was rounded. Please report this; the output is not to be used"
+        )
+    return report
+
+
+def _prompts(base: Path, template: str, vocabulary: int) -> tuple[list[Tensor], str]:
+    tokenizer = load_tokenizer(ModelConfig(name=str(base)))
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(0, vocabulary, (1, 32), generator=generator) for _ in QUERIES], "tokens"
+    if template == "chat":
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
+            for q in QUERIES
+        ]
+    else:
+        texts = [prompt_text(template, query) for query in QUERIES]
+    return [tokenizer(str(text), return_tensors="pt")["input_ids"] for text in texts], template
+
+
+def _load(directory: Path) -> nn.Module:
+    model: nn.Module = load_model(ModelConfig(name=str(directory), dtype="float32"))
+    return model
+
+
+def _adapted(source: Source, adapter: Adapters) -> nn.Module:
+    """The base with the adapter on: as in training, or by hooks for a sum, which no recipe trains."""
+    model = _load(source.directory)
+    if len(source.origins) == 1 and isinstance(adapter, str | Path):
+        saved = read_adapter(find_adapter(Path(adapter)))
+        model, _ = adapt(model, saved.method)
+        load_tensors(model, saved.tensors, origin=str(saved.directory))
+        return model
+    for site in source.sites:
+        if site.num_experts is not None:
+            raise UserError(f"--verify cannot do a sum of adapters of fused experts ({site.path})")
+        linear, weight = model.get_submodule(site.path), model.get_parameter(site.weight)
+        weight = weight.t() if site.transposed else weight  # type: ignore[assignment]
+        linear.register_forward_hook(_adding(source.adapters[site.path], weight))
+    return model
+
+
+def _adding(adapter: Adapter, weight: Any) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        total: Tensor = output + adapter(inputs[0], weight)
+        return total
+
+    return hook
+
+
+@torch.no_grad()
+def _logits(make: Callable[[], nn.Module], batches: list[Tensor]) -> list[Tensor]:
+    """(tokens, vocabulary) of each prompt. The model is gone afterwards."""
+    model = make().eval()
+    return [model(input_ids=batch).logits[0].float() for batch in batches]
+
+
+def _kl(on: Tensor, off: Tensor) -> Tensor:
+    log_on, log_off = on.double().log_softmax(-1), off.double().log_softmax(-1)
+    return F.kl_div(log_off, log_on, reduction="sum", log_target=True)
+
+
+def _loss(logits: list[Tensor], batches: list[Tensor]) -> float:
+    losses = [F.cross_entropy(a[:-1], b[0, 1:], reduction="sum") for a, b in zip(logits, batches, strict=True)]
+    return float(sum(losses)) / sum(batch.shape[1] - 1 for batch in batches)

@@ -1,0 +1,59 @@
+"""BitFit: only biases are trained (Ben Zaken et al., ACL 2022, arXiv 2106.10199).
+
+Llama and Mistral have no biases: ``add_bias`` gives each selected linear without one a bias, zero at first.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters.contract import Adapter, Built, Method, zeros
+from ..adapters.site import Site
+from ..errors import UserError
+
+
+class BitFit(Method):
+    """Bias-term fine-tuning: all biases of the base, and new ones. No weight is updated, so ``dropout`` and
+    ``compute`` have nothing to act on; ``targets`` says where biases are added."""
+
+    method: Literal["bitfit"] = "bitfit"
+    add_bias: bool = True
+    """Add a bias to the selected linears that have none. Ours: the paper's models all had biases."""
+
+    def build(self, sites: list[Site]) -> Built:
+        without = [site for site in sites if self.add_bias and not site.bias]
+        for site in without:
+            if site.num_experts is not None:
+                raise UserError(
+                    f"adapter.targets: {site.path} is a fused expert weight, bitfit can add no bias to it; "
+                    "name other linears, or set adapter.add_bias to false",
+                    key="adapter.targets",
+                )
+        return Built({site.path: AddedBias(site, self) for site in without}, {})
+
+    def trains(self, parameter: str) -> bool:
+        return parameter.endswith(".bias")
+
+
+class AddedBias(Adapter):
+    """A bias for a linear without one: dW = 0."""
+
+    def __init__(self, site: Site, method: BitFit) -> None:
+        super().__init__(site, method)
+        self.added_bias = zeros(site.out_features)
+
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+        return self.added_bias.to(x.dtype).expand(*x.shape[:-1], -1)
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        return torch.zeros(self.site.shape, device=self.added_bias.device)
+
+    def delta_bias(self) -> Tensor:
+        return self.added_bias
+
+    @property
+    def effective_rank(self) -> int:
+        return 0

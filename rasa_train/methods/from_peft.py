@@ -1,0 +1,150 @@
+"""Any method of the PEFT library, by PEFT's own names: prefix and prompt tuning, IA3, LoHa, OFT, ...
+
+    adapter: {method: peft, config: {peft_type: PREFIX_TUNING, num_virtual_tokens: 8}}
+
+PEFT wraps the model, computes and merges; this is no update of sites, so nothing else of this package applies to
+it. Bottleneck adapters (Houlsby, Lin, Pfeiffer, AdapterDrop) are not among PEFT's methods.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.contract import Built, Method
+from ..adapters.site import Site
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ADAPTER = "default"
+"""PEFT's name of the adapter, part of the names of its tensors."""
+NEEDS_MORE = {
+    "ADALORA": "a rule after each step: use `method: adalora`",
+    "XLORA": "several trained LoRA adapters",
+    "POLY": "task ids with each batch",
+    "MULTITASK_PROMPT_TUNING": "task ids with each batch",
+    "CPT": "a loss and labels of its own",
+}
+"""Methods that PEFT has, but that need of a training loop what ours does not do."""
+
+
+class Peft(Method):
+    """A method of the PEFT library. ``targets``, ``exclude``, ``dropout`` and ``compute`` have nothing to act on:
+    ``config`` has keys for that."""
+
+    method: Literal["peft"] = "peft"
+    config: dict[str, Any]
+    """PEFT's configuration: ``peft_type`` and its keys, as in PEFT's documentation. ``task_type`` is CAUSAL_LM."""
+
+    def build(self, sites: list[Site]) -> Built:
+        return Built({}, {})
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as PEFT wraps it: PEFT's parameters are trained, in fp32, and no others.
+
+        The base's parameters get PEFT's names: ``base_model.model.`` before them.
+
+        Raises:
+            UserError: PEFT is not installed, does not know the method or a key, or it does not fit the model.
+        """
+        config = self._config()
+        import peft
+
+        try:
+            wrapped: nn.Module = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+        except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+            raise self._error(f"PEFT cannot use it with {type(model).__name__}: {error}") from None
+        if config.is_prompt_learning:
+            model.gradient_checkpointing_enable = _no_checkpointing  # type: ignore[assignment]
+            wrapped.register_forward_hook(_without_prompt, with_kwargs=True)
+        else:
+            saved = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+            if sum(t.numel() for t in saved.values()) > trained:
+                raise self._error("it keeps frozen tensors of its own, which are not saved; try save_projection: false")
+        narrow = [n for n, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if narrow:  # copies of the base's own weights: PEFT leaves them in the model's dtype
+            raise UserError(
+                f"model.dtype must be float32 for adapter.config: PEFT trains {narrow[0]} in the dtype of the model, "
+                "and small steps would be lost in another",
+                key="model.dtype",
+            )
+        return wrapped
+
+    def merged(self, load_base: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._config().is_prompt_learning:
+            raise UserError(f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights")
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        from ..adapters.saved import load_tensors
+
+        wrapped = self.wrap(load_base())
+        load_tensors(wrapped, tensors, origin="the adapter's file")
+        changed = {  # a layer can be wrapped twice
+            name.removeprefix("base_model.model.").replace(".base_layer", "")
+            for name, module in wrapped.named_modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        }
+        try:
+            result: nn.Module = wrapped.merge_and_unload()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+            raise UserError(f"adapter.config: {self.peft_type} cannot be merged: {error}") from None
+        return {
+            f"{path}.{name}": parameter.detach()
+            for path in changed
+            for name, parameter in result.get_submodule(path).named_parameters(recurse=False)
+        }
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.config.get("peft_type", "")).upper()
+
+    def _config(self) -> PeftConfig:
+        if importlib.util.find_spec("peft") is None:
+            raise UserError("adapter.method: peft needs the PEFT library: pip install peft", key="adapter.method")
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        own = PEFT_TYPE_TO_CONFIG_MAPPING.items()  # other packages (ours too) add theirs under plain names
+        known = {str(kind.value): cls for kind, cls in own if isinstance(kind, PeftType)}
+        if self.peft_type not in known:
+            usable = ", ".join(sorted(known.keys() - NEEDS_MORE.keys()))
+            raise UserError(
+                f"adapter.config.peft_type must be a method of PEFT, got {self.config.get('peft_type')!r}; it has "
+                f"{usable} (bottleneck adapters such as Houlsby's or Pfeiffer's it has not)",
+                key="adapter.config",
+            )
+        if self.peft_type in NEEDS_MORE:
+            raise self._error(f"it needs {NEEDS_MORE[self.peft_type]}")
+        keys = {key: value for key, value in self.config.items() if key not in ("peft_type", "task_type")}
+        try:
+            return known[self.peft_type](task_type="CAUSAL_LM", **keys)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._error(
+                f"PEFT says: {str(error).removeprefix(known[self.peft_type].__name__ + '.__init__() ')}"
+            ) from None
+
+    def _error(self, why: str) -> UserError:
+        return UserError(f"adapter.config: {self.peft_type}: {why}", key="adapter.config")
+
+
+def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
+    # With it the layers of transformers drop the cache that a prefix is handed over in.
+    raise UserError(
+        "training.activation_checkpointing must be false for the prompt and prefix methods of PEFT",
+        key="training.activation_checkpointing",
+    )
+
+
+def _without_prompt(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After forward: the logits of the sequence itself, without those of virtual tokens before it."""
+    given: Tensor = args[0] if args else kwargs["input_ids"]
+    output.logits = output.logits[:, -given.shape[1] :]
+    return output

@@ -1,0 +1,169 @@
+"""MoRA: high-rank updating with one square matrix (Jiang et al. 2024, arXiv 2405.12130).
+
+    dW x = decompress(M compress(x))         M (q x q), q = round(sqrt((in + out) r)), so LoRA's parameters
+
+``type`` says what the two parameter-free maps are. Groups are runs of consecutive features, the first ones
+one longer where the division leaves a rest. x is padded to a multiple of q with its own first features:
+
+    type  compress: in -> q                              decompress: q -> out
+    1     features i, q+i, 2q+i, ... are summed          tiled: out o is o mod q           (sharing, Eq. 6)
+    2     q groups are summed                            repeated: q groups of equal outputs
+    3     as 2                                           as 1
+    4     as 1                                           as 2
+    6     n blocks of q, block g rotated by RoPE(g); M acts on each; blocks concatenated, tiled (Eq. 9)
+
+Types 1 to 4 have rank q, type 6 up to min(in, out). There is no alpha. q is at most min(in, out): beyond it M
+would have rows or columns that nothing reads (the reference implementation allows that for very large r).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from ..adapters.block_adapter import BlockAdapter
+from ..adapters.contract import Adapter, Built, Method, linear, zeros
+from ..adapters.site import Site
+from ..errors import UserError
+from ..kernels.block_diagonal import tile, wrap
+
+_log = logging.getLogger(__name__)
+
+
+class MoRA(Method):
+    """One trained square matrix per site between two fixed maps."""
+
+    method: Literal["mora"] = "mora"
+    r: PositiveInt = 8
+    """Rank of the LoRA with as many parameters; sets the side q of M."""
+    type: Literal[1, 2, 3, 4, 6] = 6
+    """The fixed maps, as MoRA's code numbers them. 6 is the RaSA paper's; MoRA's paper prefers 1 for large r."""
+
+    def side(self, site: Site) -> int:
+        """q; even for type 6, whose rotation pairs features."""
+        q = min(int(math.sqrt((site.in_features + site.out_features) * self.r) + 0.5), *site.shape)
+        return q - q % 2 if self.type == 6 else q
+
+    def build(self, sites: list[Site]) -> Built:
+        for site in sites:
+            if self.side(site) == 0:
+                raise UserError(
+                    f"adapter.type: 6 needs at least two inputs and outputs, {site.path} has {site.shape}",
+                    key="adapter.type",
+                )
+        if self.type != 6:
+            return Built({site.path: SharingAdapter(site, self) for site in sites}, {})
+        rotating = {site.path: RotatingAdapter(site, self) for site in sites}
+        dead = {a.site.kind: 1 - a.n * a.q / a.site.in_features for a in rotating.values()}
+        if words := [f"{kind} {share:.0%}" for kind, share in dead.items() if share > 0]:
+            _log.warning("MoRA type 6 ignores inputs of linears with out < in: %s", ", ".join(words))
+        return Built(dict(rotating), {})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Files of the reference implementation's fork of PEFT, and of the plug-in (``rasa_train.peft``)."""
+        if config.get("peft_type") == "MORA":
+            return {"r": config["r"], "type": config["mora_type"], "dropout": config.get("mora_dropout", 0.0)}
+        if config.get("peft_type") != "LORA" or not config.get("use_mora"):
+            return None
+        return {"r": config["r"], "type": config["mora_type"], "dropout": config.get("lora_dropout", 0.0)}
+
+    @classmethod
+    def rename_peft(cls, key: str) -> str | None:
+        # lora_A and lora_B are one and the same matrix there.
+        match = re.fullmatch(r"(.+)\.(?:lora_[AB]|mora_M)\.weight", key)
+        return f"{match[1]}.M" if match else None
+
+
+class SharingAdapter(Adapter):
+    """Types 1 to 4."""
+
+    def __init__(self, site: Site, method: MoRA) -> None:
+        super().__init__(site, method)
+        self.strided, self.tiled, self.q = method.type in (1, 4), method.type in (1, 3), method.side(site)
+        self.M = zeros(*site.lead, self.q, self.q)
+
+    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+        z = _fold(x, self.q) if self.strided else _group(x, self.q)
+        expand = tile if self.tiled else _repeat
+        return expand(linear(z, self.M.to(x.dtype), counts), self.site.out_features)
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        M, (b, a), q = self.M.float(), self.site.shape, self.q
+        out, in_ = (torch.arange(n, device=M.device) for n in (b, a))
+        rows = M[..., out % q if self.tiled else _group_of(out, b, q), :]
+        if not self.strided:
+            return rows[..., _group_of(in_, a, q)]
+        dW, pad = rows[..., in_ % q], -a % q
+        dW[..., :pad] += rows[..., q - pad :]
+        return dW
+
+    @property
+    def effective_rank(self) -> int:
+        return self.q
+
+
+class RotatingAdapter(BlockAdapter):
+    """Type 6: M R_g instead of R_g x, a few rotated matrices and not every token."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, site: Site, method: MoRA) -> None:
+        super().__init__(site, method)
+        self.q = method.side(site)
+        # Of ceil(in / q) input blocks only as many are read as there are output blocks.
+        self.n = min(math.ceil(size / self.q) for size in site.shape)
+        self.M = zeros(*site.lead, self.q, self.q)
+        theta = 10000.0 ** (-torch.arange(0, self.q, 2, dtype=torch.float32) / self.q)
+        angle = torch.arange(self.n, dtype=torch.float32)[:, None] * theta
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (n, q / 2), fp32
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def blocks(self) -> Tensor:
+        # R_g^T = R_-g, applied to every row of M, pairs being (j, j + q/2).
+        first, second = self.M.unsqueeze(-3).chunk(2, -1)
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
+
+
+def _fold(x: Tensor, q: int) -> Tensor:
+    """Features i, q + i, 2q + i, ... summed, i < q."""
+    n = math.ceil(x.shape[-1] / q)
+    return wrap(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
+
+
+def _split(size: int, q: int) -> tuple[int, int]:
+    """(length of the shorter groups, how many of the q groups are one longer)."""
+    return size // q, size % q
+
+
+def _group(x: Tensor, q: int) -> Tensor:
+    """q groups of consecutive features summed."""
+    length, longer = _split(x.shape[-1], q)
+    cut = longer * (length + 1)
+    lead = x.shape[:-1]
+    first = x[..., :cut].reshape(*lead, longer, length + 1)
+    rest = x[..., cut:].reshape(*lead, q - longer, length)
+    return torch.cat([first.sum(-1), rest.sum(-1)], -1)
+
+
+def _repeat(z: Tensor, size: int) -> Tensor:
+    """Every feature as often as its group is long."""
+    length, longer = _split(size, z.shape[-1])
+    parts = (z[..., :longer].repeat_interleave(length + 1, -1), z[..., longer:].repeat_interleave(length, -1))
+    return torch.cat(parts, -1)
+
+
+def _group_of(index: Tensor, size: int, q: int) -> Tensor:
+    """Which of the q groups of ``size`` features each index is in."""
+    length, longer = _split(size, q)
+    cut = longer * (length + 1)
+    return torch.where(index < cut, index // (length + 1), longer + (index - cut) // length)

@@ -1,0 +1,45 @@
+"""The section ``model:`` of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from ..kernels.quantized_weight import Base
+
+
+class ModelConfig(BaseModel):
+    """Section ``model:`` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    name: str
+    """A hub id or a local directory in the transformers format; ``demo`` is the tiny Llama of this package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype the frozen base is held in and computes in. Adapter parameters are always fp32."""
+    base: Base = "bf16"
+    """How the frozen linears with adapters are held. ``bf16``: as ``dtype`` says (so fp32, if it says that). ``fp8``:
+    for speed, on GPUs with 8-bit matrix units. ``nf4``: 4 bits, for small cards (needs bitsandbytes). Adapters are
+    trained as with any base, and merging reads the original weights. ``ddp`` only."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; ``auto`` is transformers' choice (sdpa where the model has it)."""
+    tokenizer: str | None = None
+    """Hub id or directory of the tokenizer, if it is not beside the model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Needs ``revision``, so that it is code somebody has read."""
+
+    @field_validator("name")
+    @classmethod
+    def _shipped(cls, name: str) -> str:
+        return str(Path(__file__).parents[1] / "demo" / "model") if name == "demo" else name
+
+
+def torch_dtype(config: ModelConfig) -> torch.dtype:
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,61 @@
+"""Whether sequences of a model can share a row without padding, and the switch to attention that keeps them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..kernels.varlen_attention import NAME
+
+KINDS = {"full_attention", "sliding_attention"}
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise ``UserError`` if sequences of the model cannot share a row. Needs no weights."""
+    config = model.config.get_text_config()
+    values = config.to_dict()
+    others = set(values.get("layer_types") or []) - KINDS
+    if not model.is_backend_compatible():
+        why = "its attention cannot be exchanged"
+    elif others or values.get("is_hybrid"):
+        why = f"it has layers of another kind ({', '.join(sorted(others)) or 'recurrent'})"
+    elif values.get("attn_logit_softcapping"):
+        why = "its attention has soft caps"
+    elif values.get("alibi"):
+        why = "its positions are ALiBi's"
+    else:
+        return
+    raise UserError(
+        f"training.batching: {config.model_type} cannot be trained without padding: {why}; take length-grouped or "
+        "shuffled, and padding_free: false",
+        key="training.batching",
+    )
+
+
+def use_varlen(model: PreTrainedModel) -> None:
+    """Let ``model`` attend within each sequence of a row. A model that was asked to use flash attention keeps it: it
+    reads the same arguments.
+
+    Raises:
+        UserError: the model's attention cannot do it.
+    """
+    check_packable(model)
+    if "flash" not in str(model.config._attn_implementation):
+        model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def padded(model: nn.Module) -> Iterator[None]:
+    """``model`` attends to padded sequences again inside, as it does when it generates."""
+    flat = isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
+    if isinstance(model, PreTrainedModel) and flat:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if isinstance(model, PreTrainedModel) and flat:
+            model.set_attn_implementation(NAME)

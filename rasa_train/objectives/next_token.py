@@ -1,0 +1,91 @@
+"""The summed cross-entropy of the supervised tokens, computed inside the model's forward.
+
+Only the hidden states that predict a supervised token reach the LM head, and the logits exist for a chunk of them at
+a time. It happens in forward because DDP, ZeRO-3 and FSDP2 gather weights and reduce gradients around that call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..models.families import has_plain_head
+
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def install(model: nn.Module) -> Loss:
+    """Make ``model(**batch)`` the loss of a batch (see ``data.batching``): fp32, a sum over its ``targets``.
+
+    Returns a function of the model, or of what a strategy has wrapped it in, and a batch. A model that another library
+    has wrapped (PEFT) is left as it is: its loss is computed from its logits, outside.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return from_logits
+    if has_plain_head(model):
+        model.set_output_embeddings(LossHead(model.get_output_embeddings()))
+        model.forward = partial(_chunked, model)
+    else:
+        model.forward = partial(_of_own_logits, model.forward)
+    return lambda model, batch: model(**batch)
+
+
+@contextmanager
+def with_logits(model: nn.Module) -> Iterator[None]:
+    """``model`` gives logits again inside, and can generate."""
+    forward = model.__dict__.pop("forward", None)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
+        model.set_output_embeddings(head.base)
+    try:
+        yield
+    finally:
+        if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
+            model.set_output_embeddings(head)
+        if forward is not None:
+            model.__dict__["forward"] = forward
+
+
+def from_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The same loss from all logits of a model that knows nothing of it."""
+    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
+    return _of_own_logits(model, batch["positions"], batch["targets"], **inputs)
+
+
+class LossHead(nn.Module):
+    """The LM head of ``base``, by the same names, giving the loss instead of the logits."""
+
+    base: nn.Linear
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        object.__setattr__(self, "base", base)  # not registered: its tensors are this module's
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies, fp32; ``hidden`` (tokens, width), ``targets`` (tokens)."""
+        return linear_cross_entropy(hidden, self.weight, self.bias, targets)
+
+
+def _chunked(model: PreTrainedModel, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    loss: Tensor = model.get_output_embeddings()(hidden.flatten(0, 1)[positions], targets)
+    return loss
+
+
+def _of_own_logits(forward: Callable[..., Any], positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """Of a model's own logits: of the supervised tokens if they are in one row and the model can, else of all."""
+    keeps = len(inputs["input_ids"]) == 1 and "logits_to_keep" in inspect.signature(forward).parameters
+    if keeps:
+        logits = forward(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
+    else:
+        logits = forward(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
+    return F.cross_entropy(logits.float(), targets, reduction="sum")

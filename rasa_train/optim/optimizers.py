@@ -1,0 +1,99 @@
+"""Lion and AdamW, as a recipe configures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LionW(_Config):
+    """Lion with decoupled weight decay (Chen et al. 2023, arXiv 2302.06675): every step moves each entry by lr."""
+
+    name: Literal["lionw"] = "lionw"
+    lr: PositiveFloat = 5.0e-4
+    """Peak learning rate (paper: 5e-4 for LoRA and RaSA, 3e-4 for MoRA, 5e-3 for VeRA)."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """(of the update, of the momentum). The paper's scripts."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decay per step at peak lr, relative: p *= 1 - (lr / peak lr) * weight_decay, whatever the peak lr is."""
+
+
+class AdamW(_Config):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 2.0e-4
+    """Peak learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """(of the mean, of the square). torch's defaults."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decay per step is lr * weight_decay, as in torch."""
+
+
+def _default_name(value: Any) -> Any:
+    return {"name": "lionw", **value} if isinstance(value, dict) else value
+
+
+OptimizerConfig = Annotated[LionW | AdamW, Field(discriminator="name"), BeforeValidator(_default_name)]
+
+
+class Lion(torch.optim.Optimizer):
+    """The optimizer of ``LionW``, with its state and, to the bit, its arithmetic as in lion-pytorch; a few kernels for
+    many tensors instead of several for each."""
+
+    AT_ONCE = 64
+    """Tensors updated together: bounds the memory of the updates where tensors are large."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: LionW) -> None:
+        super().__init__(parameters, {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay})
+        self.peak_lr = config.lr
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            for at in range(0, len(trained), self.AT_ONCE):
+                self._update(trained[at : at + self.AT_ONCE], group)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        averages = [self.state[p]["exp_avg"] for p in parameters]
+        updates = torch._foreach_mul(averages, beta1)
+        torch._foreach_add_(updates, grads, alpha=1.0 - beta1)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(parameters, 1.0 - lr * (group["weight_decay"] / self.peak_lr))
+        torch._foreach_add_(parameters, updates, alpha=-lr)
+        torch._foreach_mul_(averages, beta2)
+        torch._foreach_add_(averages, grads, alpha=1.0 - beta2)
+
+
+def make_optimizer(config: LionW | AdamW, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    if isinstance(config, LionW):
+        return Lion(parameters, config)
+    trained = list(parameters)
+    return torch.optim.AdamW(
+        trained,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True
+        if trained and all(p.is_cuda for p in trained)
+        else None,  # a few kernels a step; None: torch's choice
+    )

@@ -1,0 +1,55 @@
+"""The shipped recipes and what was measured of them: for ``rasa-train --list`` and the completion of a shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def configs_dir() -> Path:
+    """The shipped recipes: inside the package when it is installed, beside it in a checkout."""
+    inside = Path(__file__).resolve().parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def runnable() -> list[str]:
+    """Names of the shipped recipes, the demo's first, without those that only serve others as a base."""
+    found = [str(path.relative_to(configs_dir()).with_suffix("")) for path in configs_dir().rglob("*.yaml")]
+    return sorted((name for name in found if not name.startswith("base/")), key=_place)
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (0 if name.startswith("demo") else 1 + name.count("/"), name)
+
+
+def measured() -> list[dict[str, Any]]:
+    """A row for each of ``runnable``, as ``scripts/measure_recipes.py`` wrote them: ``name``, ``method``, ``model``,
+    ``r`` and ``k`` (null where the method has none), ``trainable_parameters``, ``strategy``, and ``memory_bytes`` of
+    each of ``workers`` as ``--check`` estimates it for the longest example that the recipe allows."""
+    rows: list[dict[str, Any]] = json.loads((configs_dir() / "measured.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def table() -> str:
+    """``measured`` for a person, 80 columns wide."""
+    lines = [_line("recipe", "method", "base model", "r/k", "trained", "GiB")]
+    for row in measured():
+        model = row["model"].rpartition("/")[2].partition("-v0")[0]
+        ranks = "/".join(str(row[name]) for name in ("r", "k") if row[name] is not None) or "-"
+        memory = f"{row['memory_bytes'] / 2**30:.1f}" + (f" x{row['workers']}" if row["workers"] > 1 else "")
+        lines.append(_line(row["name"], row["method"], model, ranks, _count(row["trainable_parameters"]), memory))
+    notes = [
+        "",
+        "GiB: memory of a GPU, as `rasa-train RECIPE --check` counts it; x8: of each of 8",
+        "that share the base. Your own: `rasa-train --copy demo my.yaml`.",
+    ]
+    return "\n".join(lines + notes)
+
+
+def _line(name: str, method: str, model: str, ranks: str, trained: str, memory: str) -> str:
+    return f"{name:<33}  {method:<7}  {model:<13} {ranks:>4}  {trained:>7}  {memory:>7}".rstrip()
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"

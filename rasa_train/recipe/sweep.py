@@ -1,0 +1,185 @@
+"""A grid of runs from one recipe: ``--sweep adapter.r=8,16 --sweep seed=1,2,3``.
+
+Each point of the grid is a run of its own, in a directory below the recipe's ``output_dir`` named by its values. They
+follow one another, each in a process of its own: what one leaves behind in memory cannot touch the next.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from ..errors import Stopped, UserError
+from .load import load_recipe
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    values: dict[str, str]
+    """What the sweep sets, as written: ``{"adapter.r": "16", "seed": "1"}``."""
+    output_dir: Path
+    arguments: list[str]
+    """Of ``rasa-train``: the recipe and all overrides."""
+
+    @property
+    def name(self) -> str:
+        return self.output_dir.name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run of a point ended."""
+
+    point: Point
+    exit_code: int
+    result: dict[str, Any] | None
+    """What the run printed with ``--json``; None when it failed or was not asked."""
+
+    def as_json(self) -> dict[str, Any]:
+        point = self.point
+        return {
+            "run": str(point.output_dir),
+            "values": point.values,
+            "exit_code": self.exit_code,
+            "result": self.result,
+        }
+
+
+def grid(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Point]:
+    """The points of the grid, the last ``--sweep`` changing fastest. Every one is a valid recipe.
+
+    Args:
+        sweeps: ``section.key=value,value,...``; a comma inside brackets, braces or quotes belongs to its value.
+    Raises:
+        UserError: a sweep that is none, a key that is set twice, or a point whose recipe is wrong.
+    """
+    axes = [_axis(text) for text in sweeps]
+    keys = [key for key, _ in axes]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"--sweep {key} is given twice: list all its values in one, {key}=value,value,...")
+        if any(override.partition("=")[0] == key for override in overrides):
+            raise UserError(f"{key} is given as an override and as --sweep: leave one of them out")
+    base = load_recipe(recipe, [*overrides, *(f"{key}={values[0]}" for key, values in axes)]).recipe.output_dir
+    points = []
+    for chosen in itertools.product(*(values for _, values in axes)):
+        values = dict(zip(keys, chosen, strict=True))
+        name = ",".join(f"{key}={value}" for key, value in values.items())
+        directory = Path(base) / re.sub(r"[^\w.,=+-]+", "_", name)
+        settings = [f"{key}={value}" for key, value in values.items()]
+        arguments = [recipe, *overrides, *settings, f"output_dir={_yaml(str(directory))}"]
+        load_recipe(recipe, arguments[1:])
+        points.append(Point(values, directory, arguments))
+    names = [point.name for point in points]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two points of the sweep would share the directory {name}: a value is given twice")
+    return points
+
+
+def commands(points: Sequence[Point], options: Sequence[str]) -> list[str]:
+    """One shell command a run, for a cluster's queue."""
+    return [shlex.join(["rasa-train", *point.arguments, *options]) for point in points]
+
+
+def run(points: Sequence[Point], options: Sequence[str], say: Callable[[str], None], *, capture: bool) -> list[Outcome]:
+    """Run one point after the other. A run that fails is reported and the others go on; one that is complete says so.
+
+    Args:
+        options: flags of ``rasa-train`` for every run.
+        say: told what begins and what ended, a line each.
+        capture: take stdout of the runs as JSON instead of passing it through.
+    Raises:
+        Stopped: a run was asked to stop (a signal to this process is passed on to it), so the sweep is too.
+    """
+    outcomes: list[Outcome] = []
+    for number, point in enumerate(points, 1):
+        say(f"run {number} of {len(points)}: {point.name}")
+        command = [sys.executable, "-m", "rasa_train.cli.train", *point.arguments, *options]
+        code, printed = _child(command, capture)
+        if code == STOPPED:
+            raise Stopped(f"the sweep stopped in run {number} of {len(points)}; the same command goes on from there")
+        if code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt
+        outcomes.append(Outcome(point, code, json.loads(printed) if capture and not code else None))
+        if code:
+            say(f"run {number} of {len(points)} failed (exit code {code}); the others go on")
+    return outcomes
+
+
+def _child(command: list[str], capture: bool) -> tuple[int, str]:
+    """Exit code and stdout of one run. SIGTERM and SIGUSR1 are for the run, which saves and exits."""
+    asked: list[int] = []
+    children: list[subprocess.Popen[str]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
+        children.append(child)
+        if asked:  # in between
+            child.send_signal(asked[0])
+        try:
+            printed = child.communicate()[0] or ""
+        except KeyboardInterrupt:  # the terminal sends it to the run as well: let that save first
+            if child.wait() != STOPPED:
+                raise
+            printed = ""
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # A signal before the run listens kills it: nothing is lost, and the sweep was asked to stop all the same.
+    return (STOPPED if asked else child.returncode), printed
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    found = [value.strip() for value in _split(values)]
+    if not equals or not all(key.split(".")) or not all(found):
+        raise UserError(f"--sweep is section.key=value,value,..., got {text!r}")
+    if key == "output_dir":
+        raise UserError("--sweep output_dir: the sweep makes the directories itself, below output_dir")
+    return key, found
+
+
+def _yaml(text: str) -> str:
+    """``text`` as a YAML value: quoted only where it has to be."""
+    return text if yaml.safe_load(text) == text else json.dumps(text, ensure_ascii=False)
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are in no brackets, braces or quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

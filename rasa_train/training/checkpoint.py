@@ -1,0 +1,267 @@
+"""Checkpoints: a directory that is there whole or not at all, and is read only if every byte is right.
+
+A checkpoint is an adapter directory (so it can be merged and evaluated) plus ``optimizer.safetensors``, whose
+tensors are keyed by the adapter's names, and ``trainer.json``. What is large is written by all workers, each a part
+(``optimizer-00001-of-00008.safetensors``) with whole tensors in it, so any number of workers can read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..adapters.saved import part, read_safetensors
+from ..data.cache import TokenDataset
+from ..distributed.collectives import from_first, gather
+from ..distributed.engine import Engine
+from ..errors import UserError
+from ..io.atomic import write_json
+from ..io.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECKSUMS, OPTIMIZER, RULE, TRAINER = (
+    "checksums.json",
+    "optimizer.safetensors",
+    "rule.safetensors",
+    "trainer.json",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``step`` is the number of optimizer steps done."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+
+    def after(self, batch: np.ndarray, data: TokenDataset, seconds: float) -> Progress:
+        """One more step: ``batch`` are the indices of its examples."""
+        return Progress(
+            self.step + 1,
+            self.samples + len(batch),
+            self.tokens + int(data.lengths[batch].sum()),
+            self.supervised_tokens + int(data.supervised[batch].sum()),
+            self.seconds + seconds,
+        )
+
+
+def directory_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    engine: Engine,
+    checkpoints: Path,
+    progress: Progress,
+    write_adapter: Callable[[Path], list[Path]],
+    parameters: Mapping[str, nn.Parameter],
+    rule_state: Mapping[str, Tensor],
+    *,
+    data_key: str,
+    writers: int,
+) -> Path:
+    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it. Every worker must call it;
+    ``write_adapter`` returns the files that the worker has written."""
+    final, first = checkpoints / directory_name(progress.step), engine.accelerator.is_main_process
+
+    def write(directory: Path) -> list[Path]:
+        written = write_adapter(directory)
+        keys = {key for state in engine.optimizer.state.values() for key in state}
+        names = [f"{key}:{name}" for key in keys for name in parameters]
+        state = engine.gathered_optimizer(parameters)
+        written += write_tensors(directory / OPTIMIZER, state, names, engine.accelerator, writers)
+        if first and rule_state:
+            save_file({n: t.cpu().contiguous() for n, t in rule_state.items()}, directory / RULE)
+            written.append(directory / RULE)
+        if first:
+            write_json(directory / TRAINER, {**asdict(progress), "data_key": data_key})
+            written.append(directory / TRAINER)
+        return written
+
+    write_directory(final, write, engine)
+    return final
+
+
+def write_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    names: Iterable[str],
+    accelerator: Accelerator,
+    writers: int = 1,
+) -> list[Path]:
+    """Write ``tensors`` as they come. Every worker must call it, because each tensor is gathered from all of them.
+
+    Args:
+        names: those that may come.
+        writers: so many workers, from the first, write a part of the file each.
+    Returns:
+        The file that this worker has written, if any.
+    """
+    me, sizes = accelerator.process_index, [0] * writers
+    mine = [part(path, me, writers)] if me < writers else []
+    with TensorFile(mine[0], names) if mine else nullcontext() as file:
+        for name, tensor in tensors:
+            owner = sizes.index(min(sizes))
+            sizes[owner] += tensor.nbytes
+            if file is not None and owner == me:
+                file.add(name, tensor)
+    return mine
+
+
+def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: Engine) -> None:
+    """Fill a directory by ``write`` and put it at ``final`` (replacing what is there) with its checksums. Every worker
+    must call it; ``write`` returns the files that the worker has written.
+
+    Raises:
+        OSError: on every worker, if it failed on one. Not where workers hold parts of the tensors: one that fails
+            amid the exchange of them cannot tell the others, which then lose it.
+    """
+    accelerator = engine.accelerator
+    beside, first = final.with_name(f".{final.name}.partial"), accelerator.is_main_process
+    failed: OSError | None = None
+    mine: dict[str, str] = {}
+    try:
+        if first:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    except OSError as error:
+        failed = error
+    raise_everywhere(accelerator, failed)
+    try:
+        try:
+            for path in write(beside):
+                mine[path.name] = _sha256(path)
+                _fsync(path)
+        except OSError as error:
+            if engine.sharded and accelerator.num_processes > 1:
+                raise
+            failed = error
+        raise_everywhere(accelerator, failed)
+        every = gather(accelerator, mine)
+        try:
+            if first:
+                write_json(beside / CHECKSUMS, {name: sums[name] for sums in every for name in sorted(sums)})
+                _fsync(beside)
+                if final.exists():
+                    shutil.rmtree(final)
+                beside.rename(final)
+                _fsync(final.parent)
+        except OSError as error:
+            failed = error
+        raise_everywhere(accelerator, failed)
+    finally:
+        if first:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def raise_everywhere(accelerator: Accelerator, failed: OSError | None) -> None:
+    """Raise what has failed on any worker on all of them, the first by rank. Every worker must call it."""
+    for error in gather(accelerator, failed):
+        if error is not None:
+            raise error
+
+
+def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files all have their checksum; ``warn`` is told of those passed over."""
+    for path in sorted(checkpoints.glob("step-*"), reverse=True):
+        if not re.fullmatch(r"step-\d{8,}", path.name):
+            continue
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"checkpoint {path.name} is damaged ({problem}); it is passed over for the one before")
+    return None
+
+
+def agreed_newest(checkpoints: Path, warn: Callable[[str], None], accelerator: Accelerator) -> Path | None:
+    """The first worker's ``newest``. Raises ``UserError`` where another worker cannot see it."""
+    mine = newest(checkpoints, warn) if accelerator.is_main_process else None
+    found: Path | None = from_first(accelerator, mine)
+    if found and not (found / TRAINER).is_file():
+        raise UserError(
+            f"output_dir: worker {accelerator.process_index} does not see {found}; all nodes must share its file "
+            "system (at the same path)",
+            key="output_dir",
+        )
+    return found
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        checksums = json.loads((path / CHECKSUMS).read_text())
+        for name, expected in checksums.items():
+            if _sha256(path / name) != expected:
+                return f"{name} has another checksum"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load_progress(path: Path, *, data_key: str) -> Progress:
+    """How far the run was. Raises ``UserError`` when it was made on other data than ``data_key``'s."""
+    values: dict[str, Any] = json.loads((path / TRAINER).read_text())
+    if values.pop("data_key") != data_key:
+        raise UserError(
+            f"{path}: this run was started on data that has changed since; choose another output_dir, or --fresh",
+            key="data.dataset",
+        )
+    return Progress(**values)
+
+
+def prune(checkpoints: Path, keep_last: int | None) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints."""
+    if keep_last is not None:
+        for path in sorted(checkpoints.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(path)
+
+
+def load_optimizer(path: Path, engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put the state of ``optimizer.safetensors`` back, whatever engine and number of workers it came from."""
+    states: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in parameters.values()}
+    for name, tensor in read_safetensors(path / OPTIMIZER).items():
+        key, _, parameter_name = name.partition(":")
+        states[parameters[parameter_name]][key] = tensor
+    engine.load_optimizer_state(states)
+
+
+def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Put the buffers of the method's own rule back, in place."""
+    saved = read_safetensors(path / RULE) if state else {}
+    for name, buffer in state.items():
+        buffer.copy_(saved[name])
+
+
+def digest(text: str) -> str:
+    """A short one, to compare."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,98 @@
+"""Task accuracy while a model is trained: the adapter as it is, on the worker that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..evaluate.generate import SampleFile
+from ..evaluate.load import wrap
+from ..evaluate.run import Evaluation, Options
+from ..evaluate.suites import HEADLINE
+from ..models.config import ModelConfig
+from ..models.load import load_tokenizer
+from ..recipe.schema import Recipe
+
+
+class TrainingEvaluation:
+    """Evaluates the model that is being trained, as ``training.evaluate`` says. ``best`` and ``last`` are its scores.
+
+    Generation goes through the adapted layers themselves, so the weights stay what they are. The first worker does it
+    while the others wait: the model must be whole on each.
+
+    Raises:
+        UserError: questions, tokenizer or packages are missing, or the strategy divides the model.
+    """
+
+    def __init__(self, recipe: Recipe, *, divided: bool, say: Callable[[str], None]) -> None:
+        config = recipe.training.evaluate
+        assert config is not None
+        if divided:
+            raise UserError(
+                "training.evaluate generates with the whole model: distributed.strategy must be ddp, got "
+                f"{recipe.distributed.strategy}; evaluate its checkpoints with rasa-eval --all-checkpoints",
+                key="training.evaluate",
+            )
+        self.name, self.every, self.say = config.suite, config.every, say
+        self.tokenizer = _tokenizer(recipe.model)
+        options = Options((config.suite,), config.data, config.limit)
+        self.evaluation = Evaluation(options, say, lambda title: lambda progress: None)
+
+    def __call__(self, model: nn.Module) -> float:
+        """The suite's headline metric, in [0, 1]."""
+        with _as_it_was(model):
+            model.eval()
+            lm = wrap(model, self.tokenizer)
+            if self.name == "forgetting":
+                metrics = self.evaluation.forgetting(lm, None)
+            else:
+                _, metrics, _ = self.evaluation.answer(
+                    lambda: lm, self.evaluation.suites[self.name], SampleFile(None, {})
+                )
+        self.say(f"{self.name}: {HEADLINE[self.name]} {metrics[HEADLINE[self.name]]:.1%}")
+        return metrics[HEADLINE[self.name]]
+
+
+def best_of(metrics: Path) -> dict[str, Any] | None:
+    """BEST and LAST of the ``eval_SUITE`` values of a run's metrics; None if it has none."""
+    import json
+
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    scored = [(row, key) for row in rows for key in row if key.startswith("eval_")]
+    if not scored:
+        return None
+    key = scored[-1][1]
+    own = [{"step": row["step"], "epoch": row["epoch"], "value": row[key]} for row, name in scored if name == key]
+    return {
+        "suite": key.removeprefix("eval_"),
+        "metric": HEADLINE[key.removeprefix("eval_")],
+        "best": max(own, key=lambda point: point["value"]),
+        "last": own[-1],
+    }
+
+
+def _tokenizer(config: ModelConfig) -> Any:
+    tokenizer = load_tokenizer(config)
+    if tokenizer is None:
+        raise UserError(
+            "training.evaluate needs a tokenizer, and the model has none: set model.tokenizer", key="training.evaluate"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Mode and random state are put back: training goes on as if nothing had been measured."""
+    training = model.training
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            model.train(training)

@@ -1,0 +1,202 @@
+"""How much each worker computes at once, and the tensors of its micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters.shared_input import Group, packed
+from ..adapters.state import rule_state, trainable
+from ..data.batching import Limit, collate, flatten, plan_epoch, with_targets
+from ..data.cache import TokenDataset
+from ..data.encode import IGNORE, Example
+from ..distributed import collectives
+from ..distributed.engine import Engine
+from ..models.families import decoder_layers
+from ..models.layers import checkpoint_layers
+from ..objectives.next_token import Loss
+from ..optim.optimizers import LionW
+from ..recipe.schema import Recipe, TrainingConfig
+from . import memory_search
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one worker needs to know of a step."""
+
+    batch: np.ndarray
+    """Examples of the global batch."""
+    mine: list[np.ndarray]
+    """Examples of each micro-batch of this worker; none where another worker has more to do."""
+    tensors: list[dict[str, Any]]
+    """Of each micro-batch, in (pinned) host memory."""
+    micro_batches: int
+    """Those of all workers that are not empty."""
+
+
+def plan_steps(
+    recipe: Recipe, train: TokenDataset, limit: Limit, accelerator: Accelerator, steps: range, steps_per_epoch: int
+) -> Iterator[Step]:
+    """This worker's part of each of the ``steps``, its tensors made."""
+    training, epoch_now, batches = recipe.training, -1, list[np.ndarray]()
+    for step in steps:
+        epoch, position = divmod(step, steps_per_epoch)
+        if epoch != epoch_now:
+            epoch_now, batches = (
+                epoch,
+                plan_epoch(
+                    train.lengths,
+                    batching=training.batching,
+                    batch_size=training.batch_size,
+                    seed=recipe.seed,
+                    epoch=epoch,
+                ),
+            )
+        yield step_of(batches[position], train, limit, training.flat, accelerator)
+
+
+def step_of(batch: np.ndarray, train: TokenDataset, limit: Limit, flat: bool, accelerator: Accelerator) -> Step:
+    """This worker's part of a global batch."""
+    divided = limit.split(batch, train.lengths, accelerator.num_processes)
+    mine = divided[accelerator.process_index]
+    tensors = [batch_of(train, indices, flat, accelerator.device) for indices in mine]
+    return Step(batch, mine, tensors, sum(len(m) > 0 for worker in divided for m in worker))
+
+
+def batch_of(dataset: TokenDataset, indices: np.ndarray, flat: bool, device: torch.device) -> dict[str, Any]:
+    """Tensors of these examples: right-padded, or one row (``flat``); in pinned memory if they go to a GPU.
+
+    No examples (a worker that has less to do) give one unsupervised sequence, so that every worker calls the model
+    equally often."""
+    nothing = [Example(np.zeros(8, np.int32), np.full(8, IGNORE, np.int32))]
+    examples = [dataset[i] for i in indices] or nothing
+    batch = with_targets((flatten(examples) if flat else collate(examples, pad_token_id=0)) or {})
+    if device.type != "cuda":
+        return batch
+    with torch.cuda.device(device):  # a thread begins with the first GPU, whichever is this worker's
+        return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+
+def fit(
+    engine: Engine,
+    losses: Loss,
+    model: nn.Module,
+    fast: Sequence[Group],
+    train: TokenDataset,
+    training: TrainingConfig,
+    say: Callable[[str], None],
+) -> Limit:
+    """How much each worker computes at once. ``auto``: on a GPU as much as memory allows, tried with the longest
+    examples, and as few recomputed layers as will do; on a CPU 4k tokens, and none.
+
+    Workers that wait for each other in the forward pass cannot try: one that runs out of memory would hold up the
+    rest. They take 16k tokens, and recompute all layers.
+
+    Args:
+        fast: groups to compute with packed factors, as the steps will.
+    Raises:
+        UserError: not even the longest example fits, on any worker.
+    """
+    workers, longest = engine.accelerator.num_processes, int(train.lengths.max())
+    limit = partial(limit_of, training, train, workers)
+    if engine.accelerator.device.type != "cuda":
+        if training.activation_checkpointing == "auto":
+            checkpoint_layers(model, 0)
+        return limit(4_096)
+    if engine.sharded:
+        return limit(memory_search.MOST)
+    layers = len(decoder_layers(model))
+    wanted = limit(memory_search.MOST)
+    auto = training.micro_batch_size == "auto" and training.micro_batch_tokens is None
+    given = wanted.tokens or (wanted.examples or 1) * longest
+
+    def fits(setting: memory_search.Setting) -> bool:
+        if training.activation_checkpointing == "auto":
+            checkpoint_layers(model, setting.checkpointed)
+        return memory_suffices(engine, losses, model, fast, train, limit(setting.tokens), training)
+
+    setting = memory_search.search(
+        fits,
+        longest=longest,
+        layers=layers,
+        tokens="auto" if auto else given,
+        checkpointing=training.activation_checkpointing,
+    )
+    if training.activation_checkpointing == "auto":
+        checkpoint_layers(model, setting.checkpointed)
+    say(f"{setting.tokens:,} tokens at a time, {setting.checkpointed} of {layers} layers recomputed")
+    return limit(setting.tokens)
+
+
+def memory_suffices(
+    engine: Engine,
+    losses: Loss,
+    model: nn.Module,
+    fast: Sequence[Group],
+    train: TokenDataset,
+    limit: Limit,
+    training: TrainingConfig,
+) -> bool:
+    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU, with ``memory.MARGIN``
+    of it to spare. Leaves no trace."""
+    device = engine.accelerator.device
+    by_length = np.argsort(-train.lengths, kind="stable")
+    ends = np.cumsum(train.lengths[by_length])
+    number = limit.examples or max(1, int((ends <= (limit.tokens or 0)).sum()))
+    batch = batch_of(train, by_length[:number], training.flat, device)
+    state = {name: tensor.clone() for name, tensor in rule_state(model).items()}
+    moments = 1 if isinstance(training.optimizer, LionW) else 2
+    size = moments * sum(p.nbytes for p in trainable(model).values())  # fp32, as the optimizer's state is
+    spare = int(memory_search.MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
+
+    def attempt() -> None:  # a function, so that nothing of it is held afterwards
+        room = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(spare, dtype=torch.uint8, device=device)
+        with packed(fast), engine.synchronizing(False):
+            engine.backward(losses(engine.model, on_device(batch, device)), last=False)
+        del room
+
+    failed = 0.0
+    engine.model.train()
+    try:
+        attempt()
+    except torch.OutOfMemoryError:
+        failed = 1.0
+    engine.zero_grad()
+    for name, tensor in rule_state(model).items():
+        tensor.copy_(state[name])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return collectives.sum_over_workers(engine.accelerator, [failed])[0] == 0
+
+
+def limit_of(training: TrainingConfig, train: TokenDataset, workers: int, budget: int) -> Limit:
+    """What the recipe says; for ``auto`` about ``budget`` tokens, and something to do for every worker."""
+    most = math.ceil(training.batch_size / workers)
+    if training.micro_batch_tokens:
+        return Limit(tokens=training.micro_batch_tokens)
+    if training.micro_batch_size != "auto":
+        return Limit(examples=min(training.micro_batch_size, most))
+    if training.flat:
+        return Limit(tokens=budget, multiple_of=workers)
+    return Limit(examples=max(1, min(budget // int(train.lengths.max()), most)))
+
+
+def micro_batch_seed(seed: int, step: int, example: int) -> int:
+    """Seed of the dropout masks of the micro-batch of ``step`` that begins with ``example``: the same on any number
+    of workers, so there is no RNG state to save, and a resumed run draws what the uninterrupted one draws."""
+    return ((seed * 1_000_003 + step) * 16_777_619 + example) % 2**63
