@@ -237,7 +237,7 @@ OWN_RECIPES = ("my.yaml", "recipe.yaml", "RECIPE")
 
 def assert_make(arguments: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    names = [argument for argument in arguments if not re.fullmatch(r"[A-Z]+=\S+", argument)]
+    names = [argument for argument in arguments if not re.fullmatch(r"[A-Z_]+=\S+", argument)]
     assert set(names) <= targets and names
 
 
