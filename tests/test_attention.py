@@ -85,8 +85,8 @@ def of_torch_2_13(
 def test_the_kernel_is_called_as_its_version_takes_it(
     kernel: Callable[..., Tensor], key_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "_grouped_varlen_attn", varlen_attention.for_fewer_key_heads(kernel))
+    monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen_attention, "_grouped_varlen_attn", varlen_attention.for_fewer_key_heads(kernel))
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, key_heads, key_heads))
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
     got = varlen_attention._in_one_kernel(query, key, value, starts, 7, 0.5, window)
@@ -97,7 +97,7 @@ def test_the_kernel_is_called_as_its_version_takes_it(
 def test_the_kernel_of_this_torch_can_be_called() -> None:
     """Its signature takes what ``_in_one_kernel`` gives."""
     q = torch.zeros(12, 4, 8)
-    for kernel in (attention.varlen_attn, varlen_attention._grouped_varlen_attn):
+    for kernel in (varlen_attention.varlen_attn, varlen_attention._grouped_varlen_attn):
         inspect.signature(kernel).bind(q, q, q, q, q, 7, 7, scale=0.5, window_size=(-1, 0))
 
 

@@ -93,7 +93,8 @@ def test_a_wrong_recipe_is_told_without_transformers(tmp_path: Path) -> None:
     recipe = "model: {name: ./nowhere}\nadapter: {method: rasa, r: 4}\ndata: {dataset: no.jsonl}\noutput_dir: o\n"
     (tmp_path / "r.yaml").write_text(recipe)
     code = (
-        "import sys, rasa_train.launch; from typer.testing import CliRunner; from rasa_train.cli.train import app\n"
+        "import sys, rasa_train.launch.launch\n"
+        "from typer.testing import CliRunner; from rasa_train.cli.train import app\n"
         "for word in ('adapter.r=0', 'seed=1'): print(CliRunner().invoke(app, ['r.yaml', word]).stderr)\n"
         "assert not {'transformers', 'torch._dynamo'} & set(sys.modules)"
     )
@@ -148,7 +149,7 @@ def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: 
     cli("train", recipe, "training.checkpoint_every=1", check=True)
     written = sum(path.stat().st_size for path in (recipe.parent / "run").rglob("*.safetensors"))
     assert 0.5 * written < facts["disk_bytes_needed"] <= written  # headers are large beside tiny tensors
-    monkeypatch.setattr("rasa_train.probe.disk_free", lambda path: facts["disk_bytes_needed"] - 1)
+    monkeypatch.setattr("rasa_train.check.trial_run.disk_free", lambda path: facts["disk_bytes_needed"] - 1)
     done = cli("train", recipe, "--check", "--json", "training.checkpoint_every=1")
     short = json.loads(done.stdout)
     (problem,) = short["problems"]

@@ -36,13 +36,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str) -> None:
     """The loss of these steps (from 0), or one of the gradients it gives, is not a number."""
     plain = gradients.accumulate
 
-    def accumulate(engine, losses, placed, train, work, recipe, step):  # type: ignore[no-untyped-def]
-        loss = plain(engine, losses, placed, train, work, recipe, step)
+    def accumulate(model, train, work, step):  # type: ignore[no-untyped-def]
+        loss = plain(model, train, work, step)
         if step not in steps:
             return loss
         if where == "loss":
             return math.nan
-        engine.parameters[0].grad = torch.full_like(engine.parameters[0], math.inf)
+        trained = model.engine.parameters
+        trained[0].grad = torch.full_like(trained[0], math.inf)
         return loss
 
     monkeypatch.setattr(gradients, "accumulate", accumulate)

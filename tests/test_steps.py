@@ -14,14 +14,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from rasa_train.adapters.state import groups, rule_state
 from rasa_train.data.batching import Limit
 from rasa_train.data.prepare import prepare
 from rasa_train.distributed.choose import make_engine
-from rasa_train.optim.optimizers import make_optimizer
 from rasa_train.recipe.schema import Recipe
 from rasa_train.training.micro_batches import limit_of, memory_suffices, plan_steps
-from rasa_train.training.run import build
+from rasa_train.training.trainable_model import TrainableModel
 
 
 @pytest.fixture
@@ -47,27 +45,24 @@ def test_a_try_leaves_no_trace(tiny_llama: Path, token_rows: Path, accelerator: 
     """PriLoRA keeps statistics of what it sees; the longest sequences are tried, with gradients."""
     what = recipe(tiny_llama, token_rows, "prilora", padding_free=flat)
     train = prepare(what.data, None).train
-    engine = make_engine(what.distributed, accelerator, 1.0)
-    model, _, losses = build(what, engine)
-    engine.prepare(model, partial(make_optimizer, what.training.optimizer))
-    state = {name: tensor.clone() for name, tensor in rule_state(model).items()}
-    seen: list[int] = []
+    model = TrainableModel(what, make_engine(what.distributed, accelerator, 1.0))
+    model.prepare()
+    state = {name: tensor.clone() for name, tensor in model.rule_state.items()}
+    plain, seen = model._loss, list[int]()
 
     def with_memory_for(tokens: int, wrapped: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         seen.append(batch["input_ids"].numel())
         if seen[-1] > tokens:
             raise torch.OutOfMemoryError
-        return losses(wrapped, batch)
+        return plain(wrapped, batch)
 
     limit = Limit(tokens=70) if flat else Limit(examples=3)  # the three longest have 23 tokens and fewer
     for enough, tokens in ((True, 72), (False, 71)):
-        found = memory_suffices(
-            engine, partial(with_memory_for, tokens), model, groups(model), train, limit, what.training
-        )
-        assert found == enough and seen[-1] == 72
-        assert state.keys() == rule_state(model).keys() and state
-        assert all(torch.equal(tensor, state[name]) for name, tensor in rule_state(model).items())
-        assert all(p.grad is None for p in model.parameters())
+        model._loss = partial(with_memory_for, tokens)
+        assert memory_suffices(model, train, limit) == enough and seen[-1] == 72
+        assert state.keys() == model.rule_state.keys() and state
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.rule_state.items())
+        assert all(p.grad is None for p in model.module.parameters())
 
 
 def test_limits(tiny_llama: Path, token_rows: Path) -> None:
@@ -103,10 +98,9 @@ def test_a_try_leaves_a_margin(tiny_llama: Path, token_rows: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     what = recipe(tiny_llama, token_rows, padding_free=True)
     train = prepare(what.data, None).train
-    engine = make_engine(what.distributed, Accelerator(), 1.0)
-    model, _, losses = build(what, engine)
-    engine.prepare(model, partial(make_optimizer, what.training.optimizer))
-    tried = partial(memory_suffices, engine, losses, model, groups(model), train, Limit(tokens=70), what.training)
+    model = TrainableModel(what, make_engine(what.distributed, Accelerator(), 1.0))
+    model.prepare()
+    tried = partial(memory_suffices, model, train, Limit(tokens=70))
     free, total = torch.cuda.mem_get_info()
     filled = torch.empty(free - total // 20, dtype=torch.uint8, device="cuda")
     assert not tried()

@@ -1,11 +1,28 @@
-"""The methods that a recipe may name."""
+"""The methods that a recipe may name: those of this package, and those that are registered from outside.
+
+A method of one's own needs no fork. It is found in one of three ways:
+
+- a call, ``register(MyMethod)``, before recipes are read: for a script of one's own;
+- an entry point of the group ``rasa_train.methods`` in an installed package: ``my-method = "my_package:MyMethod"``;
+- the environment variable ``RASA_TRAIN_METHODS``: modules or ``.py`` files, with commas between, that are imported when
+  the commands start. Every method that they define is registered. Worker processes inherit the variable.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 
+from ..errors import UserError
 from .contract import Method
+
+VARIABLE, ENTRY_POINTS = "RASA_TRAIN_METHODS", "rasa_train.methods"
 
 SHIPPED = {
     "lora": "lora:LoRA",
@@ -29,23 +46,86 @@ SHIPPED = {
 
 
 class Methods(Mapping[str, type[Method]]):
-    """Methods by their name in a recipe. A method is imported when it is asked for."""
+    """Methods by their name in a recipe. A method of this package is imported when it is asked for."""
 
     def __init__(self) -> None:
-        self._found: dict[str, type[Method]] = {}
+        self._imported: dict[str, type[Method]] = {}
+        self._registered: dict[str, type[Method]] | None = None
+        self.watchers: list[Callable[[], None]] = []
+        """Called when a method has been registered."""
+
+    @property
+    def registered(self) -> dict[str, type[Method]]:
+        """The methods from outside. Entry points and the environment variable are read at the first use."""
+        if self._registered is None:
+            self._registered = {}
+            for entry in entry_points(group=ENTRY_POINTS):
+                self.register(entry.load())
+            for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+                for method in _methods_in(_import(name.strip())):
+                    self.register(method)
+        return self._registered
+
+    def register(self, method: type[Method]) -> type[Method]:
+        """Add a method under the name that is the default of its field ``method``. Returns it, so that this can be a
+        decorator.
+
+        Raises:
+            ValueError: the name is one of this package's, or another method has it.
+        """
+        name = method.model_fields["method"].default
+        known = self.registered.get(name)
+        if name in SHIPPED or (known is not None and known is not method):
+            raise ValueError(f"there is a method {name!r} already: choose another default for the field `method`")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{method.__name__} needs a name: `method: Literal['my-method'] = 'my-method'`")
+        self.registered[name] = method
+        for watcher in self.watchers:
+            watcher()
+        return method
 
     def __getitem__(self, name: str) -> type[Method]:
-        if name not in self._found:
+        if name not in SHIPPED:
+            return self.registered[name]
+        if name not in self._imported:
             module, _, attribute = SHIPPED[name].partition(":")
-            self._found[name] = getattr(import_module(f"rasa_train.methods.{module}"), attribute)
-        return self._found[name]
+            self._imported[name] = getattr(import_module(f"rasa_train.methods.{module}"), attribute)
+        return self._imported[name]
 
     def __iter__(self) -> Iterator[str]:
         yield from SHIPPED
-        yield from (name for name in self._found if name not in SHIPPED)
+        yield from self.registered
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(SHIPPED) + len(self.registered)
 
 
 METHODS = Methods()
+register = METHODS.register
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module by its name, or a file by its path.
+
+    Raises:
+        UserError: there is no such module or file.
+    """
+    if not name.endswith(".py"):
+        try:
+            return import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{VARIABLE}: {name}: {error}") from None
+    path = Path(name).expanduser()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"{VARIABLE}: {name} does not exist")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # pydantic looks up the names of annotations there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _methods_in(module: ModuleType) -> list[type[Method]]:
+    """Return the methods that a module itself defines, not those it imports."""
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
+    return [method for method in found if method.__module__ == module.__name__]

@@ -2,8 +2,8 @@
 
 Inside ``packed`` the factors of a ``Group`` are buffers in the dtype of W, made of the methods' fp32 ``factors()`` once
 and computed with by ``kernels.low_rank``; their gradients (fp32, summed over micro-batches) go back through
-``factors()`` once. Outside of it the adapter's own ``forward`` is called: the reference, which gives the same numbers and
-works wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
+``factors()`` once. Outside of it the adapter's own ``forward`` is called: the reference, which gives the same numbers
+and works wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
 ``kernels.block_diagonal``; an adapter that is neither is computed by its own ``forward`` always.
 """
 

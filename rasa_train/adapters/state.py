@@ -46,3 +46,11 @@ def rule_state(model: nn.Module) -> dict[str, Tensor]:
 def saved_name(parameter_name: str) -> str:
     """``model.layers.0.mlp.up_proj.adapter.A`` -> ``model.layers.0.mlp.up_proj.A``, without wrappers' additions."""
     return parameter_name.replace("_checkpoint_wrapped_module.", "").replace(".adapter.", ".")
+
+
+def effective_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the largest effective rank of each kind. The model must not be divided."""
+    ranks: dict[str, int] = {}
+    for adapter in adapters(model).values():
+        ranks[adapter.site.kind] = max(ranks.get(adapter.site.kind, 0), adapter.effective_rank)
+    return ranks

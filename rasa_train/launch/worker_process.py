@@ -1,4 +1,5 @@
-"""One worker process, started by ``launch`` (``python -m rasa_train.launch.worker_process JOB``). It reports to files in JOB.
+"""One worker process, started by ``supervisor`` (``python -m rasa_train.launch.worker_process JOB``). It reports to
+files in JOB.
 
 Light until it listens for a stop. An exit code other than 0 makes torch's agent end, or restart, all workers.
 """

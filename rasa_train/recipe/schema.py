@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic.fields import FieldInfo
 
 from ..adapters.contract import Method
 from ..adapters.registry import METHODS
@@ -15,10 +16,16 @@ from ..models.config import ModelConfig
 from ..optim.optimizers import LionW, OptimizerConfig
 from ..optim.schedule import ScheduleConfig
 
+
+def _adapter_config() -> Any:
+    """Return the type of the section ``adapter:``: any of the methods, told apart by their name."""
+    return Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
+
+
 if TYPE_CHECKING:
     AdapterConfig = Method
 else:
-    AdapterConfig = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007
+    AdapterConfig = _adapter_config()
 Every = Literal["epoch"] | PositiveInt
 
 
@@ -135,5 +142,12 @@ class Recipe(_Section):
     seed: NonNegativeInt = 42
     """Of the adapter's start, the order of the data and the dropout masks."""
 
+
+def _know_new_methods() -> None:
+    Recipe.model_fields["adapter"] = FieldInfo.from_annotation(_adapter_config())
+    Recipe.model_rebuild(force=True)
+
+
+METHODS.watchers.append(_know_new_methods)
 
 __all__ = ["METHODS", "Method", "Recipe", "TrainingConfig"]

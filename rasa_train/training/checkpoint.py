@@ -22,13 +22,15 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.saved import part, read_safetensors
+from ..adapters.saved import TENSORS, part, read_safetensors, write_config
 from ..data.cache import TokenDataset
 from ..distributed.collectives import from_first, gather
 from ..distributed.engine import Engine
 from ..errors import UserError
 from ..io.atomic import write_json
+from ..io.base_fingerprint import base_samples
 from ..io.tensor_file import TensorFile
+from .trainable_model import TrainableModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,27 +68,20 @@ def directory_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(
-    engine: Engine,
-    checkpoints: Path,
-    progress: Progress,
-    write_adapter: Callable[[Path], list[Path]],
-    parameters: Mapping[str, nn.Parameter],
-    rule_state: Mapping[str, Tensor],
-    *,
-    data_key: str,
-    writers: int,
-) -> Path:
-    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it. Every worker must call it;
-    ``write_adapter`` returns the files that the worker has written."""
-    final, first = checkpoints / directory_name(progress.step), engine.accelerator.is_main_process
+def save(model: TrainableModel, checkpoints: Path, progress: Progress, data_key: str) -> Path:
+    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it. Every worker must call it and
+    gives its part; the first writes or, if base weights are trained, each writes a share."""
+    engine, rule_state = model.engine, model.rule_state
+    accelerator = engine.accelerator
+    final, first = checkpoints / directory_name(progress.step), accelerator.is_main_process
+    writers = accelerator.num_processes if model.trains_base else 1
 
     def write(directory: Path) -> list[Path]:
-        written = write_adapter(directory)
+        written = write_adapter(model, directory, writers)
         keys = {key for state in engine.optimizer.state.values() for key in state}
-        names = [f"{key}:{name}" for key in keys for name in parameters]
-        state = engine.gathered_optimizer(parameters)
-        written += write_tensors(directory / OPTIMIZER, state, names, engine.accelerator, writers)
+        names = [f"{key}:{name}" for key in keys for name in model.parameters]
+        state = engine.gathered_optimizer(model.parameters)
+        written += write_tensors(directory / OPTIMIZER, state, names, accelerator, writers)
         if first and rule_state:
             save_file({n: t.cpu().contiguous() for n, t in rule_state.items()}, directory / RULE)
             written.append(directory / RULE)
@@ -97,6 +92,22 @@ def save(
 
     write_directory(final, write, engine)
     return final
+
+
+def write_adapter(model: TrainableModel, directory: Path, writers: int = 1) -> list[Path]:
+    """Write the adapter as it is now, tensor by tensor. Every worker must call it. Returns the files of this worker."""
+    accelerator, base, written = model.engine.accelerator, model.recipe.model, list[Path]()
+    if accelerator.is_main_process:
+        config = write_config(
+            directory,
+            model.recipe.adapter,
+            base_model=base.name,
+            base_revision=base.revision,
+            base_tensors=base_samples(base.name, base.revision),
+        )
+        written.append(config)
+    tensors = model.engine.gathered(model.saved_tensors, model.shapes)
+    return written + write_tensors(directory / TENSORS, tensors, model.shapes, accelerator, writers)
 
 
 def write_tensors(

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapters.shared_input import Group, packed
-from ..adapters.state import rule_state, trainable
 from ..data.batching import Limit, collate, flatten, plan_epoch, with_targets
 from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
 from ..distributed import collectives
-from ..distributed.engine import Engine
-from ..models.families import decoder_layers
 from ..models.layers import checkpoint_layers
-from ..objectives.next_token import Loss
 from ..optim.optimizers import LionW
 from ..recipe.schema import Recipe, TrainingConfig
 from . import memory_search
+from .trainable_model import TrainableModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,43 +87,34 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
 
 
-def fit(
-    engine: Engine,
-    losses: Loss,
-    model: nn.Module,
-    fast: Sequence[Group],
-    train: TokenDataset,
-    training: TrainingConfig,
-    say: Callable[[str], None],
-) -> Limit:
-    """How much each worker computes at once. ``auto``: on a GPU as much as memory allows, tried with the longest
+def fit(model: TrainableModel, train: TokenDataset, say: Callable[[str], None]) -> Limit:
+    """Choose how much each worker computes at once. ``auto``: on a GPU as much as memory allows, tried with the longest
     examples, and as few recomputed layers as will do; on a CPU 4k tokens, and none.
 
     Workers that wait for each other in the forward pass cannot try: one that runs out of memory would hold up the
     rest. They take 16k tokens, and recompute all layers.
 
-    Args:
-        fast: groups to compute with packed factors, as the steps will.
     Raises:
         UserError: not even the longest example fits, on any worker.
     """
+    engine, training = model.engine, model.recipe.training
     workers, longest = engine.accelerator.num_processes, int(train.lengths.max())
     limit = partial(limit_of, training, train, workers)
     if engine.accelerator.device.type != "cuda":
         if training.activation_checkpointing == "auto":
-            checkpoint_layers(model, 0)
+            checkpoint_layers(model.module, 0)
         return limit(4_096)
     if engine.sharded:
         return limit(memory_search.MOST)
-    layers = len(decoder_layers(model))
+    layers = len(model.layers)
     wanted = limit(memory_search.MOST)
     auto = training.micro_batch_size == "auto" and training.micro_batch_tokens is None
     given = wanted.tokens or (wanted.examples or 1) * longest
 
     def fits(setting: memory_search.Setting) -> bool:
         if training.activation_checkpointing == "auto":
-            checkpoint_layers(model, setting.checkpointed)
-        return memory_suffices(engine, losses, model, fast, train, limit(setting.tokens), training)
+            checkpoint_layers(model.module, setting.checkpointed)
+        return memory_suffices(model, train, limit(setting.tokens))
 
     setting = memory_search.search(
         fits,
@@ -137,36 +124,29 @@ def fit(
         checkpointing=training.activation_checkpointing,
     )
     if training.activation_checkpointing == "auto":
-        checkpoint_layers(model, setting.checkpointed)
+        checkpoint_layers(model.module, setting.checkpointed)
     say(f"{setting.tokens:,} tokens at a time, {setting.checkpointed} of {layers} layers recomputed")
     return limit(setting.tokens)
 
 
-def memory_suffices(
-    engine: Engine,
-    losses: Loss,
-    model: nn.Module,
-    fast: Sequence[Group],
-    train: TokenDataset,
-    limit: Limit,
-    training: TrainingConfig,
-) -> bool:
-    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU, with ``memory.MARGIN``
-    of it to spare. Leaves no trace."""
+def memory_suffices(model: TrainableModel, train: TokenDataset, limit: Limit) -> bool:
+    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU, with
+    ``memory_search.MARGIN`` of it to spare. Leaves no trace."""
+    engine, training = model.engine, model.recipe.training
     device = engine.accelerator.device
     by_length = np.argsort(-train.lengths, kind="stable")
     ends = np.cumsum(train.lengths[by_length])
     number = limit.examples or max(1, int((ends <= (limit.tokens or 0)).sum()))
     batch = batch_of(train, by_length[:number], training.flat, device)
-    state = {name: tensor.clone() for name, tensor in rule_state(model).items()}
+    rules = {name: tensor.clone() for name, tensor in model.rule_state.items()}
     moments = 1 if isinstance(training.optimizer, LionW) else 2
-    size = moments * sum(p.nbytes for p in trainable(model).values())  # fp32, as the optimizer's state is
+    size = moments * sum(p.nbytes for p in model.parameters.values())  # fp32, as the optimizer's state is
     spare = int(memory_search.MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
     def attempt() -> None:  # a function, so that nothing of it is held afterwards
         room = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(spare, dtype=torch.uint8, device=device)
-        with packed(fast), engine.synchronizing(False):
-            engine.backward(losses(engine.model, on_device(batch, device)), last=False)
+        with model.packed(), engine.synchronizing(False):
+            engine.backward(model.loss(on_device(batch, device)), last=False)
         del room
 
     failed = 0.0
@@ -175,9 +155,7 @@ def memory_suffices(
         attempt()
     except torch.OutOfMemoryError:
         failed = 1.0
-    engine.zero_grad()
-    for name, tensor in rule_state(model).items():
-        tensor.copy_(state[name])
+    model.restore(rules)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -1,51 +1,36 @@
-"""The gradients of one step, and the loss of a held-out set."""
+"""The gradients of one optimizer step, and the loss of a held-out set."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapters.contract import Adapter
-from ..adapters.shared_input import Group, packed
-from ..adapters.state import rule_state
 from ..data.ahead import ahead
 from ..data.batching import Limit
 from ..data.cache import TokenDataset
 from ..distributed import collectives
-from ..distributed.engine import Engine
-from ..objectives.next_token import Loss
-from ..recipe.schema import Recipe
 from . import micro_batches
 from .micro_batches import Step, batch_of, on_device
+from .trainable_model import TrainableModel
 
 
-def train_step(
-    engine: Engine,
-    losses: Loss,
-    placed: Mapping[str, Adapter],
-    fast: Sequence[Group],
-    train: TokenDataset,
-    work: Step,
-    recipe: Recipe,
-    step: int,
-) -> float | None:
-    """Gradients of one global batch, accumulated over the micro-batches of this worker. Returns the mean loss over the
-    supervised tokens of the global batch; None where a worker ran out of memory.
+def train_step(model: TrainableModel, train: TokenDataset, work: Step, step: int) -> float | None:
+    """Compute the gradients of a global batch, accumulated over the micro-batches of this worker. Returns the mean loss
+    over the supervised tokens of the global batch; None where a worker ran out of memory.
 
     Args:
-        placed: the model's adapters by the path of their site.
-        fast: groups to compute with packed factors.
+        step: number of the step, from 0; dropout masks depend on it.
     Raises:
         torch.OutOfMemoryError: where workers wait for each other in the forward pass, and could not try again.
     """
+    engine = model.engine
     mine, failed = None, 0.0
     try:
-        with packed(fast):
-            mine = accumulate(engine, losses, placed, train, work, recipe, step)
+        with model.packed():
+            mine = accumulate(model, train, work, step)
     except torch.OutOfMemoryError:
         if engine.sharded:
             raise
@@ -57,16 +42,9 @@ def train_step(
     return None if failed else loss_sum / int(train.supervised[work.batch].sum())
 
 
-def accumulate(
-    engine: Engine,
-    losses: Loss,
-    placed: Mapping[str, Adapter],
-    train: TokenDataset,
-    work: Step,
-    recipe: Recipe,
-    step: int,
-) -> Tensor:
-    """Forward and backward of this worker's micro-batches. Returns the sum of their losses: fp64, on the device."""
+def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int) -> Tensor:
+    """Run forward and backward of this worker's micro-batches. Returns the sum of their losses: fp64, on the device."""
+    engine, recipe = model.engine, model.recipe
     accelerator = engine.accelerator
     total_tokens = int(train.supervised[work.batch].sum())
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -77,35 +55,29 @@ def accumulate(
             # What stands in for an empty micro-batch must not enter any statistics; but workers that gather weights
             # from each other must all run the same code.
             engine.model.train(len(indices) > 0 or engine.sharded)
-            loss = losses(engine.model, on_device(tensors, accelerator.device))
+            loss = model.loss(on_device(tensors, accelerator.device))
             loss_sum += loss.detach()
             if recipe.training.loss_average == "tokens":
                 weight = 1.0 / total_tokens
             else:  # the mean of each micro-batch, then the mean of these
                 weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * work.micro_batches)
             loss = loss * weight * accelerator.num_processes  # engines average gradients; the sum is wanted
-            if last and (penalty := recipe.adapter.penalty(placed)) is not None:
+            if last and (penalty := recipe.adapter.penalty(model.adapters)) is not None:
                 loss = loss + penalty
             engine.backward(loss, last=last)
     return loss_sum
 
 
-def restore(engine: Engine, model: nn.Module, rules: Mapping[str, Tensor]) -> None:
-    """As if the step had not been tried: no gradients, and what the method's rule has counted before it."""
-    engine.zero_grad()
-    for name, tensor in rule_state(model).items():
-        tensor.copy_(rules[name])
-
-
 @torch.no_grad()
-def validate(engine: Engine, losses: Loss, dataset: TokenDataset, limit: Limit, flat: bool) -> float:
-    """Mean loss over the supervised tokens of a held-out set."""
-    accelerator, model = engine.accelerator, engine.model
-    model.eval()
+def validate(model: TrainableModel, dataset: TokenDataset, limit: Limit) -> float:
+    """Return the mean loss over the supervised tokens of a held-out set."""
+    engine, flat = model.engine, model.recipe.training.flat
+    accelerator = engine.accelerator
+    engine.model.eval()
     everything = np.argsort(-dataset.lengths, kind="stable")
     mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
     device = accelerator.device
     with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
-        loss = sum(float(losses(model, on_device(batch, device))) for batch in batches)
+        loss = sum(float(model.loss(on_device(batch, device))) for batch in batches)
     engine.release()
     return collectives.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())

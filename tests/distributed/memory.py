@@ -13,23 +13,21 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM  # noqa: F401 - so that its code is not counted
 
 from rasa_train import process
-from rasa_train.adapters.state import saved_tensors
 from rasa_train.data.batching import with_targets
 from rasa_train.distributed import rendezvous
 from rasa_train.distributed.choose import make_engine
 from rasa_train.io.run_dir import RunDirectory
-from rasa_train.optim.optimizers import make_optimizer
 from rasa_train.recipe.schema import Recipe
+from rasa_train.training import checkpoint
 from rasa_train.training.checkpoint import Progress
 from rasa_train.training.micro_batches import on_device
-from rasa_train.training.run import build, save_checkpoint
+from rasa_train.training.trainable_model import TrainableModel
 
 torch.set_num_threads(1)
 
@@ -56,19 +54,17 @@ def main(recipe: Recipe) -> None:
         directory.create()
     engine = make_engine(recipe.distributed, accelerator, 1.0)
     with growth(found, "load"):
-        model, _, losses = build(recipe, engine)
-        shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
-        engine.prepare(model, partial(make_optimizer, recipe.training.optimizer))
+        model = TrainableModel(recipe, engine)
+        model.prepare()
     with engine.synchronizing(True):
         ids = torch.ones(1, 8, dtype=torch.long)
         batch = with_targets({"input_ids": ids, "attention_mask": ids, "labels": ids})
-        loss = losses(engine.model, on_device(batch, accelerator.device))
+        loss = model.loss(on_device(batch, accelerator.device))
         engine.backward(loss, last=True)
     engine.step(float(loss.detach()))
     engine.zero_grad()
     with growth(found, "save"):
-        progress = Progress(step=1)
-        save_checkpoint(engine, directory, recipe, model, shapes, "data", progress, print, retry=False, needed=True)
+        checkpoint.save(model, directory.checkpoints, Progress(step=1), "data")
     (directory.path / f"memory-{process.rank()}.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()
 

@@ -46,9 +46,9 @@ _context.set_forkserver_preload(
     [
         "rasa_train.cli.train",
         "rasa_train.cli.merge",
-        "rasa_train.launch",
-        "rasa_train.train",
-        "rasa_train.merge.merged",
+        "rasa_train.launch.launch",
+        "rasa_train.training.run",
+        "rasa_train.merging.merged",
         "transformers.models.llama.modeling_llama",
     ]
 )

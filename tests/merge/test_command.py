@@ -512,7 +512,7 @@ def test_interrupted(case, tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rasa_train.merge.merged._copy_small_files", interrupt)
+    monkeypatch.setattr("rasa_train.merging.merged._copy_small_files", interrupt)
     before = set(tmp_path.iterdir())
     assert run(adapter, "--output", tmp_path / "out")[0] == 130
     assert set(tmp_path.iterdir()) == before

@@ -58,7 +58,7 @@ def test_shards_stay_as_they_are(case, tmp_path):
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_bf16_is_rounded_once_and_the_loss_is_reported(block, tmp_path, monkeypatch):
     """Whatever the number of rows that are folded at a time."""
-    monkeypatch.setattr("rasa_train.merge.folding.BLOCK", block)
+    monkeypatch.setattr("rasa_train.merging.folding.BLOCK", block)
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     save_adapter(tmp_path / "adapter", base)
     report = merge(tmp_path / "adapter", tmp_path / "out")

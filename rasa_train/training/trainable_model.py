@@ -1,0 +1,183 @@
+"""A base model with adapters in it: its loss, what is trained in it, and how it generates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..adapters.contract import Adapter
+from ..adapters.inject import adapt
+from ..adapters.shared_input import Group, packed
+from ..adapters.site import Site
+from ..adapters.state import adapters, effective_ranks, groups, rule_state, saved_tensors, trainable
+from ..distributed import rendezvous
+from ..distributed.engine import Engine
+from ..models import padding_free
+from ..models.config import torch_dtype
+from ..models.families import decoder_layers
+from ..models.layers import checkpoint_layers, compile_layers
+from ..models.load import empty_model, load_model, meta_model
+from ..objectives import next_token
+from ..optim.optimizers import make_optimizer
+from ..recipe.schema import Recipe
+from .offload import with_offload
+
+
+class TrainableModel:
+    """The adapted model of a run, on one worker.
+
+    Before ``prepare`` the module is whole and on the CPU (or, on workers that do not read it, on the meta device), so
+    values can be loaded into it. ``prepare`` places and divides it.
+    """
+
+    module: nn.Module
+    """The adapted model itself. ``engine.model`` is what a strategy has wrapped it in."""
+    sites: list[Site]
+    groups: list[Group]
+    """Linears that are computed together with packed factors. None where parameters are divided or the layers are
+    compiled: there the adapters' own forward serves."""
+    parameters: dict[str, nn.Parameter]
+    """Every trained tensor, by its name in the adapter's file."""
+    adapters: dict[str, Adapter]
+    """The adapters, by the path of their site."""
+    shapes: dict[str, tuple[int, ...]]
+    """Whole shapes of all tensors of the adapter's file, by name."""
+    ranks: dict[str, int]
+    """The largest effective rank of each kind of linear."""
+
+    def __init__(self, recipe: Recipe, engine: Engine) -> None:
+        """Load the base and put the adapters into it.
+
+        Raises:
+            UserError: the model cannot be loaded, or the adapter does not fit it.
+        """
+        self.recipe, self.engine = recipe, engine
+        training = recipe.training
+        divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
+        with engine.loading(torch_dtype(recipe.model), divide=divide):
+            base = read_base(recipe, engine)
+        if training.flat:
+            padding_free.use_varlen(base)
+        if checkpointing := training.activation_checkpointing:
+            # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            if not isinstance(checkpointing, bool | str):
+                checkpoint_layers(base, checkpointing)
+        torch.manual_seed(recipe.seed)
+        self.module, self.sites = adapt(base, recipe.adapter)
+        self._loss = next_token.install(self.module)
+        if training.activation_offload:
+            self._loss = with_offload(self._loss)
+        if training.compile:
+            compile_layers(self.module)
+        if self.trains_base and recipe.model.dtype != "float32":
+            self.module.forward = autocast(recipe, self.module)(self.module.forward)
+
+    def prepare(self) -> None:
+        """Let the engine place and divide the model, and make the optimizer of what is trained."""
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(self.module).items()}
+        self.ranks = effective_ranks(self.module)
+        self.engine.prepare(self.module, partial(make_optimizer, self.recipe.training.optimizer))
+        self.parameters, self.adapters = trainable(self.module), adapters(self.module)
+        self.groups = [] if self.engine.sharded or self.recipe.training.compile else groups(self.module)
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Compute the loss of a micro-batch: fp32, a sum over its targets."""
+        return self._loss(self.engine.model, batch)
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Compute with factors that are packed once, here, for all micro-batches inside. The gradients of trained
+        tensors are complete at the end."""
+        with packed(self.groups):
+            yield
+
+    @contextmanager
+    def generation_mode(self) -> Iterator[None]:
+        """Let the module give logits and attend to padded sequences inside, as it does when it generates."""
+        with ExitStack() as modes:
+            for mode in (
+                next_token.with_logits(self.module),
+                padding_free.padded(self.module),
+                autocast(self.recipe, self.module),  # one of its own: an autocast cannot be entered twice
+                self.packed(),
+            ):
+                modes.enter_context(mode)
+            yield
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated decoder layers."""
+        return decoder_layers(self.module)
+
+    @property
+    def trained(self) -> int:
+        """The number of trained values, divided or not."""
+        return sum(math.prod(self.shapes[name]) for name in self.parameters)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the base itself are trained."""
+        return trains_base(self.recipe, self.module)
+
+    @property
+    def rule_state(self) -> dict[str, Tensor]:
+        """Buffers of the method's own rule, which are in checkpoints and not in the finished adapter."""
+        return rule_state(self.module)
+
+    @property
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the adapter's file as this worker holds them, whole or divided."""
+        return saved_tensors(self.module)
+
+    def restore(self, rules: Mapping[str, Tensor]) -> None:
+        """Undo a step that was tried: drop the gradients, and put back what the method's rule had counted before."""
+        self.engine.zero_grad()
+        for name, tensor in self.rule_state.items():
+            tensor.copy_(rules[name])
+
+
+def trains_base(recipe: Recipe, module: nn.Module) -> bool:
+    """Whether the method trains weights of the base itself."""
+    return any(map(recipe.adapter.trains, dict(module.named_parameters())))
+
+
+def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
+    """Return the autocast of a model whose base weights are trained in a low precision: they are held in fp32 and
+    computed with in ``model.dtype``. For any other model it changes nothing.
+
+    It has no cache, which would keep the low-precision copies of the first step's weights for the whole run.
+    """
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    enabled = recipe.model.dtype != "float32" and trains_base(recipe, module)
+    return torch.autocast(kind, torch_dtype(recipe.model) if enabled else None, enabled=enabled, cache_enabled=False)
+
+
+def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
+    """Load the base, with its weights where this worker reads them. If only the first worker reads, the others wait as
+    long as it takes: a large base on a slow disk takes longer than an exchange may."""
+    if not engine.first_reads:
+        return load_model(recipe.model)
+    read: list[PreTrainedModel] = []
+
+    def work() -> str:
+        read.append(load_model(recipe.model))
+        return "read"
+
+    rendezvous.once("base", engine.reads, work)
+    return read[0] if read else empty_model(recipe.model)
+
+
+def needs_whole_base(recipe: Recipe) -> bool:
+    """Whether the method reads or trains weights of the base, which then cannot be divided as they are read."""
+    model = meta_model(recipe.model)
+    with torch.device("meta"):
+        model, _ = adapt(model, recipe.adapter)
+    return trains_base(recipe, model) or any(adapter.needs_weight for adapter in adapters(model).values())

@@ -1,0 +1,307 @@
+"""The state of a training run, and what is done to it: set up, resumed, stepped, validated, saved, finished."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from typing import Any, NotRequired, TypedDict
+
+from .. import process
+from ..adapters.inject import narrow_base
+from ..adapters.saved import load_tensors, read_adapter
+from ..adapters.state import effective_ranks
+from ..data.ahead import ahead
+from ..data.prepare import PreparedData, prepare
+from ..distributed import collectives, preflight, rendezvous
+from ..distributed.choose import make_engine
+from ..io.atomic import write_json
+from ..io.run_dir import RunDirectory
+from ..models.load import load_tokenizer
+from ..optim.schedule import lr_factor, set_lr
+from ..recipe.load import dump_recipe
+from ..recipe.schema import Recipe
+from ..stop import StopSignal
+from . import checkpoint, fault_handling
+from .checkpoint import Progress
+from .evaluation import TrainingEvaluation, best_of
+from .micro_batches import Step, fit, plan_steps, step_of
+from .reporter import Reporter
+from .step import train_step, validate
+from .trainable_model import TrainableModel
+
+
+class MetricsRow(TypedDict):
+    """A line of ``metrics.jsonl``: one optimizer step."""
+
+    step: int
+    """Optimizer steps done, from 1."""
+    epoch: float
+    """Passes over the data done."""
+    loss: float | None
+    """Mean over the supervised tokens of the global batch; None for a skipped step."""
+    lr: float
+    grad_norm: float | None
+    """L2 norm of all gradients before clipping; None for a skipped step."""
+    skipped: int
+    """1 for a step that changed nothing because its loss or a gradient was not finite, else 0."""
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    """The most memory that this worker has held so far."""
+    seconds: float
+    validation_loss: NotRequired[float]
+    """Mean over the supervised tokens of the held-out set, where it was measured."""
+
+
+class Trainer:
+    """One run on one worker. ``run`` calls the methods in the order in which they stand here."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData | None = None) -> None:
+        """Read the data and meet the other workers.
+
+        Raises:
+            UserError: the data cannot be used, or the workers do not agree on recipe, data and versions.
+        """
+        self.recipe, self.training = recipe, recipe.training
+        self.directory = RunDirectory(recipe.output_dir)
+        self.data = data or prepare(recipe.data, load_tokenizer(recipe.model))
+        self.steps_per_epoch = math.ceil(len(self.data.train) / self.training.batch_size)
+        self.total_steps = self.training.max_steps or self.training.epochs * self.steps_per_epoch
+        self.accelerator = rendezvous.start(
+            recipe.distributed.timeout_seconds,
+            log_with=list(recipe.tracking.trackers),
+            project_dir=str(self.directory.path / "trackers"),
+        )
+        facts = {"recipe": checkpoint.digest(dump_recipe(recipe)), "data": self.data.key}
+        preflight.same_everywhere(self.accelerator, process.versions() | facts)
+        self.progress = Progress()
+        self._unsaved = False  # the last checkpoint found no room
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first worker, which writes."""
+        return bool(self.accelerator.is_main_process)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Report progress inside, and say what is saved where the disk or the GPU fails."""
+        with fault_handling.explained(self.directory), ExitStack() as self._exits:
+            self.report = Reporter(self.total_steps, self.training.log_every, self.accelerator)
+            self._exits.enter_context(self.report)
+            self.say = self.report.say
+            yield
+
+    def setup(self) -> None:
+        """Load the model, put the adapters with their first values into it, and divide it among the workers."""
+        self.engine = make_engine(self.recipe.distributed, self.accelerator, self.training.max_grad_norm)
+        self.model = TrainableModel(self.recipe, self.engine)
+        self.found = checkpoint.agreed_newest(self.directory.checkpoints, self.say, self.accelerator)
+        origin = self.found or self.recipe.adapter.init_from
+        if origin and self.engine.reads:
+            load_tensors(self.model.module, read_adapter(origin).tensors, origin=str(origin))
+        if not self.engine.first_reads:
+            preflight.same_everywhere(self.accelerator, preflight.fingerprints(self.model.module))
+        self.base_difference = self._narrow_base()
+        self.model.prepare()
+        self.measure = None
+        if self.training.evaluate:
+            self.measure = TrainingEvaluation(self.recipe, divided=self.engine.sharded, say=self.say)
+
+    def _narrow_base(self) -> float | None:
+        """Hold the frozen base in fewer bits, if the recipe says so. Returns by how much that changes it."""
+        base, dtype = self.recipe.model.base, self.recipe.model.dtype
+        if base == "bf16":
+            return None
+        difference = narrow_base(self.model.module, base, self.accelerator.device)
+        self.say(f"base held in {base}: its linears differ by {difference:.2%} from {dtype}")
+        return difference
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one, and say what is going to be done."""
+        if self.found:
+            self.progress = checkpoint.load_progress(self.found, data_key=self.data.key)
+            checkpoint.load_optimizer(self.found, self.engine, self.model.parameters)
+            checkpoint.load_rule_state(self.found, self.model.rule_state)
+        if self.first:
+            self.directory.start_metrics(self.progress.step)
+        if self.recipe.tracking.trackers:
+            self.accelerator.init_trackers(self.recipe.tracking.project)
+        count, done = self.model.trained, self.progress.step
+        self.say(f"{self.recipe.adapter.method}: {count:,} trainable parameters in {len(self.model.sites)} linears")
+        if checked := preflight.preflight(self.accelerator, count):
+            self.say(checked)
+        examples = f"{len(self.data.train):,} examples"
+        self.say(f"{examples}, {self.total_steps:,} steps of {self.training.batch_size} sequences")
+        found = f"resuming from {self.found} (step {done} of {self.total_steps})" if self.found else None
+        self.report.start(done, found)
+
+    def steps(self) -> Iterator[tuple[int, Step]]:
+        """Yield the number of each step that is left, from 0, and this worker's part of it, made ahead."""
+        self.limit = fit(self.model, self.data.train, self.say)
+        self.room = fault_handling.Room(self.limit, self.say)
+        self.watch = fault_handling.Watch(self.training.max_skipped, self.say)
+        left = range(self.progress.step, self.total_steps)
+        planned = plan_steps(self.recipe, self.data.train, self.limit, self.accelerator, left, self.steps_per_epoch)
+        work = self._exits.enter_context(closing(ahead(planned)))
+        return enumerate(work, self.progress.step)
+
+    def step(self, step: int, work: Step) -> MetricsRow:
+        """Make one optimizer step. Returns its line of the metrics."""
+        started = time.perf_counter()
+        batch, train = work.batch, self.data.train
+        lr = self.training.optimizer.lr * lr_factor(self.training.schedule, step, self.total_steps)
+        set_lr(self.engine.optimizer, lr)
+        rules = {name: tensor.clone() for name, tensor in self.model.rule_state.items()}
+        loss = self._gradients(step, work, rules)
+        grad_norm = self.engine.step(loss)
+        if skipped := self.watch.skipped(step + 1, loss, grad_norm):
+            self.model.restore(rules)
+            self.watch.stop_if_hopeless(self.directory, train, batch, step + 1, first=self.first)
+        else:
+            self.recipe.adapter.after_step(self.model.adapters, step + 1, self.total_steps)
+            self.engine.zero_grad()
+        seconds = time.perf_counter() - started
+        self.progress = self.progress.after(batch, train, seconds)
+        tokens = int(train.lengths[batch].sum())
+        return {
+            "step": self.progress.step,
+            "epoch": self.progress.step / self.steps_per_epoch,
+            "loss": None if skipped else loss,
+            "lr": lr,
+            "grad_norm": None if skipped else grad_norm,
+            "skipped": int(skipped),
+            "tokens": tokens,
+            "supervised_tokens": int(train.supervised[batch].sum()),
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_bytes": process.peak_memory_bytes(),
+            "seconds": seconds,
+        }
+
+    def _gradients(self, step: int, work: Step, rules: dict[str, Any]) -> float:
+        """Compute the gradients of a step, with less at once while memory runs out. Returns the loss."""
+        batch, fitting = work.batch, self.room.usual
+        if fitting != self.limit:  # planned with as much at once as has turned out not to fit
+            work = self._again(work, fitting)
+        while (loss := train_step(self.model, self.data.train, work, step)) is None:
+            self.model.restore(rules)
+            workers = self.accelerator.num_processes
+            fitting = fault_handling.smaller(fitting, batch, self.data.train.lengths, workers)
+            self.say(f"step {step + 1}: out of memory; the same batch again, at most {fitting} at once")
+            work = self._again(work, fitting)
+        self.room.finished(step + 1, fitting)
+        return loss
+
+    def _again(self, work: Step, limit: Any) -> Step:
+        return step_of(work.batch, self.data.train, limit, self.training.flat, self.accelerator)
+
+    def _due(self, every: int | str) -> bool:
+        """Whether something is to be done after the step that was made: every so many steps, or every ``epoch``; and
+        always after the last step."""
+        step = self.progress.step
+        at = self.steps_per_epoch if isinstance(every, str) else every
+        return step == self.total_steps or step % at == 0
+
+    def validate(self, row: MetricsRow) -> None:
+        """Add the loss of the held-out set to the row, where it is due."""
+        if self.data.validation and self._due(self.training.validate_every):
+            with self.model.packed():
+                row["validation_loss"] = validate(self.model, self.data.validation, self.room.usual)
+            self.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}")
+
+    def evaluate(self, row: MetricsRow) -> None:
+        """Add the score of ``training.evaluate`` to the row, where it is due: the first worker measures it."""
+        if self.measure and self._due(self.measure.every):
+            with self.model.generation_mode():
+                accuracy = self.measure(self.model.module) if self.first else None
+            score = collectives.from_first(self.accelerator, accuracy)
+            row[f"eval_{self.measure.name}"] = score  # type: ignore[literal-required]
+
+    def log(self, row: MetricsRow) -> None:
+        """Write the row to the metrics and the trackers, and show it."""
+        if self.first:
+            self.directory.log(row)
+        if self.recipe.tracking.trackers:
+            values = {key: value for key, value in row.items() if key != "step" and value is not None}
+            self.accelerator.log(values, step=row["step"])
+        self.report.step(row)
+
+    def stop_agreed(self, stop: StopSignal) -> bool:
+        """Whether a worker was asked to stop and there are steps left. Every worker must call it."""
+        asked = collectives.stop_agreed(self.accelerator, stop.reason)
+        return asked and self.progress.step < self.total_steps
+
+    def checkpoint(self, *, needed: bool) -> None:
+        """Save the state, where that is due, ``needed`` because the run stops, or was not possible last time. A full
+        disk is said once and leaves the checkpoint before.
+
+        Raises:
+            UserError: the disk is full, and the checkpoint is needed.
+        """
+        if not (needed or self._unsaved or self._due(self.training.checkpoint_every)):
+            return
+        try:
+            checkpoint.save(self.model, self.directory.checkpoints, self.progress, self.data.key)
+        except OSError as error:
+            if needed or not fault_handling.disk_full(error):
+                raise
+            if not self._unsaved:
+                said = f"{error.strerror}: no checkpoint of step {self.progress.step}."
+                kept = fault_handling.saved_at(self.directory)
+                self.say(f"{said} {kept} The run goes on, and tries again after each step: make room.")
+            self._unsaved = True
+            return
+        if self._unsaved:
+            self.say(f"there is room again: saved at step {self.progress.step}")
+        self._unsaved = False
+        if self.first:
+            checkpoint.prune(self.directory.checkpoints, self.training.keep_last)
+
+    def write_adapter(self) -> None:
+        """Write the finished adapter. Every worker must call it."""
+        if not self.engine.sharded:
+            self.model.ranks = effective_ranks(self.model.module)  # AdaLoRA's rule has changed them
+        checkpoint.write_directory(self.directory.adapter, partial(checkpoint.write_adapter, self.model), self.engine)
+        if self._unsaved:
+            saved = fault_handling.saved_at(self.directory)
+            self.say(f"the adapter is written; the last checkpoint is not. {saved}")
+
+    def finish(self) -> dict[str, Any]:
+        """Write the summary and close the trackers. Returns the summary; nothing on any worker but the first."""
+        summary: dict[str, Any] = {}
+        if self.first:
+            summary = self._summary()
+            write_json(self.directory.summary, summary)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        last = self.directory.last_metrics()
+        summary = {
+            "method": self.recipe.adapter.method,
+            "trainable_parameters": self.model.trained,
+            "effective_rank": self.model.ranks,
+            "steps": self.progress.step,
+            "epochs": last["epoch"],
+            "examples": len(self.data.train),
+            "tokens": self.progress.tokens,
+            "supervised_tokens": self.progress.supervised_tokens,
+            "seconds": self.progress.seconds,
+            "loss": last["loss"],
+            "skipped_steps": last["skipped_steps"],
+            "validation_loss": last.get("validation_loss"),
+            "peak_memory_bytes": last["peak_memory_bytes"],
+            "strategy": self.recipe.distributed.strategy,
+            "versions": process.versions(),
+            "workers": self.accelerator.num_processes,
+        }
+        if self.base_difference is not None:
+            summary["base_difference"] = self.base_difference
+        if self.training.evaluate:
+            summary["evaluation"] = best_of(self.directory.metrics)
+        return summary
