@@ -33,6 +33,9 @@ class AdaptedExperts(nn.Module):
     Takes over the parameters of the module it replaces, so their names in the model stay what they were.
     """
 
+    base: nn.Module
+    """The module that was here before."""
+
     def __init__(self, base: Any) -> None:
         super().__init__()
         self.num_experts, self.intermediate_dim = int(base.num_experts), int(base.intermediate_dim)
@@ -41,7 +44,13 @@ class AdaptedExperts(nn.Module):
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.gate = base._apply_gate  # the activation, in the model's own way
         del base.gate_up_proj, base.down_proj
+        object.__setattr__(self, "base", base)  # not registered: its tensors are this module's
         self.adapter = nn.ModuleDict()
+
+    def unwrapped(self) -> nn.Module:
+        """Return the module that was here before, with the weights that are here now."""
+        self.base.gate_up_proj, self.base.down_proj = self.gate_up_proj, self.down_proj
+        return self.base
 
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapter[name] = adapter

@@ -72,7 +72,7 @@ def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
         module.narrow = narrow(W, base)
         norm2 += float(W.float().square().sum())
         error2 += float((module.narrow.dense().float() - W.float()).square().sum())
-        module.weight = nn.Parameter(W.new_empty(0), requires_grad=False)
+        module.weight = module.base.weight = nn.Parameter(W.new_empty(0), requires_grad=False)
     return math.sqrt(error2 / norm2)
 
 

@@ -1,15 +1,16 @@
 """The fast path: linears that share an input are one operation, and their factors are packed once a step.
 
-Inside ``packed`` the factors of a ``Group`` are buffers in the dtype of W, made of the methods' fp32 ``factors()`` once
-and computed with by ``kernels.low_rank``; their gradients (fp32, summed over micro-batches) go back through
-``factors()`` once. Outside of it the adapter's own ``forward`` is called: the reference, which gives the same numbers
-and works wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
+Inside ``packed`` the factors of a ``Group`` are buffers in the dtype of W, made of the methods' fp32 ``factors()``
+once and computed with by ``kernels.low_rank``; their gradients (fp32, summed over micro-batches) go back through
+``factors()`` once. ``PackedForward`` does that for every forward pass of a model in somebody's own loop. Without
+either, the adapter's own ``forward`` is called: the reference, which gives the same numbers and works wherever
+parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
 ``kernels.block_diagonal``; an adapter that is neither is computed by its own ``forward`` always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -45,6 +46,8 @@ class Group:
     def __init__(self, members: Sequence[Linear]) -> None:
         self.members = tuple(members)
         self.packed: Packed | None = None
+        self.usable: Callable[[], bool] | None = None
+        """Whether ``packed`` holds the present values of the parameters; None: always."""
         self._together = True
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -66,9 +69,10 @@ class Group:
         adapters = [self.members[index].adapter for index in indices]
         for adapter in adapters:
             watched(adapter, x)
-        self._fused = self._together and self.packed is not None and x.dtype == self.packed.dtype
-        if self._fused and self.packed is not None:
-            ready = self.packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
+        packed = self.packed if self.usable is None or self.usable() else None
+        self._fused = self._together and packed is not None and x.dtype == packed.dtype
+        if self._fused and packed is not None:
+            ready = packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
         else:
             # One mask for all, as in the packed form: where that does not make its own (``seeded``), it is the same.
             ready = (adapters[0].drop(x),) * len(adapters)
@@ -118,8 +122,9 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
     own = []
     try:
         for group in groups:
-            group.packed = _pack(group.members, frozen)
+            group.packed = pack(group.members, frozen)
             if group.packed is not None:
+                group.packed.flat.train()
                 own.append(group)
         yield
         edges, gradients = [], []
@@ -135,8 +140,13 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
             group.packed = None
 
 
-def _pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
-    """None unless all are of one form, computed in the dtype of W, beside a W that is frozen and whole."""
+def pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
+    """Pack the factors of linears that share an input. None unless all are of one form, computed in the dtype of W,
+    beside a W that is frozen and whole.
+
+    Args:
+        frozen: low-precision copies of frozen factors, which groups share; used and added to.
+    """
     if not all(_stands_still(member) for member in members):
         return None
     adapters = [member.adapter for member in members]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapters.fold import fold
 from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
 from ..errors import UserError
 from ..io.run_dir import RunDirectory
@@ -150,15 +151,7 @@ def merge_in_memory(model: PreTrainedModel, source: Source) -> None:
     for name, tensor in source.replaced.items():
         parameters[name].copy_(tensor)
     for site in source.sites:
-        adapter, weight = source.adapters[site.path], parameters[site.weight]
-        rows = weight
-        if site.rows is not None:
-            rows = weight[..., slice(*site.rows)] if site.transposed else weight[..., slice(*site.rows), :]
-        W = (rows.mT if site.transposed else rows).float()
-        merged = W + adapter.delta(W if adapter.needs_weight else None)
-        rows.copy_(merged.mT if site.transposed else merged)
-        if site.bias and (bias := adapter.delta_bias()) is not None:
-            parameters[f"{site.path}.bias"].add_(bias)
+        fold(site, source.adapters[site.path], parameters)
 
 
 def _vllm(plan: Plan) -> Any:

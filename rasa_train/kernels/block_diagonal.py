@@ -39,11 +39,11 @@ def pack_blocks(
     biases: list[Tensor | None],
     dtype: torch.dtype,
 ) -> Packed:
-    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights."""
+    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights. The caller then calls
+    ``train`` or ``join`` of the buffer."""
     flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
     for place, T in zip(flat.views, made, strict=True):
         flat.put(place, T)
-    flat.train()
     return Packed(SharedBlockInput, BlockOperands(weights, biases, flat.views), flat, dtype)
 
 

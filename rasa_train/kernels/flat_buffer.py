@@ -9,20 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Flat:
     """Tensors of these shapes that lie one after the other in ``buffer``, of dtype ``dtype`` on the device of ``like``.
 
-    They are filled by ``put``; what has come together in the buffer's gradient (fp32, as a parameter's would be) goes
-    back, by ``gradients``, to where the values that were put came from.
+    They are filled by ``put``. Then gradients reach the values that were put in one of two ways. After ``train`` the
+    buffer is a leaf: it adds up the gradients of many backward passes (in fp32, as a parameter would), and
+    ``gradients`` hands the sum on. After ``join`` the buffer is part of the values' graph, and each backward pass goes
+    through it.
     """
+
+    handle: Tensor
+    """The buffer as a differentiable argument."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, like: Tensor) -> None:
         self.buffer = like.new_zeros(sum(map(math.prod, shapes)), dtype=dtype)
         self.views = blocks(self.buffer, shapes)
-        self._sources: list[tuple[GradientEdge, Callable[[Tensor], Tensor]]] = []
+        self.handle = self.buffer
+        self._values: list[Tensor] = []
+        self._parts: list[Callable[[Tensor], Tensor]] = []
+        self._edges: list[GradientEdge] = []
 
     @torch.no_grad()
     def put(self, place: Tensor, values: Tensor) -> None:
@@ -30,19 +39,44 @@ class Flat:
         place.copy_(values)
         if values.requires_grad:
             size, stride, offset = place.size(), place.stride(), place.storage_offset()
-            self._sources.append((get_gradient_edge(values), lambda flat: flat.as_strided(size, stride, offset)))
+            self._values.append(values)
+            self._parts.append(lambda flat: flat.as_strided(size, stride, offset))
 
     def train(self) -> None:
-        """Let gradients come together from here on, where there is anything to train."""
-        if self._sources and torch.is_grad_enabled():
+        """Add up gradients from here on, where there is anything to train. The values are not kept: the edges of their
+        graph are enough."""
+        if self._values and torch.is_grad_enabled():
+            self._edges = [get_gradient_edge(values) for values in self._values]
             self.buffer.requires_grad_(True)
             self.buffer.grad_dtype = torch.float32
+        self._values = []
+
+    def join(self) -> None:
+        """Make the buffer part of the graph of the values, where there is anything to train."""
+        if self._values and torch.is_grad_enabled():
+            self.handle = _Join.apply(self.buffer, self._parts, *self._values)  # type: ignore[no-untyped-call]
+        self._values = []
 
     def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
-        """What has come together, and where in the graph of the values it belongs."""
+        """Yield the gradients that were added up, and the edges of the values' graph that they belong to."""
         if self.buffer.grad is not None:
-            for edge, part in self._sources:
+            for edge, part in zip(self._edges, self._parts, strict=True):
                 yield edge, part(self.buffer.grad)
+
+
+class _Join(torch.autograd.Function):
+    """The filled buffer as a function of the values in it."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, parts: list[Callable[[Tensor], Tensor]], *values: Tensor) -> Tensor:
+        ctx.parts, ctx.dtypes = parts, [value.dtype for value in values]
+        return buffer.view_as(buffer)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat = grad.contiguous()
+        return None, None, *(part(flat).to(dtype) for part, dtype in zip(ctx.parts, ctx.dtypes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -57,7 +91,7 @@ class Packed:
 
     def outputs(self, x: Tensor, p: float) -> tuple[Tensor, ...]:
         """Compute y of all members, for x (..., in) of which each entry is dropped with probability ``p``."""
-        result: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.buffer)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handle)  # type: ignore[no-untyped-call]
         return result
 
 

@@ -38,7 +38,8 @@ def pack_factors(
     dtype: torch.dtype,
     frozen: dict[Any, Tensor],
 ) -> Packed:
-    """Pack the factors of a group's members (fp32) in the dtype of their weights. Called with gradients enabled.
+    """Pack the factors of a group's members (fp32) in the dtype of their weights. Called with gradients enabled; the
+    caller then calls ``train`` or ``join`` of the buffer.
 
     B that is frozen (VeRA's is large) is not multiplied out here: its Bd is made in each call, and not kept.
 
@@ -74,7 +75,6 @@ def pack_factors(
         if b is not None and f.b is not None:
             flat.put(b, f.b)
         Bts.append(Factors(B, d, A, b))
-    flat.train()
     operands = Operands(weights, biases, A, not common, Bts, columns)
     return Packed(SharedInput, operands, flat, dtype)
 

@@ -1,0 +1,42 @@
+"""Fold an update into the weight it belongs to, in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .contract import Adapter
+from .experts import AdaptedExperts
+from .linear import AdaptedLinear
+from .site import Site
+from .state import POOLS, adapters
+
+
+@torch.no_grad()
+def fold(site: Site, adapter: Adapter, parameters: dict[str, nn.Parameter]) -> None:
+    """Set W <- round(W + dW), computed in fp32, and the bias likewise.
+
+    Args:
+        parameters: those of the model, by name. The site's weight and bias are changed in place.
+    """
+    weight: Tensor = parameters[site.weight]
+    rows = weight
+    if site.rows is not None:
+        rows = weight[..., slice(*site.rows)] if site.transposed else weight[..., slice(*site.rows), :]
+    W = (rows.mT if site.transposed else rows).float()
+    merged = W + adapter.delta(W if adapter.needs_weight else None)
+    rows.copy_(merged.mT if site.transposed else merged)
+    if site.bias and (bias := adapter.delta_bias()) is not None:
+        parameters[f"{site.path}.bias"].add_(bias)
+
+
+def fold_all(model: nn.Module) -> None:
+    """Fold every adapter of a model into its weights, and put back the modules that were there before."""
+    parameters = dict(model.named_parameters())
+    for adapter in adapters(model).values():
+        fold(adapter.site, adapter, parameters)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear | AdaptedExperts):
+            model.set_submodule(path, module.unwrapped())
+    if hasattr(model, POOLS):
+        delattr(model, POOLS)

@@ -1,0 +1,122 @@
+"""The package as a library: adapters in a model and a training loop of one's own.
+
+    from rasa_train import RaSA, adapt, merge, save_adapter
+
+    model = adapt(AutoModelForCausalLM.from_pretrained(name), RaSA(r=8, k=1, alpha=8))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    ...                                      # loss.backward(); clip; optimizer.step(), as ever
+    save_adapter(model, "adapter")           # rasa-merge, rasa-eval and load_adapter read it
+
+An adapted model is the model itself: its forward, ``generate`` and trainers of other libraries work as before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from .adapters import inject
+from .adapters.contract import Method
+from .adapters.fold import fold_all
+from .adapters.packed_forward import PackedForward
+from .adapters.saved import load_tensors, read_adapter, write_adapter
+from .adapters.state import saved_tensors
+from .errors import UserError
+from .io.base_fingerprint import base_samples
+
+ADAPTED = "rasa_train_adapted"
+"""Attribute of an adapted model: its method and the hooks of its fast path."""
+
+
+def adapt(model: nn.Module, method: Method) -> nn.Module:
+    """Freeze a model and put the adapters of ``method`` into it, for a training loop of one's own.
+
+    The linears of the decoder layers that ``method.targets`` selects get an update, which is zero at first for almost
+    every method, so the outputs do not change. Adapter parameters are fp32, on the device of the weights they belong
+    to; only they have ``requires_grad``. Forward and backward take the fast path (factors packed in the dtype of the
+    weights once a forward pass), and ``loss.backward()`` leaves complete gradients in the parameters. The model may be
+    moved to another device, compiled, checkpointed (``use_reentrant=False``) or wrapped in DDP or FSDP afterwards.
+
+    Args:
+        model: a model of transformers with repeated decoder layers, with its weights.
+        method: the hyper-parameters, as ``RaSA(r=8, k=1, alpha=8)`` or ``LoRA(r=8, alpha=16, dropout=0.05)``.
+    Returns:
+        The model itself, changed in place.
+    Raises:
+        UserError: the model has adapters already, a target matches nothing, or the method wraps the model in another
+            library's (``peft``: use that library itself).
+    """
+    if hasattr(model, ADAPTED):
+        raise UserError("the model has adapters already: merge(model) folds them into its weights first")
+    adapted, _ = inject.adapt(model, method)
+    if adapted is not model:
+        raise UserError(f"adapt: the method {method.method!r} wraps the model in another library's; use that library")
+    setattr(model, ADAPTED, (method, PackedForward(model)))
+    return model
+
+
+def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | None = None) -> Path:
+    """Write the adapters of a model to a directory that ``load_adapter``, ``rasa-merge`` and ``rasa-eval`` read.
+
+    Args:
+        directory: is made where it is not there; files of an adapter in it are replaced.
+        base_model: directory or hub id of the base, for those who read the adapter. Default: where the model was loaded
+            from.
+    Returns:
+        The directory.
+    Raises:
+        UserError: the model was not adapted by ``adapt``, or it is not known where its base is.
+    """
+    method, _ = _adapted(model)
+    name = base_model or getattr(getattr(model, "config", None), "name_or_path", "")
+    if not name:
+        raise UserError("save_adapter: where is the base? Give base_model, a directory or a hub id")
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # found from any directory
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    samples = base_samples(name)
+    write_adapter(path, method, saved_tensors(model), base_model=name, base_revision=None, base_tensors=samples)
+    return path
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Put a saved adapter into a model that has none, to use it or to train it further.
+
+    Args:
+        directory: an adapter of this package (an output directory's ``adapter``, a checkpoint), of PEFT or of the
+            reference implementation.
+    Returns:
+        The model itself, changed in place.
+    Raises:
+        UserError: there is no adapter, it is damaged, or it does not fit the model.
+    """
+    saved = read_adapter(directory)
+    adapt(model, saved.method)
+    load_tensors(model, saved.tensors, origin=str(directory))
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold the adapters of a model into its weights, W <- round(W + dW) in the weights' dtype, and remove them.
+
+    ``rasa-merge`` does the same from file to file, without the model in memory, and reports what rounding changed.
+
+    Returns:
+        The model itself, an ordinary model of its class again.
+    Raises:
+        UserError: the model was not adapted by ``adapt``.
+    """
+    _, forward = _adapted(model)
+    forward.remove()
+    fold_all(model)
+    delattr(model, ADAPTED)
+    return model
+
+
+def _adapted(model: nn.Module) -> tuple[Method, PackedForward]:
+    found: tuple[Method, PackedForward] | None = getattr(model, ADAPTED, None)
+    if found is None:
+        raise UserError("the model has no adapters of adapt() or load_adapter()")
+    return found
