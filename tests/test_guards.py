@@ -121,8 +121,8 @@ def test_less_at_once_where_memory_runs_out(recipe: Path, cli: Cli, monkeypatch:
     done = cli("train", recipe, *SHORT, check=True)
     again = [8, 4, 2, 2, 2, 2]
     assert tried[:18] == again * 3 and max(tried[18:]) == 2 and tried[18:], tried
-    assert done.stderr.count("out of memory; the same batch again") == 6
-    assert done.stderr.count("3 steps have run out of memory: from here on at most 2 sequences at once") == 1
+    assert done.stderr.count("out of memory; the same batch is tried again") == 6
+    assert done.stderr.count("3 steps have run out of memory: a worker now computes at most 2 sequences at once") == 1
     assert max(validated) == 2, "validation takes no more than a step"
     same_numbers(recipe.parent)
 
@@ -132,8 +132,8 @@ def test_one_shortage_does_not_last(recipe: Path, cli: Cli, monkeypatch: pytest.
     cli("train", recipe, *SHORT, "training.micro_batch_size=2", "output_dir=small", check=True)
     tried, _ = out_of_memory_where(monkeypatch, lambda sequences, before: before == 1)
     done = cli("train", recipe, *SHORT, check=True)
-    assert tried[:5] == [8, 8, 4, 4, 8] and "from here on" not in done.stderr
-    assert "step 2: out of memory; the same batch again, at most 4 sequences at once" in done.stderr
+    assert tried[:5] == [8, 8, 4, 4, 8] and "a worker now computes" not in done.stderr
+    assert "step 2: out of memory; the same batch is tried again, at most 4 sequences at once" in done.stderr
     same_numbers(recipe.parent)
 
 
@@ -144,7 +144,8 @@ def test_rare_shortages_do_not_add_up() -> None:
         room.finished(step, less)
     assert room.usual == Limit(tokens=4096) and not said
     room.finished(202, less)
-    assert room.usual == less and said == ["3 steps have run out of memory: from here on at most 2,048 tokens at once"]
+    message = "3 steps have run out of memory: a worker now computes at most 2,048 tokens at once"
+    assert room.usual == less and said == [message]
     room.finished(203, less)
     assert len(said) == 1, "the usual limit is no shortage"
 
@@ -181,7 +182,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe: Path, cli: Cli, monk
     monkeypatch.setattr(checkpoint, "_fsync", fsync)
     done = cli("train", recipe, check=True)
     assert done.stderr.count("No space left on device: no checkpoint of step 6") == 1
-    assert "step-00000003" in done.stderr and "there is room again: saved at step 9" in done.stderr
+    assert "step-00000003" in done.stderr and "there is room again: the run is saved at step 9" in done.stderr
     names = sorted(path.name for path in (recipe.parent / "run" / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in (3, 9, 12, 15, 18, 20)]
 
@@ -198,7 +199,7 @@ def test_what_is_said_of_a_lost_gpu_and_a_full_disk(tmp_path: Path) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
     with pytest.raises(UserError, match=r"Disk quota exceeded.*saved up to step 12"), explained(directory):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-    with pytest.raises(UserError, match=r"Read-only.*saved up to step 12.*See to the disk"), explained(directory):
+    with pytest.raises(UserError, match=r"Read-only.*saved up to step 12.*Check the disk"), explained(directory):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.raises(PermissionError), explained(directory):
         raise PermissionError(errno.EACCES, "no")

@@ -1,8 +1,8 @@
-"""Checkpoints: a directory that is there whole or not at all, and is read only if every byte is right.
+"""Checkpoints. The directory of a checkpoint exists whole or not at all, and is read only if every byte is right.
 
 A checkpoint is an adapter directory (so it can be merged and evaluated) plus ``optimizer.safetensors``, whose
-tensors are keyed by the adapter's names, and ``trainer.json``. What is large is written by all workers, each a part
-(``optimizer-00001-of-00008.safetensors``) with whole tensors in it, so any number of workers can read it.
+tensors are keyed by the adapter's names, and ``trainer.json``. All workers write the large files together: each writes
+a part (``optimizer-00001-of-00008.safetensors``) with whole tensors in it, so any number of workers can read the parts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHECKSUMS, OPTIMIZER, RULE, TRAINER = (
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. ``step`` is the number of optimizer steps done."""
+    """Progress of a run. ``step`` is the number of optimizer steps done."""
 
     step: int = 0
     samples: int = 0
@@ -54,7 +54,7 @@ class Progress:
     seconds: float = 0.0
 
     def after(self, batch: np.ndarray, data: TokenDataset, seconds: float) -> Progress:
-        """One more step: ``batch`` are the indices of its examples."""
+        """Return the progress after one more step; ``batch`` holds the indices of its examples."""
         return Progress(
             self.step + 1,
             self.samples + len(batch),
@@ -69,8 +69,9 @@ def directory_name(step: int) -> str:
 
 
 def save(model: TrainableModel, checkpoints: Path, progress: Progress, data_key: str) -> Path:
-    """Write ``checkpoints/step-XXXXXXXX`` beside its place, flush it to disk, rename it. Every worker must call it and
-    gives its part; the first writes or, if base weights are trained, each writes a share."""
+    """Write ``checkpoints/step-XXXXXXXX`` beside its final place, flush it to disk and rename it. Every worker must
+    call it, because each contributes its part of the tensors. The first worker writes the tensors or, if base weights
+    are trained, each worker writes a share of them."""
     engine, rule_state = model.engine, model.rule_state
     accelerator = engine.accelerator
     final, first = checkpoints / directory_name(progress.step), accelerator.is_main_process
@@ -95,7 +96,7 @@ def save(model: TrainableModel, checkpoints: Path, progress: Progress, data_key:
 
 
 def write_adapter(model: TrainableModel, directory: Path, writers: int = 1) -> list[Path]:
-    """Write the adapter as it is now, tensor by tensor. Every worker must call it. Returns the files of this worker."""
+    """Write the current adapter, tensor by tensor. Every worker must call it. Returns the files this worker wrote."""
     accelerator, base, written = model.engine.accelerator, model.recipe.model, list[Path]()
     if accelerator.is_main_process:
         config = write_config(
@@ -120,8 +121,8 @@ def write_tensors(
     """Write ``tensors`` as they come. Every worker must call it, because each tensor is gathered from all of them.
 
     Args:
-        names: those that may come.
-        writers: so many workers, from the first, write a part of the file each.
+        names: names of the tensors that may come.
+        writers: number of workers, from the first, that each write a part of the file.
     Returns:
         The file that this worker has written, if any.
     """
@@ -137,12 +138,12 @@ def write_tensors(
 
 
 def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: Engine) -> None:
-    """Fill a directory by ``write`` and put it at ``final`` (replacing what is there) with its checksums. Every worker
-    must call it; ``write`` returns the files that the worker has written.
+    """Fill a directory with ``write``, add its checksums and move it to ``final``, replacing any directory there. Every
+    worker must call it; ``write`` returns the files that the worker has written.
 
     Raises:
-        OSError: on every worker, if it failed on one. Not where workers hold parts of the tensors: one that fails
-            amid the exchange of them cannot tell the others, which then lose it.
+        OSError: on every worker, if writing failed on one. The exception is a strategy where workers hold parts of the
+            tensors: a worker that fails while tensors are exchanged cannot tell the others, which then lose it.
     """
     accelerator = engine.accelerator
     beside, first = final.with_name(f".{final.name}.partial"), accelerator.is_main_process
@@ -183,14 +184,14 @@ def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: En
 
 
 def raise_everywhere(accelerator: Accelerator, failed: OSError | None) -> None:
-    """Raise what has failed on any worker on all of them, the first by rank. Every worker must call it."""
+    """Raise on all workers the error of the lowest rank that ``failed``, if any. Every worker must call it."""
     for error in gather(accelerator, failed):
         if error is not None:
             raise error
 
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files all have their checksum; ``warn`` is told of those passed over."""
+    """Return the newest checkpoint whose files all match their checksums; ``warn`` names each damaged newer one."""
     for path in sorted(checkpoints.glob("step-*"), reverse=True):
         if not re.fullmatch(r"step-\d{8,}", path.name):
             continue
@@ -202,7 +203,7 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def agreed_newest(checkpoints: Path, warn: Callable[[str], None], accelerator: Accelerator) -> Path | None:
-    """The first worker's ``newest``. Raises ``UserError`` where another worker cannot see it."""
+    """Return the first worker's ``newest``. Raises ``UserError`` on any other worker that cannot see it."""
     mine = newest(checkpoints, warn) if accelerator.is_main_process else None
     found: Path | None = from_first(accelerator, mine)
     if found and not (found / TRAINER).is_file():
@@ -215,23 +216,24 @@ def agreed_newest(checkpoints: Path, warn: Callable[[str], None], accelerator: A
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None if it is undamaged."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
         for name, expected in checksums.items():
             if _sha256(path / name) != expected:
-                return f"{name} has another checksum"
+                return f"{name} does not match its checksum"
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def load_progress(path: Path, *, data_key: str) -> Progress:
-    """How far the run was. Raises ``UserError`` when it was made on other data than ``data_key``'s."""
+    """Return the progress at a checkpoint. Raises ``UserError`` if its run used data with another ``data_key``."""
     values: dict[str, Any] = json.loads((path / TRAINER).read_text())
     if values.pop("data_key") != data_key:
         raise UserError(
-            f"{path}: this run was started on data that has changed since; choose another output_dir, or --fresh",
+            f"{path}: this run was started on data that has changed since; choose another output_dir, or start over "
+            "with --fresh",
             key="data.dataset",
         )
     return Progress(**values)
@@ -245,7 +247,7 @@ def prune(checkpoints: Path, keep_last: int | None) -> None:
 
 
 def load_optimizer(path: Path, engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Put the state of ``optimizer.safetensors`` back, whatever engine and number of workers it came from."""
+    """Restore the state in ``optimizer.safetensors``, whatever engine and number of workers wrote it."""
     states: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in parameters.values()}
     for name, tensor in read_safetensors(path / OPTIMIZER).items():
         key, _, parameter_name = name.partition(":")
@@ -254,14 +256,14 @@ def load_optimizer(path: Path, engine: Engine, parameters: Mapping[str, nn.Param
 
 
 def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Put the buffers of the method's own rule back, in place."""
+    """Restore the buffers of the method's own rule, in place."""
     saved = read_safetensors(path / RULE) if state else {}
     for name, buffer in state.items():
         buffer.copy_(saved[name])
 
 
 def digest(text: str) -> str:
-    """A short one, to compare."""
+    """Return a short digest of ``text``, for comparison."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

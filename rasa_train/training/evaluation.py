@@ -1,4 +1,4 @@
-"""Task accuracy while a model is trained: the adapter as it is, on the worker that holds it."""
+"""Task accuracy while a model is trained: the current adapter, evaluated on the worker that holds it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ..recipe.schema import Recipe
 
 
 class TrainingEvaluation:
-    """Evaluates the model that is being trained, as ``training.evaluate`` says. ``best`` and ``last`` are its scores.
+    """Evaluation of the model that is being trained, as ``training.evaluate`` says.
 
-    Generation goes through the adapted layers themselves, so the weights stay what they are. The first worker does it
-    while the others wait: the model must be whole on each.
+    Generation goes through the adapted layers themselves, so the weights do not change. The first worker evaluates
+    while the others wait; every worker must hold the whole model.
 
     Raises:
         UserError: questions, tokenizer or packages are missing, or the strategy divides the model.
@@ -36,7 +36,7 @@ class TrainingEvaluation:
         if divided:
             raise UserError(
                 "training.evaluate generates with the whole model: distributed.strategy must be ddp, got "
-                f"{recipe.distributed.strategy}; evaluate its checkpoints with rasa-eval --all-checkpoints",
+                f"{recipe.distributed.strategy}; or evaluate the checkpoints with rasa-eval --all-checkpoints",
                 key="training.evaluate",
             )
         self.name, self.every, self.say = config.suite, config.every, say
@@ -45,7 +45,7 @@ class TrainingEvaluation:
         self.evaluation = Evaluation(options, say, lambda title: lambda progress: None)
 
     def __call__(self, model: nn.Module) -> float:
-        """The suite's headline metric, in [0, 1]."""
+        """Return the suite's headline metric, in [0, 1]."""
         with _as_it_was(model):
             model.eval()
             lm = wrap(model, self.tokenizer)
@@ -60,7 +60,7 @@ class TrainingEvaluation:
 
 
 def best_of(metrics: Path) -> dict[str, Any] | None:
-    """BEST and LAST of the ``eval_SUITE`` values of a run's metrics; None if it has none."""
+    """Return the best and the last of the ``eval_SUITE`` values in a run's metrics; None if there are none."""
     import json
 
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -88,7 +88,7 @@ def _tokenizer(config: ModelConfig) -> Any:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Mode and random state are put back: training goes on as if nothing had been measured."""
+    """Restore mode and random state at the end: training goes on as if nothing had been measured."""
     training = model.training
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

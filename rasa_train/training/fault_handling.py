@@ -1,4 +1,4 @@
-"""What keeps a long run from being lost: steps that are skipped, less computed at once, a full disk, a lost GPU."""
+"""Protection of a long run: skipped steps, less computed at once when memory runs out, a full disk, a lost GPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..io.atomic import write_json
 from ..io.run_dir import RunDirectory
 
 WINDOW, SPIKE = 32, 2.0
-"""A loss is a spike if it is more than ``SPIKE`` times the median of the last ``WINDOW`` (of half as many at least)."""
+"""A loss is a spike if it exceeds ``SPIKE`` times the median of the last ``WINDOW`` losses (at least half as many)."""
 
 
 class Watch:
-    """Counts the steps that were skipped and notices spikes of the loss. Equal on all workers, as their losses are.
+    """Counter of skipped steps that also notices spikes of the loss. Equal on all workers, as their losses are.
 
     Args:
-        max_skipped: so many skipped steps in a row end the run.
+        max_skipped: number of skipped steps in a row that ends the run.
     """
 
     def __init__(self, max_skipped: int, say: Callable[[str], None]) -> None:
@@ -56,10 +56,10 @@ class Watch:
         *,
         first: bool,
     ) -> None:
-        """End the run after ``max_skipped`` steps in a row; the ``first`` worker keeps the last batch for a look.
+        """End the run after ``max_skipped`` steps in a row; the ``first`` worker keeps the last batch for inspection.
 
         Raises:
-            UserError: so many steps were skipped.
+            UserError: ``max_skipped`` steps in a row were skipped.
         """
         if self.in_a_row < self.max_skipped:
             return
@@ -81,10 +81,10 @@ class Watch:
 
 
 class Room:
-    """How much a worker computes at once, now that steps may run out of memory.
+    """Limit on what a worker computes at once, which is lowered if steps run out of memory.
 
-    A single shortage has passing causes: another process on the GPU, a batch of a rare shape, memory in pieces. So the
-    step is repeated with less at once, and the next step begins with the usual limit again. Where ``SHORTAGES`` of the
+    A single shortage has passing causes: another process on the GPU, a batch of a rare shape, fragmented memory. So the
+    step is repeated with less at once, and the next step begins with the usual limit again. If ``SHORTAGES`` of the
     last ``SHORTAGES_WITHIN`` steps ran out of memory, the smaller limit becomes the usual one. Equal on all workers.
     """
 
@@ -97,20 +97,20 @@ class Room:
         self._short: list[int] = []
 
     def finished(self, step: int, limit: Limit) -> None:
-        """Take note that ``step`` (counted from 1) was finished with this ``limit``."""
+        """Record that ``step`` (counted from 1) was finished with this ``limit``."""
         if limit == self.usual:
             return
         self._short = [*(earlier for earlier in self._short if step - earlier < self.SHORTAGES_WITHIN), step]
         if len(self._short) == self.SHORTAGES:
             self.usual, self._short = limit, []
-            self.say(f"{self.SHORTAGES} steps have run out of memory: from here on at most {limit} at once")
+            self.say(f"{self.SHORTAGES} steps have run out of memory: a worker now computes at most {limit} at once")
 
 
 def smaller(limit: Limit, batch: np.ndarray, lengths: np.ndarray, workers: int) -> Limit:
-    """About half as much at once as the largest micro-batch that ``limit`` makes of ``batch``.
+    """Return a limit of about half the largest micro-batch that ``limit`` makes of ``batch``.
 
     Raises:
-        UserError: each is one example already.
+        UserError: each micro-batch is one example already.
     """
     parts = [part for worker in limit.split(batch, lengths, workers) for part in worker]
     most = max(map(len, parts))
@@ -127,7 +127,7 @@ def smaller(limit: Limit, batch: np.ndarray, lengths: np.ndarray, workers: int) 
 
 
 BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
-"""A disk that takes nothing more, whatever room it has: a kernel makes it read-only when it finds an error on it."""
+"""Errors of a disk that accepts no data, however much room it has: a kernel makes a disk with an error read-only."""
 
 
 def disk_full(error: OSError) -> bool:
@@ -135,7 +135,7 @@ def disk_full(error: OSError) -> bool:
 
 
 def saved_at(directory: RunDirectory) -> str:
-    """Where the same command would go on, in a sentence."""
+    """Return a sentence that says where the same command would go on."""
     if newest := max(directory.checkpoints.glob("step-*"), default=None):
         return f"The run is saved up to step {int(newest.name.removeprefix('step-'))} ({newest})."
     return "The run has no checkpoint yet."
@@ -143,10 +143,10 @@ def saved_at(directory: RunDirectory) -> str:
 
 @contextmanager
 def explained(directory: RunDirectory) -> Iterator[None]:
-    """Say what is saved when the disk or the GPU fails inside.
+    """Say what is saved if the disk or the GPU fails inside the context.
 
     Raises:
-        UserError: the disk is full, or takes nothing more.
+        UserError: the disk is full, or accepts no data.
         DeviceLost: the GPU answers with an error.
     """
     try:
@@ -161,7 +161,7 @@ def explained(directory: RunDirectory) -> Iterator[None]:
 
 
 def unwritable(directory: RunDirectory, error: OSError) -> UserError:
-    remedy = "Make room" if disk_full(error) else "See to the disk"
+    remedy = "Make room" if disk_full(error) else "Check the disk"
     return UserError(
         f"output_dir: {directory.path} cannot be written: {error.strerror}. {saved_at(directory)} {remedy}: the same "
         "command goes on from there.",

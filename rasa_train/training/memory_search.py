@@ -1,4 +1,4 @@
-"""How much a worker computes at once, and how many layers it recomputes: by trying, before the first step."""
+"""Search for how much a worker computes at once and how many layers it recomputes: by trying, before the first step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 from ..errors import UserError
 
 MOST = 16_384
-"""Tokens at once that ``auto`` begins with: the products of an 8B model are at full speed long before."""
+"""Tokens at once that ``auto`` begins with: the matrix products of an 8B model reach full speed with far fewer."""
 ENOUGH = 4_096
-"""Tokens at once below which a GPU is no longer busy: rather recompute layers than go there."""
+"""Tokens at once below which a GPU is no longer busy: recomputing layers costs less than going below."""
 
 MARGIN = 0.08
-"""Share of a GPU's memory that a try must leave free: later batches have other shapes, and leave memory in other
-pieces."""
+"""Share of a GPU's memory that a trial must leave free: later batches have other shapes, and fragment memory
+differently."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,16 @@ def search(
     tokens: int | Literal["auto"],
     checkpointing: bool | int | Literal["auto"],
 ) -> Setting:
-    """The fastest setting that fits in memory.
+    """Return the fastest setting that fits in memory.
 
-    More tokens than ``ENOUGH`` at once gain little, and recomputing costs a third: so first fewer tokens, down to
-    ``ENOUGH``; then recompute as few layers as will do; then fewer tokens again, with all layers recomputed.
+    More tokens than ``ENOUGH`` at once gain little, and recomputing costs a third. So the search first tries fewer
+    tokens, down to ``ENOUGH``; then as few recomputed layers as possible; then fewer tokens again, with all layers
+    recomputed.
 
     Args:
-        fits: tries a setting. The first call has the most tokens.
+        fits: tries a setting and says whether it fits. The first call has the most tokens.
         longest: tokens of the longest example, the least that has to fit.
-        tokens, checkpointing: what the recipe says.
+        tokens, checkpointing: the settings of the recipe.
     Raises:
         UserError: nothing fits.
     """
@@ -74,7 +75,7 @@ def _halved(most: int, least: int) -> Iterator[int]:
 
 
 def _fewest(fits: Callable[[Setting], bool], tokens: int, layers: int) -> int:
-    """By bisection; ``layers`` are known to fit."""
+    """Return the fewest recomputed layers that fit, by bisection; ``layers`` are known to fit."""
     low, high = 1, layers
     while low < high:
         middle = (low + high) // 2

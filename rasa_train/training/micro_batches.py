@@ -1,4 +1,4 @@
-"""How much each worker computes at once, and the tensors of its micro-batches."""
+"""The limit on what each worker computes at once, and the tensors of its micro-batches."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """What one worker needs to know of a step."""
+    """One worker's part of a step, and the facts about the whole step that it needs."""
 
     batch: np.ndarray
-    """Examples of the global batch."""
+    """Indices of the examples of the global batch."""
     mine: list[np.ndarray]
-    """Examples of each micro-batch of this worker; none where another worker has more to do."""
+    """Indices of the examples of each micro-batch of this worker; empty where another worker has more to do."""
     tensors: list[dict[str, Any]]
-    """Of each micro-batch, in (pinned) host memory."""
+    """Tensors of each micro-batch, in host memory (pinned for a GPU)."""
     micro_batches: int
-    """Those of all workers that are not empty."""
+    """Number of micro-batches of all workers that are not empty."""
 
 
 def plan_steps(
     recipe: Recipe, train: TokenDataset, limit: Limit, accelerator: Accelerator, steps: range, steps_per_epoch: int
 ) -> Iterator[Step]:
-    """This worker's part of each of the ``steps``, its tensors made."""
+    """Yield this worker's part of each of the ``steps``, with its tensors."""
     training, epoch_now, batches = recipe.training, -1, list[np.ndarray]()
     for step in steps:
         epoch, position = divmod(step, steps_per_epoch)
@@ -62,7 +62,7 @@ def plan_steps(
 
 
 def step_of(batch: np.ndarray, train: TokenDataset, limit: Limit, flat: bool, accelerator: Accelerator) -> Step:
-    """This worker's part of a global batch."""
+    """Return this worker's part of a global batch."""
     divided = limit.split(batch, train.lengths, accelerator.num_processes)
     mine = divided[accelerator.process_index]
     tensors = [batch_of(train, indices, flat, accelerator.device) for indices in mine]
@@ -70,16 +70,16 @@ def step_of(batch: np.ndarray, train: TokenDataset, limit: Limit, flat: bool, ac
 
 
 def batch_of(dataset: TokenDataset, indices: np.ndarray, flat: bool, device: torch.device) -> dict[str, Any]:
-    """Tensors of these examples: right-padded, or one row (``flat``); in pinned memory if they go to a GPU.
+    """Make the tensors of these examples: right-padded, or one row (``flat``); in pinned memory if they go to a GPU.
 
-    No examples (a worker that has less to do) give one unsupervised sequence, so that every worker calls the model
-    equally often."""
+    If there are no examples (the worker has less to do than others), the result is one unsupervised sequence, so that
+    every worker calls the model equally often."""
     nothing = [Example(np.zeros(8, np.int32), np.full(8, IGNORE, np.int32))]
     examples = [dataset[i] for i in indices] or nothing
     batch = with_targets((flatten(examples) if flat else collate(examples, pad_token_id=0)) or {})
     if device.type != "cuda":
         return batch
-    with torch.cuda.device(device):  # a thread begins with the first GPU, whichever is this worker's
+    with torch.cuda.device(device):  # a new thread uses the first GPU, even if this worker has another
         return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
@@ -88,14 +88,14 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def fit(model: TrainableModel, train: TokenDataset, say: Callable[[str], None]) -> Limit:
-    """Choose how much each worker computes at once. ``auto``: on a GPU as much as memory allows, tried with the longest
-    examples, and as few recomputed layers as will do; on a CPU 4k tokens, and none.
+    """Choose how much each worker computes at once. ``auto`` on a GPU: as much as memory allows, tried with the longest
+    examples, and as few recomputed layers as possible; ``auto`` on a CPU: 4k tokens and no recomputed layers.
 
     Workers that wait for each other in the forward pass cannot try: one that runs out of memory would hold up the
-    rest. They take 16k tokens, and recompute all layers.
+    rest. They compute 16k tokens at once, and recompute all layers.
 
     Raises:
-        UserError: not even the longest example fits, on any worker.
+        UserError: even the longest example alone does not fit on every worker.
     """
     engine, training = model.engine, model.recipe.training
     workers, longest = engine.accelerator.num_processes, int(train.lengths.max())
@@ -130,8 +130,8 @@ def fit(model: TrainableModel, train: TokenDataset, say: Callable[[str], None]) 
 
 
 def memory_suffices(model: TrainableModel, train: TokenDataset, limit: Limit) -> bool:
-    """Whether the largest micro-batch and the optimizer's state have room on every worker's GPU, with
-    ``memory_search.MARGIN`` of it to spare. Leaves no trace."""
+    """Whether the largest micro-batch and the optimizer's state fit on every worker's GPU, with
+    ``memory_search.MARGIN`` of its memory to spare. The trial leaves no trace in the model."""
     engine, training = model.engine, model.recipe.training
     device = engine.accelerator.device
     by_length = np.argsort(-train.lengths, kind="stable")
@@ -143,7 +143,7 @@ def memory_suffices(model: TrainableModel, train: TokenDataset, limit: Limit) ->
     size = moments * sum(p.nbytes for p in model.parameters.values())  # fp32, as the optimizer's state is
     spare = int(memory_search.MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
-    def attempt() -> None:  # a function, so that nothing of it is held afterwards
+    def attempt() -> None:  # a function, so that none of its tensors is held afterwards
         room = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(spare, dtype=torch.uint8, device=device)
         with model.packed(), engine.synchronizing(False):
             engine.backward(model.loss(on_device(batch, device)), last=False)
@@ -163,7 +163,7 @@ def memory_suffices(model: TrainableModel, train: TokenDataset, limit: Limit) ->
 
 
 def limit_of(training: TrainingConfig, train: TokenDataset, workers: int, budget: int) -> Limit:
-    """What the recipe says; for ``auto`` about ``budget`` tokens, and something to do for every worker."""
+    """Return the recipe's limit; for ``auto`` about ``budget`` tokens, such that every worker has something to do."""
     most = math.ceil(training.batch_size / workers)
     if training.micro_batch_tokens:
         return Limit(tokens=training.micro_batch_tokens)
@@ -175,6 +175,7 @@ def limit_of(training: TrainingConfig, train: TokenDataset, workers: int, budget
 
 
 def micro_batch_seed(seed: int, step: int, example: int) -> int:
-    """Seed of the dropout masks of the micro-batch of ``step`` that begins with ``example``: the same on any number
-    of workers, so there is no RNG state to save, and a resumed run draws what the uninterrupted one draws."""
+    """Return the seed of the dropout masks of the micro-batch of ``step`` that begins with ``example``. The seed does
+    not depend on the number of workers, so there is no RNG state to save, and a resumed run draws the masks that the
+    uninterrupted run would draw."""
     return ((seed * 1_000_003 + step) * 16_777_619 + example) % 2**63

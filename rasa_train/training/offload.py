@@ -1,4 +1,4 @@
-"""Activations in host memory between forward and backward: room on a small GPU for time on its bus."""
+"""Activations in host memory between the forward and backward pass: frees memory on a small GPU, costs bus time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from ..objectives.next_token import Loss
 
 LEAST = 2**16
-"""Bytes of a tensor below which moving it is not worth a copy."""
+"""Size of a tensor in bytes below which moving it is not worth a copy."""
 
 
 @dataclass
 class Moved:
     bytes: int = 0
-    """Of the tensors that went to host memory."""
+    """Total size of the tensors that were moved to host memory."""
 
 
 def with_offload(losses: Loss) -> Loss:
-    """``losses``, with what its backward pass needs held in host memory."""
+    """Return ``losses`` with the tensors that its backward pass needs held in host memory."""
 
     def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         with offloaded(model):
@@ -34,10 +34,10 @@ def with_offload(losses: Loss) -> Loss:
 
 @contextmanager
 def offloaded(model: nn.Module, source: str = "cuda") -> Iterator[Moved]:
-    """What autograd saves inside is copied to (pinned) host memory, and back when backward asks for it.
+    """Copy what autograd saves inside the context to (pinned) host memory, and back when the backward pass asks for it.
 
     The weights of ``model`` stay where they are, whatever view of them is saved. Copies are queued on the stream that
-    computes, so they are in order with everything else; values do not change.
+    computes, so they stay in order with all other work; values do not change.
 
     Args:
         source: the kind of device whose tensors are moved.
@@ -48,7 +48,7 @@ def offloaded(model: nn.Module, source: str = "cuda") -> Iterator[Moved]:
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
-        expanded = size > storage.nbytes()  # a copy would be larger than what is there
+        expanded = size > storage.nbytes()  # a copy would be larger than the tensor's storage
         if tensor.device.type != source or size < LEAST or expanded or storage.data_ptr() in weights:
             return tensor
         moved.bytes += size

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, plain lines anywhere else."""
+"""Progress of a run for a person who watches it: a bar in a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 
 class Reporter:
-    """Progress of one run on stderr. Quiet on every worker but the first."""
+    """Progress of one run on stderr. Prints nothing on any worker but the first."""
 
     def __init__(self, total_steps: int, every: int, accelerator: Accelerator) -> None:
         self.total, self.every, self.started_at = total_steps, every, 0
@@ -32,7 +32,7 @@ class Reporter:
             self.bar.stop()
 
     def start(self, done: int, message: str | None) -> None:
-        """The first step is about to begin; ``done`` steps lie behind."""
+        """Print ``message`` and show the bar before the first step; ``done`` steps were done earlier."""
         self.started_at = done
         if message:
             self.say(message)
@@ -48,11 +48,11 @@ class Reporter:
             self.bar.start()
 
     def say(self, message: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a message on a line of its own, above the bar."""
         self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One step is done; ``row`` is its line of ``metrics.jsonl``."""
+        """Report that a step is done; ``row`` is its line of ``metrics.jsonl``."""
         step, loss, speed = (
             row["step"],
             math.nan if row["loss"] is None else row["loss"],
@@ -67,7 +67,7 @@ class Reporter:
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03``, or ``2:03`` under an hour."""
+    """Format a time as ``1:02:03``, or ``2:03`` under an hour."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -12,13 +12,13 @@ from .trainer import Trainer
 
 
 def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> dict[str, Any]:
-    """Train what the recipe says, going on where the run directory was left. Returns ``summary.json``'s content.
+    """Train as the recipe says, resuming the run in the run directory. Returns the content of ``summary.json``.
 
     Args:
-        data: what ``recipe.data`` prepares, for a caller that has it already.
+        data: the prepared data of ``recipe.data``, for a caller that has it already.
     Raises:
-        UserError: the model, the data or the adapter to start from cannot be used; steps fail (``fault_handling``).
-        Stopped: ``stop`` was asked for; the state is saved, the same call goes on from there.
+        UserError: the model, the data or the adapter to start from cannot be used, or steps fail (``fault_handling``).
+        Stopped: ``stop`` was asked for; the state is saved, and the same call goes on from there.
         DeviceLost: the GPU has failed.
     """
     trainer = Trainer(recipe, data)

@@ -19,12 +19,12 @@ from .trainable_model import TrainableModel
 
 def train_step(model: TrainableModel, train: TokenDataset, work: Step, step: int) -> float | None:
     """Compute the gradients of a global batch, accumulated over the micro-batches of this worker. Returns the mean loss
-    over the supervised tokens of the global batch; None where a worker ran out of memory.
+    over the supervised tokens of the global batch; None if a worker ran out of memory.
 
     Args:
         step: number of the step, from 0; dropout masks depend on it.
     Raises:
-        torch.OutOfMemoryError: where workers wait for each other in the forward pass, and could not try again.
+        torch.OutOfMemoryError: memory ran out where workers wait for each other in the forward pass, and cannot retry.
     """
     engine = model.engine
     mine, failed = None, 0.0
@@ -36,8 +36,9 @@ def train_step(model: TrainableModel, train: TokenDataset, work: Step, step: int
             raise
         failed = 1.0
     if failed and engine.accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()  # what is free may lie in pieces that are too small
-    # Read here and not inside: there the host would wait for the GPU before it queues what ``packed`` does at its end.
+        torch.cuda.empty_cache()  # free memory may be fragmented into pieces that are too small
+    # The loss is read here and not inside ``packed``: there the host would wait for the GPU before it queues the work
+    # that ``packed`` does at its end.
     loss_sum, failed = collectives.sum_over_workers(engine.accelerator, [0.0 if mine is None else float(mine), failed])
     return None if failed else loss_sum / int(train.supervised[work.batch].sum())
 
@@ -52,7 +53,7 @@ def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int
         last = i + 1 == len(work.mine)
         torch.manual_seed(micro_batches.micro_batch_seed(recipe.seed, step, int(indices[0]) if len(indices) else -1))
         with engine.synchronizing(last):
-            # What stands in for an empty micro-batch must not enter any statistics; but workers that gather weights
+            # The stand-in for an empty micro-batch must not enter any statistics; but workers that gather weights
             # from each other must all run the same code.
             engine.model.train(len(indices) > 0 or engine.sharded)
             loss = model.loss(on_device(tensors, accelerator.device))

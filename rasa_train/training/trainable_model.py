@@ -1,4 +1,4 @@
-"""A base model with adapters in it: its loss, what is trained in it, and how it generates."""
+"""A base model with adapters in it: its loss, its trained parameters, and how it generates."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from .offload import with_offload
 class TrainableModel:
     """The adapted model of a run, on one worker.
 
-    Before ``prepare`` the module is whole and on the CPU (or, on workers that do not read it, on the meta device), so
-    values can be loaded into it. ``prepare`` places and divides it.
+    Before ``prepare`` the module is whole and on the CPU (or, on workers that do not read the base, on the meta
+    device), so values can be loaded into it. ``prepare`` places and divides it.
     """
 
     module: nn.Module
-    """The adapted model itself. ``engine.model`` is what a strategy has wrapped it in."""
+    """The adapted model itself. ``engine.model`` is the wrapper that the strategy puts around it."""
     sites: list[Site]
     groups: list[Group]
-    """Linears that are computed together with packed factors. None where parameters are divided or the layers are
-    compiled: there the adapters' own forward serves."""
+    """Linears that are computed together with packed factors. Empty if parameters are divided or the layers are
+    compiled: then each adapter's own forward is used."""
     parameters: dict[str, nn.Parameter]
     """Every trained tensor, by its name in the adapter's file."""
     adapters: dict[str, Adapter]
     """The adapters, by the path of their site."""
     shapes: dict[str, tuple[int, ...]]
-    """Whole shapes of all tensors of the adapter's file, by name."""
+    """Undivided shapes of all tensors of the adapter's file, by name."""
     ranks: dict[str, int]
     """The largest effective rank of each kind of linear."""
 
@@ -81,7 +81,7 @@ class TrainableModel:
             self.module.forward = autocast(recipe, self.module)(self.module.forward)
 
     def prepare(self) -> None:
-        """Let the engine place and divide the model, and make the optimizer of what is trained."""
+        """Let the engine place and divide the model, and make the optimizer of the trained parameters."""
         self.shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(self.module).items()}
         self.ranks = effective_ranks(self.module)
         self.engine.prepare(self.module, partial(make_optimizer, self.recipe.training.optimizer))
@@ -94,19 +94,19 @@ class TrainableModel:
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """Compute with factors that are packed once, here, for all micro-batches inside. The gradients of trained
-        tensors are complete at the end."""
+        """Pack the factors once, on entry, for all micro-batches inside. The gradients of trained tensors are complete
+        at the end."""
         with packed(self.groups):
             yield
 
     @contextmanager
     def generation_mode(self) -> Iterator[None]:
-        """Let the module give logits and attend to padded sequences inside, as it does when it generates."""
+        """Let the module return logits and attend to padded sequences inside, as generation needs."""
         with ExitStack() as modes:
             for mode in (
                 next_token.with_logits(self.module),
                 padding_free.padded(self.module),
-                autocast(self.recipe, self.module),  # one of its own: an autocast cannot be entered twice
+                autocast(self.recipe, self.module),  # a second autocast, because none can be entered twice
                 self.packed(),
             ):
                 modes.enter_context(mode)
@@ -119,7 +119,7 @@ class TrainableModel:
 
     @property
     def trained(self) -> int:
-        """The number of trained values, divided or not."""
+        """The number of trained values on all workers, divided or not."""
         return sum(math.prod(self.shapes[name]) for name in self.parameters)
 
     @property
@@ -129,7 +129,7 @@ class TrainableModel:
 
     @property
     def rule_state(self) -> dict[str, Tensor]:
-        """Buffers of the method's own rule, which are in checkpoints and not in the finished adapter."""
+        """Buffers of the method's own rule, which checkpoints hold and the finished adapter does not."""
         return rule_state(self.module)
 
     @property
@@ -138,7 +138,7 @@ class TrainableModel:
         return saved_tensors(self.module)
 
     def restore(self, rules: Mapping[str, Tensor]) -> None:
-        """Undo a step that was tried: drop the gradients, and put back what the method's rule had counted before."""
+        """Undo a step that was tried: drop the gradients, and restore ``rules``, the earlier ``rule_state``."""
         self.engine.zero_grad()
         for name, tensor in self.rule_state.items():
             tensor.copy_(rules[name])
@@ -150,10 +150,10 @@ def trains_base(recipe: Recipe, module: nn.Module) -> bool:
 
 
 def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
-    """Return the autocast of a model whose base weights are trained in a low precision: they are held in fp32 and
-    computed with in ``model.dtype``. For any other model it changes nothing.
+    """Return the autocast of a model whose base weights are trained in a low precision: these weights are held in
+    fp32, and the computation is in ``model.dtype``. For any other model the autocast changes nothing.
 
-    It has no cache, which would keep the low-precision copies of the first step's weights for the whole run.
+    Its cache is off, because it would keep the low-precision copies of the first step's weights for the whole run.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     enabled = recipe.model.dtype != "float32" and trains_base(recipe, module)
@@ -161,8 +161,8 @@ def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
 
 
 def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
-    """Load the base, with its weights where this worker reads them. If only the first worker reads, the others wait as
-    long as it takes: a large base on a slow disk takes longer than an exchange may."""
+    """Load the base, with its weights if this worker reads them. If only the first worker reads, the others wait as
+    long as it takes: a large base on a slow disk takes longer than the timeout of an exchange."""
     if not engine.first_reads:
         return load_model(recipe.model)
     read: list[PreTrainedModel] = []
@@ -176,7 +176,7 @@ def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
 
 
 def needs_whole_base(recipe: Recipe) -> bool:
-    """Whether the method reads or trains weights of the base, which then cannot be divided as they are read."""
+    """Whether the method reads or trains weights of the base, which then cannot be divided while they are loaded."""
     model = meta_model(recipe.model)
     with torch.device("meta"):
         model, _ = adapt(model, recipe.adapter)

@@ -1,4 +1,4 @@
-"""The state of a training run, and what is done to it: set up, resumed, stepped, validated, saved, finished."""
+"""The state of a training run, and the operations on it: set up, resume, step, validate, save, finish."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class MetricsRow(TypedDict):
     """A line of ``metrics.jsonl``: one optimizer step."""
 
     step: int
-    """Optimizer steps done, from 1."""
+    """Number of optimizer steps done, from 1."""
     epoch: float
-    """Passes over the data done."""
+    """Number of passes over the data done, as a fraction."""
     loss: float | None
     """Mean over the supervised tokens of the global batch; None for a skipped step."""
     lr: float
@@ -51,14 +51,14 @@ class MetricsRow(TypedDict):
     supervised_tokens: int
     tokens_per_second: float
     peak_memory_bytes: int
-    """The most memory that this worker has held so far."""
+    """Most memory that this worker has held so far."""
     seconds: float
     validation_loss: NotRequired[float]
     """Mean over the supervised tokens of the held-out set, where it was measured."""
 
 
 class Trainer:
-    """One run on one worker. ``run`` calls the methods in the order in which they stand here."""
+    """One run on one worker. ``run`` calls the methods in the order in which they are defined here."""
 
     def __init__(self, recipe: Recipe, data: PreparedData | None = None) -> None:
         """Read the data and meet the other workers.
@@ -79,16 +79,16 @@ class Trainer:
         facts = {"recipe": checkpoint.digest(dump_recipe(recipe)), "data": self.data.key}
         preflight.same_everywhere(self.accelerator, process.versions() | facts)
         self.progress = Progress()
-        self._unsaved = False  # the last checkpoint found no room
+        self._unsaved = False  # the disk had no room for the last checkpoint
 
     @property
     def first(self) -> bool:
-        """Whether this is the first worker, which writes."""
+        """Whether this is the first worker, which writes the files."""
         return bool(self.accelerator.is_main_process)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Report progress inside, and say what is saved where the disk or the GPU fails."""
+        """Report progress inside, and say what is saved if the disk or the GPU fails."""
         with fault_handling.explained(self.directory), ExitStack() as self._exits:
             self.report = Reporter(self.total_steps, self.training.log_every, self.accelerator)
             self._exits.enter_context(self.report)
@@ -96,7 +96,7 @@ class Trainer:
             yield
 
     def setup(self) -> None:
-        """Load the model, put the adapters with their first values into it, and divide it among the workers."""
+        """Load the model, put the adapters with their initial values into it, and divide it among the workers."""
         self.engine = make_engine(self.recipe.distributed, self.accelerator, self.training.max_grad_norm)
         self.model = TrainableModel(self.recipe, self.engine)
         self.found = checkpoint.agreed_newest(self.directory.checkpoints, self.say, self.accelerator)
@@ -112,16 +112,16 @@ class Trainer:
             self.measure = TrainingEvaluation(self.recipe, divided=self.engine.sharded, say=self.say)
 
     def _narrow_base(self) -> float | None:
-        """Hold the frozen base in fewer bits, if the recipe says so. Returns by how much that changes it."""
+        """Hold the frozen base in fewer bits, if the recipe says so. Returns the relative difference this makes."""
         base, dtype = self.recipe.model.base, self.recipe.model.dtype
         if base == "bf16":
             return None
         difference = narrow_base(self.model.module, base, self.accelerator.device)
-        self.say(f"base held in {base}: its linears differ by {difference:.2%} from {dtype}")
+        self.say(f"the base is held in {base}; its linears differ by {difference:.2%} from {dtype}")
         return difference
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one, and say what is going to be done."""
+        """Go on from the newest checkpoint, if there is one, and say what the run is going to do."""
         if self.found:
             self.progress = checkpoint.load_progress(self.found, data_key=self.data.key)
             checkpoint.load_optimizer(self.found, self.engine, self.model.parameters)
@@ -140,7 +140,7 @@ class Trainer:
         self.report.start(done, found)
 
     def steps(self) -> Iterator[tuple[int, Step]]:
-        """Yield the number of each step that is left, from 0, and this worker's part of it, made ahead."""
+        """Yield the number (from 0) of each remaining step and this worker's part of it, which is made ahead."""
         self.limit = fit(self.model, self.data.train, self.say)
         self.room = fault_handling.Room(self.limit, self.say)
         self.watch = fault_handling.Watch(self.training.max_skipped, self.say)
@@ -150,7 +150,7 @@ class Trainer:
         return enumerate(work, self.progress.step)
 
     def step(self, step: int, work: Step) -> MetricsRow:
-        """Make one optimizer step. Returns its line of the metrics."""
+        """Make one optimizer step. Returns its row of the metrics."""
         started = time.perf_counter()
         batch, train = work.batch, self.data.train
         lr = self.training.optimizer.lr * lr_factor(self.training.schedule, step, self.total_steps)
@@ -182,15 +182,15 @@ class Trainer:
         }
 
     def _gradients(self, step: int, work: Step, rules: dict[str, Any]) -> float:
-        """Compute the gradients of a step, with less at once while memory runs out. Returns the loss."""
+        """Compute the gradients of a step, with less and less at once while memory runs out. Returns the loss."""
         batch, fitting = work.batch, self.room.usual
-        if fitting != self.limit:  # planned with as much at once as has turned out not to fit
+        if fitting != self.limit:  # planned with a limit that has turned out to be too large
             work = self._again(work, fitting)
         while (loss := train_step(self.model, self.data.train, work, step)) is None:
             self.model.restore(rules)
             workers = self.accelerator.num_processes
             fitting = fault_handling.smaller(fitting, batch, self.data.train.lengths, workers)
-            self.say(f"step {step + 1}: out of memory; the same batch again, at most {fitting} at once")
+            self.say(f"step {step + 1}: out of memory; the same batch is tried again, at most {fitting} at once")
             work = self._again(work, fitting)
         self.room.finished(step + 1, fitting)
         return loss
@@ -199,21 +199,21 @@ class Trainer:
         return step_of(work.batch, self.data.train, limit, self.training.flat, self.accelerator)
 
     def _due(self, every: int | str) -> bool:
-        """Whether something is to be done after the step that was made: every so many steps, or every ``epoch``; and
-        always after the last step."""
+        """Whether work that is done after every ``every`` steps, or after every epoch, is due after the current step.
+        It is always due after the last step."""
         step = self.progress.step
         at = self.steps_per_epoch if isinstance(every, str) else every
         return step == self.total_steps or step % at == 0
 
     def validate(self, row: MetricsRow) -> None:
-        """Add the loss of the held-out set to the row, where it is due."""
+        """Add the loss of the held-out set to the row, if it is due."""
         if self.data.validation and self._due(self.training.validate_every):
             with self.model.packed():
                 row["validation_loss"] = validate(self.model, self.data.validation, self.room.usual)
             self.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}")
 
     def evaluate(self, row: MetricsRow) -> None:
-        """Add the score of ``training.evaluate`` to the row, where it is due: the first worker measures it."""
+        """Add the score of ``training.evaluate`` to the row, if it is due. The first worker measures it."""
         if self.measure and self._due(self.measure.every):
             with self.model.generation_mode():
                 accuracy = self.measure(self.model.module) if self.first else None
@@ -235,11 +235,11 @@ class Trainer:
         return asked and self.progress.step < self.total_steps
 
     def checkpoint(self, *, needed: bool) -> None:
-        """Save the state, where that is due, ``needed`` because the run stops, or was not possible last time. A full
-        disk is said once and leaves the checkpoint before.
+        """Save the state if that is due, if it is ``needed`` because the run stops, or if the last attempt failed. A
+        full disk is reported once and leaves the previous checkpoint in place.
 
         Raises:
-            UserError: the disk is full, and the checkpoint is needed.
+            OSError: the disk is full and the checkpoint is needed, or the disk fails (``running`` explains it).
         """
         if not (needed or self._unsaved or self._due(self.training.checkpoint_every)):
             return
@@ -249,13 +249,13 @@ class Trainer:
             if needed or not fault_handling.disk_full(error):
                 raise
             if not self._unsaved:
-                said = f"{error.strerror}: no checkpoint of step {self.progress.step}."
+                said = f"{error.strerror}: no checkpoint of step {self.progress.step} was written."
                 kept = fault_handling.saved_at(self.directory)
                 self.say(f"{said} {kept} The run goes on, and tries again after each step: make room.")
             self._unsaved = True
             return
         if self._unsaved:
-            self.say(f"there is room again: saved at step {self.progress.step}")
+            self.say(f"there is room again: the run is saved at step {self.progress.step}")
         self._unsaved = False
         if self.first:
             checkpoint.prune(self.directory.checkpoints, self.training.keep_last)
@@ -270,7 +270,7 @@ class Trainer:
             self.say(f"the adapter is written; the last checkpoint is not. {saved}")
 
     def finish(self) -> dict[str, Any]:
-        """Write the summary and close the trackers. Returns the summary; nothing on any worker but the first."""
+        """Write the summary and close the trackers. Returns the summary; it is empty on all workers but the first."""
         summary: dict[str, Any] = {}
         if self.first:
             summary = self._summary()

@@ -217,7 +217,7 @@ def test_full_fine_tuning_across_strategies(base: Case, group: Group, tmp_path: 
     with (last / parts[3]).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    assert damage(last) == f"{parts[3]} has another checksum"
+    assert damage(last) == f"{parts[3]} does not match its checksum"
 
 
 @pytest.mark.slow

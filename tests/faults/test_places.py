@@ -73,7 +73,7 @@ def test_a_disk_that_has_room_again(disk: Path, whole: Whole, tmp_path: Path) ->
     until(lambda: "no checkpoint of step" in command.said, command)
     ballast.unlink()
     assert command.wait() == 0, command.said
-    assert "there is room again: saved at step" in command.said
+    assert "there is room again: the run is saved at step" in command.said
     inject("disk full")
     same_result(disk / "run", tmp_path / "run")
 
