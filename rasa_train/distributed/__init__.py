@@ -1,1 +1,1 @@
-"""How workers share a model and exchange tensors. Everything of DeepSpeed and FSDP is here."""
+"""Ways for workers to share a model and exchange tensors. All code for DeepSpeed and FSDP is here."""

@@ -1,4 +1,4 @@
-"""The engine of a strategy."""
+"""The choice of the engine for a strategy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: DistributedConfig, accelerator: Accelerator, max_grad_norm: float | None) -> Engine:
-    """The engine of ``config.strategy``. One worker has nothing to divide, unless it is to use host memory."""
+    """Return the engine of ``config.strategy``. One worker has nothing to divide, unless it is to use host memory."""
     if config.strategy == "ddp" or (accelerator.num_processes == 1 and config.offload == "none"):
         return DataParallel(config, accelerator, max_grad_norm)
     return (FullyShard if config.strategy == "fsdp" else Zero)(config, accelerator, max_grad_norm)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def sum_over_workers(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """Element-wise sums over all workers, in fp64."""
+    """Return element-wise sums over all workers, in fp64."""
     if accelerator.num_processes == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
@@ -22,7 +22,7 @@ def sum_over_workers(accelerator: Accelerator, values: list[float]) -> list[floa
 
 
 def average(tensors: list[Tensor], workers: int) -> None:
-    """Mean over all workers, in place, in one exchange."""
+    """Replace each tensor by its mean over all workers, in place, in one exchange."""
     if not tensors:
         return
     together = torch.cat([tensor.flatten() for tensor in tensors]).div_(workers)
@@ -38,7 +38,7 @@ def stop_agreed(accelerator: Accelerator, reason: str) -> bool:
 
 
 def from_first(accelerator: Accelerator, value: Any) -> Any:
-    """What ``value`` is on the first worker."""
+    """Return the first worker's ``value`` on every worker."""
     if accelerator.num_processes == 1:
         return value
     box = [value]
@@ -47,7 +47,7 @@ def from_first(accelerator: Accelerator, value: Any) -> Any:
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    """What ``value`` is on each worker."""
+    """Return the ``value`` of each worker, by rank."""
     if accelerator.num_processes == 1:
         return [value]
     every: list[Any] = [None] * accelerator.num_processes

@@ -12,22 +12,23 @@ Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
 class DistributedConfig(BaseModel):
-    """Section ``distributed:``. May change from one start of a run to the next."""
+    """Section ``distributed:``. It may change from one start of a run to the next."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     strategy: Strategy = "ddp"
-    """What is divided among the workers: nothing (ddp), optimizer state (zero1), and gradients (zero2), and all weights
-    (zero3, fsdp). One process is the case of one worker, whatever this says."""
+    """What is divided among the workers. ``ddp``: nothing; ``zero1``: the optimizer state; ``zero2``: the gradients as
+    well; ``zero3`` and ``fsdp``: all weights as well. One process is the case of one worker, whatever the strategy."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in host memory: optimizer state (zero1 to zero3), or the weights as well (zero3, fsdp)."""
+    """What is kept in host memory. ``optimizer``: the optimizer state (zero1 to zero3); ``all``: the weights as well
+    (zero3, fsdp)."""
     timeout_seconds: PositiveInt = 600
-    """How long a worker waits for another before it gives up: when they meet, and in every exchange."""
+    """Seconds that a worker waits for another before it gives up, when the workers meet and in every exchange."""
     resident_size: NonNegativeInt | None = None
-    """zero3: tensors of at most this many elements are not divided. Default: the largest of the adapter, so that only
-    base weights are gathered."""
+    """Number of elements up to which zero3 does not divide a tensor. Default: the size of the adapter's largest tensor,
+    so that only base weights are gathered."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Memory of one GPU in GiB, for the advice of ``--check``. Default: that of the GPU that is there."""
+    """Memory of one GPU in GiB, for the advice of ``--check``. Default: the memory of this machine's GPU."""
 
     @model_validator(mode="after")
     def _offload_fits(self) -> DistributedConfig:

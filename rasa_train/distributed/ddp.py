@@ -1,4 +1,4 @@
-"""Every worker holds the whole model; gradients are averaged once a step."""
+"""Data parallelism: every worker holds the whole model, and gradients are averaged once a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUCKET = 64 << 20
 
 
 class DataParallel(Engine):
-    """Every worker holds everything; gradients are averaged. One process is the case of one worker."""
+    """Engine whose workers each hold everything and average gradients. One process is the case of one worker."""
 
     sharded = False
 
@@ -42,8 +42,9 @@ class DataParallel(Engine):
         return norm
 
     def _average_gradients(self) -> None:
-        """Once a step, in a few large exchanges. Not by torch's DistributedDataParallel: it waits for the gradient of
-        each parameter in each backward pass, and those of packed factors come all at once, after the last one."""
+        """Average the gradients once a step, in a few large exchanges. torch's DistributedDataParallel does not fit: it
+        waits for the gradient of each parameter in each backward pass, and the gradients of packed factors come all at
+        once, after the last backward pass."""
         if self.accelerator.num_processes == 1:
             return
         bucket: list[Tensor] = []
@@ -62,7 +63,7 @@ class DataParallel(Engine):
         self.optimizer.zero_grad()
 
     def release(self) -> None:
-        """Nothing was gathered."""
+        """Do nothing, because nothing was gathered."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor

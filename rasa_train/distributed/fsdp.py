@@ -24,8 +24,8 @@ class FullyShard(Engine):
     """torch's FSDP2: every tensor is divided by its rows; each decoder layer is gathered when it is needed.
 
     Pools are in the root's group, with the embeddings: they stay gathered from the first layer to the last.
-    The first worker reads the model and sends it to the others layer by layer, so that no other ever holds more of it
-    than its own part and one layer.
+    The first worker reads the model and sends it to the others layer by layer, so that no other worker ever holds more
+    of the model than its own part and one layer.
     """
 
     sharded = True
@@ -75,7 +75,7 @@ class FullyShard(Engine):
         self.optimizer.zero_grad()
 
     def release(self) -> None:
-        """The root's group stays gathered for a backward pass; its parameters are others meanwhile."""
+        """Divide the root's group again: it stays gathered for a backward pass, with other parameters meanwhile."""
         self.model.reshard()  # type: ignore[operator]
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
         if tensor is not None and not isinstance(tensor, DTensor)
     ]
     dtypes = from_first(accelerator, [tensors[name].dtype for tensors, name in places])
-    filled: dict[int, tuple[Tensor, Tensor]] = {}  # with what was there before, so that its id stays its own
+    filled: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, so that its id is not reused
     for (tensors, name), dtype in zip(places, dtypes, strict=True):
         old = tensors[name]
         if id(old) not in filled:
@@ -124,7 +124,7 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
             if accelerator.is_main_process:
                 new = old.detach().to(accelerator.device).contiguous()
                 if of_model:
-                    old.data = old.data.new_empty(0)  # the memory must not stay with what refers to it
+                    old.data = old.data.new_empty(0)  # other references must not keep the memory
             else:
                 new = torch.empty(old.shape, dtype=dtype, device=accelerator.device)
             dist.broadcast(new.view(-1).view(torch.uint8), src=0)

@@ -6,12 +6,12 @@ import socket
 
 
 def interfaces() -> str:
-    """The network interfaces of this machine with their addresses, in a line."""
+    """Return the network interfaces of this machine with their addresses, on one line."""
     return ", ".join(f"{name} {address}" for name, address in addresses().items()) or "none"
 
 
 def addresses() -> dict[str, str]:
-    """IPv4 addresses of this machine by interface (Linux)."""
+    """Return the IPv4 addresses of this machine by interface (Linux)."""
     import fcntl
     import struct
 

@@ -1,4 +1,4 @@
-"""A look before the start whether the workers can work together."""
+"""Checks before the start that the workers can work together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def same_everywhere(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """Of all that is trained, and of the beginnings of what is frozen (nothing of a tensor that is divided)."""
+    """Return digests of the trained parameters and of the first values of each frozen tensor (none if divided)."""
     whole, beginnings = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest, entries = (whole, None) if parameter.requires_grad else (beginnings, 64)
@@ -49,11 +49,11 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def preflight(accelerator: Accelerator, size: int) -> str | None:
-    """Time the exchange that every step will make, of ``size`` fp32 numbers. Returns one line, and a line for each
-    worker that is slow; None for one worker.
+    """Time the exchange that every step will make, of ``size`` fp32 numbers. Returns one line on the exchange and a
+    line for each slow worker; None if there is only one worker.
 
     Raises:
-        UserError: an exchange failed or took longer than the timeout; the message names the workers it was with.
+        UserError: an exchange failed or took longer than the timeout; the message names the workers that took part.
     """
     workers, me = accelerator.num_processes, accelerator.process_index
     if workers == 1:
@@ -84,7 +84,7 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
 
 
 def slow_workers(times: list[tuple[float, float]], places: list[str]) -> list[str]:
-    """A line for each worker that takes much longer than most: (receiving from the worker before it, computing)."""
+    """Return a line for each worker whose (time to receive from the worker before it, time to compute) is unusual."""
     lines = []
     for i, what in enumerate(("receives slowly from the worker before it", "computes slowly")):
         typical = statistics.median_low([t[i] for t in times])

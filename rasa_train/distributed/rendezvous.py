@@ -1,4 +1,4 @@
-"""Workers meet, do things once for all of them, and notice when one is lost."""
+"""The meeting of the workers, work that one of them does for all, and the detection of a lost worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def group_of_one() -> None:
-    """One process that uses host memory is a group as well."""
+    """Make this process a group of one: a single process that uses host memory needs a group as well."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -32,10 +32,10 @@ def group_of_one() -> None:
 
 
 def join(timeout_seconds: int) -> list[str]:
-    """Meet the other workers. Returns where each of them is, by rank. Does nothing when it was done before.
+    """Meet the other workers. Returns where each of them is, by rank. A second call does nothing else.
 
     Raises:
-        UserError: a worker did not come, or cannot be connected to, within the time; the message names it.
+        UserError: a worker did not come, or could not be connected to, within the time; the message names it.
     """
     if world_size() == 1:
         return [here()]
@@ -64,12 +64,12 @@ _group: dict[str, Any] = {}
 
 
 def places() -> list[str]:
-    """Where each worker is, by rank: its host and, where there is one, its GPU."""
+    """Return where each worker is, by rank: its host and, if there is one, its GPU."""
     return list(_group["places"]) if _group else [here()]
 
 
 def _store(timeout: timedelta) -> Store:
-    """The key-value store of the job; under torchrun one of each restart."""
+    """Return the key-value store of the job; under torchrun each restart has its own."""
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -108,11 +108,11 @@ def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
 
 
 def once(name: str, first: bool, work: Callable[[], str]) -> str:
-    """``work`` done by the one worker for which ``first`` is true, its answer given to all.
+    """Let the one worker for which ``first`` is true do ``work``. Returns its answer on all workers.
 
     Raises:
-        UserError: where the work was done and the input is wrong.
-        SystemExit: with code 2, on the other workers, in that case: the message is printed once.
+        UserError: on the worker that does the work, if the input is wrong.
+        SystemExit: with code 2, on the other workers in that case, so that the message is printed only once.
     """
     store: Store | None = _group.get("store")
     if store is None:
@@ -133,15 +133,15 @@ def once(name: str, first: bool, work: Callable[[], str]) -> str:
 
 
 def start(timeout_seconds: int, *, log_with: list[str] | None = None, project_dir: str | None = None) -> Accelerator:
-    """Join the group of workers the launcher made, or be the one worker.
+    """Join the group of workers that the launcher made, or be the only worker.
 
     Raises:
-        RuntimeError: accelerate sees another number of workers than the launcher started. That would train
-            each of them on its own, without an error.
+        RuntimeError: accelerate sees another number of workers than the launcher started. Without this error each
+            worker would train on its own.
     """
     from accelerate import Accelerator
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about itself and DeepSpeed, at every step
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch warns of itself and DeepSpeed at every step
     join(timeout_seconds)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with or None, project_dir=project_dir)
     if accelerator.num_processes != world_size():
@@ -154,8 +154,8 @@ def start(timeout_seconds: int, *, log_with: list[str] | None = None, project_di
 
 @contextmanager
 def watching(timeout_seconds: int) -> Iterator[None]:
-    """Where workers exchange tensors. An exchange that breaks off, because a worker has died, hangs or cannot be
-    reached for ``timeout_seconds``, ends in ``WorkerLost`` on all the others."""
+    """Watch over the exchanges of tensors inside. An exchange that breaks off, because a worker has died, hangs or
+    cannot be reached for ``timeout_seconds``, ends in ``WorkerLost`` on all other workers."""
     try:
         yield
     except RuntimeError as error:
@@ -163,22 +163,22 @@ def watching(timeout_seconds: int) -> Iterator[None]:
             raise
         missing = _missing(_group["store"])
         names = ", ".join(f"worker {worker} ({_group['places'][worker]})" for worker in missing)
-        what = f"{names} did not answer" if missing else "an exchange broke off, and all workers are there"
+        what = f"{names} did not answer" if missing else "an exchange broke off, although all workers answer"
         why = ": dead, hanging, or out of reach" if missing else ""
         raise WorkerLost(
             f"{what} (distributed.timeout_seconds={timeout_seconds}){why}. "
-            f"Worker {rank()} ({_group['places'][rank()]}) was told: {first_line(error)}",
+            f"Worker {rank()} ({_group['places'][rank()]}) got the error: {first_line(error)}",
             missing,
         ) from None
 
 
 ROLL_CALL_SECONDS = 3.0
-"""How long after a broken exchange a worker waits for the others to say that they are alive. The timeouts of those
-that waited for the same one end together."""
+"""Seconds that a worker waits after a broken exchange for the others to say that they are alive. Workers that waited
+for the same lost worker time out together."""
 
 
 def _missing(store: Store) -> list[int]:
-    """Workers that do not answer now. The store is in the process of worker 0, so its silence is that worker's."""
+    """Return the workers that do not answer now. Worker 0 runs the store, so a silent store means a silent worker 0."""
     found = [0]
 
     def call_roll() -> None:
@@ -197,7 +197,7 @@ def _missing(store: Store) -> list[int]:
 
 
 def _is_set(store: Store, key: str, deadline: float) -> bool:
-    """Whether it is set by the ``deadline``, of ``time.monotonic()``."""
+    """Whether ``key`` is set by the ``deadline``, a time of ``time.monotonic()``."""
     try:
         store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
     except RuntimeError:  # torch's DistStoreError

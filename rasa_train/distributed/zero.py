@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Zero(Engine):
-    """DeepSpeed's ZeRO. The engine runs without its own mixed precision: base weights keep their dtype, adapters are
+    """DeepSpeed's ZeRO. DeepSpeed runs without its own mixed precision: base weights keep their dtype and adapters are
     fp32, as everywhere else, so what DeepSpeed divides is the fp32 state that is saved."""
 
     sharded = True
@@ -31,7 +31,7 @@ class Zero(Engine):
         return int(self.config.strategy.removeprefix("zero"))
 
     def _deepspeed_config(self, trained: int = 0, largest: int = 0) -> dict[str, Any]:
-        """``trained`` elements in all, ``largest`` in one tensor of the adapter."""
+        """Return DeepSpeed's settings for ``trained`` elements in all, ``largest`` in one tensor of the adapter."""
         bucket = min(max(trained, 1), 500_000_000)  # elements; DeepSpeed allocates it whole
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         host = {"device": "cpu", "pin_memory": self.accelerator.device.type == "cuda"}
@@ -61,7 +61,7 @@ class Zero(Engine):
         _deepspeed(self.accelerator)
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-        # from_pretrained sees it, and divides what it reads; what is not said to be 16-bit would be made fp32
+        # from_pretrained sees this object and divides what it reads; without a precision it would make weights fp32
         halves = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         precision = {halves[dtype]: {"enabled": True}} if dtype in halves else {}
         config = HfDeepSpeedConfig(self._deepspeed_config() | precision)
@@ -95,7 +95,7 @@ class Zero(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """A loss that is not finite makes all of its gradients so, by which DeepSpeed skips the step."""
+        """Run backward such that a loss that is not finite makes all gradients so, and DeepSpeed skips the step."""
         self.engine.backward(loss * (1 + 0 * loss.detach()))
 
     def step(self, loss: float) -> float:
@@ -103,10 +103,10 @@ class Zero(Engine):
         return float(self.engine.get_global_grad_norm())
 
     def zero_grad(self) -> None:
-        """DeepSpeed has done it in ``step``."""
+        """Do nothing: DeepSpeed has cleared the gradients in ``step``."""
 
     def release(self) -> None:
-        """DeepSpeed has done it after the forward pass."""
+        """Do nothing: DeepSpeed has released the weights after the forward pass."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         if not _divided(tensor):
@@ -146,7 +146,7 @@ class Zero(Engine):
 
 
 def _deepspeed(accelerator: Accelerator) -> Any:
-    """DeepSpeed, quiet and with the group of workers that is there."""
+    """Return the module ``deepspeed``, logging only errors and joined to the existing group of workers."""
     import logging
 
     if accelerator.device.type == "cpu":
@@ -159,7 +159,7 @@ def _deepspeed(accelerator: Accelerator) -> Any:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)  # stdout is for results
     if not deepspeed.comm.is_initialized():
-        # Without it no compiler is called at the start (24 s) for what only helps inference on CPUs.
+        # Without this operation, which only helps inference on CPUs, no compiler is called at the start (24 s).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         group_of_one()
         deepspeed.init_distributed(
@@ -169,7 +169,7 @@ def _deepspeed(accelerator: Accelerator) -> Any:
 
 
 def _divided(tensor: Tensor) -> bool:
-    """Whether ZeRO-3 has it: a tensor that DeepSpeed has divided carries its id."""
+    """Whether ZeRO-3 has divided ``tensor``: DeepSpeed then gives it an id."""
     return "ds_id" in vars(tensor)
 
 

@@ -1,7 +1,7 @@
-"""From a recipe to worker processes. What has to happen once per job happens here, before any worker starts.
+"""From a recipe to worker processes. Work that must be done once per job is done here, before any worker starts.
 
-Three cases: this process trains alone; it starts the workers of its machine and watches over them; or a launcher
-(torchrun, accelerate, DeepSpeed, SLURM) has started it as one of many, and it joins the others.
+There are three cases: this process trains alone; it starts the workers of its machine and watches over them; or a
+launcher (torchrun, accelerate, DeepSpeed, SLURM) has started it as one of many, and it joins the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_
 
 @dataclass(frozen=True)
 class Finished:
-    """``summary`` is that of the run; None on a worker that has nothing to say about it."""
+    """End of a launch. ``summary`` is the run's summary; None on a worker that does not report it."""
 
     summary: dict[str, Any] | None
     was_complete: bool = False
@@ -64,7 +64,7 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         if data is None:
             return Finished(_summary(directory), was_complete=True)
         if per_node == workers.nodes == 1:
-            from ..training.run import run  # here, so that a wrong recipe is told sooner
+            from ..training.run import run  # here, so that a wrong recipe is reported sooner
 
             try:
                 with StopSignal() as stop:
@@ -76,8 +76,8 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
 
 
 def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedData | None:
-    """Make the directory that of this run, and prepare its data. None when the run is complete. Wrong input ends here,
-    before the old run is deleted and before the weights are loaded."""
+    """Make the directory the directory of this run, and prepare the data. Returns None if the run is complete. Wrong
+    input is reported here, before the old run is deleted and before the weights are loaded."""
     if not fresh:
         directory.check_same_run(dump_recipe(recipe))
         if directory.summary.exists():
@@ -101,7 +101,7 @@ def _check_input(recipe: Recipe) -> PreparedData:
 
 
 def _check_strategy(recipe: Recipe, workers: int) -> None:
-    """Raise ``UserError`` if the method cannot do with the strategy, or the model without padding."""
+    """Raise ``UserError`` if the method does not work with the strategy, or the model without padding."""
     method, strategy = recipe.adapter, recipe.distributed.strategy
     divided = strategy != "ddp" and (workers > 1 or recipe.distributed.offload != "none")
     if recipe.training.flat:
@@ -110,7 +110,7 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
         check_packable(meta_model(recipe.model))
         if method.method == "peft":
             raise UserError(
-                "training.batching: methods of PEFT are trained with padding; take length-grouped or shuffled, and "
+                "training.batching: methods of PEFT are trained with padding; use length-grouped or shuffled, and "
                 "padding_free: false",
                 key="training.batching",
             )
@@ -148,13 +148,13 @@ def _summary(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
-    """A launcher started this process. The first worker looks after the run directory, the first of each machine
-    prepares the data, then all train."""
+    """Train as one of the workers that a launcher started. The first worker looks after the run directory, the first of
+    each machine prepares the data, then all train."""
     default_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     places = rendezvous.join(recipe.distributed.timeout_seconds)
     _check_strategy(recipe, process.world_size())
     directory, first = RunDirectory(recipe.output_dir), process.rank() == 0
-    prepared: list[PreparedData] = []  # at most one: the cache is read once by whoever has looked after it
+    prepared: list[PreparedData] = []  # at most one: a worker that prepared the data keeps them
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def open_run() -> str:
@@ -186,7 +186,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
         raise WorkersFailed(f"{lost}\n{GOES_ON}") from None
     except (UserError, Stopped):
         if not first and os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(75 if sys.exc_info()[0] is Stopped else 2) from None  # said by another worker
+            raise SystemExit(75 if sys.exc_info()[0] is Stopped else 2) from None  # another worker reports it
         raise
     finally:
         if first:
@@ -194,7 +194,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
 
 
 def _join_slurm() -> bool:
-    """Under ``srun`` with several tasks: give SLURM's variables the names that torch reads. True if there are any."""
+    """Under ``srun`` with several tasks, give SLURM's variables the names torch reads. Returns whether it did so."""
     env = os.environ
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     if "RANK" in env or "SLURM_PROCID" not in env or tasks == 1:
@@ -209,7 +209,7 @@ def _join_slurm() -> bool:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of SLURM's compressed list: ``gpu[003-005,9],login`` -> ``gpu003``."""
+    """Return the first host of SLURM's compressed list: ``gpu[003-005,9],login`` -> ``gpu003``."""
     match = re.match(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist)
     if not match:
         raise UserError(f"SLURM_JOB_NODELIST: cannot read {nodelist!r}")
@@ -221,7 +221,7 @@ def first_host(nodelist: str) -> str:
 
 
 def number(workers: Workers) -> int:
-    """Workers on all nodes: those of a launcher if there is one, else those to start."""
+    """Return the number of workers on all nodes: those of a launcher if there is one, else those to start."""
     if workers.nodes == 1 and (_join_slurm() or process.world_size() > 1):
         return process.world_size()
     return workers.nodes * _per_node(workers)
@@ -238,7 +238,11 @@ def _per_node(workers: Workers) -> int:
 
 
 def _complete(workers: Workers) -> Workers:
-    """With node rank and meeting point, from SLURM where they are not given."""
+    """Return ``workers`` with node rank and meeting point, taken from SLURM if they are not given.
+
+    Raises:
+        UserError: one of them is neither given nor known to SLURM, or is wrong.
+    """
     env = os.environ
     node_rank = workers.node_rank
     if node_rank is None and "SLURM_NODEID" in env:
@@ -248,7 +252,7 @@ def _complete(workers: Workers) -> Workers:
         meeting = f"{first_host(env['SLURM_JOB_NODELIST'])}:{20_000 + int(env.get('SLURM_JOB_ID', '0')) % 20_000}"
     if node_rank is None or meeting is None or not 0 <= node_rank < workers.nodes:
         raise UserError(
-            f"--nnodes {workers.nodes} needs --node-rank (0 to {workers.nodes - 1}, another on each node) and --rdzv "
+            f"--nnodes {workers.nodes} needs --node-rank (0 to {workers.nodes - 1}, different on each node) and --rdzv "
             f"HOST:PORT (of node 0, the same on each node), got --node-rank {node_rank} --rdzv {meeting}"
         )
     if not re.fullmatch(r".+:\d+", meeting):

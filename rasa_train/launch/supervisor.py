@@ -1,7 +1,7 @@
-"""The workers of one machine: started by torch's elastic agent, told to stop, and what became of them.
+"""The workers of one machine: their start by torch's elastic agent, the request to stop, and the report of their end.
 
-The agent and the workers share a directory: the recipe, a file that says that they have started, one that asks them to
-stop, and what each of them reports at its end.
+The agent and the workers share a directory. It holds the recipe, files that say which workers have started, a file that
+asks them to stop, and what each of them reports at its end.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ GOES_ON = "The same command goes on from the last checkpoint; --max-restarts doe
 
 
 class WorkersFailed(Exception):
-    """A worker ended in a way that is neither the user's input nor a stop; the message names it."""
+    """Error of a worker whose end has neither wrong input nor a stop as its reason; the message names the worker."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers to start, and where. Ignored when a launcher has started this process."""
+    """The number of workers to start, and where. Ignored if a launcher has started this process."""
 
     per_node: int | Literal["auto"] = "auto"
-    """On this machine; ``auto``: one for each GPU, one without."""
+    """Number of workers on this machine; ``auto``: one for each GPU, or one if there is no GPU."""
     nodes: int = 1
     node_rank: int | None = None
     rendezvous: str | None = None
     """HOST:PORT where the nodes meet; HOST is the machine with node rank 0."""
     max_restarts: int = 0
-    """How often all workers are started again, from the last checkpoint, after one has died."""
+    """Number of times that all workers are started again, from the last checkpoint, after one has died."""
 
 
 def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
-    """Run the workers of this machine to their end, and say what became of them.
+    """Run the workers of this machine to their end, and report how they ended.
 
     Raises:
         UserError, Stopped, WorkersFailed: as a worker reported it.
@@ -99,14 +99,14 @@ def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told here, once
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported here, once
     options: dict[str, Any] = {"rdzv_endpoint": "localhost:0", "rdzv_configs": {"join_timeout": timeout_seconds}}
     if workers.rendezvous:
         host = workers.rendezvous.rpartition(":")[0]
         address = _address_towards(workers.rendezvous)
         options["rdzv_endpoint"], options["local_addr"] = workers.rendezvous, address
         options["rdzv_configs"]["is_host"] = workers.node_rank == 0
-        # Without it gloo may offer 127.0.0.1 to the other nodes, which then wait for ever.
+        # Without this setting gloo may offer 127.0.0.1 to the other nodes, which then wait for ever.
         interface = next((name for name, mine in network.addresses().items() if mine == address), None)
         if interface and not address.startswith("127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -126,10 +126,11 @@ def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: 
 
 @contextmanager
 def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[None]:
-    """Around torch's agent of a node: end its connections to node 0 when the workers have given the others up and it
-    has not. Where nothing is refused and nothing arrives, its store waits for an answer without end."""
+    """Watch over torch's agent of a node: end the agent's connections to node 0 if its workers have given up on the
+    other nodes and the agent has not. On a network that neither refuses nor delivers anything, the agent's store would
+    wait for an answer for ever."""
     over = threading.Event()
-    patience = 10.0 + (timeout_seconds + 50.0 if workers.max_restarts else 0.0)  # to meet again takes that long
+    patience = 10.0 + (timeout_seconds + 50.0 if workers.max_restarts else 0.0)  # a new meeting takes that long
 
     def watch() -> None:
         while not over.wait(1.0) and job.exists():
@@ -138,7 +139,7 @@ def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[N
             if lost and began < min(lost) < time.time() - patience:
                 _hang_up(str(workers.rendezvous))
 
-    if workers.node_rank:  # not where the store is
+    if workers.node_rank:  # node 0 has the store
         threading.Thread(target=watch, daemon=True).start()
     try:
         yield
@@ -147,7 +148,7 @@ def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[N
 
 
 def _hang_up(meeting: str) -> None:
-    """Shut down the sockets of this process that are connected to ``meeting``. Whoever waits at one gets an error."""
+    """Shut down the sockets of this process that are connected to ``meeting``. Code that waits at one gets an error."""
     host, _, port = meeting.rpartition(":")
     where = (socket.gethostbyname(host), int(port))
     for descriptor in map(int, os.listdir("/dev/fd")):
@@ -159,7 +160,7 @@ def _hang_up(meeting: str) -> None:
 
 
 def _address_towards(meeting: str) -> str:
-    """This machine's address on the way to the meeting point. Raises ``UserError`` if there is no way."""
+    """Return this machine's address on the route to the meeting point. Raises ``UserError`` if there is no route."""
     host, _, port = meeting.rpartition(":")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -170,7 +171,7 @@ def _address_towards(meeting: str) -> str:
 
 
 def _forward(job: Path) -> Any:
-    """A handler that tells all workers of this machine to save and leave. The second Ctrl-C ends them at once."""
+    """Return a handler that asks all workers of this machine to save and exit. A second Ctrl-C ends them at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -187,36 +188,36 @@ def _forward(job: Path) -> Any:
 
 
 def default_threads(per_node: int) -> None:
-    """Share the cores; torch would give all of them to every worker."""
+    """Divide the cores among the workers; torch would give all cores to every worker."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // max(per_node, 1), 1)))
 
 
 def _outcomes(job: Path) -> list[dict[str, Any]]:
-    """What the workers of the last start reported, in the order in which they ended."""
+    """Return what the workers of the last start reported, in the order in which they ended."""
     found = [json.loads(path.read_text()) for path in (job / OUTCOMES).glob("*.json")]
     last = max((outcome["restart"] for outcome in found), default=0)
     return sorted((o for o in found if o["restart"] == last), key=lambda outcome: float(outcome["time"]))
 
 
 def report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool, meeting: str | None) -> None:
-    """Nothing if all went well, else the one exception that says why not. ``failed``: what ended the agent."""
+    """Raise the one exception that says what went wrong, if anything did. ``failed`` is what ended the agent."""
     by_kind = {outcome["kind"]: outcome for outcome in reversed(outcomes)}  # the first of each kind
     if user := by_kind.get("user error"):
         raise UserError(user["message"], key=user["key"])
     if stopped := [o["message"] for o in outcomes if o["kind"] == "stopped"]:
         raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
-    failures = getattr(failed, "failures", {})  # none where node 0 is out of reach
+    failures = getattr(failed, "failures", {})  # none if node 0 is out of reach
     if failed is None or (not failures and set(by_kind) == {"done"}):
         return
     lost = by_kind.get("lost")
     killed = {r: f for r, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
-    # A worker that has lost another kills it then; the agent's time of that is in whole seconds.
+    # A worker that has lost another then kills it; the agent records that time in whole seconds.
     if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
         name = signal.Signals(-earliest.exitcode).name
         when = time.strftime("%H:%M:%S", time.localtime(earliest.timestamp))
-        hint = " Was memory short?" if name == "SIGKILL" else ""
+        hint = " Did the machine run out of memory?" if name == "SIGKILL" else ""
         raise WorkersFailed(f"worker {rank} was ended by {name} at {when}.{hint} {GOES_ON}")
     if first := by_kind.get("failed"):
         raise WorkersFailed(
@@ -227,6 +228,6 @@ def report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool, meetin
     if stop_asked:
         raise Stopped("stopped before the first step was done; the same command goes on")
     if not failures:
-        raise WorkersFailed(f"node 0 does not answer at {meeting}: dead, or out of reach. {GOES_ON}")
+        raise WorkersFailed(f"node 0 does not answer at {meeting}: it is dead or out of reach. {GOES_ON}")
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    raise WorkersFailed(f"workers ended without a word; exit codes by rank: {codes}")
+    raise WorkersFailed(f"workers ended without a message; exit codes by rank: {codes}")

@@ -1,7 +1,8 @@
 """One worker process, started by ``supervisor`` (``python -m rasa_train.launch.worker_process JOB``). It reports to
 files in JOB.
 
-Light until it listens for a stop. An exit code other than 0 makes torch's agent end, or restart, all workers.
+It imports little until it listens for a stop. An exit code other than 0 makes torch's agent end, or restart, all
+workers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
 
 
 def main(job: Path) -> int:
-    """Train; returns the exit code."""
+    """Train. Returns the exit code."""
     _die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the launcher's result
     with StopSignal(job / STOP) as stop:
@@ -63,13 +64,13 @@ def main(job: Path) -> int:
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(outcome))
     beside.replace(path)
-    # One that hangs does not hear the agent's SIGTERM, and the agent would wait for it for half a minute.
+    # A worker that hangs does not react to the agent's SIGTERM, and the agent would wait for it for half a minute.
     kill(job / f"{STARTED}{lost_rank}" for lost_rank in outcome.get("lost", []))
     return {"done": 0, "stopped": 0, "user error": 2, "lost": 1, "failed": 1}[outcome["kind"]]
 
 
 def kill(started: Iterable[Path]) -> None:
-    """End at once the workers that have written these files. Where there is none, the worker is on another machine."""
+    """End at once the workers that wrote the files ``started``. A file is missing if its worker is on another machine."""
     for path in started:
         if path.exists():
             with contextlib.suppress(ProcessLookupError):
@@ -77,7 +78,8 @@ def kill(started: Iterable[Path]) -> None:
 
 
 def _die_with_parent() -> None:
-    """The launcher holds the lock of the run directory: no worker may outlive it (Linux)."""
+    """Let this process die with its launcher, which holds the lock of the run directory: no worker may outlive the
+    launcher (Linux)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -88,5 +90,5 @@ def _die_with_parent() -> None:
 if __name__ == "__main__":
     code = main(Path(sys.argv[1]))
     sys.stderr.flush()
-    # Not through the interpreter's end: threads of gloo sometimes abort there, after all is done.
+    # Skip the interpreter's shutdown: threads of gloo sometimes abort in it, after all work is done.
     os._exit(code)

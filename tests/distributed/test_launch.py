@@ -86,7 +86,7 @@ FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "ran
         ([LOST], {1: (-signal.SIGKILL, 1000)}, "worker 1 (b) did not answer"),  # by the worker that lost it
         ([LOST], {1: (-signal.SIGKILL, 997)}, "worker 1 was ended by SIGKILL"),  # lost because of that
         ([FAILED, LOST], {1: (1, 997)}, "Traceback\nworker 1 (b) failed first: disk full"),
-        ([], {0: (1, 1000)}, "workers ended without a word; exit codes by rank: {0: 1}"),
+        ([], {0: (1, 1000)}, "workers ended without a message; exit codes by rank: {0: 1}"),
         ([LOST], {}, "worker 1 (b) did not answer"),  # nor did the agent of node 0
         ([], {}, "node 0 does not answer at a:1"),
     ],
