@@ -70,7 +70,7 @@ def main(job: Path) -> int:
 
 
 def kill(started: Iterable[Path]) -> None:
-    """End at once the workers that wrote the files ``started``. A file is missing if its worker is on another machine."""
+    """End at once the workers that wrote the files ``started``. A missing file means a worker on another machine."""
     for path in started:
         if path.exists():
             with contextlib.suppress(ProcessLookupError):

@@ -1,1 +1,2 @@
-"""Recipes: one YAML file says everything about a run. ``schema`` is its shape, ``load`` reads and explains it."""
+"""Recipes: one YAML file says everything about a run. ``schema`` defines its shape, ``load`` reads it and
+explains its errors."""

@@ -1,4 +1,4 @@
-"""Read a recipe: files that extend one another, overrides of the command line, and errors that name the line."""
+"""Read a recipe: files that extend one another, overrides from the command line, and errors that name the line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .yaml_lines import Key, Location, parse, parse_file, short
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, and where each of its values was written."""
+    """A valid recipe, and the place where each of its values was written."""
 
     recipe: Recipe
     locations: dict[Key, Location] = field(default_factory=dict)
 
     def explain(self, error: UserError) -> UserError:
-        """The same error with the place of its key in the recipe."""
+        """Return the same error with the place of its key in the recipe."""
         return explain(error, self.locations)
 
 
@@ -39,7 +39,7 @@ class _Layer:
 
 
 def explain(error: UserError, locations: dict[Key, Location]) -> UserError:
-    """``error`` with the place where its key was written, if it has one."""
+    """Return ``error`` with the place where its key was written, if it has a key."""
     location = _nearest(locations, tuple(error.key.split("."))) if error.key else None
     return UserError(f"{error}\n  at {location}", key=error.key) if location else error
 
@@ -51,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         path: a YAML file, or the name of a shipped recipe (``demo``, ``math_llama8b_r8``).
         overrides: ``section.key=value``, values in YAML.
     Raises:
-        UserError: with the key, the value, what is allowed, and the line.
+        UserError: the recipe is wrong; the message has the key, the value, what is allowed, and the line.
     """
     layers = _file_layers(_find(str(path)), ())
     layers.append(_override_layer(overrides))
@@ -63,7 +63,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         recipe = Recipe.model_validate(merged.values)
     except ValidationError as error:
         raise UserError("\n".join(_messages(error, merged.locations, str(path)))) from None
-    except UserError as error:  # of a section that checks several keys together
+    except UserError as error:  # from a section that checks several keys together
         raise explain(error, merged.locations) from None
     return LoadedRecipe(recipe, merged.locations)
 
@@ -71,7 +71,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
 def copy_recipe(name: str, destination: str | None = None) -> Path:
     """Copy a shipped recipe, comments and all, to ``destination`` (a file or directory; default: here).
 
-    What it extends is found from anywhere. Raises ``UserError``: no such recipe, or the file exists.
+    The recipes that the copy extends are found from anywhere. Raises ``UserError`` if there is no such recipe, or if
+    the file exists or cannot be written.
     """
     source = _find(name)
     target = Path(destination or ".")
@@ -87,7 +88,7 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out."""
+    """Return the resolved recipe as YAML, with every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -120,7 +121,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
-    """The file and all it extends, most basic first."""
+    """Return the layers of the file and of all files it extends, most basic first."""
     if path.resolve() in chain:
         raise UserError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     values, locations = parse_file(path)
@@ -166,8 +167,8 @@ def _override_layer(overrides: Iterable[str]) -> _Layer:
 
 
 def _merge(below: _Layer, above: _Layer) -> None:
-    """Put ``above`` over ``below``, key by key. Where it names another adapter method, optimizer or schedule,
-    keys of the old one that the new one does not have are dropped."""
+    """Put ``above`` over ``below``, key by key. If ``above`` names another adapter method or optimizer, the keys of the
+    old one that the new one does not have are dropped."""
     for section, tag in ((("adapter",), "method"), (("training", "optimizer"), "name")):
         old, new = _get(below.values, section), _get(above.values, section)
         if isinstance(old, dict) and isinstance(new, dict) and new.get(tag, old.get(tag)) != old.get(tag):
@@ -202,8 +203,8 @@ _SECRET = re.compile(
 
 
 def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> None:
-    """A recipe is copied into its run directory and shown in messages, so it must hold no password. The error says
-    where it stands and does not repeat it."""
+    """Raise ``UserError`` if ``value`` holds a password, because a recipe is copied into its run directory and shown in
+    messages. The error says where the password stands and does not repeat it."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _refuse_secrets(inner, (*key, name), locations)
@@ -222,11 +223,11 @@ def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> Non
 # -- errors ----------------------------------------------------------------------------------------------
 
 MOST_ERRORS = 20
-"""So many are told at once."""
+"""Most errors that are reported at once."""
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models in an annotation: one of a section, several of a tagged union."""
+    """Return the models in an annotation: one for a section, several for a tagged union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for arg in typing.get_args(annotation) for m in _models(arg)]
@@ -247,7 +248,7 @@ def _fields_of(section: tuple[str, ...], tag: str) -> set[str]:
 
 
 def _resolve(loc: Sequence[str | int]) -> tuple[Key, type[BaseModel] | None]:
-    """Pydantic's location without the tags of unions: the recipe's key, and the section it stands in."""
+    """Return pydantic's location without the tags of unions: the recipe's key, and the section that holds it."""
     key: list[str | int] = []
     section: type[BaseModel] | None = Recipe
     models: list[type[BaseModel]] = [Recipe]
@@ -279,7 +280,7 @@ def _messages(error: ValidationError, locations: dict[Key, Location], source: st
         context = item.get("ctx", {})
         if "field" in context:
             key = (*key, context["field"])
-        if key in messages:  # the branches of a union each complain: the first says enough
+        if key in messages:  # each branch of a union reports an error: the first says enough
             continue
         if len(messages) == MOST_ERRORS:
             return [*messages.values(), "and more"]

@@ -34,68 +34,72 @@ class _Section(BaseModel):
 
 
 class EvaluateConfig(_Section):
-    """Section ``training.evaluate:``: task accuracy while training, into ``metrics.jsonl`` as ``eval_SUITE``; the best
-    checkpoint by it is named in ``summary.json``. Needs the extra ``eval``."""
+    """Section ``training.evaluate:``. Task accuracy is measured during training and written to ``metrics.jsonl`` as
+    ``eval_SUITE``; ``summary.json`` names the checkpoint with the best value. Needs the extra ``eval``."""
 
     suite: Literal["math", "gsm8k", "code", "forgetting"]
-    """Questions, answers and metrics as those of ``rasa-eval``."""
+    """Suite to evaluate, with the same questions, answers and metrics as in ``rasa-eval``."""
     every: Every = "epoch"
-    """``epoch``, or a number of steps. The last step is always evaluated."""
+    """Interval between evaluations: ``epoch``, or a number of steps. The last step is always evaluated."""
     limit: PositiveInt | None = 200
-    """Questions (of each task, for forgetting); null for all."""
+    """Number of questions (of each task, for ``forgetting``); null for all."""
     data: str | None = None
-    """Local questions, as for ``--data`` of ``rasa-eval``; null for the hub's."""
+    """Local questions, as for ``--data`` of ``rasa-eval``; null for the questions on the hub."""
 
 
 class TrainingConfig(_Section):
-    """Section ``training:``. Steps are optimizer steps, everywhere."""
+    """Section ``training:``. Steps are optimizer steps everywhere."""
 
     epochs: PositiveInt = 3
-    """Passes over the data (the paper: 8; the default is ours)."""
+    """Number of passes over the data. The paper uses 8; the default is ours."""
     max_steps: PositiveInt | None = None
-    """Length of the run in steps instead of epochs; the schedule ends there as well."""
+    """Length of the run in steps instead of epochs. The learning rate schedule ends there as well."""
     batch_size: PositiveInt = 32
-    """Sequences per step, over all workers and micro-batches (the paper: 192; the default is ours)."""
+    """Number of sequences per step, over all workers and micro-batches. The paper uses 192; the default is ours."""
     micro_batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Sequences that one worker computes at a time. Changes speed and memory, not the result. ``auto``: as many as
-    memory allows, tried on the longest before the first step."""
+    """Number of sequences that one worker computes at a time. It changes speed and memory, not the result. ``auto``: as
+    many as memory allows, tried on the longest sequences before the first step."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens that one worker computes at a time, in the place of a number of sequences; only without padding."""
+    """Number of tokens that one worker computes at a time, instead of a number of sequences; only without padding."""
     optimizer: OptimizerConfig = LionW()
-    """``name: lionw`` (the paper) or ``adamw``, with its learning rate."""
+    """Optimizer and its learning rate: ``name: lionw`` (the paper's) or ``name: adamw``."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """The learning rate over the steps."""
+    """Course of the learning rate over the steps."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients are scaled down to this L2 norm (the paper: 1.0); null never clips."""
+    """L2 norm to which larger gradients are scaled down (the paper: 1.0); null never clips."""
     max_skipped: PositiveInt = 10
-    """A step whose loss or gradient is not finite changes nothing and is counted; so many in a row end the run, and
-    the batch is kept in ``skipped/`` for a look. Under zero1 to zero3 the first ends it: DeepSpeed has updated then."""
+    """Number of skipped steps in a row that ends the run. A step is skipped, and changes nothing, if its loss or
+    gradient is not finite. The last skipped batch is then kept in ``skipped/`` for inspection."""
     batching: Literal["length-grouped", "shuffled", "sequential", "packed"] = "length-grouped"
-    """Which sequences make a batch: similar lengths together (the paper), any, or file order. ``packed``: any, and
-    computed without padding."""
+    """Which sequences form a batch. ``length-grouped``: sequences of similar length (the paper); ``shuffled``: any;
+    ``sequential``: those that follow one another in the file; ``packed``: any, computed without padding."""
     padding_free: bool = False
     """Compute the sequences of a micro-batch as one row without padding, in whatever order ``batching`` gives. The
-    result is the same; models whose attention cannot be kept to each sequence are refused."""
+    result is the same. A model whose attention cannot be confined to each sequence is refused."""
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
-    """Mean over the supervised tokens of the whole batch, or the mean of micro-batch means (the reference)."""
+    """Average of the loss. ``tokens``: the mean over the supervised tokens of the whole batch; ``micro_batch``: the mean
+    of the means of the micro-batches, as in the reference implementation."""
     activation_checkpointing: bool | Literal["auto"] | PositiveInt = False
-    """Recompute layers in the backward pass: much less memory, about a third more work. ``true``: all layers; a
-    number: the first so many; ``auto``: as many as memory asks for, tried before the first step."""
+    """Recompute layers in the backward pass, for much less memory and about a third more work. ``true``: all layers; a
+    number: that many layers, from the first; ``auto``: as many as memory requires, tried before the first step."""
     activation_offload: bool = False
-    """Keep what the backward pass needs in host memory, for room on the GPU and at the price of copies: less work
-    than recomputing, where the bus is fast. Together with ``activation_checkpointing`` only what it keeps is moved."""
+    """Keep the activations that the backward pass needs in host memory. This frees memory on the GPU at the price of
+    copies, which cost less than recomputing if the bus is fast. Together with ``activation_checkpointing``, only the
+    activations that checkpointing keeps are moved."""
     compile: bool = False
-    """Compile each decoder layer with torch.compile: a minute or more at the start, then faster steps on a GPU."""
+    """Compile each decoder layer with torch.compile. This takes a minute or more at the start; steps on a GPU are then
+    faster."""
     checkpoint_every: Every = "epoch"
-    """``epoch``, or a number of steps. The last step is always saved."""
+    """Interval between checkpoints: ``epoch``, or a number of steps. The last step is always saved."""
     keep_last: PositiveInt | None = None
-    """How many checkpoints to keep; null keeps all (the paper scores each epoch's)."""
+    """Number of checkpoints to keep; null keeps all (the paper scores the checkpoint of each epoch)."""
     validate_every: Every = "epoch"
-    """``epoch``, or a number of steps: loss on ``data.validation``, where there is one."""
+    """Interval between measurements of the loss on ``data.validation``, if there is one: ``epoch``, or a number of
+    steps."""
     evaluate: EvaluateConfig | None = None
-    """Task accuracy while training; null measures none."""
+    """Measurement of task accuracy during training; null measures none."""
     log_every: PositiveInt = 10
-    """Steps between two lines of progress when the output is no terminal."""
+    """Number of steps between two lines of progress if the output is not a terminal."""
 
     @property
     def flat(self) -> bool:
@@ -120,12 +124,12 @@ class TrainingConfig(_Section):
 
 
 class TrackingConfig(_Section):
-    """Section ``tracking:``. Off by default; nothing is ever sent anywhere unless asked for here."""
+    """Section ``tracking:``. Tracking is off by default; nothing is ever sent anywhere unless it is asked for here."""
 
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Each must be installed (tensorboard: the extra ``tracking``)."""
+    """Trackers that record the run. Each must be installed (the extra ``tracking`` installs tensorboard)."""
     project: str = "rasa_train"
-    """Project (or experiment) name that the trackers file the run under."""
+    """Name of the project (or experiment) under which the trackers file the run."""
 
 
 class Recipe(_Section):
@@ -138,9 +142,9 @@ class Recipe(_Section):
     distributed: DistributedConfig = DistributedConfig()
     tracking: TrackingConfig = TrackingConfig()
     output_dir: str
-    """The run directory. Running the same recipe again resumes what it finds there."""
+    """Run directory. Running the same recipe again resumes the run that is there."""
     seed: NonNegativeInt = 42
-    """Of the adapter's start, the order of the data and the dropout masks."""
+    """Seed for adapter initialisation, data order and dropout."""
 
 
 def _know_new_methods() -> None:

@@ -1,4 +1,4 @@
-"""The shipped recipes and what was measured of them: for ``rasa-train --list`` and the completion of a shell."""
+"""The shipped recipes and the measurements of them, for ``rasa-train --list`` and the completion of a shell."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def configs_dir() -> Path:
-    """The shipped recipes: inside the package when it is installed, beside it in a checkout."""
+    """Return the directory of the shipped recipes: inside an installed package, beside the package in a checkout."""
     inside = Path(__file__).resolve().parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "configs"
 
 
 def runnable() -> list[str]:
-    """Names of the shipped recipes, the demo's first, without those that only serve others as a base."""
+    """Return the names of the shipped recipes, the demo's first, without those that only serve others as a base."""
     found = [str(path.relative_to(configs_dir()).with_suffix("")) for path in configs_dir().rglob("*.yaml")]
     return sorted((name for name in found if not name.startswith("base/")), key=_place)
 
@@ -24,15 +24,16 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def measured() -> list[dict[str, Any]]:
-    """A row for each of ``runnable``, as ``scripts/measure_recipes.py`` wrote them: ``name``, ``method``, ``model``,
-    ``r`` and ``k`` (null where the method has none), ``trainable_parameters``, ``strategy``, and ``memory_bytes`` of
-    each of ``workers`` as ``--check`` estimates it for the longest example that the recipe allows."""
+    """Return a row for each of ``runnable``, as ``scripts/measure_recipes.py`` wrote it: ``name``, ``method``,
+    ``model``, ``r`` and ``k`` (null if the method has none), ``trainable_parameters``, ``strategy``, and
+    ``memory_bytes`` of each of ``workers`` as ``--check`` estimates it for the longest example that the recipe allows.
+    """
     rows: list[dict[str, Any]] = json.loads((configs_dir() / "measured.json").read_text(encoding="utf-8"))
     return rows
 
 
 def table() -> str:
-    """``measured`` for a person, 80 columns wide."""
+    """Format ``measured`` for a person, 80 columns wide."""
     lines = [_line("recipe", "method", "base model", "r/k", "trained", "GiB")]
     for row in measured():
         model = row["model"].rpartition("/")[2].partition("-v0")[0]
@@ -41,8 +42,9 @@ def table() -> str:
         lines.append(_line(row["name"], row["method"], model, ranks, _count(row["trainable_parameters"]), memory))
     notes = [
         "",
-        "GiB: memory of a GPU, as `rasa-train RECIPE --check` counts it; x8: of each of 8",
-        "that share the base. Your own: `rasa-train --copy demo my.yaml`.",
+        "GiB: memory of one GPU as `rasa-train RECIPE --check` estimates it; x8: of each",
+        "of 8 GPUs that share the base. To start a recipe of your own, copy one:",
+        "`rasa-train --copy demo my.yaml`.",
     ]
     return "\n".join(lines + notes)
 

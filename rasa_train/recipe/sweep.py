@@ -1,7 +1,7 @@
 """A grid of runs from one recipe: ``--sweep adapter.r=8,16 --sweep seed=1,2,3``.
 
-Each point of the grid is a run of its own, in a directory below the recipe's ``output_dir`` named by its values. They
-follow one another, each in a process of its own: what one leaves behind in memory cannot touch the next.
+Each point of the grid is a run of its own, in a directory below the recipe's ``output_dir`` named by its values. The
+runs follow one another, each in a process of its own, so that what one run leaves in memory cannot affect the next.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Point:
     """One run of a sweep."""
 
     values: dict[str, str]
-    """What the sweep sets, as written: ``{"adapter.r": "16", "seed": "1"}``."""
+    """Values that the sweep sets, as written: ``{"adapter.r": "16", "seed": "1"}``."""
     output_dir: Path
     arguments: list[str]
-    """Of ``rasa-train``: the recipe and all overrides."""
+    """Arguments of ``rasa-train``: the recipe and all overrides."""
 
     @property
     def name(self) -> str:
@@ -45,12 +45,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the run of a point ended."""
+    """End of the run of a point."""
 
     point: Point
     exit_code: int
     result: dict[str, Any] | None
-    """What the run printed with ``--json``; None when it failed or was not asked."""
+    """JSON that the run printed with ``--json``; None if it failed or was not asked for it."""
 
     def as_json(self) -> dict[str, Any]:
         point = self.point
@@ -63,12 +63,12 @@ class Outcome:
 
 
 def grid(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Point]:
-    """The points of the grid, the last ``--sweep`` changing fastest. Every one is a valid recipe.
+    """Return the points of the grid; the last ``--sweep`` changes fastest. The recipe of every point is valid.
 
     Args:
         sweeps: ``section.key=value,value,...``; a comma inside brackets, braces or quotes belongs to its value.
     Raises:
-        UserError: a sweep that is none, a key that is set twice, or a point whose recipe is wrong.
+        UserError: a sweep cannot be read, a key is set twice, or the recipe of a point is wrong.
     """
     axes = [_axis(text) for text in sweeps]
     keys = [key for key, _ in axes]
@@ -95,19 +95,19 @@ def grid(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[P
 
 
 def commands(points: Sequence[Point], options: Sequence[str]) -> list[str]:
-    """One shell command a run, for a cluster's queue."""
+    """Return one shell command for each run, for the queue of a cluster."""
     return [shlex.join(["rasa-train", *point.arguments, *options]) for point in points]
 
 
 def run(points: Sequence[Point], options: Sequence[str], say: Callable[[str], None], *, capture: bool) -> list[Outcome]:
-    """Run one point after the other. A run that fails is reported and the others go on; one that is complete says so.
+    """Run one point after the other. A run that fails is reported, and the others go on; a complete run says so.
 
     Args:
         options: flags of ``rasa-train`` for every run.
-        say: told what begins and what ended, a line each.
+        say: receives one line when a run begins and one when it fails.
         capture: take stdout of the runs as JSON instead of passing it through.
     Raises:
-        Stopped: a run was asked to stop (a signal to this process is passed on to it), so the sweep is too.
+        Stopped: a run was asked to stop (a signal to this process is passed on to the run), so the sweep stops too.
     """
     outcomes: list[Outcome] = []
     for number, point in enumerate(points, 1):
@@ -125,7 +125,7 @@ def run(points: Sequence[Point], options: Sequence[str], say: Callable[[str], No
 
 
 def _child(command: list[str], capture: bool) -> tuple[int, str]:
-    """Exit code and stdout of one run. SIGTERM and SIGUSR1 are for the run, which saves and exits."""
+    """Return exit code and stdout of one run. SIGTERM and SIGUSR1 are passed on to the run, which saves and exits."""
     asked: list[int] = []
     children: list[subprocess.Popen[str]] = []
 
@@ -138,18 +138,18 @@ def _child(command: list[str], capture: bool) -> tuple[int, str]:
     try:
         child = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
         children.append(child)
-        if asked:  # in between
+        if asked:  # before the child was known
             child.send_signal(asked[0])
         try:
             printed = child.communicate()[0] or ""
-        except KeyboardInterrupt:  # the terminal sends it to the run as well: let that save first
+        except KeyboardInterrupt:  # the terminal sends it to the run as well: let the run save first
             if child.wait() != STOPPED:
                 raise
             printed = ""
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    # A signal before the run listens kills it: nothing is lost, and the sweep was asked to stop all the same.
+    # A signal that comes before the run listens kills the run: nothing is lost, and the sweep must stop all the same.
     return (STOPPED if asked else child.returncode), printed
 
 
@@ -164,12 +164,12 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 
 def _yaml(text: str) -> str:
-    """``text`` as a YAML value: quoted only where it has to be."""
+    """Return ``text`` as a YAML value, quoted only if necessary."""
     return text if yaml.safe_load(text) == text else json.dumps(text, ensure_ascii=False)
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets, braces or quotes."""
+    """Split ``text`` at the commas that are not inside brackets, braces or quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:

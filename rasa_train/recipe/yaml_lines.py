@@ -1,4 +1,4 @@
-"""YAML with the line of every key. Reads what YAML 1.2 calls a number: ``5e-4`` is one."""
+"""Reader of YAML that knows the line of every key. It reads all numbers of YAML 1.2, ``5e-4`` among them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import yaml
 from ..errors import UserError
 
 MAX_NODES, MAX_DEPTH, MAX_LENGTH, MAX_BYTES = 20_000, 40, 4_096, 1 << 18
-"""A recipe has some dozens of values; aliases that unfold to more than this are an attack or an accident, and so are
-deeper nesting, a value of more characters than a path may have, and a file of more bytes."""
+"""Limits of a recipe, which has some dozens of values. Aliases that expand to more than ``MAX_NODES`` values are an
+attack or an accident, and so are deeper nesting, a value with more characters than a path may have, and a file with
+more bytes."""
 MERGE = "tag:yaml.org,2002:merge"
 
 Key = tuple[str | int, ...]
@@ -21,7 +22,7 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Location:
-    """Where a value was written: a file and its line (1-based), or an override of the command line."""
+    """Place where a value was written: a file and its line (1-based), or an override on the command line."""
 
     source: str
     line: int | None
@@ -43,10 +44,11 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
-    """The value of a YAML text and where each key of it stands.
+    """Return the value of a YAML text and the place of each of its keys.
 
     Raises:
-        UserError: syntax (with line and column), a duplicate key, a key that is no string, a tag, or too much of it.
+        UserError: wrong syntax (with line and column), a duplicate key, a key that is not a string, a tag, or a text
+            beyond the limits of a recipe.
     """
     try:
         _refuse_odd(text, source)
@@ -64,7 +66,7 @@ def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
         problem = short(str(error.problem or error.context))
         raise UserError(f"{source}{where}: YAML syntax: {problem}" + (f"\n  {short(line)}" if line else "")) from None
     except RecursionError:
-        raise UserError(f"{source}: an alias stands for what contains it") from None
+        raise UserError(f"{source}: an alias refers to a value that contains the alias") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source}: YAML cannot be read: {short(str(error))}") from None
 
@@ -72,34 +74,35 @@ def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
 def parse_file(path: Path) -> tuple[Any, dict[Key, Location]]:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path} is no recipe: it has {size:,} bytes; at most {MAX_BYTES:,} are read")
+            raise UserError(f"{path} is not a recipe: it has {size:,} bytes; at most {MAX_BYTES:,} are read")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return parse(text, str(path))
 
 
 def _refuse_odd(text: str, source: str) -> None:
-    """What is refused as it is parsed, before anything is made of it. A tag that the loader does not know, or that does
-    not fit its value, would be passed over on mappings and sequences, and end in all kinds of errors elsewhere."""
+    """Raise ``UserError`` for text that is refused during parsing, before any value is made. A tag that the loader does
+    not know, or that does not fit its value, would be ignored on mappings and sequences, and would cause all kinds of
+    errors elsewhere."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         assert event.start_mark
         where = f"{source}:{event.start_mark.line + 1}"
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise UserError(f"{where}: values in values, more than {MAX_DEPTH} deep")
+            raise UserError(f"{where}: values are nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!", 1)
             raise UserError(f"{where}: a recipe has no tags, got {short(tag)}; write the value without it")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LENGTH:
-            raise UserError(f"{where}: a value of {len(event.value):,} characters; at most {MAX_LENGTH:,} are read")
+            raise UserError(f"{where}: a value has {len(event.value):,} characters; at most {MAX_LENGTH:,} are read")
 
 
 def short(text: str, most: int = 200) -> str:
-    """``text`` as a message can bear it."""
+    """Shorten ``text`` to at most ``most`` characters, for a message."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -111,7 +114,7 @@ class _Walker:
     def value(self, node: yaml.Node, key: Key) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise UserError(f"{self.source}: more than {MAX_NODES:,} values (aliases unfold to their whole content)")
+            raise UserError(f"{self.source} has more than {MAX_NODES:,} values (an alias counts as its whole content)")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
@@ -128,7 +131,7 @@ class _Walker:
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in reversed(node.value):
-            if key_node.tag == MERGE:  # of several, the first one wins; keys that stand here win over all
+            if key_node.tag == MERGE:  # the first of several wins; keys of this mapping win over all
                 result |= self._merged(value_node, key)
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
@@ -149,12 +152,13 @@ class _Walker:
         return result
 
     def _merged(self, node: yaml.Node, key: Key) -> dict[str, Any]:
-        """The mapping, or the list of mappings, that ``<<`` puts in."""
+        """Return the mapping that ``<<`` inserts: its value, or the values of its list merged."""
         result: dict[str, Any] = {}
         for base in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
             value = self.value(base, key)
             if not isinstance(value, dict):
                 line = base.start_mark.line + 1
-                raise UserError(f"{self.source}:{line}: << takes mappings, got {short(repr(value))}")
+                got = short(repr(value))
+                raise UserError(f"{self.source}:{line}: << must be a mapping or a list of mappings, got {got}")
             result |= value
         return result
