@@ -1,1 +1,1 @@
-"""Say what a run would be before it starts: parameters, steps, memory, time."""
+"""The description of a run before it starts: parameters, steps, memory, time."""

@@ -1,4 +1,4 @@
-"""``rasa-train --check``: what a recipe would do, shown to a person or given as JSON."""
+"""``rasa-train --check``: what a recipe would do, printed for a person or as JSON."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .estimate import USABLE, plan
 
 @dataclass
 class CheckResult:
-    """``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces; ``shortages`` are
-    those of the ``problems`` that are not only something absent, which another machine may have."""
+    """Result of a check. ``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces;
+    ``shortages`` are the ``problems`` other than missing data or weights, which another machine may have."""
 
     facts: dict[str, Any]
     problems: list[str] = field(default_factory=list)
@@ -59,17 +59,17 @@ class CheckResult:
 
 
 def check(recipe: Recipe, workers: int = 1) -> CheckResult:
-    """Everything that can be known without training, for this number of workers.
+    """Return everything that can be known without training, for this number of workers.
 
     Raises:
-        UserError: something is wrong. What is only absent (the data set, the weights) is reported, not raised.
+        UserError: something is wrong. A data set or weights that are only absent are reported, not raised.
     """
     problems: list[str] = []
     data: PreparedData | None = None
     tokenizer: Tokenizer | None = None
     if not has_weights(recipe.model):
         problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
-    facts_of_model = plan(recipe, None, workers)  # a wrong adapter is told before the data is looked at
+    facts_of_model = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
         data = prepare(recipe.data, tokenizer)
@@ -95,26 +95,26 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
 
 
 def _shortages(facts: dict[str, Any]) -> list[str]:
-    """What this machine has too little of. Only of a GPU is memory counted: without one, another machine trains."""
+    """Return what this machine has too little of. Memory counts only on a GPU: without one, another machine trains."""
     found = []
     needed, free = facts["disk_bytes_needed"], facts["disk_bytes_free"]
     if needed is not None and needed > free:
         found.append(
-            f"output_dir: checkpoints need {_size(needed)}, the disk has {_size(free)} free; make room, or set "
+            f"output_dir: checkpoints need {_size(needed)}, but the disk has {_size(free)} free; make room, or set "
             "training.keep_last"
         )
     least = min(facts["devices"], key=lambda device: int(device["memory_bytes"]))
     total = facts["memory_bytes"]["total"]
     if least["name"] != "cpu" and total > USABLE * least["memory_bytes"]:
         found.append(
-            f"memory: {_size(total)} for each worker, {least['name']} has {_size(least['memory_bytes'])}; try "
+            f"memory: each worker needs {_size(total)}, but {least['name']} has {_size(least['memory_bytes'])}; try "
             "training.activation_checkpointing: auto, or another distributed.strategy"
         )
     return found
 
 
 def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
-    """(topic, whether it is fine, in a few words)."""
+    """Return (topic, whether it is fine, a few words about it) for each topic."""
     problems, seconds, needed = facts["problems"], facts["seconds_estimate"], facts["disk_bytes_needed"]
     device, median = facts["devices"][0], facts["median_example"]
     data = "not here" if median is None else f"median {median:,.0f}, longest {facts['longest_example']:,} tokens"

@@ -1,4 +1,4 @@
-"""What a recipe will do, before it does it: parameters, steps, memory. ``rasa-train --check`` prints this."""
+"""Facts about a run before it starts: parameters, steps, memory. ``rasa-train --check`` prints them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ USABLE = 0.9
 
 
 def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[str, Any]:
-    """The facts of a run; null for what cannot be known without the data.
+    """Return the facts of a run; None for a fact that cannot be known without the data.
 
     Raises:
-        UserError: the architecture is not to be had, or the adapter does not fit it.
+        UserError: the architecture is not available, or the adapter does not fit it.
     """
     model = meta_model(recipe.model)
     if recipe.training.flat:
@@ -71,7 +71,7 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[st
 
 
 def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_epoch: int | None) -> int | None:
-    """What the checkpoints take (one more than are kept, while it is written) and the adapter at the end."""
+    """Return the bytes of the checkpoints (one more than are kept, while it is written) and of the final adapter."""
     training = recipe.training
     every = steps_per_epoch if isinstance(training.checkpoint_every, str) else training.checkpoint_every
     if steps is None or every is None:
@@ -113,12 +113,13 @@ def _memory_facts(
 def memory(
     recipe: Recipe, model: PreTrainedModel, sites: list[Site], strategy: str, workers: int, *, tokens: int
 ) -> dict[str, int]:
-    """Estimate of one worker's GPU memory in bytes, by part. Exact for what is counted; ``activations`` and
-    ``logits`` are a model of the largest micro-batch, of ``tokens`` tokens with their padding: what the layers that are
-    not recomputed keep for the backward pass (``auto``: without recomputing), and the loss over the vocabulary."""
+    """Estimate one worker's GPU memory in bytes, by part. Most parts are counted and exact. ``activations`` and
+    ``logits`` come from a model of the largest micro-batch, of ``tokens`` tokens with padding: the activations that
+    layers keep for the backward pass unless they are recomputed (``auto``: no layer is), and the loss over the
+    vocabulary."""
     config: PretrainedConfig = model.config.get_text_config()
     half = 4 if recipe.model.dtype == "float32" else 2
-    # Whatever is trained is fp32; base weights that are (full fine-tuning) have no second copy.
+    # All trained parameters are fp32; trained base weights (full fine-tuning) have no second copy.
     of_base = {id(p): p.numel() for n, p in model.named_parameters() if recipe.adapter.trains(n)}
     trained = sum(p.numel() for p in trainable(model).values())
     adapter = trained - sum(of_base.values())
@@ -149,7 +150,7 @@ def memory(
     recomputed = 0 if wanted == "auto" else layers if wanted is True else min(int(wanted), layers)
     kept = recomputed * config.hidden_size * half + (layers - recomputed + bool(recomputed)) * per_layer
     if recipe.training.activation_offload:
-        kept = per_layer  # of the layer that is at work
+        kept = per_layer  # only for the layer that is being computed
     parts["activations"] = tokens * kept
     chunked = has_plain_head(model)
     parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * (half + 4) if chunked else tokens * (half + 8))
@@ -158,8 +159,8 @@ def memory(
 
 
 def _gathered(model: nn.Module, strategy: str) -> int:
-    """Bytes of the weights that are whole at one time: a layer, the next one that is fetched meanwhile, and what is
-    outside the layers (FSDP: all of it; ZeRO-3: one tensor of it)."""
+    """Return the bytes of the weights that are whole at one time: those of a layer, of the next layer, which is fetched
+    meanwhile, and of the parameters outside the layers (FSDP: all of them; ZeRO-3: one of them)."""
     layers = [[p for p in layer.parameters()] for layer in decoder_layers(model)]
     inside = {id(p) for layer in layers for p in layer}
     outside = [_bytes(p) for p in model.parameters() if id(p) not in inside]
@@ -172,7 +173,7 @@ def _bytes(parameter: Tensor) -> int:
 
 
 def advice(recipe: Recipe, totals: dict[str, int], workers: int) -> list[str]:
-    """Which strategy to take on the GPU that is named in the recipe, or is there. Nothing without one."""
+    """Return advice on the strategy for the GPU named in the recipe, or else for this machine's; empty without one."""
     size = recipe.distributed.gpu_memory_gib
     if size is None and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory / 2**30

@@ -1,4 +1,4 @@
-"""What the machine has for a run, and how fast it is: for ``rasa-train --check``."""
+"""Resources and speed of this machine for a run, for ``rasa-train --check``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..stop import StopSignal
 from ..training.run import run
 
 STEPS, SEQUENCES = 3, 8
-"""Of the probe; the first steps are slower than the rest, so only the last is taken."""
+"""Size of the trial run. Its first steps are slower than the rest, so only the last one is measured."""
 MOST_FLOPS = {"cpu": 1e12, "cuda": 1e15}
-"""A probe of more would take longer than a check should."""
+"""Largest trial run on each kind of device; a larger one would take longer than a check should."""
 MOST_BYTES = 8 << 30
-"""Of the base: a larger one takes too long to read."""
+"""Largest base that is tried; a larger one takes too long to read."""
 
 
 def devices() -> list[dict[str, Any]]:
-    """Name and memory in bytes of each GPU; of the machine where there is none."""
+    """Return name and memory in bytes of each GPU, or of the machine if it has no GPU."""
     if not torch.cuda.is_available():
         return [{"name": "cpu", "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}]
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -36,19 +36,20 @@ def devices() -> list[dict[str, Any]]:
 
 
 def disk_free(path: Path) -> int:
-    """Bytes that are free where ``path`` is going to be."""
+    """Return the number of bytes that are free where ``path`` is going to be."""
     there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(there).free
 
 
 def seconds(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> float | None:
-    """Estimate of what ``steps`` take on this machine: by training a few of ``SEQUENCES`` sequences, in a directory
-    that is thrown away, and the tokens per second of the last. None where that would take too long to try.
+    """Estimate the seconds that ``steps`` take on this machine: train a few steps of ``SEQUENCES`` sequences, in a
+    directory that is deleted, and take the tokens per second of the last step. Returns None if that would take too
+    long.
 
     Args:
-        parameters: of the base.
+        parameters: number of parameters of the base.
     Raises:
-        UserError: they cannot be trained.
+        UserError: the steps cannot be trained.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = STEPS * min(SEQUENCES, recipe.training.batch_size) * int(data.train.lengths.max())

@@ -15,11 +15,11 @@ from ..errors import Stopped, UserError
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
-"""The exception for a command line that cannot be read. Typer's own: newer versions carry a copy of click's."""
+"""Exception for a command line that cannot be read. It comes from typer: newer versions carry a copy of click."""
 
 
 class Command(TyperCommand):
-    """A command that says in one line what is wrong with its options, as it does with everything else."""
+    """A command that reports wrong options in one line, as it reports all other errors."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -31,7 +31,7 @@ class Command(TyperCommand):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn the errors that are nobody's bug into one message on stderr and an exit code."""
+    """Turn errors that are not bugs into one message on stderr and an exit code."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""rasa-train: train what a recipe says."""
+"""The command ``rasa-train``: train as a recipe says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 
 
 def _recipes(incomplete: str) -> list[str]:
-    """What a shell offers after ``rasa-train``: shipped recipes, and YAML files and directories that are there."""
+    """Return what a shell offers after ``rasa-train``: shipped recipes, and existing YAML files and directories."""
     parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
     near = sorted(parent.glob("*")) if parent.is_dir() else []
     files = [f"{path}/" if path.is_dir() else str(path) for path in near if path.is_dir() or path.suffix == ".yaml"]
@@ -34,42 +34,47 @@ def train(
         str | None, typer.Argument(help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes)
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values to replace in it.")
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values to replace in the recipe.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Say what the run would be, and do not train.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Print what the run would be, and do not train.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in output_dir and start over.")] = False,
     nproc: Annotated[
-        str, typer.Option("--nproc", metavar="N|auto", help="Workers on this machine; auto: one per GPU.")
+        str, typer.Option("--nproc", metavar="N|auto", help="Number of workers on this machine; auto: one per GPU.")
     ] = "auto",
-    nnodes: Annotated[int, typer.Option("--nnodes", min=1, help="Machines; the same command on each.")] = 1,
-    node_rank: Annotated[int | None, typer.Option("--node-rank", help="Which of them this is, from 0.")] = None,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
+    ] = 1,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", help="Number of this machine, from 0.")] = None,
     rdzv: Annotated[
-        str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where they meet: node 0 and a free port.")
+        str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: node 0 and a free port.")
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, help="Restarts from the last checkpoint when a worker dies.")
+        int,
+        typer.Option(
+            "--max-restarts", min=0, help="Number of restarts from the last checkpoint after a worker has died."
+        ),
     ] = 0,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            "--sweep", metavar="KEY=V1,V2,...", help="A run for each value (repeat for a grid), below output_dir."
+            "--sweep", metavar="KEY=V1,V2,...", help="Start a run for each value, below output_dir (repeat for a grid)."
         ),
     ] = None,
     print_commands: Annotated[
-        bool, typer.Option("--print", help="With --sweep: print the command of each run, and run none.")
+        bool, typer.Option("--print", help="With --sweep: print the command of each run instead of running it.")
     ] = False,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the shipped RECIPE to the file or directory that follows it (or here).")
     ] = False,
     list_recipes: Annotated[
-        bool, typer.Option("--list", help="List the shipped recipes: parameters and memory of each.")
+        bool, typer.Option("--list", help="List the shipped recipes with parameters and memory of each.")
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Fine-tune a language model with RaSA, LoRA or a relative, as RECIPE says.
 
-    The same command again resumes a run that was interrupted.
+    Running the same command again resumes an interrupted run.
 
         rasa-train configs/demo.yaml adapter.r=16 training.epochs=2 output_dir=runs/a
     """
@@ -102,14 +107,14 @@ def train(
             flags += [f"{name}={value}" for name, (value, default) in valued.items() if value != default]
             if nnodes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise UserError(
-                    "--sweep starts its runs on one machine: --print gives the command of each, for a queue"
+                    "--sweep starts its runs on one machine; --print gives the command of each, for a queue"
                 )
             sys.exit(_sweep(recipe, overrides or [], sweep or [], flags, print_commands, as_json))
         try:
             loaded = load_recipe(recipe, overrides or [])
         except UserError:
             if os.environ.get("LOCAL_RANK", "0") != "0":
-                sys.exit(2)  # the first worker of this machine says it
+                sys.exit(2)  # the first worker of this machine reports it
             raise
         try:
             from ..launch.launch import launch, number
@@ -143,11 +148,11 @@ def _finish(output_dir: str, summary: dict[str, Any], was_complete: bool, as_jso
 def _sweep(
     recipe: str, overrides: list[str], sweeps: list[str], flags: list[str], print_commands: bool, as_json: bool
 ) -> int:
-    """Exit code 0 when every run is complete, otherwise that of the first that failed."""
+    """Run or print a sweep. Returns exit code 0 if every run is complete, otherwise that of the first that failed."""
     from ..recipe.sweep import commands, grid, run
 
     if not sweeps:
-        raise UserError("--print gives the commands of a sweep: say what to sweep, as --sweep adapter.r=8,16")
+        raise UserError("--print needs a sweep: say what to sweep, for example --sweep adapter.r=8,16")
     points = grid(recipe, overrides, sweeps)
     if print_commands:
         lines = commands(points, flags)
@@ -186,7 +191,7 @@ def main() -> None:
     except SystemExit as end:
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_initialized():
-            # Not through the interpreter's end: threads of gloo sometimes abort there, after all is done.
+            # Skip the interpreter's shutdown: threads of gloo sometimes abort in it, after all work is done.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code if isinstance(end.code, int) else 1)

@@ -48,7 +48,7 @@ class EvaluateConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Section ``training:``. Steps are optimizer steps everywhere."""
+    """Section ``training:``. A step is an optimizer step everywhere."""
 
     epochs: PositiveInt = 3
     """Number of passes over the data. The paper uses 8; the default is ours."""
@@ -77,8 +77,8 @@ class TrainingConfig(_Section):
     """Compute the sequences of a micro-batch as one row without padding, in whatever order ``batching`` gives. The
     result is the same. A model whose attention cannot be confined to each sequence is refused."""
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
-    """Average of the loss. ``tokens``: the mean over the supervised tokens of the whole batch; ``micro_batch``: the mean
-    of the means of the micro-batches, as in the reference implementation."""
+    """Average of the loss over a step. ``tokens``: the mean over the supervised tokens of the whole batch;
+    ``micro_batch``: the mean of the means of the micro-batches, as in the reference implementation."""
     activation_checkpointing: bool | Literal["auto"] | PositiveInt = False
     """Recompute layers in the backward pass, for much less memory and about a third more work. ``true``: all layers; a
     number: that many layers, from the first; ``auto``: as many as memory requires, tried before the first step."""
