@@ -45,7 +45,7 @@ def train(
     nnodes: Annotated[
         int, typer.Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
     ] = 1,
-    node_rank: Annotated[int | None, typer.Option("--node-rank", help="Number of this machine, from 0.")] = None,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", help="Which machine this is, from 0.")] = None,
     rdzv: Annotated[
         str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: node 0 and a free port.")
     ] = None,

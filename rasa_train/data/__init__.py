@@ -1,10 +1,10 @@
 """Training data: from a dataset's name to padded batches of tokens.
 
-The straight line: ``config.DataConfig`` -> ``sources`` (rows) -> ``columns`` (what a row means) -> ``encode``
+The path of the data: ``config.DataConfig`` -> ``sources`` (rows) -> ``columns`` (what a row means) -> ``encode``
 (text and loss mask) -> ``prepare`` (tokenised once, ``cache``) -> ``batching`` (which examples form a step,
 padded tensors).
 
-Only the configuration is imported here, so that a recipe is validated without loading torch.
+Only the configuration is imported here, because a recipe is validated without the rest.
 """
 
 from .config import DataConfig, ValidationConfig

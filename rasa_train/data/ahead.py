@@ -1,4 +1,4 @@
-"""Work that is done before it is asked for."""
+"""Items that are made before they are asked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
-    """The same items in the same order, made by a thread, up to ``depth`` of them before they are asked for.
+    """Yield the same items in the same order. A thread makes up to ``depth`` of them before they are asked for.
 
-    What ``items`` raises is raised here, in its turn. Closing the iterator ends the thread.
+    An error that ``items`` raises is raised here, in its turn. Closing the iterator ends the thread.
     """
     iterator, end = iter(items), object()
     pool = ThreadPoolExecutor(1, "ahead")

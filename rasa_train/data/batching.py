@@ -1,4 +1,4 @@
-"""Which examples form a step, who computes them, and their tensors: padded rows, or one row without padding."""
+"""Choice of the examples of a step, of the worker that computes each, and their tensors: padded rows, or one row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ Batching = Literal["length-grouped", "shuffled", "sequential", "packed"]
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that one worker computes at once: examples, or ``tokens`` of one row without padding."""
+    """The most that one worker computes at once: a number of examples, or of ``tokens`` in one row without padding."""
 
     examples: int | None = None
     tokens: int | None = None
     multiple_of: int = 1
-    """With ``tokens``: see ``pack_batch``."""
+    """Factor of the number of micro-batches, used with ``tokens``: see ``pack_batch``."""
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens" if self.tokens else f"{self.examples} sequence{'s'[: self.examples != 1]}"
 
     def split(self, indices: np.ndarray, lengths: np.ndarray, num_workers: int) -> list[list[np.ndarray]]:
-        """``split_batch`` or ``pack_batch``."""
+        """Divide a global batch by ``split_batch``, or by ``pack_batch`` if the limit is in tokens."""
         if self.tokens:
             return pack_batch(
                 indices, lengths, max_tokens=self.tokens, num_workers=num_workers, multiple_of=self.multiple_of
@@ -36,20 +36,20 @@ class Limit:
 
 
 class HasTargets(Protocol):
-    """Anything that knows the targets of each of its examples, as ``TokenDataset`` does."""
+    """Anything that knows the number of targets of each of its examples, as ``TokenDataset`` does."""
 
     @property
     def supervised(self) -> np.ndarray: ...
 
 
 def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The global batches of one epoch: arrays of example indices that hold each example once.
+    """Return the global batches of one epoch: arrays of example indices that hold each example once.
 
     The last batch may be smaller.
 
     ``length-grouped`` (the paper's, Appendix C; Hugging Face's length-grouped sampler): a random order is cut
-    into groups of 50 batches (fewer where there would not be four groups), each sorted from long to short, so
-    that a batch holds similar lengths. The longest example comes first of all, so a lack of memory shows at
+    into groups of 50 batches (fewer if there would not be four groups), each sorted from long to short, so
+    that a batch holds similar lengths. The longest example comes first of all, so that a lack of memory shows at
     the first step.
 
     Args:
@@ -57,7 +57,7 @@ def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed
         batching: ``length-grouped``; ``shuffled`` and ``packed``: a random order; ``sequential``: the order of the
             file.
         batch_size: examples of a step, over all workers.
-        seed, epoch: the plan depends on these and nothing else.
+        seed, epoch: these two alone determine the random order.
     """
     count = len(lengths)
     random = np.random.default_rng([seed, epoch]).permutation(count)
@@ -74,18 +74,18 @@ def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed
 def split_batch(
     indices: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, num_workers: int
 ) -> list[list[np.ndarray]]:
-    """Divides a global batch: for every worker, its micro-batches. The union is the batch.
+    """Divide a global batch into the micro-batches of every worker. The union of all micro-batches is the batch.
 
-    The micro-batches do not depend on the number of workers, only who computes them does. They are cut from the
-    batch sorted by length, so padding is small, and are dealt out in rounds, the longest of a round to whoever has
-    least so far, so that workers compute similar lengths at the same time and nobody waits long. All workers get
-    the same number of them (empty ones where nothing is left), since each may be a collective operation. Within a
-    micro-batch the order of the batch is kept.
+    The micro-batches do not depend on the number of workers; only which worker computes each of them does. They are
+    cut from the batch sorted by length, so that padding is small. They are dealt out in rounds, the longest of a round
+    to the worker that has least so far, so that workers compute similar lengths at the same time and none waits long.
+    All workers get the same number of micro-batches (empty ones if nothing is left), since each may be a collective
+    operation. Within a micro-batch the order of the batch is kept.
 
     Args:
         indices: the batch; shape (n,).
         lengths: tokens of every example of the dataset (indexed by ``indices``).
-        micro_batch_size: the most examples a worker computes at once.
+        micro_batch_size: most examples that a worker computes at once.
     Returns:
         ``result[worker][round]``, an array of at most ``micro_batch_size`` indices.
     """
@@ -98,13 +98,14 @@ def split_batch(
 def pack_batch(
     indices: np.ndarray, lengths: np.ndarray, *, max_tokens: int, num_workers: int, multiple_of: int = 1
 ) -> list[list[np.ndarray]]:
-    """``split_batch`` for rows without padding: as few micro-batches of at most ``max_tokens`` tokens as will do, of
-    nearly the same number of tokens (a longer example is a micro-batch of its own).
+    """Divide a global batch as ``split_batch`` does, for rows without padding: into as few micro-batches of at most
+    ``max_tokens`` tokens as possible, with nearly the same number of tokens each (a longer example is a micro-batch of
+    its own).
 
     Args:
-        max_tokens: the most tokens a worker computes at once.
-        multiple_of: of how many micro-batches there are a multiple, where the batch has so many examples; with the
-            number of workers nobody is idle, but what is in a micro-batch depends on that number.
+        max_tokens: most tokens that a worker computes at once.
+        multiple_of: the number of micro-batches is a multiple of this, if the batch has enough examples. If this is
+            the number of workers, no worker is idle, but the contents of the micro-batches depend on that number.
     Returns:
         ``result[worker][round]``, an array of indices.
     """
@@ -114,7 +115,7 @@ def pack_batch(
     while True:
         count = min(-(-count // multiple_of) * multiple_of, len(indices))
         tokens, places = np.zeros(count, np.int64), [list[int]() for _ in range(count)]
-        for place in by_length:  # the longest that is left to whatever has least
+        for place in by_length:  # the longest remaining example goes to the micro-batch with least
             lightest = int(tokens.argmin())
             places[lightest].append(int(place))
             tokens[lightest] += lengths[indices[place]]
@@ -126,7 +127,7 @@ def pack_batch(
 
 
 def _deal(micro_batches: list[np.ndarray], costs: list[int], num_workers: int) -> list[list[np.ndarray]]:
-    """In rounds, the first of a round to whoever has had least; empty ones fill the last round."""
+    """Deal out in rounds, the first of a round to the worker that has had least; empty ones fill the last round."""
     missing = -len(micro_batches) % num_workers
     filled = [*zip(micro_batches, costs, strict=True), *[(np.zeros(0, np.int64), 0)] * missing]
     result: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
@@ -145,15 +146,15 @@ def collate(
     pad_to_multiple_of: int = 8,
     side: Literal["left", "right"] = "right",
 ) -> dict[str, torch.Tensor] | None:
-    """Pads examples to one length; None for no examples.
+    """Pad examples to one length. Returns None for no examples.
 
     The label of an example's first token becomes -100: nothing comes before it to predict it from, but with
     padding on the left a model would be asked to predict it from padding.
 
     Args:
         pad_token_id: fills ``input_ids``; labels are filled with -100.
-        pad_to_multiple_of: of tokens (the paper's scripts: 8).
-        side: where the padding goes.
+        pad_to_multiple_of: the length in tokens is a multiple of this (the paper's scripts: 8).
+        side: side of the padding.
     Returns:
         ``input_ids``, ``attention_mask`` (1 on tokens, 0 on padding) and ``labels``; int64, shape
         (examples, length).
@@ -176,14 +177,14 @@ def collate(
 
 
 def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict[str, Any] | None:
-    """Examples one after the other in one row; None for no examples. What fills the row up is a sequence of its own.
+    """Put examples one after the other in one row. Returns None for no examples. The filling is its own sequence.
 
     The label of an example's first token becomes -100.
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids`` (which start again with each example), int64, shape (1, tokens);
-        where each begins, and the end (``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32); and the longest
-        (``max_length_q`` and ``max_length_k``).
+        the start of each sequence, and the end of the last (``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32); and the
+        length of the longest (``max_length_q`` and ``max_length_k``).
     """
     if not examples:
         return None
@@ -210,8 +211,8 @@ def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict
 
 
 def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
-    """``batch`` with ``positions`` (of the tokens whose successor is supervised, in the flattened batch) and
-    ``targets`` (those successors) in the place of ``labels``; int64, shape (supervised tokens,)."""
+    """Return ``batch`` with ``positions`` and ``targets`` instead of ``labels``: the positions, in the flattened batch,
+    of the tokens whose successor is supervised, and these successors; int64, shape (supervised tokens,)."""
     labels = batch.pop("labels")
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     positions = (following != IGNORE).nonzero().squeeze(1)
@@ -219,7 +220,7 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def supervised_tokens(dataset: HasTargets, indices: np.ndarray) -> int:
-    """Tokens that carry loss in these examples: what a global batch's loss is divided by."""
+    """Return the number of tokens that carry loss in these examples: the divisor of a global batch's loss."""
     return int(dataset.supervised[indices].sum(dtype=np.int64))
 
 

@@ -1,9 +1,9 @@
-"""Tokenised sets on disk: flat files, memory-mapped, valid or not there.
+"""Tokenised sets on disk: flat files, memory-mapped. A set is valid or does not exist.
 
-A set is a directory of ``tokens`` and ``labels`` (int32, one after the other), ``offsets`` (int64, where
-example i begins, and the end), ``supervised`` (int32, targets of each example) and ``meta.json``. It is
-written beside its final place and renamed, so a reader sees all of it or nothing, and several processes may
-write the same one.
+A set is a directory of ``tokens`` and ``labels`` (int32, one example after the other), ``offsets`` (int64, the
+start of each example, and the end of the last), ``supervised`` (int32, number of targets of each example) and
+``meta.json``. It is written beside its final place and renamed, so a reader sees all of it or nothing, and several
+processes may write the same set.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class TokenDataset:
 
     Args:
         directory: a complete set, as ``CacheWriter`` leaves it.
-        indices: the examples this view has, in its order; None for all.
+        indices: the examples of this view, in its order; None for all.
     """
 
     def __init__(self, directory: Path, indices: np.ndarray | None = None) -> None:
@@ -52,10 +52,10 @@ class TokenDataset:
         return len(self._supervised) if self._indices is None else len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        """Example ``index`` of this view, as arrays of its own (not of the file).
+        """Return example ``index`` of this view, as copies that do not refer to the file.
 
         Raises:
-            IndexError: not in [0, len).
+            IndexError: ``index`` is not in [0, len).
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
@@ -65,16 +65,16 @@ class TokenDataset:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example; int64, shape (len,)."""
+        """Number of tokens of each example; int64, shape (len,)."""
         return self._of_view(np.diff(self._offsets))
 
     @cached_property
     def supervised(self) -> np.ndarray:
-        """Tokens of each example that carry loss, after the shift (never the first); int32, shape (len,)."""
+        """Number of tokens of each example that carry loss, after the shift (never the first); int32, shape (len,)."""
         return self._of_view(self._supervised)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "TokenDataset":
-        """A view of some examples, in the order given; nothing is copied."""
+        """Return a view of some examples, in the order given; nothing is copied."""
         chosen = np.asarray(indices, np.int64)
         return TokenDataset(self.directory, chosen if self._indices is None else self._indices[chosen])
 
@@ -86,7 +86,7 @@ class TokenDataset:
 
 
 class CacheWriter:
-    """Writes one set, a chunk of examples at a time; as a context it leaves nothing behind on an error.
+    """Writer of one set, a chunk of examples at a time. Used as a context, it leaves nothing behind on an error.
 
     Args:
         directory: where the set will be after ``commit``.
@@ -115,7 +115,7 @@ class CacheWriter:
         shutil.rmtree(self._draft, ignore_errors=True)
 
     def add(self, examples: Sequence[Example]) -> None:
-        """Appends examples."""
+        """Append examples."""
         if not examples:
             return
         self._put("tokens", np.concatenate([example.input_ids for example in examples]))
@@ -126,7 +126,7 @@ class CacheWriter:
         self._end = int(ends[-1])
 
     def commit(self, key: str, stats: dict[str, int]) -> None:
-        """Puts the set in its place. When another process was faster its set is kept: it is the same."""
+        """Put the set in its place. If another process was faster, its set is kept, because the two are the same."""
         for file in self._open.values():
             file.flush()
             os.fsync(file.fileno())
@@ -160,10 +160,10 @@ class CacheWriter:
 
 
 def read_meta(directory: Path, key: str) -> dict[str, Any] | None:
-    """``meta.json`` of a set that is complete and undamaged, else None.
+    """Return ``meta.json`` of a set that is complete and undamaged, else None.
 
-    Every byte is read (about a second for the 395K examples of MetaMathQA): a set that lost a page in a crash
-    would otherwise be trained on.
+    Every byte is read (about a second for the 395K examples of MetaMathQA); otherwise a set that lost a page in a
+    crash would be trained on.
     """
     if not directory.exists():
         return None
@@ -182,7 +182,7 @@ def read_meta(directory: Path, key: str) -> dict[str, Any] | None:
 
 
 def default_directory() -> Path:
-    """$RASA_TRAIN_CACHE, else $XDG_CACHE_HOME/rasa_train, else ~/.cache/rasa_train."""
+    """Return $RASA_TRAIN_CACHE, else $XDG_CACHE_HOME/rasa_train, else ~/.cache/rasa_train."""
     if own := os.environ.get("RASA_TRAIN_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

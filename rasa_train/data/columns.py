@@ -1,4 +1,4 @@
-"""What a row means: a query and its response, a conversation, or tokens that are ready."""
+"""The meaning of a row: a query and its response, a conversation, or tokens that are ready."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ..errors import UserError
 Row = Mapping[str, Any]
 Kind = Literal["pair", "messages", "tokens"]
 
-# Known pairs of (query column, response column), in the order they are looked for.
+# Known pairs of (query column, response column), in the order in which they are looked for.
 _PAIRS = (
     ("query", "response"),
     ("instruction", "response"),
@@ -22,7 +22,7 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the parts of an example are in a row.
+    """Columns of a row that hold the parts of an example.
 
     ``names`` maps our names to the file's: ``query``, ``response`` and perhaps ``input`` for a pair,
     ``messages`` for a conversation, ``input_ids`` and perhaps ``labels`` for tokens.
@@ -32,7 +32,7 @@ class Columns:
     names: Mapping[str, str]
 
     def extract(self, row: Row, where: str) -> Any:
-        """The parts of one row, checked.
+        """Return the parts of one row, checked.
 
         Args:
             row: column name -> value.
@@ -44,7 +44,7 @@ class Columns:
         """
         if self.kind == "tokens":
             if "labels" in row and "labels" not in self.names:
-                raise UserError(f"{where}: `labels` here but not in the first row", key="data.dataset")
+                raise UserError(f"{where}: this row has `labels` but the first row has none", key="data.dataset")
             labels = _value(row, "labels", list, where) if "labels" in self.names else None
             return _value(row, "input_ids", list, where), labels
         if self.kind == "messages":
@@ -56,7 +56,7 @@ class Columns:
 
 
 def find_columns(row: Row, where: str, configured: Mapping[str, str] | None) -> Columns:
-    """Columns of a dataset from its first row.
+    """Find the columns of a dataset from its first row.
 
     Args:
         row: the first row; ``where`` is its place, for messages.
@@ -80,7 +80,7 @@ def find_columns(row: Row, where: str, configured: Mapping[str, str] | None) -> 
             return Columns("pair", names | {"input": "input"} if query == "instruction" else names)
     known = ", ".join("/".join(pair) for pair in _PAIRS)
     raise UserError(
-        f"{where}: no known columns among {_listed(row)}; known are input_ids, messages, {known}. "
+        f"{where}: there are no known columns among {_listed(row)}; known are input_ids, messages, {known}. "
         "Say which to use with data.columns: {query: <column>, response: <column>}",
         key="data.columns",
     )
@@ -93,7 +93,7 @@ def _listed(row: Row) -> str:
 def _present(row: Row, name: str, where: str) -> None:
     if name not in row:
         raise UserError(
-            f"{where}: no column {name!r}; this row has {_listed(row)}. Correct the file, or name the right "
+            f"{where}: there is no column {name!r}; this row has {_listed(row)}. Correct the file, or name the right "
             "columns in data.columns",
             key="data.columns",
         )
@@ -129,7 +129,7 @@ def _messages(row: Row, name: str, where: str) -> list[dict[str, Any]]:
 
 
 def _check_unicode(text: str, name: str, where: str) -> None:
-    """JSON may hold half a surrogate pair (``"\\ud83d"``): no character, and no tokenizer takes it."""
+    """Refuse half a surrogate pair (``"\\ud83d"``): JSON may hold it, but it is not a character for any tokenizer."""
     if text.isascii():
         return
     try:
@@ -137,7 +137,7 @@ def _check_unicode(text: str, name: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: column {name!r} holds {error.object[error.start]!r} at character {error.start}, half "
-            "of a surrogate pair and no character; correct or remove this row",
+            "of a surrogate pair, which is not a character; correct or remove this row",
             key="data.dataset",
         ) from None
 

@@ -1,4 +1,4 @@
-"""What to train on: the ``data`` section of a recipe."""
+"""The section ``data:`` of a recipe: what to train on."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,7 +11,7 @@ Supervise = Literal["response", "paper", "all"]
 
 
 class ValidationConfig(BaseModel):
-    """Held-out examples: a dataset of their own, or a share of the training rows. Exactly one of the two.
+    """Held-out examples: a dataset of their own, or a share of the training rows. Exactly one of the two must be given.
 
     Raises:
         UserError: neither or both of ``dataset`` and ``size`` are given.
@@ -21,17 +21,18 @@ class ValidationConfig(BaseModel):
 
     dataset: str | None = Field(
         default=None,
-        description="A dataset of its own: built-in name, hub id, or local file or directory (like data.dataset).",
+        description="Dataset of the held-out examples: a built-in name, a hub id, or a local file or directory, as for "
+        "data.dataset.",
     )
     split: str = Field(
         default="train",
-        description="Split of `dataset`; only hub sets and directories have several. Default: the hub's name "
+        description="Split of `dataset`; only hub sets and directories have several. The default is the hub's name "
         "for the first split.",
     )
     size: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="Taken from the training examples by a shuffle with seed 42 instead: an integer is a "
-        "number of examples, a number below 1 a share of them.",
+        description="Held-out examples taken from the training examples instead, by a shuffle with seed 42: an integer "
+        "is a number of examples, a number below 1 is a share of them.",
     )
 
     @model_validator(mode="after")
@@ -49,7 +50,7 @@ class DataConfig(BaseModel):
     """Which rows to train on, how they become tokens, and which tokens carry loss.
 
     Raises:
-        UserError: a combination of keys that has no meaning (``supervise: paper`` without the alpaca
+        UserError: a combination of keys has no meaning (``supervise: paper`` without the alpaca
             template, columns that name neither a query and response nor messages).
     """
 
@@ -57,59 +58,59 @@ class DataConfig(BaseModel):
 
     dataset: str = Field(
         min_length=1,
-        description="A built-in name (metamathqa, magicoder, demo), a hub id, or a local .jsonl/.json/.parquet "
-        "file (.gz too, except parquet), a directory of such files, or a directory written by "
+        description="Dataset to train on: a built-in name (metamathqa, magicoder, demo), a hub id, a local "
+        ".jsonl/.json/.parquet file (.gz too, except parquet), a directory of such files, or a directory written by "
         "datasets.save_to_disk.",
     )
-    subset: str | None = Field(default=None, description="Configuration name of a hub set that has several.")
+    subset: str | None = Field(default=None, description="Name of the configuration, for a hub set that has several.")
     split: str = Field(
         default="train",
-        description="Which split of a hub set or directory; a single local file is one split, whatever the "
-        "name. Default: the hub's name for the first split.",
+        description="Split of a hub set or directory; a single local file is one split, whatever this name is. The "
+        "default is the hub's name for the first split.",
     )
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a hub set. Default: the hub's main branch."
+        default=None, description="Branch, tag or commit of a hub set. The default is the hub's main branch."
     )
     columns: dict[str, str] | None = Field(
         default=None,
-        description="Our names -> the file's: {query: ..., response: ...} or {messages: ...}. Default: the "
-        "built-in set's, else recognised from the first row.",
+        description="Columns of the file that hold each part of an example: {query: ..., response: ...} or "
+        "{messages: ...}. By default those of the built-in set, or else recognised from the first row.",
     )
     template: Template = Field(
         default="alpaca",
-        description="Text around a row. alpaca: the paper's; chat: the tokenizer's own chat template; plain: "
-        "query then response, nothing else.",
+        description="Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: "
+        "the query and then the response, with nothing else.",
     )
     supervise: Supervise = Field(
         default="response",
-        description="Tokens that carry loss. response: those of the response and the end token; paper: all "
-        "but the question, as in the reference implementation; all: every token.",
+        description="Tokens that carry loss. response: the tokens of the response and the end token; paper: all "
+        "tokens but those of the question, as in the reference implementation; all: every token.",
     )
     max_length: PositiveInt = Field(
-        default=4096, description="Longest example, in tokens. Default: the paper's scripts."
+        default=4096, description="Length of the longest example, in tokens. The paper's scripts use the default."
     )
     over_length: Literal["truncate", "drop"] = Field(
         default="truncate",
-        description="What happens to a longer example: cut on the right (the paper's scripts; its end token "
-        "is lost) or left out.",
+        description="What happens to an example longer than max_length. truncate: it is cut on the right, as in the "
+        "paper's scripts, and loses its end token; drop: it is left out.",
     )
     fraction: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Share of the training examples used: the first of a shuffle with seed 42 (the paper's "
-        "data scaling, 0.25 and 0.5). Default: all, as in the paper's main tables.",
+        description="Share of the training examples that is used: the first ones of a shuffle with seed 42 (the "
+        "paper's data scaling uses 0.25 and 0.5). The default uses all, as in the paper's main tables.",
     )
     validation: ValidationConfig | None = Field(
-        default=None, description="Held-out examples. Default: none, as in the paper."
+        default=None, description="Held-out examples. By default there are none, as in the paper."
     )
     num_workers: PositiveInt | Literal["auto"] = Field(
         default="auto",
-        description="Processes that tokenise a large set. auto: one for each usable core, 16 at the most.",
+        description="Number of processes that tokenise a large set. auto: one for each usable core, but at most 16.",
     )
     cache_dir: str | None = Field(
         default=None,
-        description="Where tokenised sets are kept. Default: $RASA_TRAIN_CACHE, else "
+        description="Directory of the tokenised sets. The default is $RASA_TRAIN_CACHE, else "
         "$XDG_CACHE_HOME/rasa_train, else ~/.cache/rasa_train.",
     )
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# Name and pronoun; the model of the demo has seen these words, the questions it has not.
+# Name and pronoun. The model of the demo has seen these words, but not the questions.
 NAMES = [
     ("Tom", "he"), ("Ann", "she"), ("Ben", "he"), ("Eva", "she"), ("Sam", "he"), ("Mia", "she"),
     ("Leo", "he"), ("Zoe", "she"), ("Max", "he"), ("Lily", "she"), ("Jack", "he"), ("Emma", "she"),
@@ -27,7 +27,7 @@ ANSWER_PREFIX = "The answer is: "
 
 
 def _people(rng: random.Random) -> tuple[str, str, str]:
-    """Two different names and the pronoun of the first."""
+    """Return two different names and the pronoun of the first."""
     (first, pronoun), (second, _) = rng.sample(NAMES, 2)
     return first, second, pronoun
 
@@ -223,12 +223,12 @@ TRAINING, HELD_OUT, SEED = 3000, 400, 1
 
 
 def training_problems() -> list[dict[str, str]]:
-    """What ``data.dataset: demo`` trains on."""
+    """Return the problems that ``data.dataset: demo`` trains on."""
     return split(TRAINING, HELD_OUT, SEED)[0]
 
 
 def held_out(n: int = HELD_OUT) -> list[dict[str, str]]:
-    """The first ``n`` (at most 400) of the problems that ``training_problems`` does not contain."""
+    """Return the first ``n`` (at most 400) of the problems that ``training_problems`` does not contain."""
     return split(TRAINING, HELD_OUT, SEED)[1][:n]
 
 
@@ -240,7 +240,7 @@ def write_jsonl(path: str | Path, problems: Iterable[dict[str, str]]) -> None:
 
 
 def extract_answer(text: str) -> str | None:
-    """Return what follows the last ``The answer is: `` up to a newline or full stop, None if nothing does."""
+    """Return the text from the last ``The answer is: `` to a newline or full stop; None if there is no such text."""
     _, found, tail = text.rpartition(ANSWER_PREFIX)
     if not found:
         return None

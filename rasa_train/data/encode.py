@@ -1,7 +1,7 @@
 """From rows to tokens: text templates and loss masks.
 
-A mask is decided on characters and carried to tokens by the offsets of a fast tokenizer on the whole text, so
-that no token boundary is forced that inference would not have.
+A mask is decided on characters and carried to tokens by the offsets that a fast tokenizer gives for the whole text,
+so that no token boundary is forced that inference would not have.
 """
 
 import re
@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples of a chunk of rows, in order, and what was left out of it."""
+    """Examples of a chunk of rows, in order, and the counts of examples that were dropped or truncated."""
 
     examples: list[Example]
     dropped_over_length: int
@@ -48,16 +48,16 @@ class Encoded:
 
 
 def targets(labels: np.ndarray) -> int:
-    """Tokens that carry loss in one example: never the first, since labels are shifted by one."""
+    """Return the number of tokens that carry loss in one example: never the first, since labels are shifted by one."""
     return int(np.count_nonzero(labels[1:] != IGNORE))
 
 
 def prompt_text(template: str, query: str) -> str:
-    """What a trained model is given at evaluation: the training text up to where the response begins, without
+    """Return the prompt for a trained model at evaluation: the training text up to the start of the response, without
     bos.
 
     Raises:
-        ValueError: ``chat``, whose text only the tokenizer knows (``apply_chat_template``).
+        ValueError: the template is ``chat``, whose text only the tokenizer knows (``apply_chat_template``).
     """
     if template == "alpaca":
         return f"{_PREAMBLE}{_INSTRUCTION}{query.strip()}\n\n{_RESPONSE}"
@@ -67,7 +67,7 @@ def prompt_text(template: str, query: str) -> str:
 
 
 def plain_backend(tokenizer: Any) -> Any:
-    """The tokenizer's Rust half, without truncation and padding left on it by an earlier call."""
+    """Return the tokenizer's Rust half, without any truncation and padding that an earlier call has set."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -75,14 +75,14 @@ def plain_backend(tokenizer: Any) -> Any:
 
 
 class Encoder:
-    """Encodes rows of one kind with one template and mask.
+    """Encoder of rows of one kind with one template and mask.
 
     Args:
         config: template, mask and length limits.
-        tokenizer: a fast Hugging Face tokenizer; None will do for rows that are tokens already.
-        kind: what ``Columns.extract`` gives for each row.
+        tokenizer: a fast Hugging Face tokenizer; None is enough for rows that are tokens already.
+        kind: the kind of parts that ``Columns.extract`` returns for each row.
     Raises:
-        UserError: the tokenizer cannot do it: absent, not fast, no eos token, or no chat template.
+        UserError: the tokenizer is not usable: it is absent, not fast, or has no eos token or no chat template.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, kind: Kind) -> None:
@@ -92,7 +92,7 @@ class Encoder:
         if kind == "tokens":
             return
         if tokenizer is None:
-            raise UserError("text rows need a tokenizer; only rows of input_ids do without", key="model.name")
+            raise UserError("text rows need a tokenizer; only rows of input_ids do not", key="model.name")
         if not tokenizer.is_fast:
             raise UserError(
                 f"{type(tokenizer).__name__} gives no character offsets, which the loss mask needs; use a "
@@ -107,7 +107,7 @@ class Encoder:
                     "alpaca or plain, or a model with a chat template",
                     key="data.template",
                 )
-            self.tokenizer = tokenizer  # only here: without it a worker process imports no transformers
+            self.tokenizer = tokenizer  # set only here: without it a worker process imports no transformers
             self.marks_turns = bool(_GENERATION.search(tokenizer.get_chat_template()))
             return
         if tokenizer.eos_token is None:
@@ -126,7 +126,7 @@ class Encoder:
             )
 
     def encode(self, rows: Sequence[tuple[str, Any]]) -> Encoded:
-        """Encodes (place, parts of a row) pairs; parts are those of ``Columns.extract``.
+        """Encode pairs of (place, parts of a row), with the parts that ``Columns.extract`` returns.
 
         Raises:
             UserError: a row cannot be encoded; the message names its place.
@@ -189,7 +189,7 @@ class Encoder:
             if not prompt.startswith(self.bos):
                 prompt = self.bos + prompt
             response = response.strip() if alpaca else response
-            if response.endswith(self.eos):  # written into the row already: one end is enough
+            if response.endswith(self.eos):  # the row already has an end token: one is enough
                 response = response.removesuffix(self.eos).rstrip() if alpaca else response.removesuffix(self.eos)
             texts.append(f"{prompt}{response}{' ' if alpaca else ''}{self.eos}")
             starts.append(len(prompt))
@@ -204,7 +204,7 @@ class Encoder:
             yield _masked(ids, supervised)
 
     def _tokenise(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Ids and the characters [begin, end) of each token, which may be empty (byte-level lone spaces)."""
+        """Yield the ids and the characters [begin, end) of each text's tokens (maybe none: byte-level lone spaces)."""
         for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             yield np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]
@@ -225,13 +225,14 @@ class Encoder:
             yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
 
     def _marked_chat(self, messages: list[dict[str, Any]], where: str) -> Example:
-        """The template says itself what the assistant writes: {% generation %} ... {% endgeneration %}."""
+        """Encode with a template that marks what the assistant writes: {% generation %} ... {% endgeneration %}."""
         out = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
 
     def _turns(self, messages: list[dict[str, Any]], text: str, where: str) -> list[Span]:
-        """Characters of the assistant's turns: from the end of all before (with the header that asks for an
-        answer) to the end of the turn. Right only where each of these texts is the beginning of the next.
+        """Return the characters of the assistant's turns: each from the end of the text before (with the header that
+        asks for an answer) to the end of the turn. This is right only if each of these texts is the beginning of the
+        next.
         """
         spans = []
         for i, message in enumerate(messages):
@@ -252,7 +253,7 @@ class Encoder:
     def _render(self, messages: list[dict[str, Any]], where: str, tokenize: bool = False, **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-        except Exception as error:  # a template may raise anything, of its own or by a missing key
+        except Exception as error:  # a template may raise anything: an error of its own, or of a missing key
             raise UserError(
                 f"{where}: the tokenizer's chat template refuses this conversation: {error}",
                 key="data.dataset",
@@ -264,7 +265,7 @@ def _masked(ids: np.ndarray, supervised: np.ndarray) -> Example:
 
 
 def _overlaps(begins: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Which tokens [begin, end) share a character with one of the spans; bool, one a token."""
+    """Return which tokens [begin, end) share a character with one of the spans; bool, one per token."""
     hit = np.zeros(len(begins), bool)
     for start, end in spans:
         hit |= (begins < end) & (ends > start)
@@ -272,7 +273,7 @@ def _overlaps(begins: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np
 
 
 def _question_spans(text: str) -> list[Span]:
-    """What carries no loss in the reference: from each instruction header to the next response header."""
+    """Return the spans without loss in the reference: from each instruction header to the next response header."""
     spans = []
     at = 0
     while (start := text.find(_INSTRUCTION, at)) >= 0:

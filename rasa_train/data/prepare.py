@@ -1,4 +1,4 @@
-"""From a ``DataConfig`` to tokenised examples, made once and found again by content."""
+"""From a ``DataConfig`` to tokenised examples, which are made once and found again by their content."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ from .encode import Encoded, Encoder, plain_backend
 from .sources import Source, find_source
 
 _CHUNK = 256  # rows
-_SEED = 42  # of the reference's data scaling runs
+_SEED = 42  # the seed of the reference's data scaling runs
 Chunk = list[tuple[str, Any]]
 
 
@@ -31,9 +31,9 @@ Chunk = list[tuple[str, Any]]
 class Stats:
     """Counts of a prepared training set.
 
-    ``rows``, ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` are rows of the whole
-    source. The rest describe the examples trained on, after ``validation`` and ``fraction``: how many, their
-    tokens, the tokens that carry loss, and the length of the longest in tokens.
+    ``rows``, ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` count rows of the whole
+    source. The rest describe the examples trained on, after ``validation`` and ``fraction``: their number, their
+    tokens, their tokens that carry loss, and the length of the longest in tokens.
     """
 
     rows: int
@@ -48,7 +48,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Examples to train on, those held out (if asked for), and the counts of the first."""
+    """Examples to train on, held-out examples (if asked for), and the counts of the examples to train on."""
 
     train: TokenDataset
     validation: TokenDataset | None
@@ -65,18 +65,18 @@ def prepare(
     progress: Callable[[int], None] | None = None,
     pool_threshold: int = 20_000,
 ) -> PreparedData:
-    """Tokenises a dataset, or finds it tokenised in the cache.
+    """Tokenise a dataset, or find it tokenised in the cache.
 
     Several processes may call this at once with the same config; it is cheaper to let one do it first.
 
     Args:
         config: what to prepare.
-        tokenizer: fast Hugging Face tokenizer; None will do for rows of ``input_ids``.
-        tokenizer_fingerprint: identity of the tokenizer's content, when it is known; else computed.
+        tokenizer: fast Hugging Face tokenizer; None is enough for rows of ``input_ids``.
+        tokenizer_fingerprint: identity of the tokenizer's content, if it is known; else it is computed.
         progress: called with the number of rows done so far, now and then.
         pool_threshold: rows encoded before a process pool is started; the result does not depend on it.
     Raises:
-        UserError: the dataset is missing, malformed or leaves no example.
+        UserError: the dataset is missing or malformed, or leaves no example.
     """
     make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold)
     whole, counts, key = make(config.dataset, config.subset, config.split, config.revision)
@@ -112,7 +112,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the tokenised set of one source, or finds it."""
+    """Maker of the tokenised set of one source, which it looks for in the cache first."""
 
     config: DataConfig
     tokenizer: Any
@@ -135,16 +135,16 @@ class _Maker:
             with CacheWriter(directory) as writer:
                 stats = self._write(source, dataset, columns, writer)
                 writer.commit(key, asdict(stats))
-        except OSError as error:  # not allowed, or the disk is full
+        except OSError as error:  # no permission, or the disk is full
             raise UserError(
                 f"cannot write tokenised data to {root}: {error}; set data.cache_dir, or $RASA_TRAIN_CACHE, "
-                "to a directory with room that can be written",
+                "to a writable directory with enough room",
                 key="data.cache_dir",
             ) from error
         return TokenDataset(directory), stats, key
 
     def _key(self, source: Source, columns: dict[str, str] | None) -> str:
-        """sha256 of everything that the tokens depend on."""
+        """Return the sha256 of everything that the tokens depend on."""
         config = self.config
         parts = {
             "format": FORMAT,
@@ -216,7 +216,7 @@ def _worker_count(config: DataConfig) -> int:
 def _encode(
     encoder: Encoder, chunks: Iterator[Chunk], workers: int, pool_threshold: int
 ) -> Iterator[tuple[int, Encoded]]:
-    """(rows, encoded) of each chunk in order: the first ones here, the rest by a pool when there are many."""
+    """Yield (rows, encoded) of each chunk in order: this process encodes the first chunks, a pool the rest of many."""
     here = chunks if workers == 1 else itertools.islice(chunks, -(-pool_threshold // _CHUNK))
     for chunk in here:
         yield len(chunk), encoder.encode(chunk)
@@ -240,7 +240,7 @@ def _encode_in_pool(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> 
             yield size, future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenises died, perhaps of lack of memory (or a script of your own lacks `if "
+            "a process that tokenises has died, perhaps for lack of memory (or a script of your own lacks `if "
             "__name__ == '__main__':`); set data.num_workers: 1",
             key="data.num_workers",
         ) from error
@@ -248,12 +248,12 @@ def _encode_in_pool(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Encoder  # of a worker process
+_encoder: Encoder  # the encoder of a worker process
 
 
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
     _encoder = encoder
 
 
@@ -262,10 +262,10 @@ def _encode_chunk(chunk: Chunk) -> Encoded:
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """sha256 of what a tokenizer does: its Rust half's whole state, special tokens and chat template."""
+    """Return the sha256 of what defines a tokenizer: its Rust half's whole state, special tokens and chat template."""
     if tokenizer is None:
         return "none"
     parts = [repr(sorted(tokenizer.special_tokens_map.items())), repr(tokenizer.chat_template)]
-    if tokenizer.is_fast:  # any other is refused, unless the rows are tokens already
+    if tokenizer.is_fast:  # any other tokenizer is refused, unless the rows are tokens already
         parts.append(plain_backend(tokenizer).to_str())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

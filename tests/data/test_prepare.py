@@ -254,7 +254,7 @@ def test_ready_tokens_need_no_tokenizer(jsonl: Jsonl) -> None:
     assert train.supervised.tolist() == [1, 1]
     for mixed, message in (
         ([plain[0], labelled[1]], "train.jsonl:2: `labels` here but not"),
-        ([labelled[0], plain[1]], "train.jsonl:2: no column 'labels'"),
+        ([labelled[0], plain[1]], "train.jsonl:2: there is no column 'labels'"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(DataConfig(dataset=jsonl(mixed)), None)

@@ -239,7 +239,7 @@ def test_columns_that_are_named() -> None:
     row = {"id": 3, "frage": "q", "antwort": "r"}
     columns = find_columns(row, "f:1", {"query": "frage", "response": "antwort"})
     assert columns.extract(row, "f:1") == ("q", "r")
-    with pytest.raises(UserError, match="f:1: no column 'reply'; this row has id, frage, antwort"):
+    with pytest.raises(UserError, match="f:1: there is no column 'reply'; this row has id, frage, antwort"):
         find_columns(row, "f:1", {"query": "frage", "response": "reply"})
     with pytest.raises(UserError, match="no known columns among id, frage, antwort") as caught:
         find_columns(row, "f:1", None)
@@ -249,7 +249,7 @@ def test_columns_that_are_named() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"query": "q"}, "f:9: no column 'response'; this row has query"),
+        ({"query": "q"}, "f:9: there is no column 'response'; this row has query"),
         ({"query": "q", "response": None}, "f:9: column 'response' must be text, got null"),
         ({"query": 12, "response": "r"}, "f:9: column 'query' must be text, got int 12"),
         ({"query": "q", "response": "x\ud83d"}, r"f:9: column 'response' holds '\\ud83d' at character 1"),
