@@ -118,7 +118,7 @@ def test_all_errors_at_once(recipe: Path) -> None:
         ("a: 1\nb: {<<: [1]}", [":2: << must be a mapping or a list of mappings, got 1"]),
         ("a: &a {<<: *a}", ["an alias refers to a value that contains the alias"]),
         ("a: " + "[" * 50, ["more than 40 deep"]),
-        ("a: 1\nb: " + "x" * 5000, [":2: a value of 5,000 characters; at most 4,096"]),
+        ("a: 1\nb: " + "x" * 5000, [":2: a value has 5,000 characters; at most 4,096"]),
         ("a: 1\n" * 100_000, ["it has 500,000 bytes"]),
         ("a: &a [1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
          "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d]", ["more than 20,000 values"]),
