@@ -24,7 +24,7 @@ from ..training.memory_search import MOST
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 USABLE = 0.9
-"""Share of a GPU's memory that a worker may fill: the rest is CUDA's own, NCCL's buffers and fragments."""
+"""Share of a GPU's memory that a worker may fill: the rest is for CUDA itself, NCCL's buffers and fragments."""
 
 
 def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Choice of the examples of a step, of the worker that computes each, and their tensors: padded rows, or one row."""
+"""Batches: which examples form a step, which worker computes them, and their tensors (padded rows, or one row without
+padding)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Limit:
     examples: int | None = None
     tokens: int | None = None
     multiple_of: int = 1
-    """Factor of the number of micro-batches, used with ``tokens``: see ``pack_batch``."""
+    """With ``tokens``, the number of micro-batches is a multiple of this; see ``pack_batch``."""
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens" if self.tokens else f"{self.examples} sequence{'s'[: self.examples != 1]}"
@@ -177,7 +178,8 @@ def collate(
 
 
 def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict[str, Any] | None:
-    """Put examples one after the other in one row. Returns None for no examples. The filling is its own sequence.
+    """Put examples one after the other in one row. Returns None for no examples. The tokens that fill the row up form a
+    sequence of their own.
 
     The label of an example's first token becomes -100.
 

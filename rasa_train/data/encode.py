@@ -204,7 +204,8 @@ class Encoder:
             yield _masked(ids, supervised)
 
     def _tokenise(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield the ids and the characters [begin, end) of each text's tokens (maybe none: byte-level lone spaces)."""
+        """Yield, for each text, the ids and the characters [begin, end) of each token, which may be empty (byte-level
+        lone spaces)."""
         for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             yield np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]

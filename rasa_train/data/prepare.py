@@ -216,7 +216,8 @@ def _worker_count(config: DataConfig) -> int:
 def _encode(
     encoder: Encoder, chunks: Iterator[Chunk], workers: int, pool_threshold: int
 ) -> Iterator[tuple[int, Encoded]]:
-    """Yield (rows, encoded) of each chunk in order: this process encodes the first chunks, a pool the rest of many."""
+    """Yield (rows, encoded) of each chunk, in order. This process encodes the first chunks; if there are many, a pool
+    encodes the rest."""
     here = chunks if workers == 1 else itertools.islice(chunks, -(-pool_threshold // _CHUNK))
     for chunk in here:
         yield len(chunk), encoder.encode(chunk)

@@ -18,15 +18,15 @@ class DistributedConfig(BaseModel):
 
     strategy: Strategy = "ddp"
     """What is divided among the workers. ``ddp``: nothing; ``zero1``: the optimizer state; ``zero2``: the gradients as
-    well; ``zero3`` and ``fsdp``: all weights as well. One process is the case of one worker, whatever the strategy."""
+    well; ``zero3`` and ``fsdp``: all weights as well. A single process trains as one worker, whatever the strategy."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What is kept in host memory. ``optimizer``: the optimizer state (zero1 to zero3); ``all``: the weights as well
     (zero3, fsdp)."""
     timeout_seconds: PositiveInt = 600
     """Seconds that a worker waits for another before it gives up, when the workers meet and in every exchange."""
     resident_size: NonNegativeInt | None = None
-    """Number of elements up to which zero3 does not divide a tensor. Default: the size of the adapter's largest tensor,
-    so that only base weights are gathered."""
+    """Size in elements up to which zero3 does not divide a tensor. Default: the size of the adapter's largest tensor, so
+    that only base weights are gathered."""
     gpu_memory_gib: PositiveFloat | None = None
     """Memory of one GPU in GiB, for the advice of ``--check``. Default: the memory of this machine's GPU."""
 

@@ -75,7 +75,8 @@ class FullyShard(Engine):
         self.optimizer.zero_grad()
 
     def release(self) -> None:
-        """Divide the root's group again: it stays gathered for a backward pass, with other parameters meanwhile."""
+        """Divide the root's group again. It stays gathered for a backward pass, and meanwhile its parameters are other
+        objects."""
         self.model.reshard()  # type: ignore[operator]
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
         if tensor is not None and not isinstance(tensor, DTensor)
     ]
     dtypes = from_first(accelerator, [tensors[name].dtype for tensors, name in places])
-    filled: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, so that its id is not reused
+    filled: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old tensor, so that its id is not reused
     for (tensors, name), dtype in zip(places, dtypes, strict=True):
         old = tensors[name]
         if id(old) not in filled:

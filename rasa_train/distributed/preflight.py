@@ -53,7 +53,7 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
     line for each slow worker; None if there is only one worker.
 
     Raises:
-        UserError: an exchange failed or took longer than the timeout; the message names the workers that took part.
+        UserError: an exchange failed or took longer than the timeout; the message names this worker and its neighbours.
     """
     workers, me = accelerator.num_processes, accelerator.process_index
     if workers == 1:
@@ -84,7 +84,8 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
 
 
 def slow_workers(times: list[tuple[float, float]], places: list[str]) -> list[str]:
-    """Return a line for each worker whose (time to receive from the worker before it, time to compute) is unusual."""
+    """Return a line for each worker that takes much longer than most. ``times`` holds, for each worker, the seconds to
+    receive from the worker before it and the seconds to compute."""
     lines = []
     for i, what in enumerate(("receives slowly from the worker before it", "computes slowly")):
         typical = statistics.median_low([t[i] for t in times])

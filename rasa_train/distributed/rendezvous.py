@@ -32,7 +32,7 @@ def group_of_one() -> None:
 
 
 def join(timeout_seconds: int) -> list[str]:
-    """Meet the other workers. Returns where each of them is, by rank. A second call does nothing else.
+    """Meet the other workers. Returns where each of them is, by rank. A second call only returns this.
 
     Raises:
         UserError: a worker did not come, or could not be connected to, within the time; the message names it.

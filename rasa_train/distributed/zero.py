@@ -169,7 +169,7 @@ def _deepspeed(accelerator: Accelerator) -> Any:
 
 
 def _divided(tensor: Tensor) -> bool:
-    """Whether ZeRO-3 has divided ``tensor``: DeepSpeed then gives it an id."""
+    """Whether ZeRO-3 has divided ``tensor``, which then carries DeepSpeed's id."""
     return "ds_id" in vars(tensor)
 
 

@@ -30,7 +30,7 @@ from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_
 
 @dataclass(frozen=True)
 class Finished:
-    """End of a launch. ``summary`` is the run's summary; None on a worker that does not report it."""
+    """Outcome of a launch. ``summary`` is the run's summary; None on a worker that does not report it."""
 
     summary: dict[str, Any] | None
     was_complete: bool = False
@@ -76,8 +76,8 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
 
 
 def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedData | None:
-    """Make the directory the directory of this run, and prepare the data. Returns None if the run is complete. Wrong
-    input is reported here, before the old run is deleted and before the weights are loaded."""
+    """Set up the directory for this run, and prepare its data. Returns None if the run is complete. Wrong input is
+    reported here, before the old run is deleted and before the weights are loaded."""
     if not fresh:
         directory.check_same_run(dump_recipe(recipe))
         if directory.summary.exists():
@@ -154,7 +154,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
     places = rendezvous.join(recipe.distributed.timeout_seconds)
     _check_strategy(recipe, process.world_size())
     directory, first = RunDirectory(recipe.output_dir), process.rank() == 0
-    prepared: list[PreparedData] = []  # at most one: a worker that prepared the data keeps them
+    prepared: list[PreparedData] = []  # at most one: a worker that has prepared it does not read the cache again
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def open_run() -> str:

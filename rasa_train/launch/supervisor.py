@@ -34,7 +34,7 @@ GOES_ON = "The same command goes on from the last checkpoint; --max-restarts doe
 
 
 class WorkersFailed(Exception):
-    """Error of a worker whose end has neither wrong input nor a stop as its reason; the message names the worker."""
+    """A worker has failed for a reason other than wrong input or a stop; the message names the worker."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of the run of a point."""
+    """Outcome of the run of a point."""
 
     point: Point
     exit_code: int

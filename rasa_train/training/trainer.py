@@ -39,7 +39,7 @@ class MetricsRow(TypedDict):
     step: int
     """Number of optimizer steps done, from 1."""
     epoch: float
-    """Number of passes over the data done, as a fraction."""
+    """Number of passes over the data done so far."""
     loss: float | None
     """Mean over the supervised tokens of the global batch; None for a skipped step."""
     lr: float
