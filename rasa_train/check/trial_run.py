@@ -22,9 +22,9 @@ from ..training.run import run
 STEPS, SEQUENCES = 3, 8
 """Size of the trial run. Its first steps are slower than the rest, so only the last one is measured."""
 MOST_FLOPS = {"cpu": 1e12, "cuda": 1e15}
-"""Largest trial run on each kind of device; a larger one would take longer than a check should."""
+"""Most operations of a trial run, by kind of device; more would take longer than a check should."""
 MOST_BYTES = 8 << 30
-"""Largest base that is tried; a larger one takes too long to read."""
+"""Most bytes of the base in a trial run; a larger base takes too long to read."""
 
 
 def devices() -> list[dict[str, Any]]:

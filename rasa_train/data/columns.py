@@ -44,7 +44,10 @@ class Columns:
         """
         if self.kind == "tokens":
             if "labels" in row and "labels" not in self.names:
-                raise UserError(f"{where}: this row has `labels` but the first row has none", key="data.dataset")
+                raise UserError(
+                    f"{where}: this row has `labels`, but the first row has none; give `labels` to all rows or to none",
+                    key="data.dataset",
+                )
             labels = _value(row, "labels", list, where) if "labels" in self.names else None
             return _value(row, "input_ids", list, where), labels
         if self.kind == "messages":

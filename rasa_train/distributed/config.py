@@ -25,8 +25,8 @@ class DistributedConfig(BaseModel):
     timeout_seconds: PositiveInt = 600
     """Seconds that a worker waits for another before it gives up, when the workers meet and in every exchange."""
     resident_size: NonNegativeInt | None = None
-    """Size in elements up to which zero3 does not divide a tensor. Default: the size of the adapter's largest tensor, so
-    that only base weights are gathered."""
+    """Size in elements up to which zero3 does not divide a tensor. Default: the size of the adapter's largest tensor,
+    so that only base weights are gathered."""
     gpu_memory_gib: PositiveFloat | None = None
     """Memory of one GPU in GiB, for the advice of ``--check``. Default: the memory of this machine's GPU."""
 

@@ -64,7 +64,7 @@ class TrainingConfig(_Section):
     optimizer: OptimizerConfig = LionW()
     """Optimizer and its learning rate: ``name: lionw`` (the paper's) or ``name: adamw``."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """Course of the learning rate over the steps."""
+    """Schedule of the learning rate over the steps."""
     max_grad_norm: PositiveFloat | None = 1.0
     """L2 norm to which larger gradients are scaled down (the paper: 1.0); null never clips."""
     max_skipped: PositiveInt = 10
