@@ -253,7 +253,7 @@ def test_ready_tokens_need_no_tokenizer(jsonl: Jsonl) -> None:
     assert content(train) == [([1, 2, 3], [1, 2, -100]), ([4, 5], [-100, 5])]
     assert train.supervised.tolist() == [1, 1]
     for mixed, message in (
-        ([plain[0], labelled[1]], "train.jsonl:2: `labels` here but not"),
+        ([plain[0], labelled[1]], "train.jsonl:2: this row has `labels`, but the first row has none"),
         ([labelled[0], plain[1]], "train.jsonl:2: there is no column 'labels'"),
     ):
         with pytest.raises(UserError, match=message):
