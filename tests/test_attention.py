@@ -66,7 +66,7 @@ def of_torch_2_11(
     assert cu_seq_q is cu_seq_k and max_q == max_k and return_aux is None and window_size[1] == 0
     window = None if window_size[0] < 0 else window_size[0] + 1
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    return varlen_attention._one_by_one(q, k, v, cu_seq_q, scale, 0.0, window)[0]
+    return varlen_attention._one_by_one((q, k, v), cu_seq_q, scale, 0.0, window)[0]
 
 
 def of_torch_2_13(
@@ -89,8 +89,8 @@ def test_the_kernel_is_called_as_its_version_takes_it(
     monkeypatch.setattr(varlen_attention, "_grouped_varlen_attn", varlen_attention.for_fewer_key_heads(kernel))
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, key_heads, key_heads))
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
-    got = varlen_attention._in_one_kernel(query, key, value, starts, 7, 0.5, window)
-    expected = varlen_attention._one_by_one(query, key, value, starts, 0.5, 0.0, window)
+    got = varlen_attention._in_one_kernel((query, key, value), starts, 7, 0.5, window)
+    expected = varlen_attention._one_by_one((query, key, value), starts, 0.5, 0.0, window)
     torch.testing.assert_close(got, expected)
 
 
@@ -111,8 +111,8 @@ def test_the_kernel_on_a_gpu(key_heads: int, window: int | None) -> None:
     made = [torch.randn(1, heads, 200, 64, device="cuda") for heads in (4, key_heads, key_heads)]
     low = [t.bfloat16().requires_grad_() for t in made]
     high = [t.detach().float().requires_grad_() for t in low]
-    got = varlen_attention._in_one_kernel(*low, starts, 130, None, window)
-    expected = varlen_attention._one_by_one(*high, starts, None, 0.0, window)
+    got = varlen_attention._in_one_kernel(tuple(low), starts, 130, None, window)
+    expected = varlen_attention._one_by_one(tuple(high), starts, None, 0.0, window)
     dy = torch.randn_like(expected)
     got.backward(dy.bfloat16())
     expected.backward(dy)

@@ -5,21 +5,18 @@ content, so that what was tokenised once is found again. Errors name the file an
 """
 
 import difflib
-import gzip
 import hashlib
-import io
-import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from ..errors import UserError
 from .columns import Row
+from .row_files import ROWS, file_rows
 
 BUILT_IN = {
     "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
@@ -29,11 +26,6 @@ BUILT_IN = {
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test", "eval")
-_BLOCK = 1 << 20  # bytes or characters read at a time
-_SPACE = re.compile(r"[ \t\r\n]*")
-_ROWS = 1000  # rows decoded at a time from columnar files
-MAX_ROW = 64 << 20
-"""Bytes or characters of JSON that one row may have. What unpacks to more is an accident or an attack."""
 
 
 class SourceMissing(UserError):
@@ -156,7 +148,7 @@ class FileSource:
     def rows(self) -> Iterator[tuple[str, Row]]:
         for path in self.paths:
             try:
-                yield from _file_rows(path)
+                yield from file_rows(path)
             except (
                 OSError,
                 EOFError,
@@ -284,134 +276,7 @@ def _digest(paths: Any) -> str:
 
 def _arrow_rows(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
     number = 0
-    for table in dataset.with_format("arrow").iter(_ROWS):
+    for table in dataset.with_format("arrow").iter(ROWS):
         for row in table.to_pylist():
             number += 1
             yield f"{name} row {number}", row
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        yield from _parquet_rows(path)
-        return
-    opener: Any = gzip.open if name.endswith(".gz") else open
-    with opener(path, "rb") as file:
-        if ".jsonl" not in name and _starts_with_list(file):
-            yield from _list_rows(path, file)
-        else:
-            yield from _line_rows(path, file)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}", key="data.dataset") from error
-
-
-def _line_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), b""), 1):
-        where = f"{path}:{number}"
-        if len(line) > MAX_ROW:
-            raise UserError(f"{where}: a row of more than {MAX_ROW >> 20} MiB", key="data.dataset")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8",
-                key="data.dataset",
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{where}: not JSON: {error}. The file must hold one JSON object a line"
-                + ("" if ".jsonl" in path.name.lower() else ", or one list of objects"),
-                key="data.dataset",
-            ) from None
-        yield where, _object(row, where)
-
-
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: a row must be a JSON object (column -> value), got {type(row).__name__}",
-            key="data.dataset",
-        )
-    return row
-
-
-def _starts_with_list(file: IO[bytes]) -> bool:
-    start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
-    file.seek(0)
-    return start.startswith(b"[")
-
-
-def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    """Rows of one JSON list, decoded one at a time: MetaMathQA is published as a single list of 400 MB."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    decoder = json.JSONDecoder()
-    buffer, at, line = "", 0, 1  # text in hand, the place in it, the line its start is on
-
-    def more() -> bool:
-        nonlocal buffer, at, line
-        added = text.read(max(_BLOCK, len(buffer) - at))
-        if added:
-            line += buffer.count("\n", 0, at)
-            buffer, at = buffer[at:] + added, 0
-        return bool(added)
-
-    def next_character() -> str:
-        nonlocal at
-        while True:
-            at = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
-            if at < len(buffer):
-                return buffer[at]
-            if not more():
-                return ""
-
-    def next_value() -> Any:
-        nonlocal at
-        while True:
-            try:
-                value, at = decoder.raw_decode(buffer, at)
-                return value
-            except json.JSONDecodeError as error:
-                if len(buffer) - at > MAX_ROW:
-                    raise broken(f"{error.msg}, in a row of more than {MAX_ROW >> 20} MiB", at) from None
-                if not more():
-                    raise broken(error.msg, error.pos) from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in ...
-                raise broken(str(error), at) from None
-
-    def broken(what: str, place: int) -> UserError:
-        return UserError(f"{path}:{line + buffer.count(chr(10), 0, place)}: not JSON: {what}", key="data.dataset")
-
-    try:
-        next_character()
-        at += 1  # the opening bracket
-        if next_character() == "]":
-            return
-        for number in itertools.count(1):
-            next_character()
-            where = f"{path} row {number}"
-            yield where, _object(next_value(), where)
-            separator = next_character()
-            if separator not in ",]" or not separator:
-                raise broken("expected ',' or ']' after a row", at)
-            at += 1
-            if separator == "]":
-                return
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save the file as UTF-8", key="data.dataset") from None

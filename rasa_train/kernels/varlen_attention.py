@@ -67,21 +67,16 @@ def varlen_attention(
             key="training.batching",
         )
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and query.shape[-1] <= 256:
-        return _in_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, dropout, sliding_window), None
+        return _in_one_kernel((query, key, value), cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    return _one_by_one((query, key, value), cu_seq_lens_q, scaling, dropout, sliding_window), None
 
 
 def _in_one_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    longest: int,
-    scaling: float | None,
-    window: int | None,
+    qkv: tuple[Tensor, Tensor, Tensor], starts: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
+    query, key, _ = qkv
     kernel = varlen_attn if query.shape[1] == key.shape[1] else _grouped_varlen_attn
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    q, k, v = (t[0].transpose(0, 1) for t in qkv)
     sides = (-1 if window is None else window - 1, 0)
     result = kernel(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=sides)
     assert isinstance(result, Tensor)
@@ -90,16 +85,11 @@ def _in_one_kernel(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled anew
 def _one_by_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    qkv: tuple[Tensor, Tensor, Tensor], starts: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
+    query, key, _ = qkv
     lengths = starts.diff().tolist()
-    parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(t, lengths, dim=2) for t in qkv), strict=True)
     grouped = query.shape[1] != key.shape[1]
     results = []
     for (q, k, v), length in zip(parts, lengths, strict=True):

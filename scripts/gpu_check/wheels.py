@@ -12,8 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / ".whl"
-PINNED = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "lion-pytorch", "bitsandbytes")
-"""What a machine with torch, transformers, accelerate and triton lacks, at the versions of requirements.lock."""
+PINNED = (
+    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "bitsandbytes"),
+    *("typer", "annotated-doc", "shellingham", "rich", "pygments", "markdown-it-py", "mdurl"),
+)
+"""What a machine with torch, transformers, accelerate and triton lacks, or has in too old a version: at the versions of
+requirements.lock."""
 LIGER = "liger-kernel==0.8.5"
 """Not a dependency: the comparison with ``peft-tuned`` is fair only with it."""
 PYTHON = "3.12"

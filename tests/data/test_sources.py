@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_data import rows_of, write_lines
 
-from rasa_train.data import sources
+from rasa_train.data import row_files, sources
 from rasa_train.data.columns import find_columns
 from rasa_train.data.sources import BUILT_IN, find_source
 from rasa_train.errors import UserError
@@ -53,8 +53,8 @@ def test_json_list_is_the_same_whatever_the_block(
     rows = [{"query": 'a "quoted", [odd] é\n' * i, "response": {"deep": [1, None, {"x": "}"}]}} for i in range(6)]
     path = tmp_path / "a.json"
     path.write_text("  " + json.dumps(rows, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8-sig")
-    monkeypatch.setattr(sources, "_BLOCK", block)
-    found = [row for _, row in sources._list_rows(path, path.open("rb"))]
+    monkeypatch.setattr(row_files, "_BLOCK", block)
+    found = [row for _, row in row_files._list_rows(path, path.open("rb"))]
     assert found == rows
 
 
@@ -93,12 +93,12 @@ def test_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 def test_a_row_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As much is read of one as of the largest, not what a small file unpacks to."""
     path = save(tmp_path / name, ROWS)
-    monkeypatch.setattr(sources, "_BLOCK", 8)
-    monkeypatch.setattr(sources, "MAX_ROW", 100 << 20)
+    monkeypatch.setattr(row_files, "_BLOCK", 8)
+    monkeypatch.setattr(row_files, "MAX_ROW", 100 << 20)
     assert read(path) == ROWS
     broken = ("[" if ".jsonl" not in name else "").encode() + b'{"query": "' + b"a" * (2 << 20)
     path.write_bytes(gzip.compress(broken) if name.endswith("gz") else broken)
-    monkeypatch.setattr(sources, "MAX_ROW", 1 << 20)
+    monkeypatch.setattr(row_files, "MAX_ROW", 1 << 20)
     with pytest.raises(UserError, match="a row of more than 1 MiB"):
         read(path)
 
