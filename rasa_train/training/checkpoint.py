@@ -142,8 +142,8 @@ def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: En
     worker must call it; ``write`` returns the files that the worker has written.
 
     Raises:
-        OSError: on every worker, if writing failed on one. The exception is a strategy where workers hold parts of the
-            tensors: a worker that fails while tensors are exchanged cannot tell the others, which then lose it.
+        OSError: on every worker, if writing failed on one. This does not hold where workers hold parts of the tensors:
+            a worker that fails while tensors are exchanged cannot tell the others, which then lose it.
     """
     accelerator = engine.accelerator
     beside, first = final.with_name(f".{final.name}.partial"), accelerator.is_main_process

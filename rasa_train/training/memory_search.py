@@ -11,7 +11,7 @@ from ..errors import UserError
 MOST = 16_384
 """Tokens at once that ``auto`` begins with: the matrix products of an 8B model reach full speed with far fewer."""
 ENOUGH = 4_096
-"""Tokens at once below which a GPU is no longer busy: recomputing layers costs less than going below."""
+"""Tokens at once below which a GPU is no longer busy: layers are recomputed rather than going below."""
 
 MARGIN = 0.08
 """Share of a GPU's memory that a trial must leave free: later batches have other shapes, and fragment memory
