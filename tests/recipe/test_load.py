@@ -147,7 +147,7 @@ def test_files_that_are_not_there(recipe: Path) -> None:
     assert "did you mean" in error_of(recipe.with_name("recipy.yaml"))
     assert "is a directory" in error_of(recipe.parent)
     recipe.write_bytes(b"\xff\xfe\x00")
-    assert "no UTF-8" in error_of(recipe)
+    assert "is not UTF-8" in error_of(recipe)
 
 
 @pytest.mark.parametrize("override", ["adapter.r", "=3", "adapter..r=3", "adapter.r=[", "model=3"])
