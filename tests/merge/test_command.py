@@ -248,7 +248,7 @@ def test_output_must_keep_away_from_the_inputs(case, tmp_path):
     base, adapter, _ = case()
     (tmp_path / "link").symlink_to(base)
     for out in (base, adapter, base / "merged", adapter / "merged", tmp_path, tmp_path / "link"):
-        assert "neither in nor around" in refused(tmp_path, adapter, "--output", out, "--overwrite")
+        assert "must not lie in" in refused(tmp_path, adapter, "--output", out, "--overwrite")
 
 
 def test_output_under_a_file(case, tmp_path):
