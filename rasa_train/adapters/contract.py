@@ -197,7 +197,7 @@ class Method(BaseModel, ABC):
 
 
 def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-    """Return W x; with ``counts`` (see ``Adapter.forward``) the rows of x of each expert are multiplied by that expert's
+    """Return W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x are multiplied by that expert's
     weight in ``weight`` (E, out, in)."""
     if counts is None:
         return F.linear(x, weight)

@@ -164,7 +164,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def part(path: Path, index: int, count: int) -> Path:
-    """Return the path of part ``index`` (from 0) of a file that ``count`` workers write; ``path`` itself for one worker.
+    """Return the path of part ``index`` (from 0) of a file that ``count`` workers write; for one worker, ``path``.
 
     ``adapter.safetensors`` -> ``adapter-00001-of-00002.safetensors``
     """
@@ -218,9 +218,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is missing, or a value is not a number
         raise UserError(f"{directory / CONFIG} is not a complete PEFT config: {error!r}") from None
     if fields is None:
-        raise UserError(
-            f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not a method that can be read here"
-        )
+        raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported")
     if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key) and key not in cls.reads_peft]:
         values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
         raise UserError(f"{directory / CONFIG}: {values} is not supported: the result would be another adapter")

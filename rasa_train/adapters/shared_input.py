@@ -143,8 +143,8 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
 
 
 def pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
-    """Pack the factors of linears that share an input. Returns None unless all adapters have one form and compute in the
-    dtype of W, and every W is frozen and not partitioned.
+    """Pack the factors of linears that share an input. Returns None unless all adapters have one form and compute in
+    the dtype of W, and every W is frozen and not partitioned.
 
     Args:
         frozen: low-precision copies of frozen factors, which groups share; copies are taken from it and added to it.
