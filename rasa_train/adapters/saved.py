@@ -224,8 +224,8 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
         raise UserError(f"{directory / CONFIG}: {values} is not supported: the result would be another adapter")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
-            f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trains on a changed base; convert "
-            "the adapter with PEFT's path_initial_model_for_weight_conversion first"
+            f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trains on a changed base; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
     targets = config.get("target_modules") or []
     if parameters := config.get("target_parameters"):

@@ -38,7 +38,7 @@ class OLoRA(Method):
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return B0 (*lead, out, r) and A0 (*lead, r, in) of W."""
-        # LAPACK and cuSOLVER differ in signs, so the result is computed once and saved, and never recomputed on loading.
+        # LAPACK and cuSOLVER differ in signs, so the result is computed once and saved, not recomputed on loading.
         Q, R = torch.linalg.qr(weight)
         return Q[..., : self.r], R[..., : self.r, :]
 
