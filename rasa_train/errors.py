@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 class DeviceLost(Exception):
-    """A GPU answers every call with an error. The message says what has been saved; the same command resumes there."""
+    """A GPU answers every call with an error. The message says what is saved; the same command resumes from there."""
 
 
 class WorkerLost(Exception):

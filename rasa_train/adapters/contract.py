@@ -204,9 +204,8 @@ def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor
     widths = (x.shape[-1] * x.element_size(), weight.shape[-2] * weight.element_size())
     if not any(width % 16 for width in widths) and len(x) and not torch.is_autocast_enabled(x.device.type):
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(x.device, non_blocking=True)
-        return F.grouped_mm(
-            x, weight.mT, offs=ends
-        )  # one kernel for all experts; it needs rows of a multiple of 16 bytes
+        # One kernel for all experts; it needs rows of a multiple of 16 bytes.
+        return F.grouped_mm(x, weight.mT, offs=ends)
     parts = zip(torch.split(x, counts), weight.unbind(), strict=True)
     return torch.cat([F.linear(rows, W) for rows, W in parts])
 

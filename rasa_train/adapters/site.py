@@ -17,7 +17,7 @@ class Site:
     path: str
     """Dotted path of the linear in the model, such as ``model.layers.3.self_attn.q_proj``."""
     kind: str
-    """The path below the layer index, such as ``self_attn.q_proj``. Each kind has its own pool."""
+    """The path below the layer index, such as ``self_attn.q_proj``. Pools are keyed by the kind."""
     layer: int
     out_features: int
     in_features: int

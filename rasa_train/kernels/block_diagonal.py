@@ -112,7 +112,7 @@ def _size(T: Tensor) -> int:
 
 
 def _split(x: Tensor, T: Tensor) -> Tensor:
-    """(tokens, n q) -> (n, tokens, q)"""
+    """Return x (tokens, n q) as a view (n, tokens, q)."""
     return x.view(len(x), *T.shape[:2]).transpose(0, 1)
 
 

@@ -79,6 +79,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In fp32: rounded to bf16, the factor would be off by as much for every entry.
+        # In fp32: a factor rounded to bf16 would make the same relative error in every entry.
         scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in ctx.saved_tensors]
         return (*scaled, None, None, None, None)

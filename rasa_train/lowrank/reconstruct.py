@@ -245,8 +245,8 @@ class _Descent:
     # -- half-steps, numbered as the paper's equations ------------------------------------------------------
 
     def _private_step(self) -> None:
-        """(18-19) Set B_i A_i from the leading singular triples of M_i - B_S D_i A_S. The error is the rest of its
-        squared norm."""
+        """Set B_i A_i to the leading singular triples of M_i - B_S D_i A_S (18-19). The error is the rest of its squared
+        norm."""
         error = 0.0
         for i in range(self.stack.L):
             pool = self.B_S * self.d[i], self.A_S
@@ -258,7 +258,7 @@ class _Descent:
         self.errors.append(error)
 
     def _B_S_step(self, rest: float) -> None:
-        """(24) Solve the normal equations for B_S; the right-hand side is sum_i N_i A_S^T D_i."""
+        """Solve the normal equations (24) for B_S; the right-hand side is sum_i N_i A_S^T D_i."""
         rhs = torch.zeros_like(self.B_S)
         for i in range(self.stack.L):
             B, A = self.pairs[i]
@@ -267,7 +267,7 @@ class _Descent:
         self.errors.append(rest - float((self.B_S * rhs).sum()))
 
     def _A_S_step(self, rest: float) -> None:
-        """(25) Solve the normal equations for A_S."""
+        """Solve the normal equations (25) for A_S."""
         rhs = torch.zeros_like(self.A_S)
         for i in range(self.stack.L):
             B, A = self.pairs[i]
@@ -276,7 +276,7 @@ class _Descent:
         self.errors.append(rest - float((self.A_S * rhs).sum()))
 
     def _d_step(self, rest: float) -> None:
-        """(26) Solve for d with one Gram matrix for all layers; the right-hand side is diag(B_S^T N_i A_S^T)."""
+        """Solve (26) for d with one Gram matrix for all layers; the right-hand side is diag(B_S^T N_i A_S^T)."""
         rhs = torch.stack([self._shared_part(i) for i in range(self.stack.L)])
         self.d = rhs @ pinv((self.B_S.mT @ self.B_S) * (self.A_S @ self.A_S.mT))
         self.errors.append(rest - float((self.d * rhs).sum()))
