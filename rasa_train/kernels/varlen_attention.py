@@ -63,7 +63,7 @@ def varlen_attention(
         what = ", ".join(asked) or ("an attention mask" if attention_mask is not None else "no starts of sequences")
         raise UserError(
             f"training.batching: {type(module).__name__} cannot be trained without padding (its attention gets "
-            f"{what}); set it to length-grouped or shuffled, and training.padding_free to false",
+            f"{what}); set training.batching to length-grouped or shuffled, and training.padding_free to false",
             key="training.batching",
         )
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and query.shape[-1] <= 256:

@@ -245,8 +245,8 @@ class _Descent:
     # -- half-steps, numbered as the paper's equations ------------------------------------------------------
 
     def _private_step(self) -> None:
-        """Set B_i A_i to the leading singular triples of M_i - B_S D_i A_S (18-19). The error is the rest of its squared
-        norm."""
+        """Set B_i A_i to the leading singular triples of M_i - B_S D_i A_S (18-19). The error is what they leave of
+        the squared norm of that matrix."""
         error = 0.0
         for i in range(self.stack.L):
             pool = self.B_S * self.d[i], self.A_S

@@ -30,8 +30,8 @@ def check_packable(model: PreTrainedModel) -> None:
     else:
         return
     raise UserError(
-        f"training.batching: {config.model_type} cannot be trained without padding: {why}; set it to "
-        "length-grouped or shuffled, and training.padding_free to false",
+        f"training.batching: {config.model_type} cannot be trained without padding: {why}; set "
+        "training.batching to length-grouped or shuffled, and training.padding_free to false",
         key="training.batching",
     )
 
