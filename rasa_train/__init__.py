@@ -1,6 +1,6 @@
-"""Fine-tune language models with RaSA, LoRA and their relatives, from one YAML recipe or in a loop of your own.
+"""Fine-tune language models with RaSA, LoRA and their relatives, from one YAML recipe or in your own training loop.
 
-The names below are imported when they are first used: ``import rasa_train`` itself loads no torch.
+The names below are imported when they are first used: ``import rasa_train`` itself does not load torch.
 """
 
 from importlib import import_module
@@ -56,7 +56,7 @@ _PLACES = {
     "VBLoRA": "methods.vblora",
     "VeRA": "methods.vera",
 }
-"""The public names, and the module that each is in."""
+"""The public names, each with the module that defines it."""
 
 __all__ = ["__version__", *_PLACES]
 

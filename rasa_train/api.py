@@ -1,10 +1,10 @@
-"""The package as a library: adapters in a model and a training loop of one's own.
+"""The package as a library: put adapters into your own model and train them in your own loop.
 
     from rasa_train import RaSA, adapt, merge, save_adapter
 
     model = adapt(AutoModelForCausalLM.from_pretrained(name), RaSA(r=8, k=1, alpha=8))
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    ...                                      # loss.backward(); clip; optimizer.step(), as ever
+    ...                                      # loss.backward(); clip; optimizer.step(), as usual
     save_adapter(model, "adapter")           # rasa-merge, rasa-eval and load_adapter read it
 
 An adapted model is the model itself: its forward, ``generate`` and trainers of other libraries work as before.
@@ -26,32 +26,35 @@ from .errors import UserError
 from .io.base_fingerprint import base_samples
 
 ADAPTED = "rasa_train_adapted"
-"""Attribute of an adapted model: its method and the hooks of its fast path."""
+"""Name of the attribute of an adapted model that holds its method and the hooks of its fast path."""
 
 
 def adapt(model: nn.Module, method: Method) -> nn.Module:
-    """Freeze a model and put the adapters of ``method`` into it, for a training loop of one's own.
+    """Freeze a model and put the adapters of ``method`` into it, for your own training loop.
 
     The linears of the decoder layers that ``method.targets`` selects get an update, which is zero at first for almost
     every method, so the outputs do not change. Adapter parameters are fp32, on the device of the weights they belong
     to; only they have ``requires_grad``. Forward and backward take the fast path (factors packed in the dtype of the
-    weights once a forward pass), and ``loss.backward()`` leaves complete gradients in the parameters. The model may be
-    moved to another device, compiled, checkpointed (``use_reentrant=False``) or wrapped in DDP or FSDP afterwards.
+    weights once per forward pass), and ``loss.backward()`` leaves complete gradients in the parameters. Afterwards the
+    model may be moved to another device, compiled, checkpointed (``use_reentrant=False``) or wrapped in DDP or FSDP.
 
     Args:
-        model: a model of transformers with repeated decoder layers, with its weights.
-        method: the hyper-parameters, as ``RaSA(r=8, k=1, alpha=8)`` or ``LoRA(r=8, alpha=16, dropout=0.05)``.
+        model: a transformers model with repeated decoder layers, with its weights.
+        method: the hyper-parameters, for example ``RaSA(r=8, k=1, alpha=8)`` or
+            ``LoRA(r=8, alpha=16, dropout=0.05)``.
     Returns:
         The model itself, changed in place.
     Raises:
-        UserError: the model has adapters already, a target matches nothing, or the method wraps the model in another
-            library's (``peft``: use that library itself).
+        UserError: the model already has adapters, a target matches nothing, or the method wraps the model in a model
+            of another library (``peft``: use that library directly).
     """
     if hasattr(model, ADAPTED):
-        raise UserError("the model has adapters already: merge(model) folds them into its weights first")
+        raise UserError("the model already has adapters: call merge(model) first, which folds them into its weights")
     adapted, _ = inject.adapt(model, method)
     if adapted is not model:
-        raise UserError(f"adapt: the method {method.method!r} wraps the model in another library's; use that library")
+        raise UserError(
+            f"adapt: the method {method.method!r} wraps the model in one of another library; use that library directly"
+        )
     setattr(model, ADAPTED, (method, PackedForward(model)))
     return model
 
@@ -60,20 +63,22 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
     """Write the adapters of a model to a directory that ``load_adapter``, ``rasa-merge`` and ``rasa-eval`` read.
 
     Args:
-        directory: is made where it is not there; files of an adapter in it are replaced.
-        base_model: directory or hub id of the base, for those who read the adapter. Default: where the model was loaded
-            from.
+        directory: created if it does not exist; the files of an adapter already in it are replaced.
+        base_model: directory or hub id of the base model, recorded in the adapter for later readers. Default: where
+            the model was loaded from.
     Returns:
         The directory.
     Raises:
-        UserError: the model was not adapted by ``adapt``, or it is not known where its base is.
+        UserError: the model was not adapted by ``adapt``, or the location of its base model is not known.
     """
     method, _ = _adapted(model)
     name = base_model or getattr(getattr(model, "config", None), "name_or_path", "")
     if not name:
-        raise UserError("save_adapter: where is the base? Give base_model, a directory or a hub id")
+        raise UserError(
+            "save_adapter: the location of the base model is unknown; give base_model, a directory or a hub id"
+        )
     if Path(name).is_dir():
-        name = str(Path(name).resolve())  # found from any directory
+        name = str(Path(name).resolve())  # so that it is found from any working directory
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     samples = base_samples(name)
@@ -82,15 +87,15 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Put a saved adapter into a model that has none, to use it or to train it further.
+    """Put a saved adapter into a model without adapters, to use the model or to train it further.
 
     Args:
-        directory: an adapter of this package (an output directory's ``adapter``, a checkpoint), of PEFT or of the
-            reference implementation.
+        directory: an adapter of this package (``adapter`` in an output directory, or a checkpoint), of PEFT or of
+            the reference implementation.
     Returns:
         The model itself, changed in place.
     Raises:
-        UserError: there is no adapter, it is damaged, or it does not fit the model.
+        UserError: the directory holds no adapter, the adapter is damaged, or it does not fit the model.
     """
     saved = read_adapter(directory)
     adapt(model, saved.method)
@@ -99,12 +104,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold the adapters of a model into its weights, W <- round(W + dW) in the weights' dtype, and remove them.
+    """Fold the adapters of a model into its weights, W <- round(W + dW) in the weights' dtype, and remove the adapters.
 
     ``rasa-merge`` does the same from file to file, without the model in memory, and reports what rounding changed.
 
     Returns:
-        The model itself, an ordinary model of its class again.
+        The model itself, again an ordinary model of its class.
     Raises:
         UserError: the model was not adapted by ``adapt``.
     """
@@ -118,5 +123,5 @@ def merge(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module) -> tuple[Method, PackedForward]:
     found: tuple[Method, PackedForward] | None = getattr(model, ADAPTED, None)
     if found is None:
-        raise UserError("the model has no adapters of adapt() or load_adapter()")
+        raise UserError("the model has no adapters: put them into it with adapt() or load_adapter() first")
     return found

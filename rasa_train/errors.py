@@ -1,13 +1,13 @@
-"""Exceptions that end a command without being a bug of the package."""
+"""Exceptions that end a command although the package has no bug."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """The user's input is wrong. Commands print the message alone and exit with code 2.
+    """The user's input is wrong. Commands print only the message and exit with code 2.
 
-    A message names the key (or file), the value it had, what is allowed, and what to do about it.
-    ``key`` is the dotted recipe key at fault, when there is one: the loader adds the file and line of it.
+    A message names the key (or file), its value, what is allowed, and what to do about it.
+    ``key`` is the dotted recipe key at fault, if there is one: the loader adds the file and line of that key.
     """
 
     def __init__(self, message: str, *, key: str | None = None) -> None:
@@ -16,15 +16,15 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A stop was asked for (SIGTERM, SIGUSR1) and the state is saved. Commands exit with code 75."""
+    """A stop was requested (SIGTERM, SIGUSR1) and the state has been saved. Commands exit with code 75."""
 
 
 class DeviceLost(Exception):
-    """A GPU answers with errors only. The message says what is saved; the same command goes on from there."""
+    """A GPU answers every call with an error. The message says what is saved; the same command resumes from there."""
 
 
 class WorkerLost(Exception):
-    """An exchange among the workers broke off, because some of them, ``ranks``, died, hang or cannot be reached."""
+    """Communication between the workers failed because the workers ``ranks`` died, hang or cannot be reached."""
 
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message)
@@ -32,5 +32,5 @@ class WorkerLost(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the error's type where it has none."""
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,6 +1,6 @@
 """``import rasa_train.peft`` adds RaSA and MoRA to the PEFT library (``integrations.peft_plugin``).
 
-``python -m rasa_train.peft MODULE ARGUMENTS`` does so before it runs another module as ``python -m MODULE`` would.
+``python -m rasa_train.peft MODULE ARGUMENTS`` adds them and then runs MODULE as ``python -m MODULE ARGUMENTS`` would.
 """
 
 from .integrations.peft_plugin import MoraConfig as MoraConfig

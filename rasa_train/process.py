@@ -1,4 +1,4 @@
-"""This process among the workers of its run: rank, place, memory, versions."""
+"""Facts about this worker process: its rank, host, GPU and memory, and the versions of the packages it uses."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from . import __version__
 
 
 def world_size() -> int:
-    """Workers that the launcher has started, 1 without one."""
+    """Return the number of workers that the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This worker's number among all workers, from 0."""
+    """Return this worker's number among all workers, counted from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this worker has held: on the GPU if there is one, else of the process."""
+    """Return the peak memory of this worker in bytes: on the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
@@ -32,14 +32,19 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
+<<<<<<< HEAD
     """Versions of what the numbers depend on."""
     others = ("torch", "transformers", "accelerate")
+=======
+    """Return the versions of the packages that the numbers of a run depend on."""
+    others = ("torch", "transformers", "accelerate", "lion-pytorch")
+>>>>>>> english-a
     return {"rasa_train": __version__, **{name: version_of(name) or "unknown" for name in others}}
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package. None where the package has no metadata: it is not installed, or it is a
-    plain folder on the import path."""
+    """Return the version of an installed package, or None if the package has no metadata: it is not installed, or it is
+    a plain folder on the import path."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -47,6 +52,6 @@ def version_of(package: str) -> str | None:
 
 
 def here() -> str:
-    """Where this worker is: its host and, where there is one, its GPU."""
+    """Return where this worker runs: its host and, if there is one, its GPU."""
     gpu = f" GPU {os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else ""
     return f"{socket.gethostname()}{gpu}"

@@ -1,7 +1,6 @@
-"""A stop that was asked for: SIGTERM, SIGUSR1 (SLURM's warning), Ctrl-C, or a word from the process that started the
-worker.
+"""Stop requests: SIGTERM, SIGUSR1 (SLURM's warning), Ctrl-C, or a file written by the process that started the worker.
 
-Light to import: a worker listens before it loads anything that takes seconds.
+This module is light to import: a worker listens for stop requests before it loads anything that takes seconds.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 
 
 class StopSignal:
-    """Remembers that a stop was asked for until the step is done; the loop then saves and leaves. A second Ctrl-C is an
-    interruption like any other.
+    """Remembers a stop request until the work under way is done; the loop then saves and ends. A second Ctrl-C
+    interrupts at once, as in any other program.
 
     Args:
-        word: a file that the launcher writes the signal's name to, for all workers of a machine at once.
+        word: a file to which the launcher writes the signal's name, for all workers of a machine at once.
     """
 
     def __init__(self, word: Path | None = None) -> None:
@@ -43,19 +42,20 @@ class StopSignal:
 
     @property
     def reason(self) -> str:
-        """Name of the signal; empty as long as nobody asked this worker to stop."""
+        """Name of the signal that requested the stop; empty as long as no stop is requested."""
         if not self._received and self._word and self._word.exists():
             self._received = self._word.read_text() or "a stop"
         return self._received
 
 
 def signals() -> list[signal.Signals]:
-    """Those that ask for a stop. Ctrl-C only where it reaches this process: a shell's background job ignores it."""
+    """Return the signals that request a stop. SIGINT (Ctrl-C) is among them only where it reaches this process: a
+    shell's background job ignores it."""
     interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if interrupts else [])]
 
 
 def say_interrupted() -> None:
-    """What a first Ctrl-C does. Safe in a signal handler, where ``print`` may be under way already."""
+    """Tell the user what a first Ctrl-C does. Safe in a signal handler that may interrupt a running ``print``."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nCtrl-C: what is under way is finished and kept; once more ends it at once\n")
+        os.write(2, b"\nCtrl-C: the work under way is finished and kept; press Ctrl-C again to end it at once\n")

@@ -122,7 +122,7 @@ def test_the_kernel_on_a_gpu(key_heads: int, window: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("gemma2_capped", "soft caps"), ("mamba", "cannot be exchanged"), ("stablelm", "cannot be exchanged")],
+    [("gemma2_capped", "soft caps"), ("mamba", "cannot be replaced"), ("stablelm", "cannot be replaced")],
 )
 def test_others_are_refused(kind: str, why: str) -> None:
     if kind == "gemma2_capped":

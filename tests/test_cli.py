@@ -193,7 +193,7 @@ BAD_INPUT = {
         ["{recipe}", "output_dir=/proc/none/run"],
         "output_dir: /proc/none/run cannot be written",
     ),
-    "no adapter to start from": (["{recipe}", "adapter.init_from=nowhere"], "nowhere is no adapter"),
+    "no adapter to start from": (["{recipe}", "adapter.init_from=nowhere"], "nowhere is not an adapter"),
     "target": (["{recipe}", "adapter.targets=[q_porj]"], "did you mean 'q_proj'"),
     "tracker": (["{recipe}", "tracking.trackers=[mlflow]"], "mlflow is not installed; pip install mlflow"),
     "no recipe": ([], "RECIPE"),

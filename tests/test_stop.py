@@ -21,7 +21,7 @@ def test_a_stop_is_remembered(name: str, capfd: pytest.CaptureFixture[str]) -> N
         assert stop.reason == name
         said = capfd.readouterr().err
         if name == "SIGINT":
-            assert "once more ends it at once" in said
+            assert "press Ctrl-C again to end it at once" in said
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
         else:

@@ -62,5 +62,5 @@ def test_parts_are_read_as_one_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"a-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert read_safetensors(path).keys() == TENSORS.keys()
     part(path, 0, 2).unlink()
-    with pytest.raises(UserError, match="not all are there"):
+    with pytest.raises(UserError, match="the parts are not complete"):
         read_safetensors(path)

@@ -1,1 +1,1 @@
-"""What all methods share: the contract, where adapters go, how they are computed, saved and read."""
+"""The part that all methods share: the contract, and how adapters are placed, computed, saved and read."""

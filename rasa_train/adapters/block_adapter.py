@@ -1,4 +1,4 @@
-"""An adapter whose update is block diagonal. ``kernels.block_diagonal`` computes it."""
+"""The base class of adapters with a block-diagonal update, which ``kernels.block_diagonal`` computes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .contract import Adapter
 
 
 class BlockAdapter(Adapter):
-    """dW is block diagonal. Subclasses say what the blocks are; nothing else is theirs to say."""
+    """An adapter whose dW is block diagonal. A subclass defines the blocks; everything else follows from them."""
 
     @abstractmethod
     def blocks(self) -> Tensor:
-        """T (*lead, n, q, q), fp32, differentiable with respect to what is trained."""
+        """Return the blocks T (*lead, n, q, q), fp32, differentiable with respect to the trained parameters."""
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         T = self.blocks().to(x.dtype)

@@ -1,9 +1,9 @@
-"""The adapter contract: a method says once what its update is, everything else follows.
+"""The adapter contract: a method defines its update once, and everything else follows from the definition.
 
-``Site``     where an update goes: metadata of one frozen weight, never the weight itself.
+``Site``     the place of an update: metadata of one frozen weight, never the weight itself.
 ``Method``   a frozen config; ``build(sites)`` sees all sites at once, so sharing needs no hook.
-``Adapter``  the update of one site: ``forward`` (what is added to the base output) and ``delta`` (dW).
-``FactorAdapter``  an adapter that is dW = diag(b) B diag(d) A: it gives ``factors()``, the rest is derived.
+``Adapter``  the update of one site: ``forward`` (the term added to the base output) and ``delta`` (dW).
+``FactorAdapter``  an adapter with dW = diag(b) B diag(d) A: it defines ``factors()``, the rest is derived.
 """
 
 from __future__ import annotations
@@ -35,37 +35,38 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-        """dW x.
+        """Return dW x.
 
         Args:
             x: input of the linear (..., in_features), after ``drop``.
             weight: the frozen W (*lead, out_features, in_features) of this site.
-            counts: for a site with ``num_experts``, how many rows of x (tokens, in_features) are each expert's:
-                first those of expert 0, then those of expert 1, ...
+            counts: for a site with ``num_experts``, the number of rows of x (tokens, in_features) that belong to each
+                expert: the rows of expert 0 come first, then the rows of expert 1, ...
         Returns:
-            (..., out_features) in the dtype of ``x``.
+            dW x (..., out_features) in the dtype of ``x``.
         """
 
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """dW = merged - original weight (*lead, out_features, in_features), fp32.
+        """Return dW = merged - original weight (*lead, out_features, in_features), fp32.
 
-        ``weight`` is the original W in any dtype; only methods whose update depends on it need it.
+        ``weight`` is the original W in any dtype; only methods whose update depends on W need it.
         """
 
     needs_weight: ClassVar[bool] = False
-    """The update's start depends on W: ``start`` is called with it."""
+    """Whether the initial update depends on W; if so, ``start`` is called with W."""
 
     def start(self, weight: Tensor) -> None:
-        """Set what depends on the original W (*lead, out, in), fp32. Called once when the adapter is put into a
-        model that has weights; values of a file are loaded after it."""
+        """Set the tensors that depend on the original W (*lead, out, in), fp32. Called once when the adapter is put
+        into a model that has weights; values from a file are loaded after this call."""
 
     rule_state: ClassVar[tuple[str, ...]] = ()
-    """Names of (non-persistent) buffers that the method's ``after_step`` keeps: in checkpoints, not in the
-    finished adapter. What the update itself needs and is not trained is a persistent buffer."""
+    """Names of the (non-persistent) buffers that the method's ``after_step`` maintains. They are saved in checkpoints
+    but not in the finished adapter. Untrained tensors that the update itself needs are persistent buffers."""
 
     def delta_bias(self) -> Tensor | None:
-        """What merging adds to the linear's bias (out_features,), fp32; None for almost every method."""
+        """Return the vector that merging adds to the linear's bias (out_features,), fp32; None for almost every
+        method."""
         return None
 
     @property
@@ -74,24 +75,24 @@ class Adapter(nn.Module, ABC):
         """The largest rank that dW can have."""
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the adapter's input, cast to the dtype the adapter computes in. Linears that share their input
-        share what this gives."""
+        """Apply dropout to the adapter's input, cast to the dtype that the adapter computes in. Linears that share
+        their input share the result."""
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return dropped(x, self.dropout) if self.dropout and self.training else x
 
     watches: ClassVar[bool] = False
-    """In training ``watch`` is called with each input of the linear, before dropout."""
+    """Whether ``watch`` is called in training with each input of the linear, before dropout."""
 
     def watch(self, x: Tensor, counts: list[int] | None = None) -> None:
-        """Take what the method's rule needs of x; arguments as those of ``forward``."""
+        """Collect from x the statistics that the method's rule needs; the arguments are as in ``forward``."""
 
 
 class FactorAdapter(Adapter):
-    """dW = diag(b) B diag(d) A. Subclasses say what the factors are; nothing else is theirs to say."""
+    """An adapter with dW = diag(b) B diag(d) A. A subclass defines the factors; everything else follows from them."""
 
     @abstractmethod
     def factors(self) -> Factors:
-        """The factors in fp32, differentiable with respect to what is trained."""
+        """Return the factors in fp32, differentiable with respect to the trained parameters."""
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         factors = self.factors()
@@ -107,60 +108,60 @@ class FactorAdapter(Adapter):
     @property
     def effective_rank(self) -> int:
         d = self.factors().d
-        # Ranks that a method has switched off (AdaLoRA) are none; before training nothing is off.
+        # Ranks that a method has switched off (AdaLoRA) do not count; before training none is switched off.
         used = d.shape[-1] if d.is_meta or not d.any() else int((d != 0).sum(-1).max())
         return min(used, *self.site.shape)
 
 
 class Built(NamedTuple):
-    """What a method builds: an adapter per site path, and the tensors that sites share."""
+    """The result of ``Method.build``: an adapter per site path, and the tensors that sites share."""
 
     adapters: dict[str, Adapter]
     pools: dict[str, nn.Module]
 
 
 class Method(BaseModel, ABC):
-    """Hyper-parameters of one method, checked; a section ``adapter:`` of a recipe."""
+    """Validated hyper-parameters of one method; the section ``adapter:`` of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     method: str
     targets: str | list[str] = "all-linear"
-    """What is adapted: ``all-linear`` (every linear of the decoder layers, not the LM head and not a router),
+    """Linears to adapt: ``all-linear`` (every linear of the decoder layers, but neither the LM head nor a router),
     a list of names (``[q_proj, v_proj]``), or a regular expression for the whole path."""
     exclude: list[str] = []
-    """Names taken out of ``targets``."""
+    """Names of linears that are not adapted although ``targets`` selects them."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input (the paper's scripts: 0.05)."""
     compute: Literal["model", "float32"] = "model"
-    """Arithmetic of the adapter: in the model's dtype, or fp32. The parameters themselves are always fp32."""
+    """Arithmetic of the adapter: in the model's dtype or in fp32. The parameters themselves are always fp32."""
     init_from: str | None = None
-    """An adapter directory to start from: ours, PEFT's, or the reference implementation's."""
+    """An adapter directory to start from, written by this package, by PEFT or by the reference implementation."""
 
     @abstractmethod
     def build(self, sites: list[Site]) -> Built:
         """Make the adapters of all sites. Works on any device, meta included; draws from torch's RNG."""
 
     def wrap(self, model: nn.Module) -> nn.Module | None:
-        """The model inside one of another library, which trains parameters of its own; None for a method that
-        gives adapters of sites (all but ``peft``)."""
+        """Return the model wrapped in a model of another library, which trains parameters of its own; None for a method
+        that builds adapters for sites (every method but ``peft``)."""
         return None
 
     def merged(self, load_base: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The base parameters that a wrapping method changes, merged, fp32, by their name in the base; None for a
-        method that gives adapters of sites.
+        """Return the merged base parameters that a wrapping method changes, fp32, by their name in the base; None for a
+        method that builds adapters for sites.
 
         Args:
-            load_base: gives the base with its weights, fp32.
-            tensors: those of the saved adapter.
+            load_base: returns the base with its weights, fp32.
+            tensors: the tensors of the saved adapter.
         Raises:
-            UserError: the method is no change of weights, or the tensors do not fit.
+            UserError: the method does not change weights, or the tensors do not fit.
         """
         return None
 
     def trains(self, parameter: str) -> bool:
-        """Whether a parameter of the base model itself (by its name) is trained. Such parameters are held in
-        fp32, computed with under autocast, and saved and merged by their own name."""
+        """Whether the parameter of the base model with this name is trained. Such parameters are held in fp32, used
+        under autocast, and saved and merged under their own names."""
         return False
 
     def lr_factor(self, name: str) -> float:
@@ -169,47 +170,53 @@ class Method(BaseModel, ABC):
         return 1.0
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
-        """A term added to the loss of every step (AdaLoRA's orthogonality), or None."""
+        """Return a term that is added to the loss of every step (AdaLoRA's orthogonality loss), or None."""
         return None
 
     def after_step(self, adapters: Mapping[str, Adapter], step: int, total_steps: int) -> None:
-        """The method's own rule after optimizer step ``step`` (1 for the first), gradients still there."""
+        """Apply the method's own rule after optimizer step ``step`` (1 for the first), while the gradients still
+        exist."""
 
     # -- files of other libraries ------------------------------------------------------------------------
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Our fields from a PEFT-style ``adapter_config.json``, or None if it is another method's."""
+        """Return this method's fields from a PEFT-style ``adapter_config.json``, or None if the file is of another
+        method."""
         return None
 
     @classmethod
     def rename_peft(cls, key: str) -> str | None:
-        """Our name of a PEFT-style tensor (``base_model.model.`` removed), or None if it is not ours."""
+        """Return this package's name of a PEFT-style tensor (``base_model.model.`` removed), or None if the tensor does
+        not belong to this method."""
         return None
 
     reads_peft: ClassVar[frozenset[str]] = frozenset()
-    """Keys of a PEFT config that change what the tensors mean, and that ``convert_peft`` knows."""
+    """Keys of a PEFT config that change the meaning of the tensors and that ``convert_peft`` handles."""
 
     @classmethod
     def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT's tensors, fp32 and by our names, as the fields of ``from_peft`` mean them."""
+        """Convert PEFT's tensors, given in fp32 and by this package's names, to the meaning that the fields of
+        ``from_peft`` have."""
         return dict(tensors)
 
 
 def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
-    """W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x by its own of the weights (E, out, in)."""
+    """Return W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x are multiplied by that expert's
+    weight in ``weight`` (E, out, in)."""
     if counts is None:
         return F.linear(x, weight)
     widths = (x.shape[-1] * x.element_size(), weight.shape[-2] * weight.element_size())
     if not any(width % 16 for width in widths) and len(x) and not torch.is_autocast_enabled(x.device.type):
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(x.device, non_blocking=True)
-        return F.grouped_mm(x, weight.mT, offs=ends)  # one kernel for all experts; it wants 16 bytes at a time
+        # One kernel for all experts; it needs rows of a multiple of 16 bytes.
+        return F.grouped_mm(x, weight.mT, offs=ends)
     parts = zip(torch.split(x, counts), weight.unbind(), strict=True)
     return torch.cat([F.linear(rows, W) for rows, W in parts])
 
 
 def kaiming_uniform(*shape: int) -> nn.Parameter:
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), in = shape[-1], fp32: LoRA's initial A (Kaiming with a = sqrt(5))."""
+    """Return LoRA's initial A ~ U(-1/sqrt(in), 1/sqrt(in)), in = shape[-1], fp32 (Kaiming with a = sqrt(5))."""
     bound = 1.0 / math.sqrt(shape[-1])
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32).uniform_(-bound, bound))
 

@@ -1,10 +1,10 @@
 """Fused mixture-of-experts weights: one parameter holds the linears of all experts of a layer.
 
-    gate_up_proj (E, 2I, H)    gate_proj of every expert in the first I rows, up_proj in the others
+    gate_up_proj (E, 2I, H)    gate_proj of every expert in the first I rows, up_proj in the other I rows
     down_proj    (E, H, I)
 
-This is the layout that transformers gives to Mixtral, Qwen-MoE, DeepSeek and most others. Each expert's linear
-is one of its own: it has its own ranks in an adapter, and its own pool.
+transformers uses this layout for Mixtral, Qwen-MoE, DeepSeek and most other families. Each linear of each expert is
+adapted separately: it has its own ranks in an adapter, and its own pool.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .contract import Adapter, linear
 from .site import Site
 
 OTHER_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_proj"), "down_proj": ("w2",)}
-"""What else the experts' linears are called: Mixtral's names, and the name of the fused parameter."""
+"""Other names of the experts' linears: Mixtral's names, and the name of the fused parameter."""
 
 
 class AdaptedExperts(nn.Module):
-    """Frozen experts plus adapters: for each token the sum over its experts e, with weight p_e, of
+    """Frozen experts with adapters: for each token the sum over its experts e, with weight p_e, of
 
-    down_e(act(gate_e x) * up_e x),   each of the three linears being W_e x + dW_e drop(x).
+    down_e(act(gate_e x) * up_e x),   where each of the three linears is W_e x + dW_e drop(x).
 
-    Without adapters' updates the result is that of transformers' own loop over experts ("eager"), bit by bit.
-    Dropout draws anew for each expert of a token.
+    Without updates from adapters the result equals that of transformers' own loop over experts ("eager") bit for bit.
+    Dropout draws a new mask for each expert of a token.
 
-    Takes over the parameters of the module it replaces, so their names in the model stay what they were.
+    The module takes over the parameters of the module that it replaces, so their names in the model do not change.
     """
 
     base: nn.Module
-    """The module that was here before."""
+    """The module that this one replaces."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()
@@ -44,11 +44,11 @@ class AdaptedExperts(nn.Module):
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.gate = base._apply_gate  # the activation, in the model's own way
         del base.gate_up_proj, base.down_proj
-        object.__setattr__(self, "base", base)  # not registered: its tensors are this module's
+        object.__setattr__(self, "base", base)  # not registered: this module holds its tensors
         self.adapter = nn.ModuleDict()
 
     def unwrapped(self) -> nn.Module:
-        """Return the module that was here before, with the weights that are here now."""
+        """Return the module that this one replaced, with the current weights."""
         self.base.gate_up_proj, self.base.down_proj = self.gate_up_proj, self.down_proj
         return self.base
 
@@ -56,9 +56,10 @@ class AdaptedExperts(nn.Module):
         self.adapter[name] = adapter
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(tokens, H) hidden states, (tokens, k) experts of each token and their weights -> (tokens, H)."""
+        """Map hidden states (tokens, H), the experts of each token (tokens, k) and their weights (tokens, k) to outputs
+        (tokens, H)."""
         tokens = len(hidden_states)
-        # Sorted by expert: linears see the tokens of one after those of another, each adapter is called once.
+        # Sorted by expert: the tokens of one expert are consecutive rows, and each adapter is called once.
         expert, order = top_k_index.t().flatten().sort(stable=True)
         token, counts = order % tokens, torch.bincount(expert, minlength=self.num_experts).tolist()
         x = hidden_states[token]
@@ -75,14 +76,14 @@ class AdaptedExperts(nn.Module):
         y = linear(y, self.down_proj, counts)
         y = (y if down is None else y + down) * top_k_weights.t().flatten()[order].unsqueeze(-1)
         result = torch.zeros_like(hidden_states)
-        # One expert after another: a token's terms are then added in one order always.
+        # One expert after another, so that the terms of a token are always added in the same order.
         parts = torch.split(y.to(result.dtype), counts)
         for where, part in zip(torch.split(token, counts), parts, strict=True):
             result.index_add_(0, where, part)
         return result
 
     def _watched(self, names: Sequence[str], x: Tensor, counts: list[int]) -> Tensor:
-        """The input of these linears for their adapters: one dropout mask for all."""
+        """Show the input to the adapters of these linears, and return it after dropout, with one mask for all."""
         found = (self.adapter[name] for name in names if name in self.adapter)
         own = [adapter for adapter in found if isinstance(adapter, Adapter)]
         for adapter in own:
@@ -98,16 +99,16 @@ class AdaptedExperts(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds fused expert weights, of this layout or another."""
+    """Whether a module holds fused expert weights, in this layout or another one."""
     return "Expert" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether fused expert weights are laid out as above: not transposed, interleaved, biased or ungated."""
+    """Whether fused expert weights have the layout above: not transposed, interleaved, biased or ungated."""
     flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
     if any(getattr(module, name, None) != value for name, value in flags.items()):
         return False
-    if getattr(module, "has_post_expert_norm", False):  # a transformers without this flag has no such experts
+    if getattr(module, "has_post_expert_norm", False):  # a transformers version without this flag has no such experts
         return False
     E, H, I = (int(getattr(module, name, 0)) for name in ("num_experts", "hidden_dim", "intermediate_dim"))
     shapes: Mapping[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
@@ -119,7 +120,7 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def expert_sites(path: str, kind: str, layer: int, module: nn.Module) -> Iterator[Site]:
-    """Sites of one supported module: gate_proj, up_proj, down_proj, each of all experts."""
+    """Yield the sites of one supported module: gate_proj, up_proj and down_proj, each for all experts."""
     E, H, I = (int(getattr(module, name)) for name in ("num_experts", "hidden_dim", "intermediate_dim"))
     for name, out_features, in_features, fused, rows in (
         ("gate_proj", I, H, "gate_up_proj", (0, I)),
@@ -139,10 +140,10 @@ def expert_sites(path: str, kind: str, layer: int, module: nn.Module) -> Iterato
 
 
 def peft_parameter(path: str, targets: Sequence[str]) -> str | None:
-    """The fused weight that PEFT's factors at ``path`` belong to; None where they are a linear's.
+    """Return the fused weight that PEFT's factors at ``path`` belong to; None if they belong to a linear.
 
-    PEFT wraps the module once for each of its ``target_parameters``, in the order of the module's own, so that
-    ``experts.base_layer`` is gate_up_proj when ``experts`` is down_proj.
+    PEFT wraps the module once for each of its ``target_parameters``, in the order of the module's own parameters, so
+    that ``experts.base_layer`` is gate_up_proj when ``experts`` is down_proj.
     """
     module = path
     while module.endswith(".base_layer"):
@@ -156,9 +157,10 @@ def peft_parameter(path: str, targets: Sequence[str]) -> str | None:
 
 
 def peft_linears(parameter: str, side: str, r: int, tensor: Tensor) -> dict[str, Tensor]:
-    """PEFT's A (E r, in) or B (out, r E) of a fused weight, as factors of the linears in it: (E, r, in), (E, out, r).
+    """Convert PEFT's A (E r, in) or B (out, r E) of a fused weight to factors of the linears in it: (E, r, in) or
+    (E, out, r).
 
-    gate and up get the same A: B has rows for each.
+    gate and up get the same A; the rows of B are divided between them.
     """
     module, _, name = parameter.rpartition(".")
     linears = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]

@@ -14,10 +14,10 @@ from .state import POOLS, adapters
 
 @torch.no_grad()
 def fold(site: Site, adapter: Adapter, parameters: dict[str, nn.Parameter]) -> None:
-    """Set W <- round(W + dW), computed in fp32, and the bias likewise.
+    """Set W <- round(W + dW), computed in fp32, and update the bias in the same way.
 
     Args:
-        parameters: those of the model, by name. The site's weight and bias are changed in place.
+        parameters: parameters of the model, by name. The site's weight and bias are changed in place.
     """
     weight: Tensor = parameters[site.weight]
     rows = weight
@@ -31,7 +31,7 @@ def fold(site: Site, adapter: Adapter, parameters: dict[str, nn.Parameter]) -> N
 
 
 def fold_all(model: nn.Module) -> None:
-    """Fold every adapter of a model into its weights, and put back the modules that were there before."""
+    """Fold every adapter of a model into its weights, and put back the modules that the adapters replaced."""
     parameters = dict(model.named_parameters())
     for adapter in adapters(model).values():
         fold(adapter.site, adapter, parameters)

@@ -20,8 +20,8 @@ from .state import POOLS
 
 
 def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
-    """The model to train, with ``method`` in it, and the adapted sites. For all methods but ``peft`` the model is
-    ``model`` itself, and this is ``attach``."""
+    """Put ``method`` into ``model``. Returns the model to train and the adapted sites. For every method but ``peft``
+    that model is ``model`` itself, and this function does the same as ``attach``."""
     wrapped = method.wrap(model)
     return (model, attach(model, method)) if wrapped is None else (wrapped, [])
 
@@ -29,8 +29,8 @@ def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
 def attach(model: nn.Module, method: Method) -> list[Site]:
     """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order.
 
-    Adapter parameters are fp32 on the device of the weight they belong to; pools hang at ``model.pools``. On the
-    meta device everything is counted and nothing computed.
+    Adapter parameters are fp32 on the device of the weight they belong to; pools are at ``model.pools``. On the meta
+    device the adapters get shapes but no values.
     """
     model.requires_grad_(False)
     sites = find_sites(model, method.targets, method.exclude)
@@ -47,20 +47,24 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
             parameter.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters()):
-            module.float()  # torch wants its weight and bias in one dtype, under autocast too
+            module.float()  # torch requires its weight and bias in one dtype, also under autocast
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"adapter.method: {method.method} has nothing to train in this model", key="adapter.method")
+        raise UserError(
+            f"adapter.method: {method.method} has no parameters to train in this model", key="adapter.method"
+        )
     return sites
 
 
 @torch.no_grad()
 def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
-    """Hold the frozen weights of adapted linears (not of fused experts) as ``base`` says, on ``device``.
+    """Hold the frozen weights of adapted linears (not of fused experts) in the format ``base``, on ``device``.
 
-    Returns the difference that this makes: |W' - W| / |W|, over all of them (Frobenius norms).
+    Returns the relative difference between the new and the old weights: |W' - W| / |W|, over all of these linears
+    (Frobenius norms).
 
     Raises:
-        UserError: weights of the base are trained, or the device, a package or a shape do not allow it.
+        UserError: weights of the base are trained, or the device, a missing package or a shape does not allow the
+            format.
     """
     linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     if not linears or any(module.weight.requires_grad for module in linears):

@@ -1,4 +1,4 @@
-"""The fast path in a training loop that knows nothing of it: factors are packed at each forward pass of the model."""
+"""The fast path for any training loop: factors are packed at the start of each forward pass of the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .state import POOLS, adapters, groups
 
 class PackedForward:
     """Packs the factors of an adapted model when its forward begins, as part of the autograd graph, so that
-    ``loss.backward()`` leaves the gradients in the parameters, ready to be clipped and stepped.
+    ``loss.backward()`` leaves the gradients in the parameters, ready for clipping and the optimizer step.
 
     Without gradients, as in generation, factors are packed again only when a parameter has changed. Where parameters
-    are partitioned (FSDP, ZeRO-3) or the model is compiled, the adapters' own forward serves.
+    are partitioned (FSDP, ZeRO-3) or the model is compiled, the adapters' own forward is used.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,8 +41,8 @@ class PackedForward:
             group.packed, group.usable = None, None
 
     def _usable(self) -> bool:
-        """Inside a forward pass, or where a backward pass computes a layer again: a part of the model that is called by
-        itself must not see factors from before the last optimizer step."""
+        """Whether packed factors may be used: inside a forward pass, or when a backward pass recomputes a layer. A part
+        of the model that is called by itself must not see factors from before the last optimizer step."""
         return self.open or torch._C._current_graph_task_id() != -1
 
     def _begin(self) -> None:

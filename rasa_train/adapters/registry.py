@@ -1,10 +1,10 @@
-"""The methods that a recipe may name: those of this package, and those that are registered from outside.
+"""The methods that a recipe may name: methods of this package, and methods that are registered from outside.
 
-A method of one's own needs no fork. It is found in one of three ways:
+Your own method does not need a fork of this package. It is found in one of three ways:
 
-- a call, ``register(MyMethod)``, before recipes are read: for a script of one's own;
+- a call, ``register(MyMethod)``, before recipes are read: for your own scripts;
 - an entry point of the group ``rasa_train.methods`` in an installed package: ``my-method = "my_package:MyMethod"``;
-- the environment variable ``RASA_TRAIN_METHODS``: modules or ``.py`` files, with commas between, that are imported when
+- the environment variable ``RASA_TRAIN_METHODS``: modules or ``.py`` files, separated by commas, that are imported when
   the commands start. Every method that they define is registered. Worker processes inherit the variable.
 """
 
@@ -42,21 +42,21 @@ SHIPPED = {
     "bitfit": "bitfit:BitFit",
     "peft": "from_peft:Peft",
 }
-"""Methods of this package: the name in a recipe, and ``module:class`` below ``rasa_train.methods``."""
+"""Methods of this package: the name in a recipe, and ``module:class`` relative to ``rasa_train.methods``."""
 
 
 class Methods(Mapping[str, type[Method]]):
-    """Methods by their name in a recipe. A method of this package is imported when it is asked for."""
+    """Methods by their name in a recipe. A method of this package is imported when it is first looked up."""
 
     def __init__(self) -> None:
         self._imported: dict[str, type[Method]] = {}
         self._registered: dict[str, type[Method]] | None = None
         self.watchers: list[Callable[[], None]] = []
-        """Called when a method has been registered."""
+        """Functions that are called when a method has been registered."""
 
     @property
     def registered(self) -> dict[str, type[Method]]:
-        """The methods from outside. Entry points and the environment variable are read at the first use."""
+        """Methods registered from outside. Entry points and the environment variable are read at the first use."""
         if self._registered is None:
             self._registered = {}
             for entry in entry_points(group=ENTRY_POINTS):
@@ -67,16 +67,16 @@ class Methods(Mapping[str, type[Method]]):
         return self._registered
 
     def register(self, method: type[Method]) -> type[Method]:
-        """Add a method under the name that is the default of its field ``method``. Returns it, so that this can be a
-        decorator.
+        """Add a method under the name that is the default of its field ``method``. Returns the method, so that
+        ``register`` can be used as a decorator.
 
         Raises:
-            ValueError: the name is one of this package's, or another method has it.
+            ValueError: a method of this package or another registered method has the name already.
         """
         name = method.model_fields["method"].default
         known = self.registered.get(name)
         if name in SHIPPED or (known is not None and known is not method):
-            raise ValueError(f"there is a method {name!r} already: choose another default for the field `method`")
+            raise ValueError(f"a method {name!r} exists already: choose another default for the field `method`")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{method.__name__} needs a name: `method: Literal['my-method'] = 'my-method'`")
         self.registered[name] = method
@@ -108,7 +108,7 @@ def _import(name: str) -> ModuleType:
     """Import a module by its name, or a file by its path.
 
     Raises:
-        UserError: there is no such module or file.
+        UserError: the module or the file does not exist.
     """
     if not name.endswith(".py"):
         try:

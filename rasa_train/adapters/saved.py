@@ -1,8 +1,8 @@
-"""Adapter directories: ours is written and read; PEFT's and the reference implementation's are read.
+"""Adapter directories: this package's format is written and read; PEFT's and the reference implementation's are read.
 
-Ours: ``adapter.safetensors`` holds every trained tensor once, by the path of its site or pool;
+In this package's format ``adapter.safetensors`` holds every trained tensor once, by the path of its site or pool;
 ``adapter_config.json`` holds the method, its hyper-parameters, the base model and the format version.
-Only safetensors is ever opened: no pickle.
+Only safetensors files are ever opened, never a pickle.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ PEFT_UNSUPPORTED = (
     "megatron_config",
     "lora_bias",
 )
-"""Keys of a PEFT config that change what the tensors mean: read for a method that knows them, else refused."""
+"""Keys of a PEFT config that change the meaning of the tensors. They are read for a method that handles them, and
+refused otherwise."""
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter read from a directory, in our names and fp32."""
+    """An adapter read from a directory, with this package's names and in fp32."""
 
     directory: Path
     method: Method
@@ -52,7 +53,8 @@ class SavedAdapter:
     base_model: str | None
     base_revision: str | None
     base_tensors: Mapping[str, str] = field(default_factory=dict)
-    """Samples of the base it was trained on (``identity.base_samples``); empty where they were not recorded."""
+    """Fingerprint of the base that the adapter was trained on (``io.base_fingerprint.base_samples``); empty if no
+    fingerprint was recorded."""
 
 
 def write_adapter(
@@ -64,10 +66,10 @@ def write_adapter(
     base_revision: str | None,
     base_tensors: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one adapter directory (which must exist). Tensors are stored as they are, names sorted."""
+    """Write one adapter into ``directory``, which must exist. Tensors are stored unchanged, sorted by name."""
     write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    # Not by save_file: what that writes is its owner's alone, whatever the umask. And not over the old file, from which
+    # Not by save_file, whose files only their owner can read, whatever the umask. And not over the old file, from which
     # the tensors may still be read.
     partial = directory / f"{TENSORS}.partial"
     partial.write_bytes(save(plain, metadata={"format": "pt"}))
@@ -82,9 +84,10 @@ def write_config(
     base_revision: str | None,
     base_tensors: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the file that says what the tensors of an adapter directory are. Returns its path.
+    """Write the file that describes the tensors of an adapter directory. Returns the path of the file.
 
-    ``base_tensors`` are samples of the base (``identity.base_samples``), by which a merge knows it again.
+    ``base_tensors`` is the fingerprint of the base (``io.base_fingerprint.base_samples``), by which a merge recognises
+    the base.
     """
     config = {
         "format": "rasa_train",
@@ -102,7 +105,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     """Read an adapter directory of any known format.
 
     Raises:
-        UserError: no such directory, no adapter in it, an unknown method, or a file that is torn.
+        UserError: the directory does not exist or holds no adapter, the method is unknown, or a file is damaged.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -110,14 +113,16 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
         return _read_ours(directory, config)
     if "peft_type" in config:
         return _read_peft(directory, config)
-    raise UserError(f"{directory / CONFIG} is neither rasa_train's nor PEFT's: it has no `format` and no `peft_type`")
+    raise UserError(
+        f"{directory / CONFIG} is not a config of rasa_train or of PEFT: it has no `format` and no `peft_type`"
+    )
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, origin: str) -> None:
     """Copy ``tensors`` into the adapted ``model``. Names and shapes must match exactly.
 
     Raises:
-        UserError: a tensor is missing, left over, or of another shape; ``origin`` says where they came from.
+        UserError: a tensor is missing, left over, or of another shape; ``origin`` names the source of the tensors.
     """
     present = saved_tensors(model)
     check_tensors({name: tuple(t.shape) for name, t in present.items()}, tensors, origin=origin)
@@ -127,38 +132,42 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, origin: str
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], *, origin: str) -> None:
-    """Raise ``UserError`` unless ``tensors`` are exactly the ``expected`` names and shapes, and all finite."""
+    """Raise ``UserError`` unless ``tensors`` has exactly the ``expected`` names and shapes, and only finite values."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        parts = [f"{len(m)} {what} (first: {m[0]})" for m, what in ((missing, "missing"), (extra, "too many")) if m]
-        raise UserError(f"the adapter in {origin} does not fit this model and method: tensors {', '.join(parts)}")
+        parts = [f"{len(m)} {what} (first: {m[0]})" for m, what in ((missing, "missing"), (extra, "left over")) if m]
+        raise UserError(f"the adapter in {origin} does not fit this model and method; tensors: {', '.join(parts)}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise UserError(
                 f"the adapter in {origin} does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
-                f"the model needs {tuple(shape)}. Is this the base model it was trained on?"
+                f"but the model needs {tuple(shape)}. Check that this is the base model that it was trained on."
             )
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"the adapter in {origin} is damaged: {name} has values that are not finite")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, or of the parts that it is in (see ``part``), read from the disk as they are used.
+    """Return all tensors of one file, or of all its parts (see ``part``), read from the disk as they are used.
 
     Raises:
-        UserError: the file or a part is absent, torn, or no safetensors file.
+        UserError: the file or a part is missing, damaged, or not a safetensors file.
     """
     if parts := sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
         wanted = [part(path, i, len(parts)) for i in range(len(parts))]
         if parts != wanted or path.exists():
-            raise UserError(f"{path} is in parts, and not all are there: {', '.join(p.name for p in parts)}")
+            raise UserError(
+                f"{path} is stored in parts, and the parts are not complete: {', '.join(p.name for p in parts)}"
+            )
         return {name: tensor for p in parts for name, tensor in _read_file(p).items()}
     return _read_file(path)
 
 
 def part(path: Path, index: int, count: int) -> Path:
-    """``adapter.safetensors`` -> ``adapter-00001-of-00002.safetensors``: where part ``index`` (from 0) is of a file
-    that ``count`` workers write; the file itself for one."""
+    """Return the path of part ``index`` (from 0) of a file that ``count`` workers write; for one worker, ``path``.
+
+    ``adapter.safetensors`` -> ``adapter-00001-of-00002.safetensors``
+    """
     return path if count == 1 else path.with_stem(f"{path.stem}-{index + 1:05d}-of-{count:05d}")
 
 
@@ -168,21 +177,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         why = f"; {pickled.name} is a pickle, which is never opened" if pickled.is_file() else ""
         raise UserError(f"{path} does not exist{why}")
     try:
-        path.open("rb").close()  # safe_open calls a file absent that it may not read
+        path.open("rb").close()  # safe_open reports a file that it may not read as missing
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
-        raise UserError(f"{directory} is no adapter: there is no such directory")
+        raise UserError(f"{directory} is not an adapter: there is no such directory")
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{directory} is no adapter: it has no {CONFIG}") from None
+        raise UserError(f"{directory} is not an adapter: it has no {CONFIG}") from None
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
@@ -206,17 +215,17 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items())
     try:
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is absent, or no number is a number
-        raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is missing, or a value is not a number
+        raise UserError(f"{directory / CONFIG} is not a complete PEFT config: {error!r}") from None
     if fields is None:
-        raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is none of the methods known here")
+        raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported")
     if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key) and key not in cls.reads_peft]:
         values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
-        raise UserError(f"{directory / CONFIG}: {values} cannot be read: the result would be another adapter")
+        raise UserError(f"{directory / CONFIG}: {values} is not supported: the result would be another adapter")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
-            f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trained on a changed base; "
-            "convert it with PEFT's path_initial_model_for_weight_conversion first"
+            f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trains on a changed base; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
     targets = config.get("target_modules") or []
     if parameters := config.get("target_parameters"):
@@ -237,7 +246,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
     try:
         tensors = cls.convert_peft(config, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{directory / CONFIG} is no complete PEFT config: {error!r}") from None
+        raise UserError(f"{directory / CONFIG} is not a complete PEFT config: {error!r}") from None
     return SavedAdapter(
         directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
     )

@@ -1,11 +1,11 @@
-"""The fast path: linears that share an input are one operation, and their factors are packed once a step.
+"""The fast path: linears that share an input are one operation, and their factors are packed once per step.
 
-Inside ``packed`` the factors of a ``Group`` are buffers in the dtype of W, made of the methods' fp32 ``factors()``
-once and computed with by ``kernels.low_rank``; their gradients (fp32, summed over micro-batches) go back through
-``factors()`` once. ``PackedForward`` does that for every forward pass of a model in somebody's own loop. Without
-either, the adapter's own ``forward`` is called: the reference, which gives the same numbers and works wherever
-parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
-``kernels.block_diagonal``; an adapter that is neither is computed by its own ``forward`` always.
+Inside ``packed`` the factors of a ``Group`` are buffers in the dtype of W. They are made once from the methods' fp32
+``factors()`` and used by ``kernels.low_rank``; their gradients (fp32, summed over micro-batches) go back through
+``factors()`` once. ``PackedForward`` does the same for every forward pass of a model in the user's own training loop.
+Without either, the adapter's own ``forward`` is called: it is the reference, which gives the same numbers and works
+wherever parameters have hooks or are partitioned. Block-diagonal updates have a fast path of the same kind, in
+``kernels.block_diagonal``; an adapter of any other form is always computed by its own ``forward``.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ class Linear(Protocol):
 
 
 class Group:
-    """Linears of one layer, in the order in which it calls them, each time with one and the same input.
+    """Linears that one layer calls one after the other, in this order, with the same input.
 
-    With packed factors the first one that is called computes for all, and the others find their result here. A layer
-    that does otherwise still gets the right result: its linears are then computed one by one, by the plain path.
+    With packed factors the first linear that is called computes the outputs of all, and the others find their results
+    here. A layer that calls its linears differently still gets the right result: its linears are then computed one by
+    one, by the plain path.
     """
 
     def __init__(self, members: Sequence[Linear]) -> None:
         self.members = tuple(members)
         self.packed: Packed | None = None
         self.usable: Callable[[], bool] | None = None
-        """Whether ``packed`` holds the present values of the parameters; None: always."""
+        """Function that returns whether ``packed`` holds the parameters' current values; None: it always does."""
         self._together = True
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
-        """By member that is still to be called: its output; without packed factors the input of its adapter."""
+        """For each member that is still to be called: its output or, without packed factors, its adapter's input."""
         self._fused = False
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
-        """y (..., out) of member ``index`` for x (..., in)."""
+        """Return y (..., out) of member ``index`` for x (..., in)."""
         if index not in self._ready or not _same(self._input, x):
             self._together &= index not in self._ready
             self._compute(range(len(self.members)) if self._together else (index,), x)
         ready = self._ready.pop(index)
         if not self._ready:
             self._input = None
-        # Not before it is called: only then are its parameters there, if they are partitioned.
+        # A member is computed only when it is called: partitioned parameters are not available before.
         return ready if self._fused else plain(self.members[index], x, ready)
 
     def _compute(self, indices: Sequence[int], x: Tensor) -> None:
@@ -74,26 +75,27 @@ class Group:
         if self._fused and packed is not None:
             ready = packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
         else:
-            # One mask for all, as in the packed form: where that does not make its own (``seeded``), it is the same.
+            # One mask for all members, as in the packed form. The packed form draws the same mask, unless its kernels
+            # make their own (``kernels.seeded_dropout``).
             ready = (adapters[0].drop(x),) * len(adapters)
         self._ready = dict(zip(indices, ready, strict=True))
         self._input = x
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:
-    """Whether it is one tensor. DeepSpeed gives each module a view of its input: not the object is the same, but the
-    memory (which ``a`` holds, so nothing else can be there)."""
+    """Whether a and b are one tensor. DeepSpeed passes each module a view of its input: the objects then differ, but
+    the memory is the same (``a`` keeps it allocated, so no other tensor can be there)."""
     return a is b or (a is not None and a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride()))
 
 
 def watched(adapter: Adapter, x: Tensor) -> None:
-    """Show the adapter its input, if its rule wants to see it."""
+    """Show the adapter its input if the rule of its method needs it."""
     if adapter.watches and adapter.training:
         adapter.watch(x)
 
 
 def weight_of(member: Linear) -> Tensor:
-    """W (out, in), whichever way it is stored."""
+    """Return W (out, in), in whichever form it is stored."""
     if member.narrow is not None:
         return member.narrow.dense()
     weight: Tensor = member.weight
@@ -101,7 +103,7 @@ def weight_of(member: Linear) -> Tensor:
 
 
 def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
-    """y = W x + b + dW drop(x), by the adapter's own ``forward``."""
+    """Return y = W x + b + dW drop(x), computed by the adapter's own ``forward``."""
     weight = weight_of(member)
     if member.narrow is None:
         y = F.linear(x, weight, member.bias)
@@ -114,9 +116,9 @@ def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
 
 @contextmanager
 def packed(groups: Iterable[Group]) -> Iterator[None]:
-    """Compute with packed factors inside; at the end hand the gradients of all that was computed to the parameters.
+    """Compute with packed factors inside the block; at its end pass the accumulated gradients on to the parameters.
 
-    The parameters must not change inside, and their own gradients are not complete before the end.
+    The parameters must not change inside the block, and their gradients are not complete before its end.
     """
     frozen: dict[Any, Tensor] = {}
     own = []
@@ -141,11 +143,11 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
 
 
 def pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
-    """Pack the factors of linears that share an input. None unless all are of one form, computed in the dtype of W,
-    beside a W that is frozen and whole.
+    """Pack the factors of linears that share an input. Returns None unless all adapters have one form and compute in
+    the dtype of W, and every W is frozen and not partitioned.
 
     Args:
-        frozen: low-precision copies of frozen factors, which groups share; used and added to.
+        frozen: low-precision copies of frozen factors, which groups share; copies are taken from it and added to it.
     """
     if not all(_stands_still(member) for member in members):
         return None

@@ -1,4 +1,4 @@
-"""Where an update goes: metadata of one frozen weight, never the weight itself."""
+"""The place of an update: metadata of one frozen weight, never the weight itself."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class Site:
     """
 
     path: str
-    """Dotted path of the linear in the model: ``model.layers.3.self_attn.q_proj``."""
+    """Dotted path of the linear in the model, such as ``model.layers.3.self_attn.q_proj``."""
     kind: str
-    """The path below the layer index: ``self_attn.q_proj``. Pools are keyed by it."""
+    """The path below the layer index, such as ``self_attn.q_proj``. Pools are keyed by the kind."""
     layer: int
     out_features: int
     in_features: int
     weight: str
     """Name of the base parameter that holds W."""
     transposed: bool = False
-    """W is stored in_features x out_features (GPT-2's Conv1D)."""
+    """Whether W is stored as in_features x out_features (GPT-2's Conv1D)."""
     bias: bool = False
     num_experts: int | None = None
     rows: tuple[int, int] | None = None
-    """W is this range of output rows of the base parameter (gate and up in a fused gate_up_proj)."""
+    """Range of output rows of the base parameter that W is (gate and up in a fused gate_up_proj); None: all rows."""
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -40,8 +40,8 @@ class Site:
 
 
 def by_kind(sites: Iterable[Site]) -> dict[str, list[Site]]:
-    """Sites that can share tensors: same kind and same shape. The key is a valid module name: the kind with
-    ``__`` for dots (a hybrid model with several shapes of one kind has the shape in the key as well)."""
+    """Group the sites that can share tensors: same kind and same shape. The key is a valid module name: the kind with
+    ``__`` for dots (where a hybrid model has several shapes of one kind, the key also contains the shape)."""
     groups: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
     for site in sites:
         groups.setdefault((site.kind, (*site.lead, *site.shape)), []).append(site)

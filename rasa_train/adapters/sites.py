@@ -1,4 +1,4 @@
-"""Find the linears of a model that ``targets`` and ``exclude`` of a recipe select."""
+"""Selection of the linears of a model by ``targets`` and ``exclude`` of a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .site import Site
 def find_sites(
     model: nn.Module, targets: str | list[str] = "all-linear", exclude: list[str] | None = None
 ) -> list[Site]:
-    """Sites of the linears inside the model's repeated layers, in module order. Needs no weights (meta is fine).
+    """Return the selected sites among the linears inside the model's repeated layers, in module order. The model may be
+    on the meta device.
 
     Raises:
         UserError: the model has no repeated layers, or an item of ``targets`` or ``exclude`` matches nothing.
@@ -48,7 +49,7 @@ def _check_experts(model: nn.Module) -> None:
         if is_fused(module) and not is_supported(module):
             raise UserError(
                 f"adapter.targets: {path} of {type(model).__name__} holds the weights of its experts in a layout that "
-                f"cannot be adapted ({type(module).__name__}); name the linears to adapt, as [q_proj, v_proj]",
+                f"cannot be adapted ({type(module).__name__}); name the linears to adapt, for example [q_proj, v_proj]",
                 key="adapter.targets",
             )
 
@@ -63,7 +64,7 @@ def _all_linears(model: nn.Module) -> Iterator[Site]:
     for list_path, layers in lists:
         if list_path not in outermost:
             continue
-        # Encoders and decoders of one model must not share pools: then the kind says whose it is.
+        # Encoder and decoder of one model must not share pools, so the kind then starts with the path of the list.
         prefix = "" if len(outermost) == 1 else list_path + "."
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
@@ -75,7 +76,7 @@ def _all_linears(model: nn.Module) -> Iterator[Site]:
 
 
 def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -> Site:
-    # Under ZeRO-3 a weight is partitioned and has shape (0,): the sizes come from the module.
+    # Under ZeRO-3 a weight is partitioned and has shape (0,), so the sizes come from the module.
     if isinstance(module, Conv1D):
         out_features, in_features = module.nf, module.nx
     else:
@@ -93,7 +94,7 @@ def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -
 
 
 def _names(site: Site) -> list[str]:
-    """The kind, and what else it is called when it is an expert's."""
+    """Return the kind of a site and, for a site of experts, its other names."""
     parent, _, name = site.kind.rpartition(".")
     others = () if site.num_experts is None else OTHER_NAMES[name]
     return [site.kind, *(f"{parent}.{other}" for other in others)]
@@ -104,14 +105,15 @@ def _named(site: Site, names: set[str]) -> bool:
 
 
 def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Site]:
-    """Sites that ``targets`` selects: a regular expression for the path, or names (``q_proj``, ``mlp.up_proj``)."""
+    """Return the sites that ``targets`` selects: a regular expression for the path, or names (``q_proj``,
+    ``mlp.up_proj``)."""
     kinds = sorted({site.kind for site in sites})
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
         except re.error as error:
             raise UserError(
-                f"adapter.{key} is no regular expression: {error}, got {targets!r}", key=f"adapter.{key}"
+                f"adapter.{key} is not a regular expression: {error}, got {targets!r}", key=f"adapter.{key}"
             ) from None
         matched = [site for site in sites if pattern.fullmatch(site.path) or pattern.fullmatch(site.kind)]
         if not matched:
@@ -125,7 +127,7 @@ def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Sit
         hits = [s for s in sites if name == s.path or any(n == name or n.endswith("." + name) for n in _names(s))]
         if not hits:
             close = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in kinds}, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UserError(
                 f"adapter.{key}: {name!r} matches no linear{hint} The model has {', '.join(kinds)}",
                 key=f"adapter.{key}",

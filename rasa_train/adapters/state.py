@@ -1,4 +1,4 @@
-"""What an adapted model holds: its adapters, groups, trained tensors and what a checkpoint keeps."""
+"""The state of an adapted model: its adapters and groups, its trained tensors, and the tensors that are saved."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from .linear import AdaptedLinear
 from .shared_input import Group
 
 POOLS = "pools"
-"""Name of the root module that holds what sites share. Only this placement works under DDP, ZeRO-3 and FSDP2."""
+"""Name of the module at the root of the model that holds the tensors that sites share. Only this placement works under
+DDP, ZeRO-3 and FSDP2."""
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters in ``model`` by the path of their site."""
+    """Return the adapters in ``model`` by the path of their site."""
     return {module.site.path: module for module in model.modules() if isinstance(module, Adapter)}
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """The groups of linears that are computed together."""
+    """Return the groups of linears that are computed together."""
     return list({id(m.group): m.group for m in model.modules() if isinstance(m, AdaptedLinear)}.values())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trained tensor once, by its name in ``adapter.safetensors``: its site's path, or its pool."""
+    """Return every trained tensor once, by its name in ``adapter.safetensors``, which starts with the path of its site
+    or pool."""
     return {saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What ``adapter.safetensors`` holds: what is trained, and the frozen tensors the update is made of."""
+    """Return the tensors of ``adapter.safetensors``: the trained tensors, and the frozen tensors that the update
+    needs."""
     frozen = {
         saved_name(f"{path}.{name}"): tensor
         for path, module in model.named_modules()
@@ -39,17 +42,21 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def rule_state(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers of the method's own rule (``Adapter.rule_state``): in checkpoints, not in the adapter's file."""
+    """Return the buffers of the method's own rule (``Adapter.rule_state``): they are saved in checkpoints, but not in
+    the adapter's file."""
     return {f"{path}.{name}": getattr(a, name) for path, a in adapters(model).items() for name in a.rule_state}
 
 
 def saved_name(parameter_name: str) -> str:
-    """``model.layers.0.mlp.up_proj.adapter.A`` -> ``model.layers.0.mlp.up_proj.A``, without wrappers' additions."""
+    """Return the name of a parameter in the adapter's file, without the parts that wrappers insert.
+
+    ``model.layers.0.mlp.up_proj.adapter.A`` -> ``model.layers.0.mlp.up_proj.A``
+    """
     return parameter_name.replace("_checkpoint_wrapped_module.", "").replace(".adapter.", ".")
 
 
 def effective_ranks(model: nn.Module) -> dict[str, int]:
-    """Return the largest effective rank of each kind. The model must not be divided."""
+    """Return the largest effective rank of each kind. The parameters of the model must not be partitioned."""
     ranks: dict[str, int] = {}
     for adapter in adapters(model).values():
         ranks[adapter.site.kind] = max(ranks.get(adapter.site.kind, 0), adapter.effective_rank)

@@ -1,1 +1,1 @@
-"""Files and directories that are there whole or not at all."""
+"""Files and directories that appear whole or not at all."""

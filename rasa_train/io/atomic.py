@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all."""
+"""Small files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it appears whole or not at all."""
     beside = path.with_name(f".{path.name}.partial")
     with beside.open("w") as file:
         file.write(text)

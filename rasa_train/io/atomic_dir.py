@@ -12,23 +12,24 @@ from pathlib import Path
 from ..errors import UserError
 
 KEY = ".key"
-"""File in a directory under way: the ``key`` of what is written there."""
+"""Name of the file in an unfinished directory that holds the ``key`` of its content."""
 
 
 @contextmanager
 def new_directory(
     output: Path, *, overwrite: bool, inputs: Sequence[Path], nbytes: int, key: str = ""
 ) -> Iterator[Path]:
-    """Give a temporary directory beside ``output``; when the block ends well, it becomes ``output``.
+    """Yield a temporary directory beside ``output``; when the block ends without an error, it becomes ``output``.
 
-    An error removes it again. A killed process leaves ``.NAME.partial-PID``: the next one goes on in it when its
-    ``key`` is the same, and removes it otherwise. Hidden files in it do not become part of ``output``.
+    An error removes the temporary directory. A killed process leaves it behind as ``.NAME.partial-PID``: the next
+    process continues in it if its ``key`` is the same, and removes it otherwise. Hidden files in the temporary
+    directory do not become part of ``output``.
 
     Args:
         overwrite: replace an ``output`` that has files.
-        inputs: directories that are read: ``output`` must lie neither in one nor around one.
-        nbytes: what is going to be written, at least: a disk that is too small is found before the work.
-        key: of all that decides what is written. Empty: nothing is ever gone on with.
+        inputs: directories that are read: ``output`` must not lie in one of them or contain one of them.
+        nbytes: least number of bytes that will be written, so that a disk that is too small is found before the work.
+        key: string that depends on everything that decides the content. Empty: unfinished work is never continued.
     Raises:
         UserError: ``output`` is refused or cannot be written.
     """
@@ -44,7 +45,9 @@ def new_directory(
         there = sum(path.stat().st_size for path in partial.iterdir()) if ours else 0
         free = shutil.disk_usage(output.parent).free
         if free < nbytes - there:
-            raise UserError(f"cannot write {output}: it needs {size(nbytes - there)}, the disk has {size(free)} free")
+            raise UserError(
+                f"cannot write {output}: it needs {size(nbytes - there)}, but the disk has only {size(free)} free"
+            )
         if not ours:
             partial.mkdir()
             ours = True
@@ -56,9 +59,9 @@ def new_directory(
         _sync(partial)
         _become(partial, output)
     except BaseException as error:
-        if ours:  # another machine's process on the same disk can have our number
+        if ours:  # a process of another machine on the same disk can have our process id
             shutil.rmtree(partial, ignore_errors=True)
-        for parent in parents:  # innermost first; one that others use by now is not empty
+        for parent in parents:  # innermost first; a parent that another process uses by now is not empty
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
@@ -70,7 +73,7 @@ def new_directory(
 
 
 def size(nbytes: float) -> str:
-    """``1.5 GB``: decimal units, as disks are sold."""
+    """Return a number of bytes as text such as ``1.5 GB``, in decimal units, in which disks are sold."""
     if nbytes < 1000:
         return f"{nbytes:.0f} bytes"
     units = ["kB", "MB", "GB", "TB"]
@@ -82,10 +85,13 @@ def size(nbytes: float) -> str:
 def _check(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     for used in (path.resolve() for path in inputs):
         if output == used or used in output.parents or output in used.parents:
-            raise UserError(f"--output {output} must lie neither in nor around {used}, which is read: give another one")
+            raise UserError(
+                f"--output {output} must not lie in {used} or contain it, because that directory is read: give another "
+                "directory"
+            )
     try:
         if output.exists() and not output.is_dir():
-            raise UserError(f"--output {output} is a file, it must be a directory (new or empty)")
+            raise UserError(f"--output {output} is a file; it must be a new or empty directory")
         content = {path.name for path in output.iterdir()} if output.is_dir() else set()
     except OSError as error:
         raise UserError(f"--output {output} cannot be read: {error.strerror}") from None
@@ -93,14 +99,16 @@ def _check(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
         raise UserError(f"--output {output} is not empty: give another directory, or --overwrite to replace it")
     # --overwrite deletes: a mistyped path must not cost somebody's home directory.
     if content and not content & {"config.json", "adapter_config.json"}:
-        raise UserError(f"--output {output} has files but is no model or adapter: --overwrite does not replace that")
+        raise UserError(
+            f"--output {output} has files but is not a model or adapter, so --overwrite does not replace it"
+        )
 
 
 def _settle_stale(output: Path, partial: Path, key: str) -> int | None:
-    """Deal with what a killed merge into the same directory left, and undo a replacement it was killed in.
+    """Clean up what a killed merge into the same directory left, and undo a replacement that was interrupted.
 
     Returns:
-        the lock of ``partial`` where it can be gone on with, moved there; None where there is none.
+        The lock of ``partial``, to which unfinished work with the same ``key`` has been moved; None if there is none.
     """
     for trash in output.parent.glob(f".{_literal(output.name)}.removed-*"):
         shutil.rmtree(trash)
@@ -133,13 +141,13 @@ def _read_key(directory: Path) -> str:
 
 
 def _lock(directory: Path) -> int | None:
-    """Hold a directory until the descriptor is closed or the process gone. None: the disk has no locks."""
+    """Lock a directory until the returned descriptor is closed or the process ends. None: the disk has no locks."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"another merge is writing the same output: it holds {directory}") from None
+        raise UserError(f"another merge is writing the same output: it has locked {directory}") from None
     except OSError:
         os.close(descriptor)
         return None
@@ -175,8 +183,8 @@ def _become(partial: Path, output: Path) -> None:
 
 
 def _discard(replaced: Path, output: Path) -> None:
-    """Remove what ``output`` has replaced, under another name: if we are killed here, ``_settle_stale`` must not put
-    back what is half removed."""
+    """Remove the directory that ``output`` has replaced, after renaming it: if the process is killed here,
+    ``_settle_stale`` must not restore a directory that is half removed."""
     trash = output.with_name(f".{output.name}.removed-{os.getpid()}")
     replaced.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)

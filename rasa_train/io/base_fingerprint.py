@@ -1,7 +1,7 @@
-"""Which base an adapter was trained on: hashes of a few kilobytes of its safetensors files.
+"""The fingerprint of the base that an adapter was trained on: hashes of a few kilobytes of its safetensors files.
 
-Read from the files and not from the model, so it is the same on any device, under any strategy and in any dtype the
-model was held in.
+The fingerprint is read from the files and not from the model, so it is the same on every device, under every strategy
+and in every dtype that the model was held in.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from safetensors import SafetensorError, safe_open
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TENSORS, VALUES = 8, 64
-"""How many tensors are sampled, and the values taken of a row."""
+"""Number of tensors that are sampled, and number of values taken from a row."""
 
 
 def base_samples(name: str, revision: str | None = None, only: Iterable[str] | None = None) -> dict[str, str]:
-    """Hashes of sampled values by the tensor's name in the file; empty where the base has no safetensors files here.
+    """Return hashes of sampled values by tensor name; empty if the base has no safetensors files on this machine.
 
-    A hash is of the shape and of 64 values in the first, the middle and the last row, as fp32: the same model in
-    other shards, or in a wider dtype, has the same.
+    A hash covers the shape and 64 values in each of the first, the middle and the last row, as fp32: the same model in
+    other shards, or in a wider dtype, has the same hashes.
 
     Args:
-        name: directory or hub id (only what was downloaded before is read).
-        only: names to sample; default: weights spread evenly over the model.
+        name: directory or hub id (only files that were downloaded before are read).
+        only: names in the files of the tensors to sample; default: weights spread evenly over the model.
     """
     try:
         files = _files(_directory(name, revision))
@@ -38,7 +38,7 @@ def base_samples(name: str, revision: str | None = None, only: Iterable[str] | N
             names = [names[len(names) * i // TENSORS] for i in range(min(TENSORS, len(names)))]
         return {name: _sample(files[name], name) for name in names}
     except (OSError, ValueError, KeyError, SafetensorError, LocalEntryNotFoundError, HfHubHTTPError):
-        return {}  # whoever reads the weights says what is wrong with them
+        return {}  # the code that reads the weights reports what is wrong with them
 
 
 def _directory(name: str, revision: str | None) -> Path:
@@ -48,7 +48,7 @@ def _directory(name: str, revision: str | None) -> Path:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor."""
+    """Return the file of each tensor, by the tensor's name."""
     if (directory / SINGLE).is_file():
         with safe_open(directory / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE)

@@ -1,7 +1,7 @@
 """Checkpoints on disk, one tensor at a time: read from safetensors files, written to new ones.
 
-Memory stays near one tensor whatever the size of the model: files are read by offset (a mapped file would
-count every page it touched), and written header first, then tensor after tensor.
+Memory use stays near the size of one tensor whatever the size of the model: files are read by offset (every touched
+page of a mapped file would count as memory), and written header first, then tensor after tensor.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from ..errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that can be merged, by their safetensors code. Tensors of any other are only copied."""
+"""The dtypes that can be merged, by their safetensors code. Tensors of any other dtype are only copied."""
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 CHUNK = 16 << 20
-"""Bytes copied at a time."""
+"""Number of bytes copied at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file: what the header says of it."""
+    """The header entry of one tensor in a file."""
 
     name: str
     dtype: str
-    """Safetensors code: ``BF16``."""
+    """Safetensors code, such as ``BF16``."""
     shape: tuple[int, ...]
     path: Path
     start: int
-    """Offset in the file, bytes."""
+    """Offset in the file, in bytes."""
     nbytes: int
 
     def read(self) -> Tensor:
-        """The values, in memory of their own. Only for dtypes in ``FLOATS``."""
+        """Return the values in newly allocated memory. Only for dtypes in ``FLOATS``."""
         data = bytearray(self.nbytes)
         with _reading(self.path), self.path.open("rb", buffering=0) as file:
             _read_into(file, self.start, memoryview(data))
@@ -50,7 +50,8 @@ class Stored:
         return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(self.shape)
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """The values of a matrix, ``rows`` rows at a time: where they are, and what they are until the next is read."""
+        """Yield a matrix in blocks of ``rows`` rows: the slice of the rows, and their values, which are valid until the
+        next block is read."""
         height, width = self.shape
         dtype = FLOATS[self.dtype]
         data = bytearray(min(rows, height) * width * dtype.itemsize)
@@ -63,7 +64,7 @@ class Stored:
                 yield some, torch.frombuffer(part, dtype=dtype).view(-1, width)
 
     def copy_to(self, out: BinaryIO) -> None:
-        """Append the bytes to ``out`` as they are."""
+        """Append the bytes to ``out`` unchanged."""
         buffer = memoryview(bytearray(min(CHUNK, self.nbytes)))
         with self.path.open("rb", buffering=0) as file:
             for start in range(0, self.nbytes, CHUNK):
@@ -75,15 +76,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The safetensors files of a model directory, headers read and checked; no values in memory."""
+    """The safetensors files of a model directory: their headers, read and checked, without any values in memory."""
 
     directory: Path
     files: dict[str, list[Stored]]
-    """Tensors of each file, in the order of their bytes."""
+    """Tensors of each file, in the order of their offsets."""
     metadata: dict[str, dict[str, str]]
     """``__metadata__`` of each file."""
     index: dict[str, Any] | None
-    """The index as it is on disk; None for a single file."""
+    """The content of the index file; None for a model in a single file."""
 
     @property
     def tensors(self) -> dict[str, Stored]:
@@ -94,7 +95,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the headers of ``model.safetensors``, or of the files that the index names.
 
     Raises:
-        UserError: no weights, a file that is absent or torn, an index that does not fit the files.
+        UserError: there are no weights, a file is missing or damaged, or the index does not fit the files.
     """
     if (directory / SINGLE).is_file():
         names, index = [SINGLE], None
@@ -103,8 +104,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         names = sorted(set(index["weight_map"].values()))
     else:
         raise UserError(
-            f"{directory} has no {SINGLE} and no {INDEX}: the base must be a transformers model in "
-            "safetensors files (load it once and `save_pretrained` it if it has others)"
+            f"{directory} has no {SINGLE} and no {INDEX}: the base must be a transformers model in safetensors files "
+            "(if it has weights in another format, load it once and save it with `save_pretrained`)"
         )
     files, metadata = {}, {}
     for name in names:
@@ -116,31 +117,32 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a model in several files. Raises ``UserError`` when it is torn, or names files elsewhere."""
+    """Read the index of a model in several files. Raises ``UserError`` if the index is damaged or names files in
+    another directory."""
     try:
         index: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path} is no index of safetensors files: it has no `weight_map`")
+        raise UserError(f"{path} is not an index of safetensors files: it has no `weight_map`")
     for name in weight_map.values():
-        # A file name, never a path: an index must not make us read outside its directory.
+        # A file name, never a path: an index must not make the reader leave its directory.
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise UserError(f"{path}: `weight_map` must name *.safetensors files beside it, got {name!r}")
     return index
 
 
 def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
-    """Tensors and metadata of one file. Raises ``UserError`` when it is absent or torn."""
+    """Return the tensors and the metadata of one file. Raises ``UserError`` if the file is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the base model is incomplete")
     try:
-        path.open("rb").close()  # safe_open calls a file absent that it may not read
+        path.open("rb").close()  # safe_open reports a file that it may not read as missing
         with safe_open(path, framework="pt"):  # checks offsets, dtypes and the length of the file
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
     with _reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -158,14 +160,14 @@ def write_tensors(
     write: Callable[[str, BinaryIO], None],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a safetensors file without ever holding it.
+    """Write a safetensors file without ever holding all of its tensors in memory.
 
     Args:
-        tensors: (name, dtype code, shape, bytes) of every tensor, in the order of their bytes.
-        write: called with each name in that order, appends exactly its bytes to the file.
+        tensors: (name, dtype code, shape, number of bytes) of every tensor, in the order in which they are written.
+        write: called with each name in that order; must append exactly the bytes of that tensor to the file.
         metadata: ``__metadata__`` of the file.
     Returns:
-        size of the file, bytes.
+        Size of the file in bytes.
     """
     header: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
     ends, end = [], 0
@@ -180,12 +182,12 @@ def write_tensors(
         for name, end in ends:
             write(name, file)
             if file.tell() != 8 + len(text) + end:
-                raise RuntimeError(f"{name}: the bytes written are not those the header says")
+                raise RuntimeError(f"{name}: the number of bytes written differs from the header")
     return 8 + len(text) + end
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values as safetensors stores them, without a copy when the tensor is contiguous."""
+    """Return the values as safetensors stores them, without a copy if the tensor is contiguous."""
     values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)  # type: ignore[arg-type]
 
@@ -196,10 +198,12 @@ def _check_index(checkpoint: Checkpoint, index: dict[str, Any]) -> None:
         for tensor in tensors:
             if listed.get(tensor.name) != file:
                 where = f"lists it in {listed[tensor.name]}" if tensor.name in listed else "does not list it"
-                raise UserError(f"{path} does not fit: {file} holds {tensor.name!r}, the index {where}")
+                raise UserError(f"{path} does not fit the files: {file} holds {tensor.name!r}, but the index {where}")
     absent = sorted(listed.keys() - checkpoint.tensors.keys())
     if absent:
-        raise UserError(f"{path} does not fit: {absent[0]!r} is not in {listed[absent[0]]} ({len(absent)} such)")
+        raise UserError(
+            f"{path} does not fit the files: {absent[0]!r} is not in {listed[absent[0]]} ({len(absent)} in all)"
+        )
 
 
 def _read_into(file: Any, start: int, data: memoryview) -> None:
@@ -214,7 +218,7 @@ def _read_into(file: Any, start: int, data: memoryview) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Errors while reading a base file are the user's to see, and not to be taken for a full disk."""
+    """Report errors while reading a base file to the user, so that they are not mistaken for a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The run directory: what belongs to a run, which run it is, and that only one process writes to it.
+"""The run directory: the files that belong to a run, the check that it holds the same run, and the lock of its writer.
 
 recipe.yaml  metrics.jsonl  checkpoints/step-00000123/  adapter/  summary.json
 """
@@ -20,7 +20,7 @@ from ..errors import UserError
 from .atomic import write_text
 
 OWN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "trackers")
-"""What ``--fresh`` removes; anything else in the directory is the user's."""
+"""Files and directories that ``--fresh`` removes; anything else in the run directory belongs to the user."""
 
 HARMLESS = {
     "output_dir",
@@ -41,7 +41,7 @@ HARMLESS = {
     "training.evaluate",
     "training.max_skipped",
 }
-"""Keys of a recipe that may change between two starts of one run: they do not alter what is computed."""
+"""Keys of a recipe that may change between two starts of one run, because they do not alter what is computed."""
 
 
 class RunDirectory:
@@ -57,7 +57,7 @@ class RunDirectory:
         self.skipped = self.path / "skipped"
 
     def create(self) -> None:
-        """Make the directory. Raises ``UserError`` when it cannot be written."""
+        """Make the directory. Raises ``UserError`` if it cannot be written."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -68,7 +68,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory. Raises ``UserError`` when another run holds it. A killed run leaves no lock behind."""
+        """Lock the directory. Raises ``UserError`` if another run has locked it. A killed run leaves no lock behind."""
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,13 +82,13 @@ class RunDirectory:
             yield
 
     def clear(self) -> None:
-        """Remove the run that is here (``--fresh``), and nothing else."""
+        """Remove the run in this directory (``--fresh``), and nothing else."""
         for name in OWN:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def check_same_run(self, recipe_yaml: str) -> None:
-        """Raise ``UserError`` with the differences if the run here was started from a recipe that computes
+        """Raise ``UserError`` with the differences if the run in this directory was started from a recipe that computes
         something else."""
         if not self.recipe.exists():
             return
@@ -109,14 +109,15 @@ class RunDirectory:
             )
 
     def start_metrics(self, last_step: int) -> None:
-        """Drop the lines after ``last_step`` (work that the kill undid) and a torn last line."""
+        """Drop the lines after ``last_step`` (steps after the last checkpoint, which the resumed run repeats) and an
+        incomplete last line."""
         if not self.metrics.exists():
             return
         kept = [line for line in self.metrics.read_text().splitlines() if (step := _step(line)) and step <= last_step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     def last_metrics(self) -> dict[str, Any]:
-        """The line of the last step, with the last loss that is a number and the number of ``skipped_steps``."""
+        """Return the line of the last step, with the last loss that is a number and the number of ``skipped_steps``."""
         rows: list[dict[str, Any]] = [json.loads(line) for line in self.metrics.read_text().splitlines()]
         loss = next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None)
         return rows[-1] | {"loss": loss, "skipped_steps": sum(row.get("skipped", 0) for row in rows)}

@@ -1,4 +1,4 @@
-"""Safetensors files that are written tensor by tensor, so that no more than one of them is ever in memory."""
+"""Safetensors files that are written tensor by tensor, so that no more than one tensor is ever in memory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 ENTRY = 128
-"""Bytes of the header that a tensor takes at the most, its name aside."""
+"""Largest number of bytes that a tensor takes in the header, apart from its name."""
 
 
 class TensorFile:
-    """A new safetensors file; ``add`` the tensors, larger dtypes first.
+    """A new safetensors file, to which ``add`` appends tensors; larger dtypes must come first.
 
-    The format wants its header before the data. Room for it is kept at the start and filled at the end; the format
-    allows spaces after the JSON.
+    The format requires the header before the data. Space for the header is reserved at the start of the file and filled
+    at the end; the format allows spaces after the JSON.
 
     Args:
-        names: the names that may come. Not all of them have to.
+        names: the names that may be added. Not all of them have to be.
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
@@ -68,15 +68,16 @@ class TensorFile:
                 for name, (dtype, shape, begin, end) in self._entries.items()
             }
             header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-            assert len(header) <= self._data - 8, "more names than were announced"
+            assert len(header) <= self._data - 8, "more names were added than were announced"
             file.seek(0)
             file.write((self._data - 8).to_bytes(8, "little") + header.ljust(self._data - 8))
         check_header(self.path, {name: shape for name, (_, shape, _, _) in self._entries.items()})
 
 
 def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Read a file back that was just written. Raises ``RuntimeError`` unless it has these tensors, in these shapes."""
+    """Read back a file that was just written. Raises ``RuntimeError`` unless the names and shapes of its tensors are
+    exactly ``shapes``."""
     with safe_open(path, framework="pt") as file:
-        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if written != dict(shapes):
-        raise RuntimeError(f"{path} was written with other tensors than it was given; is the disk sound?")
+        raise RuntimeError(f"{path} does not hold the tensors that were written to it; check the disk")

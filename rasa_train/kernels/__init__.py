@@ -1,1 +1,1 @@
-"""Operations on tensors, with their gradients. They know nothing of adapters or models."""
+"""Operations on tensors, with their gradients. They do not depend on adapters or models."""

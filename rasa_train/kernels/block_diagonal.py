@@ -1,9 +1,10 @@
-"""Updates that are block diagonal, and their fast path.
+"""Block-diagonal updates and their fast path.
 
     dW x = tile([T_0 x_0; T_1 x_1; ...])        T_g (q x q), x_g: features g q ... (g + 1) q - 1 of x
 
-n blocks read the first n q features (x followed by its own first ones, where it has fewer), and the n q outputs are
-repeated or cut to those of the linear. Such an update reads no more than a low-rank one, though its rank can be full.
+n blocks read the first n q features (x is continued with its own first features if it has fewer), and the n q outputs
+are repeated or cut to the number of outputs of the linear. Such an update reads no more memory than a low-rank one,
+although its rank can be full.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from .quantized_weight import Narrow, add_gradient, full_sums, products
 
 
 def wrap(x: Tensor, size: int) -> Tensor:
-    """The first ``size`` features, the very first ones following the last."""
+    """Return the first ``size`` features of x, where the first features follow the last one again."""
     return torch.cat([x, x[..., : size - x.shape[-1]]], -1) if size > x.shape[-1] else x[..., :size]
 
 
 def tile(z: Tensor, size: int) -> Tensor:
-    """z again and again, up to ``size`` features."""
+    """Return z repeated up to ``size`` features."""
     times = math.ceil(size / z.shape[-1])
     return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
 
@@ -39,7 +40,7 @@ def pack_blocks(
     biases: list[Tensor | None],
     dtype: torch.dtype,
 ) -> Packed:
-    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights. The caller then calls
+    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights. The caller must then call
     ``train`` or ``join`` of the buffer."""
     flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
     for place, T in zip(flat.views, made, strict=True):
@@ -48,7 +49,7 @@ def pack_blocks(
 
 
 class BlockOperands(NamedTuple):
-    """What ``SharedBlockInput`` multiplies with."""
+    """The operands of ``SharedBlockInput``."""
 
     weights: list[Tensor | Narrow]
     biases: list[Tensor | None]
@@ -62,7 +63,7 @@ class SharedBlockInput(torch.autograd.Function):
     x (..., in), W_i (out_i, in), T_i (n_i, q_i, q_i), all of one dtype.
 
     Args:
-        flat: the buffer that the blocks are views of; the gradient is laid out like it.
+        flat: the buffer that the blocks are views of; the gradient has the same layout.
     """
 
     @staticmethod
@@ -111,19 +112,19 @@ def _size(T: Tensor) -> int:
 
 
 def _split(x: Tensor, T: Tensor) -> Tensor:
-    """(tokens, n q) -> (n, tokens, q)"""
+    """Return x (tokens, n q) as a view (n, tokens, q)."""
     return x.view(len(x), *T.shape[:2]).transpose(0, 1)
 
 
 def _by_block(x: Tensor, T: Tensor) -> Tensor:
-    """x_g T_g side by side (tokens, n q)."""
+    """Return the products x_g T_g side by side (tokens, n q)."""
     result = x.new_empty(x.shape)
     torch.bmm(_split(x, T), T, out=_split(result, T))
     return result
 
 
 def _gathered(dy: Tensor, size: int) -> Tensor:
-    """The gradient of z (tokens, size), of which dy is the gradient of its tiling."""
+    """Return the gradient of z (tokens, size), where dy is the gradient of ``tile(z)``."""
     if dy.shape[1] < size:
         return F.pad(dy, (0, size - dy.shape[1]))
     if dy.shape[1] == size:
@@ -136,7 +137,7 @@ def _gathered(dy: Tensor, size: int) -> Tensor:
 
 
 def _add_wrapped(dx: Tensor, d_wrapped: Tensor) -> None:
-    """Add the gradient of ``wrap(x)`` to that of x."""
+    """Add the gradient of ``wrap(x)`` to the gradient of x."""
     first, more = d_wrapped[:, : dx.shape[1]], d_wrapped[:, dx.shape[1] :]
     dx[:, : first.shape[1]].add_(first)
     if more.shape[1]:

@@ -1,7 +1,7 @@
 """Dropout of an adapter's input.
 
-On a GPU torch's is one kernel. On a CPU drawing the numbers is most of its time, so four are made of each draw: an
-adapter with dropout then costs little more than one without.
+On a GPU torch's dropout is one kernel. On a CPU it spends most of its time on drawing random numbers, so four numbers
+are made of each draw: an adapter with dropout then costs little more than one without.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
 def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
-    """x with each entry zero with probability p and divided by 1 - p otherwise; a mask of x's shape; a number s so that
-    the first result is ``x * mask * s``. Differentiable in x. For p = 0 x itself, and no mask.
+    """Return x with each entry set to zero with probability p and divided by 1 - p otherwise; a mask of x's shape; and
+    a number s such that the first result is ``x * mask * s``. Differentiable in x. For p = 0: x itself and no mask.
 
-    On a CPU p is a multiple of 2^-16, the nearest.
+    On a CPU p is rounded to the nearest multiple of 2^-16.
     """
     if not p:
         return x, None, 1.0
@@ -27,23 +27,24 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
 
 
 def fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """``dropout`` as one operation."""
+    """Compute ``dropout`` as one operation."""
     dropped, mask = torch.native_dropout(x, p, True)
     return dropped, mask, 1.0 / (1.0 - p)
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
-    """The first result of ``dropout`` alone, and torch's own where the code is compiled."""
+    """Return only the first result of ``dropout``; in compiled code, use torch's own dropout."""
     return F.dropout(x, p) if torch.compiler.is_compiling() else dropout(x, p)[0]
 
 
 def zeros(p: float) -> int:
-    """How many of the 2^16 values of 16 random bits drop an entry, so that it happens with probability p."""
+    """Return how many of the 2^16 values of 16 random bits must drop an entry, so that it is dropped with probability
+    p."""
     return min(round(p * 2**16), 2**16 - 1)
 
 
 def scale(zeros: int) -> float:
-    """What entries that are kept are multiplied with."""
+    """Return the factor by which kept entries are multiplied."""
     return 2**16 / (2**16 - zeros)
 
 

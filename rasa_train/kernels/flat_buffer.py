@@ -1,4 +1,4 @@
-"""What a group of linears is computed with: its trained operands in one buffer, which has one gradient to add up."""
+"""One buffer for the trained operands of a group of linears, so that only one gradient has to be accumulated."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Flat:
-    """Tensors of these shapes that lie one after the other in ``buffer``, of dtype ``dtype`` on the device of ``like``.
+    """Tensors of the given shapes, stored one after the other in ``buffer`` with ``dtype`` on the device of ``like``.
 
-    They are filled by ``put``. Then gradients reach the values that were put in one of two ways. After ``train`` the
-    buffer is a leaf: it adds up the gradients of many backward passes (in fp32, as a parameter would), and
-    ``gradients`` hands the sum on. After ``join`` the buffer is part of the values' graph, and each backward pass goes
-    through it.
+    ``put`` fills the tensors. Gradients then reach the source values in one of two ways. After ``train`` the buffer is
+    a leaf: it accumulates the gradients of many backward passes (in fp32, as a parameter would), and ``gradients``
+    yields the sums. After ``join`` the buffer is part of the values' graph, and each backward pass goes through it.
     """
 
     handle: Tensor
@@ -35,7 +34,7 @@ class Flat:
 
     @torch.no_grad()
     def put(self, place: Tensor, values: Tensor) -> None:
-        """Copy ``values`` to ``place``, a view of the buffer. Before the first use of the buffer in a graph."""
+        """Copy ``values`` to ``place``, a view of the buffer. Must be called before the buffer is used in a graph."""
         place.copy_(values)
         if values.requires_grad:
             size, stride, offset = place.size(), place.stride(), place.storage_offset()
@@ -43,8 +42,8 @@ class Flat:
             self._parts.append(lambda flat: flat.as_strided(size, stride, offset))
 
     def train(self) -> None:
-        """Add up gradients from here on, where there is anything to train. The values are not kept: the edges of their
-        graph are enough."""
+        """Accumulate gradients from now on, if any of the values is trained. The values are not kept, because the edges
+        of their graph are enough."""
         if self._values and torch.is_grad_enabled():
             self._edges = [get_gradient_edge(values) for values in self._values]
             self.buffer.requires_grad_(True)
@@ -52,20 +51,20 @@ class Flat:
         self._values = []
 
     def join(self) -> None:
-        """Make the buffer part of the graph of the values, where there is anything to train."""
+        """Make the buffer part of the graph of the values, if any of them is trained."""
         if self._values and torch.is_grad_enabled():
             self.handle = _Join.apply(self.buffer, self._parts, *self._values)  # type: ignore[no-untyped-call]
         self._values = []
 
     def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
-        """Yield the gradients that were added up, and the edges of the values' graph that they belong to."""
+        """Yield the edges of the values' graph, each with its accumulated gradient."""
         if self.buffer.grad is not None:
             for edge, part in zip(self._edges, self._parts, strict=True):
                 yield edge, part(self.buffer.grad)
 
 
 class _Join(torch.autograd.Function):
-    """The filled buffer as a function of the values in it."""
+    """The filled buffer as a differentiable function of the values in it."""
 
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, parts: list[Callable[[Tensor], Tensor]], *values: Tensor) -> Tensor:
@@ -84,18 +83,19 @@ class Packed:
     """A group whose operands are packed, and the function that computes all its members from them."""
 
     function: type[torch.autograd.Function]
-    """Of x (..., in), the probability of dropout, ``operands`` and the buffer of ``flat``: y of all members."""
+    """Function of x (..., in), the dropout probability, ``operands`` and the buffer of ``flat``; it returns y of all
+    members."""
     operands: Any
     flat: Flat
     dtype: torch.dtype
 
     def outputs(self, x: Tensor, p: float) -> tuple[Tensor, ...]:
-        """Compute y of all members, for x (..., in) of which each entry is dropped with probability ``p``."""
+        """Compute y of all members for x (..., in), each entry of which is dropped with probability ``p``."""
         result: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handle)  # type: ignore[no-untyped-call]
         return result
 
 
 def blocks(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """The tensors of these shapes that lie in ``flat`` one after the other."""
+    """Return views of ``flat`` with the given shapes, one after the other."""
     parts = torch.split(flat, [math.prod(shape) for shape in shapes])  # type: ignore[no-untyped-call]
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2048
-"""Tokens whose logits exist at one time: enough for full-speed products, 1.5 GiB at a vocabulary of 128k."""
+"""Number of tokens whose logits exist at one time: enough for full-speed products; 1.5 GiB for a vocabulary of 128k."""
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, chunk: int = CHUNK
 ) -> Tensor:
-    """``cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")``, ``chunk`` logits at a time.
+    """Return ``cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="sum")``, computed from the
+    logits of ``chunk`` tokens at a time.
 
-    The products are in the dtype of ``hidden`` (or autocast's), softmax and sum in fp32. torch's own function of this
+    The products are in the dtype of ``hidden`` (or of autocast), softmax and sum in fp32. torch's own function of this
     name rounds the loss of a bf16 head to bf16.
 
     Args:
-        hidden: (tokens, width); none at all give 0, connected to the graph.
+        hidden: (tokens, width); no tokens at all give 0, connected to the graph.
         weight, bias: (vocabulary, width), (vocabulary).
         targets: (tokens), int64.
     """
@@ -35,7 +36,8 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss is a sum, so its gradients are known in forward up to one factor; logits are never computed twice."""
+    """The loss as an autograd function. Since the loss is a sum, forward knows its gradients up to one factor, so the
+    logits are never computed twice."""
 
     @staticmethod
     def forward(
@@ -77,6 +79,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In fp32: rounded to bf16, the factor would be off by as much for every entry.
+        # In fp32: a factor rounded to bf16 would make the same relative error in every entry.
         scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in ctx.saved_tensors]
         return (*scaled, None, None, None, None)

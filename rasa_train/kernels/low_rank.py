@@ -5,14 +5,14 @@ A layer calls q_proj, k_proj and v_proj with one x (gate_proj and up_proj with a
     z = drop(x) A^T                 A (R, in): the factors A_i of all members, one below the other
     y_i = x W_i^T + z_i Bd_i^T      Bd_i = diag(b_i) B_i diag(d_i), added into the base's output; z_i: columns of z
 
-and backwards, with g_i = dy_i Bd_i:
+and in the backward pass, with g_i = dy_i Bd_i:
 
     dx = sum_i dy_i W_i + drop^T(g A),    dA = g^T drop(x),    dBd_i^T = z_i^T dy_i
 
-So x and each dy_i are read no more often than the arithmetic needs, z (tokens x R) is all that is kept beside x, and
-nothing is cast, concatenated or scaled per token. On a GPU that holds with dropout too (``seeded_dropout``); elsewhere
-drop(x) is kept instead of x, and its mask. Bd_i is held transposed: a CPU makes z_i^T dy_i, of few rows, up to twelve
-times as fast as dy_i^T z_i, of few columns.
+So x and each dy_i are read no more often than the arithmetic needs, only z (tokens x R) is kept beside x, and nothing
+is cast, concatenated or scaled per token. On a GPU this holds with dropout too (``seeded_dropout``); elsewhere drop(x)
+and its mask are kept instead of x. Bd_i is held transposed: a CPU computes z_i^T dy_i, which has few rows, up to twelve
+times as fast as dy_i^T z_i, which has few columns.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def pack_factors(
     dtype: torch.dtype,
     frozen: dict[Any, Tensor],
 ) -> Packed:
-    """Pack the factors of a group's members (fp32) in the dtype of their weights. Called with gradients enabled; the
-    caller then calls ``train`` or ``join`` of the buffer.
+    """Pack the factors of a group's members (fp32) in the dtype of their weights. Must be called with gradients
+    enabled; the caller must then call ``train`` or ``join`` of the buffer.
 
-    B that is frozen (VeRA's is large) is not multiplied out here: its Bd is made in each call, and not kept.
+    A frozen B (VeRA's is large) is not multiplied out here: its Bd is computed in each call and not kept.
 
     Args:
-        frozen: low-precision copies of frozen factors, which groups share; used and added to.
+        frozen: low-precision copies of frozen factors, which groups share; copies are taken from it and added to it.
     """
-    # The fp32 factors are not kept: of them only the edges of their graph, where gradients go.
+    # The fp32 factors are not kept, only the edges of their graph, to which gradients go.
     products = [f.Bd.mT if f.B.requires_grad else None for f in factors]
     first = factors[0].A
     common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
@@ -80,19 +80,19 @@ def pack_factors(
 
 
 class Operands(NamedTuple):
-    """What ``SharedInput`` multiplies with: constants, or views of the flat buffer, where A comes before the others."""
+    """The operands of ``SharedInput``: constants, or views of the flat buffer, in which A comes first."""
 
     weights: list[Tensor | Narrow]
     biases: list[Tensor | None]
     A: Tensor
     trains_A: bool
     Bts: list[Tensor | Factors]
-    """Bd^T of each member; factors where B is frozen: what is trained, and in the buffer, is d and b."""
+    """Bd^T of each member. Where B is frozen, its factors instead: only d and b are trained and in the buffer."""
     columns: list[slice]
-    """Of z, for each member: disjoint, or the same for all."""
+    """Columns of z of each member: disjoint, or the same for all members."""
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of what is trained, in the order of the buffer."""
+        """Return the shapes of the trained operands, in the order of the buffer."""
         trained = [self.A] if self.trains_A else []
         for Bt in self.Bts:
             trained += [Bt] if isinstance(Bt, Tensor) else [Bt.d] if Bt.b is None else [Bt.d, Bt.b]
@@ -104,7 +104,7 @@ def _aligned(r: int) -> int:
 
 
 def _padded(B: Tensor, rank: int) -> Tensor:
-    """B (out, R) with zeros up to ``rank`` columns."""
+    """Return B (out, R), padded with zeros to ``rank`` columns."""
     return B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1]))
 
 
@@ -113,7 +113,7 @@ def _key(t: Tensor) -> tuple[Any, ...]:
 
 
 def _low(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> Tensor:
-    """A frozen tensor in ``dtype``, once for all who ask with the same ``copies``."""
+    """Return a frozen tensor in ``dtype``; all callers with the same ``copies`` share one copy."""
     key = (*_key(t), dtype)
     if key not in copies:
         copies[key] = t.detach().to(dtype).contiguous()
@@ -121,12 +121,12 @@ def _low(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> Tensor:
 
 
 class SharedInput(torch.autograd.Function):
-    """y_i = x W_i^T + bias_i + drop(x) A[columns_i]^T Bd_i^T for all i, differentiable in x and what is trained.
+    """y_i = x W_i^T + bias_i + drop(x) A[columns_i]^T Bd_i^T for all i, differentiable in x and the trained operands.
 
     x (..., in), W_i (out_i, in), A (R, in), Bd_i (out_i, columns_i), all of one dtype.
 
     Args:
-        flat: the buffer that trained operands are views of; the gradient is laid out like it.
+        flat: the buffer that the trained operands are views of; the gradient has the same layout.
     """
 
     @staticmethod
@@ -138,7 +138,7 @@ class SharedInput(torch.autograd.Function):
             dropped, mask, factor = dropout(rows, p)
             z = dropped @ A.t()
         else:
-            dropped, mask, factor = rows, None, 1.0  # the draw says it
+            dropped, mask, factor = rows, None, 1.0  # the draw defines the mask and the factor
             z = torch.ops.rasa_train.project(rows, A, *draw)
         results = []
         for y, Bt, own in zip(products(rows, weights, biases), Bts, columns, strict=True):
@@ -156,7 +156,7 @@ class SharedInput(torch.autograd.Function):
         dropped, mask, z = ctx.saved_tensors
         weights, _, A, trains_A, Bts, columns = ctx.operands
         needs_x, _, _, needs_flat = ctx.needs_input_grad
-        # A member whose output is not used has no gradient: then what is not written must be zero.
+        # A member whose output is not used has no gradient: the parts that are not written must then be zero.
         new = torch.empty_like if all(dy is not None for dy in dys) else torch.zeros_like
         d_flat, g = new(ctx.flat), new(z)
         places = iter(blocks(d_flat, ctx.operands.shapes()))
@@ -168,7 +168,7 @@ class SharedInput(torch.autograd.Function):
                 continue
             dy = dy.reshape(-1, len(W))
             dense = Bt.t() if isinstance(Bt, Tensor) else Bt.Bd
-            if own.start in started:  # columns that all share
+            if own.start in started:  # all members share these columns
                 g[:, own].addmm_(dy, dense)
             else:
                 torch.mm(dy, dense, out=g[:, own])
@@ -196,7 +196,8 @@ class SharedInput(torch.autograd.Function):
 
 
 def _diagonal_gradients(dBd: Tensor, factors: Factors, places: list[Tensor]) -> None:
-    """Those of d, and of b if there is one, into ``places``, for the gradient of diag(b) B diag(d). Uses ``dBd`` up."""
+    """Write the gradients of d, and of b if there is one, to ``places``, given the gradient of diag(b) B diag(d).
+    Overwrites ``dBd``."""
     terms = dBd.mul_(factors.B)
     if factors.b is None:
         torch.sum(terms, 0, out=places[0])
@@ -206,13 +207,13 @@ def _diagonal_gradients(dBd: Tensor, factors: Factors, places: list[Tensor]) -> 
 
 
 ALIGNMENT = 8
-"""Ranks are padded (with zeros) to a multiple where it serves: 16 bytes a row in a 16-bit dtype, which matrix units
-want."""
+"""Ranks are padded with zeros to a multiple of this where it helps: rows are then a multiple of 16 bytes in a 16-bit
+dtype, which matrix units need."""
 
 
 class Factors(NamedTuple):
-    """dW = diag(b) B diag(d) A; B (..., out, R), d (..., R), A (..., R, in), b (..., out); ``...`` is the site's
-    ``lead``. No b is a b of ones."""
+    """The factors of dW = diag(b) B diag(d) A: B (..., out, R), d (..., R), A (..., R, in), b (..., out), where ``...``
+    is the site's ``lead``. Without b, every entry of b counts as 1."""
 
     B: Tensor
     d: Tensor
@@ -221,7 +222,7 @@ class Factors(NamedTuple):
 
     @property
     def Bd(self) -> Tensor:
-        """diag(b) B diag(d) (..., out, R). The diagonals go into B, which is out x R work; into z = A x it would be
-        tokens x R, and round once more."""
+        """The product diag(b) B diag(d) (..., out, R). Scaling B is out x R work; scaling z = A x instead would be
+        tokens x R work and round once more."""
         Bd = self.B * self.d.unsqueeze(-2)
         return Bd if self.b is None else Bd * self.b.unsqueeze(-1)

@@ -1,11 +1,11 @@
-"""The frozen weights of adapted linears in 8 or 4 bits. The adapters, and merging (which reads the base's own files),
-are what they are with any base.
+"""The frozen weights of adapted linears in 8 or 4 bits. Adapters, and merging (which reads the base's own files), work
+as with any other base.
 
-``fp8``  for speed: both products of a step, x W^T and dy W, in 8-bit matrix units, with one scale for each row of the
-         left operand (made on the fly) and of the right one (made once). Both layouts of W are kept, so it takes the
-         memory of a 16-bit W.
-``nf4``  for small cards: 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes;
-         unpacked to the model's dtype for each product.
+``fp8``  for speed: both products of a step, x W^T and dy W, use 8-bit matrix units, with one scale for each row of the
+         left operand (computed in each call) and of the right operand (computed once). Both layouts of W are kept, so
+         the memory is that of a 16-bit W.
+``nf4``  for GPUs with little memory: 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv 2305.14314), by
+         bitsandbytes; W is unpacked to the model's dtype for each product.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LARGEST = torch.finfo(FP8).max
 
 
 class Narrow(nn.Module, ABC):
-    """A frozen W (out, in) in fewer bits than ``dtype``, in which products are given."""
+    """A frozen W (out, in) in fewer bits than ``dtype``, which is the dtype of its products."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -40,19 +40,19 @@ class Narrow(nn.Module, ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """W as it is used (out, in), in ``dtype``."""
+        """Return W (out, in) with the values that products use, in ``dtype``."""
 
     def ready(self, x: Tensor) -> Any:
-        """x (tokens, in) in the form in which ``product`` multiplies it, for all linears that are held alike."""
+        """Return x (tokens, in) in the form that ``product`` needs, which all linears of one format can share."""
         return x
 
     @abstractmethod
     def product(self, ready: Any) -> Tensor:
-        """x W^T for ``ready(x)``."""
+        """Return x W^T, given ``ready(x)``."""
 
     @abstractmethod
     def gradient(self, dy: Tensor) -> Tensor:
-        """dy W for dy (tokens, out)."""
+        """Return dy W for dy (tokens, out)."""
 
 
 class Fp8(Narrow):
@@ -87,8 +87,8 @@ class Fp8(Narrow):
 
     def _scaled(self, left: Tensor, left_scales: Tensor, right: Tensor, scales: Tensor) -> Tensor:
         out = self.dtype if self.dtype != torch.float32 else torch.bfloat16
-        # Sums within a product in the matrix units' own precision (about 14 bits), which is finer than the operands and
-        # twice as fast on Hopper; the flag says nothing on other devices.
+        # Sums within a product have the matrix units' own precision (about 14 bits), which is finer than the operands
+        # and twice as fast on Hopper; the flag has no effect on other devices.
         result = torch._scaled_mm(
             left, right.t(), scale_a=left_scales, scale_b=scales.t(), out_dtype=out, use_fast_accum=left.is_cuda
         )
@@ -119,14 +119,14 @@ class Nf4(Narrow):
 
 
 def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, n) -> its rows in fp8, and their scales (m, 1), fp32: row = narrow * scale."""
+    """Return the rows of a matrix (m, n) in fp8, and their scales (m, 1), fp32: row = narrow * scale."""
     scales = matrix.abs().amax(1, keepdim=True).float().clamp_(min=1e-12).div_(LARGEST)
     return (matrix / scales).to(FP8), scales
 
 
 def products(x: Tensor, weights: Iterable[Tensor | Narrow], biases: Iterable[Tensor | None]) -> Iterator[Tensor]:
-    """x W_i^T + bias_i (tokens, out_i) for each i, tensors of their own. x is made ready once for all W_i, which are of
-    one form."""
+    """Yield x W_i^T + bias_i (tokens, out_i) for each i, each as a new tensor. x is made ready once for all W_i, which
+    must have one format."""
     ready = None
     for weight, bias in zip(weights, biases, strict=True):
         if not isinstance(weight, Narrow):
@@ -138,7 +138,7 @@ def products(x: Tensor, weights: Iterable[Tensor | Narrow], biases: Iterable[Ten
 
 
 def add_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor | Narrow) -> Tensor:
-    """dx + dy W, in place where there is a dx."""
+    """Return dx + dy W, computed in place if there is a dx."""
     if isinstance(weight, Narrow):
         return weight.gradient(dy) if dx is None else dx.add_(weight.gradient(dy))
     return dy @ weight if dx is None else dx.addmm_(dy, weight)
@@ -147,7 +147,7 @@ def add_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor | Narrow) -> Tens
 @contextmanager
 def full_sums() -> Iterator[None]:
     """Make cuBLAS add up the parts of a bf16 product in fp32. The gradient of a factor has few rows and sums over all
-    tokens, so cuBLAS likes to compute it in parts; by default it may round the sum of each part to bf16."""
+    tokens, so cuBLAS tends to compute it in parts; by default it may round the sum of each part to bf16."""
     flags = torch.backends.cuda.matmul
     before = flags.allow_bf16_reduced_precision_reduction
     flags.allow_bf16_reduced_precision_reduction = False
@@ -158,13 +158,15 @@ def full_sums() -> Iterator[None]:
 
 
 def narrow(weight: Tensor, base: Base) -> Narrow:
-    """W (out, in) as ``base`` says.
+    """Return W (out, in) in the format ``base``.
 
     Raises:
-        UserError: the device or a package cannot do it.
+        UserError: the device does not support the format, a package is missing, or the shape of W does not fit.
     """
     if base == "nf4" and find_spec("bitsandbytes") is None:
-        raise UserError("model.base: nf4 needs bitsandbytes: pip install bitsandbytes", key="model.base")
+        raise UserError(
+            "model.base: nf4 needs bitsandbytes; install it with `pip install bitsandbytes`", key="model.base"
+        )
     if base == "fp8" and weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
         name = torch.cuda.get_device_name(weight.device)
         raise UserError(
@@ -174,7 +176,7 @@ def narrow(weight: Tensor, base: Base) -> Narrow:
 
 
 class NarrowLinear(torch.autograd.Function):
-    """x W^T for x (..., in), differentiable in x."""
+    """The product x W^T for x (..., in), differentiable in x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Narrow) -> Tensor:

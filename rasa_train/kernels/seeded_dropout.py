@@ -1,14 +1,15 @@
-"""Products with a dropped input whose mask is never stored: it is made again, from a seed, wherever it is needed.
+"""Products with a dropped input whose mask is never stored: it is generated from a seed wherever it is needed.
 
 With m the mask and s = 1 / (1 - p), for x (tokens, in), A (R, in), g (tokens, R):
 
     project   z = s (m * x) A^T        gradient   dA = s g^T (m * x)        add_back   dx += s m * (g A)
 
-Each reads its tensors once: neither m nor m * x is written, read or kept. An entry's random number is 16 bits of Philox
-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with torch's seed as the key, and the
-entry's position and the number of the call as the counter. So p is a multiple of 2^-16.
+Each operation reads its tensors once: neither m nor m * x is written, read or kept. An entry's random number is 16 bits
+of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with torch's seed as the key, and
+the entry's position and the number of the call as the counter. So p is a multiple of 2^-16.
 
-On a GPU they are the kernels of ``seeded_triton``; the functions here say what those compute, on any device.
+On a GPU the operations are the kernels of ``seeded_dropout_triton``; the functions in this module compute the same on
+any device and serve as their reference.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from torch import Tensor
 from .dropout import scale, zeros
 
 MOST_RANKS = 256
-"""Of a group: a kernel holds that many columns of z at once."""
+"""Largest number of ranks of a group: a kernel holds all columns of z at once."""
 
 TOLERANCE = 1e-2
-"""Of a check of the kernels: their results are rounded to bf16 once."""
+"""Largest error allowed in the check of the kernels, whose results are rounded to bf16 once."""
 
 _log = logging.getLogger(__name__)
 _forced: Iterator[int] | None = None
 
 
 class Draw(NamedTuple):
-    """Which mask: entry (t, j) of an x with so many columns is kept or not."""
+    """The definition of a mask: whether entry (t, j) of an x with a given number of columns is kept."""
 
     zero: int
-    """Of 2^16 values of a random number, those that drop the entry."""
+    """Number of the 2^16 values of a random number that drop the entry."""
     seed: int
     call: int
 
@@ -50,8 +51,8 @@ class Draw(NamedTuple):
 
 
 def draw(x: Tensor, p: float, ranks: int) -> Draw | None:
-    """A mask that no other call has; None where there is to be none, and where x (tokens, in) has to be dropped by
-    ``dropout``: on a CPU, in fp32, for more than ``MOST_RANKS`` ranks, without Triton."""
+    """Return a mask that no other call gets. None if there is no dropout, or if x (tokens, in) has to be dropped by
+    ``dropout``: on a CPU, in fp32, for more than ``MOST_RANKS`` ranks, or without Triton."""
     if not p or not len(x) or ranks > MOST_RANKS:
         return None
     zero = zeros(p)
@@ -67,7 +68,8 @@ def draw(x: Tensor, p: float, ranks: int) -> Draw | None:
 
 @contextmanager
 def forced() -> Iterator[None]:
-    """Inside ``draw`` is as on a GPU wherever x is, and calls are numbered from 0: to count and test that form."""
+    """Inside the block, make ``draw`` return masks on every device as on a GPU, with calls numbered from 0, so that
+    this form can be measured and tested."""
     global _forced
     before, _forced = _forced, count()
     try:
@@ -77,20 +79,20 @@ def forced() -> Iterator[None]:
 
 
 def kept(shape: tuple[int, int], draw: Draw, device: torch.device) -> Tensor:
-    """The mask m (tokens, in), bool."""
+    """Return the mask m (tokens, in), bool."""
     tokens, width = shape
-    eighths = -(-width // 8)  # eight entries side by side are of one Philox block
+    eighths = -(-width // 8)  # eight adjacent entries use one Philox block
     positions = torch.arange(tokens * eighths, device=device)
-    zero, one = positions.new_zeros(()), positions.new_ones(())  # torch's own numbers have no such counters
+    zero, one = positions.new_zeros(()), positions.new_ones(())  # torch's own random numbers never have such counters
     words = philox((positions, zero + draw.call, zero, one), draw.seed)
     halves = [[word & 0xFFFF, word >> 16] for word in words]
-    order = [(0, 0), (0, 1), (2, 0), (2, 1), (1, 0), (1, 1), (3, 0), (3, 1)]  # (word, half) of the eight
+    order = [(0, 0), (0, 1), (2, 0), (2, 1), (1, 0), (1, 1), (3, 0), (3, 1)]  # (word, half) of the eight entries
     numbers = torch.stack([halves[word][half] for word, half in order], -1)
     return (numbers >= draw.zero).view(tokens, eighths * 8)[:, :width]
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 of 128-bit counters and a 64-bit key: 32-bit words, in int64."""
+    """Return Philox 4x32-10 of 128-bit counters and a 64-bit key: four 32-bit words each, in int64."""
     c0, c1, c2, c3 = (word & 0xFFFFFFFF for word in counter)
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(10):
@@ -102,7 +104,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Te
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of words. By halves of b, for int64 has no more than 63 bits."""
+    """Return the high and the low word of a product of words. b is split in halves because int64 has only 63 bits."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = high + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
@@ -113,7 +115,7 @@ def project(x: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
 
 
 def gradient(g: Tensor, x: Tensor, zero: int, seed: int, call: int) -> Tensor:
-    """In parts (number, R, in), in fp32 or better, whose sum it is."""
+    """Return parts (number, R, in), in fp32 or better, whose sum is the gradient."""
     wide = torch.promote_types(x.dtype, torch.float32)
     g, x = g.to(wide), x.to(wide)
     return (g.t() @ (x * _scaled_mask(x, zero, seed, call))).unsqueeze(0)
@@ -128,7 +130,7 @@ def add_back(dx: Tensor, g: Tensor, A: Tensor, zero: int, seed: int, call: int) 
 
 
 def _scaled_mask(x: Tensor, zero: int, seed: int, call: int) -> Tensor:
-    """s m, in the dtype of x."""
+    """Return s m, in the dtype of x."""
     draw = Draw(zero, seed, call)
     return kept((x.shape[0], x.shape[1]), draw, x.device).to(x.dtype) * draw.factor
 
@@ -144,7 +146,7 @@ for _function in (project, gradient, sum_parts, add_back):
 
 @cache
 def _kernels() -> bool:
-    """Whether there is Triton; then the operations are its kernels on a GPU."""
+    """Return whether Triton is installed; if so, register its kernels as the operations on a GPU."""
     if not find_spec("triton"):
         return False
     from . import seeded_dropout_triton as seeded_triton
@@ -156,15 +158,15 @@ def _kernels() -> bool:
 
 @cache
 def _works(device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
-    """Whether the kernels can be made for this GPU, and give what they should."""
+    """Whether the kernels can be compiled for this GPU and give correct results."""
     try:
         if not _kernels():
             return False
         wrong = error(device, dtype, ranks)
-        why = f"a check of its kernels failed, by {wrong:.1e}" if wrong > TOLERANCE else ""
-    except torch.OutOfMemoryError:  # says nothing about the kernels: the caller tries less at once
+        why = f"a check of its kernels failed with a relative error of {wrong:.1e}" if wrong > TOLERANCE else ""
+    except torch.OutOfMemoryError:  # says nothing about the kernels; the caller retries with less work at once
         raise
-    except Exception as failure:  # no C compiler, a GPU that is too old: whatever it is, there is another way
+    except Exception as failure:  # no C compiler, a GPU that is too old, ...: in any case the plain form still works
         why = str(failure).strip().split("\n")[0] or type(failure).__name__
     if why:
         _log.warning("dropout is not fused with the products of the adapter: %s", why)
@@ -172,8 +174,9 @@ def _works(device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
 
 
 def error(device: torch.device, dtype: torch.dtype, ranks: int) -> float:
-    """Largest error of the operations on ``device``, over the largest value, on a small x of odd sizes."""
-    random = torch.Generator(device).manual_seed(0)  # not one that a run uses
+    """Return the largest error of the operations on ``device``, relative to the largest value, for a small x of odd
+    sizes."""
+    random = torch.Generator(device).manual_seed(0)  # a generator that no run uses
     x, A, g, dx = (
         torch.randn(shape, generator=random, device=device).to(dtype)
         for shape in ((77, 208), (ranks, 208), (77, ranks), (77, 208))

@@ -1,7 +1,7 @@
-"""The operations of ``seeded`` as Triton kernels.
+"""The operations of ``seeded_dropout`` as Triton kernels.
 
-A thread reads eight entries of x side by side, which one Philox block has the random numbers of, so a mask is made in
-registers. Sums are in fp32, and rounded once.
+A thread reads eight adjacent entries of x, whose random numbers come from one Philox block, so the mask exists only in
+registers. Sums are computed in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from triton.language import constexpr
 
 ROWS = 64
-"""Of x, in one block."""
+"""Number of rows of x in one block."""
 PROGRAMS = 264
-"""Two for each multiprocessor of a large GPU: the sums of ``gradient`` are split to make so many."""
+"""Number of programs that the sums of ``gradient`` are split into: two for each multiprocessor of a large GPU."""
 
 
 @triton.jit
 def _masked(values, t, eighth, width, zero, seed, call):
-    """values (rows, columns) of x with what is dropped set to zero. t: their rows; eighth: columns / 8."""
+    """Return ``values`` (rows, columns) of x with dropped entries set to zero. t: their rows; eighth: columns / 8."""
     eighths = tl.cdiv(width, 8)
     position = (t[:, None] * eighths + eighth[None, :]).to(tl.uint32)
     nothing = position * 0
@@ -134,7 +134,7 @@ def add_back(dx: Tensor, g: Tensor, A: Tensor, zero: int, seed: int, call: int) 
 
 
 def _blocks(ranks: int) -> dict[str, int]:
-    """Sizes for which the shared memory of any GPU from Ampere on (99 KiB) is enough."""
+    """Return block sizes that fit into the shared memory of any GPU from Ampere on (99 KiB)."""
     padded = max(16, triton.next_power_of_2(ranks))
     small = padded <= 64
     return {

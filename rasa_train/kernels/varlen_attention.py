@@ -1,7 +1,7 @@
-"""Attention over sequences that lie one after the other in one row, each seeing only itself.
+"""Attention over sequences that lie one after the other in one row, where each sequence attends only to itself.
 
-The model gets ``input_ids`` (1, tokens), ``position_ids`` that start again with each sequence, and where sequences
-begin, under the names that transformers' own flash attention uses (``cu_seq_lens_q``, ...).
+The model gets ``input_ids`` (1, tokens), ``position_ids`` that restart with each sequence, and the starts of the
+sequences, under the names that transformers' own flash attention uses (``cu_seq_lens_q``, ...).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from transformers import AttentionInterface
 from ..errors import UserError
 
 NAME = "rasa_varlen"
-"""Name of this attention among transformers' implementations."""
+"""Name of this attention in the registry of transformers."""
 
 
 def for_fewer_key_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``kernel``, torch's ``varlen_attn``, for keys and values with fewer heads than the queries. Newer versions
-    must be asked for that (``enable_gqa``); torch 2.11 does it unasked and does not take the argument."""
+    of torch need ``enable_gqa`` for that; torch 2.11 always allows it and does not have the argument."""
     return partial(kernel, enable_gqa=True) if "enable_gqa" in inspect.signature(kernel).parameters else kernel
 
 
@@ -46,24 +46,24 @@ def varlen_attention(
     max_length_q: int = 0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention, an implementation for transformers' ``AttentionInterface``.
+    """Compute causal attention, as an implementation for transformers' ``AttentionInterface``.
 
     Args:
         query: (1, heads, tokens, head size); ``key`` and ``value`` may have fewer heads.
-        sliding_window: tokens that are seen, the token itself among them; None for all before it.
-        cu_seq_lens_q: where each sequence begins, and the end; int32, (sequences + 1), on the device.
-        max_length_q: tokens of the longest sequence, or more.
+        sliding_window: number of tokens that a token attends to, itself included; None: itself and all tokens before.
+        cu_seq_lens_q: start of each sequence, and the end of the last; int32, (sequences + 1), on the device.
+        max_length_q: number of tokens of the longest sequence, or more.
     Returns:
         (1, tokens, heads, head size), and None for the attention weights.
     Raises:
-        UserError: the model asks for what this cannot do.
+        UserError: the model needs a feature that this attention does not have.
     """
     asked = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
     if cu_seq_lens_q is None or asked or attention_mask is not None:
-        what = ", ".join(asked) or ("an attention mask" if attention_mask is not None else "keeps sequences to itself")
+        what = ", ".join(asked) or ("an attention mask" if attention_mask is not None else "no starts of sequences")
         raise UserError(
-            f"training.batching: {type(module).__name__} cannot be trained without padding ({what}); take "
-            "length-grouped or shuffled, and padding_free: false",
+            f"training.batching: {type(module).__name__} cannot be trained without padding (its attention gets "
+            f"{what}); set training.batching to length-grouped or shuffled, and training.padding_free to false",
             key="training.batching",
         )
     if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and query.shape[-1] <= 256:
@@ -83,7 +83,7 @@ def _in_one_kernel(
     return result.unsqueeze(0)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled anew
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled again
 def _one_by_one(
     qkv: tuple[Tensor, Tensor, Tensor], starts: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:

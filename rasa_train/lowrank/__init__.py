@@ -1,1 +1,1 @@
-"""Low-rank approximation of updates."""
+"""Low-rank approximations of weight updates."""

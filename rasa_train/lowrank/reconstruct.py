@@ -1,13 +1,13 @@
-"""How well RaSA can hold given weight updates: the coordinate descent of the paper's Appendix A (arXiv 2503.12576).
+"""The best fit of RaSA to given weight updates, by the coordinate descent of the paper's Appendix A (arXiv 2503.12576).
 
-Given M_i (b x a) of the L layers of one kind, find the RaSA of r ranks a layer, k of them shared, that minimises
+Given M_i (b x a) of the L layers of one kind, find the RaSA of r ranks per layer, k of them shared, that minimises
 
     E = sum_i || M_i - (B_i A_i + B_S diag(d_i) A_S) ||_F^2
 
     B_i (b x r-k), A_i (r-k x a) private,  B_S (b x L k), A_S (L k x a) shared,  d (L x L k)
 
-A sweep is four half-steps, each the exact minimiser of E in its block, so E never rises. LoRA's best error at the
-same parameters is that of the truncated SVD; one point of RaSA (Theorem 3.1, ``start="theorem"``) has just that error.
+A sweep is four half-steps, each of which minimises E exactly in its block, so E never rises. LoRA's best error with the
+same parameters is that of the truncated SVD; one point of RaSA (Theorem 3.1, ``start="theorem"``) has the same error.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import torch
 from torch import Tensor
 
 EXACT = 768
-"""Side of the largest matrix that is decomposed whole. Beyond it the leading singular vectors are found by subspace
-iteration from those of the sweep before: at a good distance from full accuracy, and still a descent."""
+"""Side of the largest matrix that is decomposed whole. For larger matrices the leading singular vectors are found by
+subspace iteration from the vectors of the previous sweep: well below full accuracy, but E still descends."""
 OVERSAMPLED, POWER = 12, 12
-"""Vectors beyond those asked for, and rounds from a random start, in a subspace iteration."""
+"""Number of vectors beyond the requested ones, and of rounds from a random start, in a subspace iteration."""
 
 Start = Literal["rasa", "theorem", "random", "best"]
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A RaSA of given updates, and its errors (squared Frobenius norms over all layers)."""
+    """A RaSA that approximates given updates, and its errors (squared Frobenius norms over all layers)."""
 
     norm2: float
-    """sum ||M_i||^2: the error of no adapter."""
+    """sum ||M_i||^2: the error without an adapter."""
     e_lora: float
-    """The least error of LoRA with r ranks a layer."""
+    """The least error of LoRA with r ranks per layer."""
     errors: list[float]
-    """E at the start and after each half-step: private, B_S, A_S, d, private, ... At k = 0 one number."""
+    """E at the start and after each half-step: private, B_S, A_S, d, private, ... A single number if k = 0."""
     start: Start
-    """What the descent started from: with ``best``, the start that won."""
+    """The start of the descent; with ``best``, the start that gave the smaller error."""
     B: Tensor
-    """Private (L, b, r-k); fp64 as all of these."""
+    """Private (L, b, r-k), fp64 like all tensors here."""
     A: Tensor
     """Private (L, r-k, a)."""
     B_S: Tensor
@@ -55,7 +55,7 @@ class Reconstruction:
         return self.errors[-1]
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(B, A) of one layer: B A is its reconstruction, d is in B."""
+        """Return (B, A) of one layer: B A is the reconstruction of its update; B contains d."""
         return torch.cat([self.B[layer], self.B_S * self.d[layer]], 1), torch.cat([self.A[layer], self.A_S])
 
 
@@ -73,17 +73,17 @@ def reconstruct(
     """Fit RaSA(r, k) to the updates of the layers of one kind.
 
     Args:
-        M: (L, b, a), or factors (B (L, b, q), A (L, q, a)) with M_i = B_i A_i: then nothing of size b x a is made.
-            Any device and dtype. Layers are taken one at a time: beyond M, memory is a few (b + a) x (q + L k).
-        r: ranks a layer in all.
-        k: of those, how many go to the pool; 0 is LoRA.
-        sweeps: each is four half-steps.
-        start: ``rasa``: B_S = 0, as training starts; ``theorem``: LoRA's best, in RaSA's shape; ``random``;
-            ``best``: the better of the first two, so never worse than LoRA.
-        seed: of the random parts of a start.
-        tol: stop after a sweep that lowers E by less than ``tol`` of sum ||M_i||^2.
+        M: (L, b, a), or factors (B (L, b, q), A (L, q, a)) with M_i = B_i A_i: then no matrix of size b x a is made.
+            Any device and dtype. Layers are processed one at a time: beyond M, memory is a few (b + a) x (q + L k).
+        r: ranks per layer in all.
+        k: number of these ranks that go to the pool; 0 is LoRA.
+        sweeps: largest number of sweeps, each of which is four half-steps.
+        start: ``rasa``: B_S = 0, as at the start of training; ``theorem``: LoRA's best point in RaSA's form;
+            ``random``; ``best``: the better of the first two, so never worse than LoRA.
+        seed: seed of the random parts of a start.
+        tol: stop after a sweep that lowers E by less than ``tol`` times sum ||M_i||^2.
     Raises:
-        ValueError: shapes that do not fit, or k not in [0, r].
+        ValueError: the shapes do not fit, or k is not in [0, r].
     """
     stack = Stack(None, M) if isinstance(M, Tensor) else Stack(*M)
     if not 0 <= k <= r:
@@ -96,14 +96,15 @@ def reconstruct(
 
 @torch.no_grad()
 def truncated(M: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(B (b, rank), A (rank, a)), fp64: the best approximation B A of M (b, a) of that rank; rank at most min(b, a)."""
+    """Return (B (b, rank), A (rank, a)), fp64: B A is the best approximation of M (b, a) of that rank. ``rank`` is
+    reduced to min(b, a) if it is larger."""
     U, s, V = Stack(None, M[None]).top(0, min(rank, *M.shape), seed=seed)
     return U * s.sqrt(), (V * s.sqrt()).mT
 
 
 @dataclass(frozen=True)
 class Stack:
-    """M_i = B_i A_i, or A_i where B is None."""
+    """The matrices M_i = B_i A_i, or M_i = A_i if B is None."""
 
     B: Tensor | None
     A: Tensor
@@ -127,16 +128,16 @@ class Stack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products with M_i: fp64, but fp32 where M is large and not factored."""
+        """The dtype of products with M_i: fp64, but fp32 if M is large and not factored."""
         return torch.float64 if self.B is not None or min(self.b, self.a) <= EXACT else torch.float32
 
     def left(self, i: int, X: Tensor) -> Tensor:
-        """M_i X."""
+        """Return M_i X."""
         X = self.A[i].to(self.dtype) @ X.to(self.dtype)
         return (X if self.B is None else self.B[i].to(self.dtype) @ X).double()
 
     def right(self, i: int, Y: Tensor) -> Tensor:
-        """M_i^T Y."""
+        """Return M_i^T Y."""
         Y = Y.to(self.dtype)
         return (self.A[i].to(self.dtype).mT @ (Y if self.B is None else self.B[i].to(self.dtype).mT @ Y)).double()
 
@@ -149,10 +150,10 @@ class Stack:
     def top(
         self, i: int, rank: int, minus: tuple[Tensor, Tensor] | None = None, warm: Tensor | None = None, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(U, s, V): the leading singular triples of M_i - minus[0] @ minus[1], ``rank`` of them.
+        """Return (U, s, V), the ``rank`` leading singular triples of M_i - minus[0] @ minus[1].
 
         Args:
-            warm: right singular vectors to start from, where the matrix is too large to be decomposed whole.
+            warm: right singular vectors to start from if the matrix is too large to be decomposed whole.
         """
         width = 0 if minus is None else minus[1].shape[0]
         if self.B is not None and self.B.shape[2] + width <= min(self.b, self.a, EXACT):
@@ -194,7 +195,7 @@ class Stack:
 
 
 class _Descent:
-    """One run: the current point, and E after each half-step."""
+    """One run of the descent: the current point, and E after each half-step."""
 
     def __init__(
         self, stack: Stack, r: int, k: int, svd: list[tuple[Tensor, Tensor, Tensor]], start: Start, seed: int
@@ -218,7 +219,7 @@ class _Descent:
                 torch.eye(stack.L, device=device).double()[:, :, None]
                 * torch.stack([s[self.private :] for _, s, _ in svd])
             ).reshape(stack.L, P)
-        elif start == "random" and k:  # at k = 0 there is nothing to start elsewhere: it is LoRA
+        elif start == "random" and k:  # for k = 0 the result is LoRA's, whatever the start
             self.B_S, self.d = normal(stack.b, P) / stack.b**0.5, normal(stack.L, P)
             self.pairs = [(B * 0, A) for B, A in self.pairs]
         self.errors: list[float] = []
@@ -244,7 +245,8 @@ class _Descent:
     # -- half-steps, numbered as the paper's equations ------------------------------------------------------
 
     def _private_step(self) -> None:
-        """(18-19) The leading singular triples of M_i - B_S D_i A_S. They leave the rest of its norm."""
+        """Set B_i A_i to the leading singular triples of M_i - B_S D_i A_S (18-19). The error is what they leave of
+        the squared norm of that matrix."""
         error = 0.0
         for i in range(self.stack.L):
             pool = self.B_S * self.d[i], self.A_S
@@ -256,7 +258,7 @@ class _Descent:
         self.errors.append(error)
 
     def _B_S_step(self, rest: float) -> None:
-        """(24) Normal equations, right-hand side sum_i N_i A_S^T D_i."""
+        """Solve the normal equations (24) for B_S; the right-hand side is sum_i N_i A_S^T D_i."""
         rhs = torch.zeros_like(self.B_S)
         for i in range(self.stack.L):
             B, A = self.pairs[i]
@@ -265,7 +267,7 @@ class _Descent:
         self.errors.append(rest - float((self.B_S * rhs).sum()))
 
     def _A_S_step(self, rest: float) -> None:
-        """(25) The same for A_S."""
+        """Solve the normal equations (25) for A_S."""
         rhs = torch.zeros_like(self.A_S)
         for i in range(self.stack.L):
             B, A = self.pairs[i]
@@ -274,7 +276,7 @@ class _Descent:
         self.errors.append(rest - float((self.A_S * rhs).sum()))
 
     def _d_step(self, rest: float) -> None:
-        """(26) One Gram matrix for all layers, right-hand side diag(B_S^T N_i A_S^T)."""
+        """Solve (26) for d with one Gram matrix for all layers; the right-hand side is diag(B_S^T N_i A_S^T)."""
         rhs = torch.stack([self._shared_part(i) for i in range(self.stack.L)])
         self.d = rhs @ pinv((self.B_S.mT @ self.B_S) * (self.A_S @ self.A_S.mT))
         self.errors.append(rest - float((self.d * rhs).sum()))
@@ -282,24 +284,25 @@ class _Descent:
     # -- parts of E --------------------------------------------------------------------------------------------
 
     def _shared_part(self, i: int) -> Tensor:
-        """diag(B_S^T N_i A_S^T), (L k,), with N_i = M_i - B_i A_i."""
+        """Return diag(B_S^T N_i A_S^T), (L k,), with N_i = M_i - B_i A_i."""
         B, A = self.pairs[i]
         inner: Tensor = ((self.stack.left(i, self.A_S.mT) - B @ (A @ self.A_S.mT)) * self.B_S).sum(0)
         return inner
 
     def _pool_part(self, i: int, inner: Tensor) -> float:
-        """||X - B_S D_i A_S||^2 - ||X||^2, with inner = diag(B_S^T X A_S^T)."""
+        """Return ||X - B_S D_i A_S||^2 - ||X||^2, given inner = diag(B_S^T X A_S^T)."""
         G = (self.B_S.mT @ self.B_S) * (self.A_S @ self.A_S.mT)
         return float(self.d[i] @ G @ self.d[i] - 2 * self.d[i] @ inner)
 
     def _without(self, i: int) -> float:
-        """||N_i||^2."""
+        """Return ||N_i||^2."""
         B, A = self.pairs[i]
         return float(self.norm2[i] - 2 * (self.stack.left(i, A.mT) * B).sum() + ((B.mT @ B) * (A @ A.mT)).sum())
 
 
 def pinv(G: Tensor) -> Tensor:
-    """Pseudo-inverse of a symmetric positive semi-definite matrix: eigenvalues below max * n * eps count as zero."""
+    """Return the pseudo-inverse of a symmetric positive semi-definite matrix. Eigenvalues below max * n * eps count as
+    zero."""
     values, vectors = torch.linalg.eigh(G)
     if not values.numel():
         return G
@@ -310,7 +313,7 @@ def pinv(G: Tensor) -> Tensor:
 
 
 def _padded(U: Tensor, s: Tensor, V: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for the ranks that a small matrix does not have."""
+    """Pad singular triples with zeros up to ``rank``, for a matrix that has fewer ranks."""
     missing = rank - s.shape[0]
     if missing <= 0:
         return U, s, V

@@ -1,1 +1,1 @@
-"""One file a method, and nothing else. ``adapters.registry`` has their names."""
+"""The methods, one per file. ``adapters.registry`` lists their names."""

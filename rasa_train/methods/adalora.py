@@ -1,11 +1,11 @@
-"""AdaLoRA: triplets of an SVD, given to the sites that need them (Zhang et al., ICLR 2023, arXiv 2303.10512).
+"""AdaLoRA: triplets of an SVD, allocated to the sites that need them (Zhang et al., ICLR 2023, arXiv 2303.10512).
 
     dW = alpha / (init_r + 1e-5) * P diag(Lambda) Q      P (out x init_r), Lambda (init_r), Q (init_r x in)
 
 Each site starts with ``init_r`` triplets. Between the steps t_i and T - t_f (T: all steps) a budget over all
-sites falls from init_r to r per site, and the Lambda of the least important triplets is set to zero; a zeroed
-one can grow again until the next masking. At T - t_f the choice is final. An added loss keeps P and Q near
-orthonormal. Which steps and which gradients count is as in PEFT's allocator.
+sites falls from init_r to r per site, and the Lambda of the least important triplets is set to zero; a Lambda
+that was set to zero can grow again until the next masking. At T - t_f the choice is final. An additional loss
+keeps P and Q nearly orthonormal. The steps and gradients that count are those of PEFT's allocator.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ def _half_more(data: dict[str, Any]) -> int:
 
 
 class AdaLoRA(Method):
-    """Adaptive budget allocation: P, Lambda, Q trained, in every site."""
+    """Adaptive budget allocation: P, Lambda and Q are trained in every site."""
 
     method: Literal["adalora"] = "adalora"
     r: PositiveInt = 8
-    """Triplets per site at the end, on average."""
+    """Average number of triplets per site at the end."""
     init_r: PositiveInt = Field(default_factory=_half_more)
-    """Triplets per site at the start, at least r. Default: 1.5 r (the paper's recommendation)."""
+    """Number of triplets per site at the start, at least r. Default: 1.5 r (the paper's recommendation)."""
     alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / init_r, whatever is left of init_r. Ours: LoRA's value."""
+    """The update is scaled by alpha / init_r, however many triplets are left. The default is our choice: LoRA's
+    value."""
     gamma: NonNegativeFloat = 0.1
     """Weight of the orthogonality loss (the authors' scripts: 0.1, 0.3 for small tasks; PEFT: 0.5)."""
     beta1: float = Field(0.85, gt=0.0, lt=1.0)
@@ -48,11 +49,14 @@ class AdaLoRA(Method):
     beta2: float = Field(0.85, gt=0.0, lt=1.0)
     """Decay per step of the average deviation of the sensitivity (the authors' scripts)."""
     tinit_ratio: float = Field(0.1, ge=0.0, lt=1.0)
-    """t_i / T: share of the optimizer steps before the budget falls. Ours; the authors' runs: 0.08-0.15."""
+    """Share of the optimizer steps before the budget falls (t_i / T). The default is our choice; the authors' runs:
+    0.08-0.15."""
     tfinal_ratio: float = Field(0.4, ge=0.0, lt=1.0)
-    """t_f / T: share of the optimizer steps after the last choice. Ours; the authors' runs: 0.3-0.6."""
+    """Share of the optimizer steps after the final choice (t_f / T). The default is our choice; the authors' runs:
+    0.3-0.6."""
     mask_every: PositiveInt = 10
-    """Optimizer steps between maskings while the budget falls (deltaT). Ours; the authors' runs: 1-100."""
+    """Number of optimizer steps between maskings while the budget falls (deltaT). The default is our choice; the
+    authors' runs: 1-100."""
 
     @model_validator(mode="after")
     def _in_range(self) -> AdaLoRA:
@@ -60,7 +64,7 @@ class AdaLoRA(Method):
             message = "must be at least r={r}, got {got}: the budget falls from init_r to r"
             raise PydanticCustomError("range", message, {"field": "init_r", "r": self.r, "got": self.init_r})
         if self.tinit_ratio + self.tfinal_ratio >= 1.0:
-            message = "must be below 1 - tinit_ratio={rest}, got {got}: between them the budget falls"
+            message = "must be below 1 - tinit_ratio={rest}, got {got}: the budget falls in the steps between the two"
             context = {"field": "tfinal_ratio", "rest": 1.0 - self.tinit_ratio, "got": self.tfinal_ratio}
             raise PydanticCustomError("range", message, context)
         return self
@@ -69,7 +73,7 @@ class AdaLoRA(Method):
         return Built({site.path: AdaLoRAAdapter(site, self) for site in sites}, {})
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
-        """gamma times the mean of |P^T P - I| and |Q Q^T - I| (Frobenius norms) over all P and Q."""
+        """Return gamma times the mean of |P^T P - I| and |Q Q^T - I| (Frobenius norms) over all P and Q."""
         if not self.gamma:
             return None
         distances = [_from_orthonormal(rows) for a in _triplets(adapters) for rows in (a.P.mT, a.Q)]
@@ -91,7 +95,7 @@ class AdaLoRA(Method):
                 adapter.Lambda.masked_fill_(~adapter.kept, 0.0)
 
     def _choose(self, sites: list[AdaLoRAAdapter], time_left: float) -> None:
-        """Keep the triplets with the highest scores of all sites. ``time_left``: 1 at t_i, 0 at T - t_f."""
+        """Keep the triplets with the highest scores among all sites. ``time_left``: 1 at t_i, 0 at T - t_f."""
         scores = [adapter.score() for adapter in sites]
         everything = torch.cat([score.flatten() for score in scores])
         start = everything.numel()
@@ -103,7 +107,7 @@ class AdaLoRA(Method):
 
 
 class AdaLoRAAdapter(FactorAdapter):
-    # Averages of all triplets, and which are kept: a resumed run needs them, a finished adapter does not.
+    # Averages of all triplets, and which triplets are kept: a resumed run needs them, a finished adapter does not.
     rule_state = ("kept", *(f"{what}_{name}" for what in ("sensitivity", "deviation") for name in TRIPLET))
 
     def __init__(self, site: Site, method: AdaLoRA) -> None:
@@ -122,12 +126,13 @@ class AdaLoRAAdapter(FactorAdapter):
         return Factors(self.P, self.scale * self.Lambda, self.Q)
 
     def measure(self, beta1: float, beta2: float) -> None:
-        """Sensitivity |w * gradient| of every entry, and its deviation from its average (section 3.2)."""
+        """Update the average sensitivity |w * gradient| of every entry, and the average deviation of the sensitivity
+        from that average (section 3.2)."""
         for name in TRIPLET:
             w = self.get_parameter(name)
             if w.grad is None:
                 raise UserError(
-                    "distributed.strategy must be ddp: adalora needs all gradients on each worker",
+                    "distributed.strategy must be ddp: adalora needs all gradients on every worker",
                     key="distributed.strategy",
                 )
             now = (w * w.grad).abs_()
@@ -137,7 +142,8 @@ class AdaLoRAAdapter(FactorAdapter):
             deviation.mul_(beta2).add_(now.sub_(sensitivity).abs_(), alpha=1.0 - beta2)
 
     def score(self) -> Tensor:
-        """Importance of each triplet (*lead, init_r): Lambda's plus the means of P's and Q's."""
+        """Return the importance of each triplet (*lead, init_r): the score of its Lambda plus the mean scores of its
+        entries in P and in Q."""
         scores = (self.get_buffer(f"sensitivity_{n}") * self.get_buffer(f"deviation_{n}") for n in TRIPLET)
         P, Lambda, Q = scores
         return Lambda + P.mean(-2) + Q.mean(-1)
@@ -152,7 +158,7 @@ def _normal(*shape: int) -> nn.Parameter:
 
 
 def _from_orthonormal(rows: Tensor) -> Tensor:
-    """|rows rows^T - I| of each matrix, (matrices,)."""
+    """Return |rows rows^T - I| of each matrix, (matrices,)."""
     gram = rows @ rows.mT
     distance: Tensor = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device))
     return distance.reshape(-1)

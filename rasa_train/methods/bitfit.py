@@ -1,6 +1,6 @@
 """BitFit: only biases are trained (Ben Zaken et al., ACL 2022, arXiv 2106.10199).
 
-Llama and Mistral have no biases: ``add_bias`` gives each selected linear without one a bias, zero at first.
+Llama and Mistral have no biases: ``add_bias`` gives each selected linear without a bias a new one that starts at zero.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ..errors import UserError
 
 
 class BitFit(Method):
-    """Bias-term fine-tuning: all biases of the base, and new ones. No weight is updated, so ``dropout`` and
-    ``compute`` have nothing to act on; ``targets`` says where biases are added."""
+    """Bias-term fine-tuning: all biases of the base are trained, and new ones that are added to linears. No weight is
+    updated, so ``dropout`` and ``compute`` have no effect; ``targets`` selects the linears that biases are added to."""
 
     method: Literal["bitfit"] = "bitfit"
     add_bias: bool = True
-    """Add a bias to the selected linears that have none. Ours: the paper's models all had biases."""
+    """Whether selected linears without a bias get one. This is our addition: the paper's models all had biases."""
 
     def build(self, sites: list[Site]) -> Built:
         without = [site for site in sites if self.add_bias and not site.bias]
         for site in without:
             if site.num_experts is not None:
                 raise UserError(
-                    f"adapter.targets: {site.path} is a fused expert weight, bitfit can add no bias to it; "
+                    f"adapter.targets: {site.path} is a fused expert weight, to which bitfit cannot add a bias; "
                     "name other linears, or set adapter.add_bias to false",
                     key="adapter.targets",
                 )
@@ -39,7 +39,7 @@ class BitFit(Method):
 
 
 class AddedBias(Adapter):
-    """A bias for a linear without one: dW = 0."""
+    """A new bias for a linear that has none; dW = 0."""
 
     def __init__(self, site: Site, method: BitFit) -> None:
         super().__init__(site, method)

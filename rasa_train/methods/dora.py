@@ -1,8 +1,8 @@
-"""DoRA: magnitude and direction of each output feature apart (Liu et al., ICML 2024, arXiv 2402.09353).
+"""DoRA: separate magnitude and direction of each output feature (Liu et al., ICML 2024, arXiv 2402.09353).
 
     V = W + s B A,  s = alpha / r;   W + dW = diag(m / |V|) V                                          (Eq. 5)
 
-|V| are the norms of the rows of V (one per output feature), a constant in the backward pass (section 4.3).
+|V| are the norms of the rows of V (one per output feature) and constant in the backward pass (section 4.3).
 m (out) is trained and starts as the norms of the rows of W.
 """
 
@@ -22,13 +22,13 @@ from ..adapters.site import Site
 
 
 class DoRA(Method):
-    """Weight-decomposed low-rank adaptation: A (r x in), B (out x r) and m (out) trained, in every site."""
+    """Weight-decomposed low-rank adaptation: A (r x in), B (out x r) and m (out) are trained in every site."""
 
     method: Literal["dora"] = "dora"
     r: PositiveInt = 8
     """Rank of the change of direction. The update itself has full rank."""
     alpha: PositiveFloat = 32.0
-    """The change of direction is scaled by alpha / r. Ours: LoRA's value."""
+    """The change of direction is scaled by alpha / r. The default is our choice: LoRA's value."""
 
     def build(self, sites: list[Site]) -> Built:
         return Built({site.path: DoRAAdapter(site, self) for site in sites}, {})
@@ -65,14 +65,14 @@ class DoRAAdapter(Adapter):
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
-        # B = 0: by the very function of forward, so that m / |V| is exactly 1
+        # B is 0 here. The same function as in forward computes the norms, so that m / |V| is exactly 1.
         self.m.copy_(_row_norms(weight, self.B, self.A, self.scale))
 
     def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
         g = self.m / _row_norms(weight, self.B, self.A, self.scale)
         dtype = x.dtype
         more = g - 1.0
-        if counts is not None:  # of each row of x, its expert's
+        if counts is not None:  # for each row of x, the g of its expert
             more = more.repeat_interleave(torch.tensor(counts, device=g.device), 0)
         of_base = more.to(dtype) * linear(x, weight.to(dtype), counts)
         Bg = (self.B * (g * self.scale).unsqueeze(-1)).to(dtype)
@@ -80,7 +80,7 @@ class DoRAAdapter(Adapter):
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
-            raise ValueError(f"{self.site.path}: the update of DoRA depends on the weight; delta needs it")
+            raise ValueError(f"{self.site.path}: the update of DoRA depends on the weight, so delta needs it")
         W = weight.float()
         g = self.m / _row_norms(W, self.B, self.A, self.scale)
         return (g - 1.0).unsqueeze(-1) * W + (g * self.scale).unsqueeze(-1) * (self.B @ self.A)
@@ -92,7 +92,7 @@ class DoRAAdapter(Adapter):
 
 @torch.no_grad()
 def _row_norms(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
-    """|W + scale B A| of each row (..., out), fp32."""
+    """Return the norm of each row of W + scale B A (..., out), fp32."""
     V = weight.float() + scale * (B @ A)
     norms: Tensor = torch.linalg.vector_norm(V, dim=-1)
     return norms

@@ -1,9 +1,9 @@
-"""Any method of the PEFT library, by PEFT's own names: prefix and prompt tuning, IA3, LoHa, OFT, ...
+"""Any method of the PEFT library, under PEFT's own names: prefix and prompt tuning, IA3, LoHa, OFT, ...
 
     adapter: {method: peft, config: {peft_type: PREFIX_TUNING, num_virtual_tokens: 8}}
 
-PEFT wraps the model, computes and merges; this is no update of sites, so nothing else of this package applies to
-it. Bottleneck adapters (Houlsby, Lin, Pfeiffer, AdapterDrop) are not among PEFT's methods.
+PEFT wraps the model, computes and merges; the update does not belong to sites, so nothing else in this package that
+works on sites applies to it. PEFT does not have bottleneck adapters (Houlsby, Lin, Pfeiffer, AdapterDrop).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 ADAPTER = "default"
-"""PEFT's name of the adapter, part of the names of its tensors."""
+"""Name of the adapter in PEFT, which is part of the names of its tensors."""
 NEEDS_MORE = {
     "ADALORA": "a rule after each step: use `method: adalora`",
     "XLORA": "several trained LoRA adapters",
@@ -31,27 +31,28 @@ NEEDS_MORE = {
     "MULTITASK_PROMPT_TUNING": "task ids with each batch",
     "CPT": "a loss and labels of its own",
 }
-"""Methods that PEFT has, but that need of a training loop what ours does not do."""
+"""Methods of PEFT that need something that this package's training loop does not provide."""
 
 
 class Peft(Method):
-    """A method of the PEFT library. ``targets``, ``exclude``, ``dropout`` and ``compute`` have nothing to act on:
-    ``config`` has keys for that."""
+    """A method of the PEFT library. ``targets``, ``exclude``, ``dropout`` and ``compute`` have no effect: use the
+    corresponding keys of ``config``."""
 
     method: Literal["peft"] = "peft"
     config: dict[str, Any]
-    """PEFT's configuration: ``peft_type`` and its keys, as in PEFT's documentation. ``task_type`` is CAUSAL_LM."""
+    """PEFT's configuration: ``peft_type`` and the keys of that type, as in PEFT's documentation. ``task_type`` is
+    always CAUSAL_LM."""
 
     def build(self, sites: list[Site]) -> Built:
         return Built({}, {})
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as PEFT wraps it: PEFT's parameters are trained, in fp32, and no others.
+        """Return the model wrapped by PEFT: only PEFT's parameters are trained, in fp32.
 
-        The base's parameters get PEFT's names: ``base_model.model.`` before them.
+        The base's parameters get the names that PEFT gives them, with the prefix ``base_model.model.``.
 
         Raises:
-            UserError: PEFT is not installed, does not know the method or a key, or it does not fit the model.
+            UserError: PEFT is not installed or does not know the method or a key, or the method does not fit the model.
         """
         config = self._config()
         import peft
@@ -67,12 +68,14 @@ class Peft(Method):
             saved = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
             if sum(t.numel() for t in saved.values()) > trained:
-                raise self._error("it keeps frozen tensors of its own, which are not saved; try save_projection: false")
+                raise self._error(
+                    "it has frozen tensors of its own, which would not be saved; try save_projection: false"
+                )
         narrow = [n for n, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if narrow:  # copies of the base's own weights: PEFT leaves them in the model's dtype
             raise UserError(
-                f"model.dtype must be float32 for adapter.config: PEFT trains {narrow[0]} in the dtype of the model, "
-                "and small steps would be lost in another",
+                f"model.dtype must be float32 for this adapter.config: PEFT trains {narrow[0]} in the dtype of the "
+                "model, and small steps would be lost in a narrower dtype",
                 key="model.dtype",
             )
         return wrapped
@@ -112,13 +115,13 @@ class Peft(Method):
         from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        own = PEFT_TYPE_TO_CONFIG_MAPPING.items()  # other packages (ours too) add theirs under plain names
+        own = PEFT_TYPE_TO_CONFIG_MAPPING.items()  # other packages (this one too) add their methods under plain names
         known = {str(kind.value): cls for kind, cls in own if isinstance(kind, PeftType)}
         if self.peft_type not in known:
             usable = ", ".join(sorted(known.keys() - NEEDS_MORE.keys()))
             raise UserError(
-                f"adapter.config.peft_type must be a method of PEFT, got {self.config.get('peft_type')!r}; it has "
-                f"{usable} (bottleneck adapters such as Houlsby's or Pfeiffer's it has not)",
+                f"adapter.config.peft_type must be a method of PEFT, got {self.config.get('peft_type')!r}; PEFT has "
+                f"{usable} (but not bottleneck adapters such as Houlsby's or Pfeiffer's)",
                 key="adapter.config",
             )
         if self.peft_type in NEEDS_MORE:
@@ -136,7 +139,7 @@ class Peft(Method):
 
 
 def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
-    # With it the layers of transformers drop the cache that a prefix is handed over in.
+    # With checkpointing, the layers of transformers drop the cache that carries the prefix.
     raise UserError(
         "training.activation_checkpointing must be false for the prompt and prefix methods of PEFT",
         key="training.activation_checkpointing",
@@ -144,7 +147,7 @@ def _no_checkpointing(*args: Any, **kwargs: Any) -> None:
 
 
 def _without_prompt(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """After forward: the logits of the sequence itself, without those of virtual tokens before it."""
+    """Cut the logits after forward to those of the sequence itself, without the virtual tokens before it."""
     given: Tensor = args[0] if args else kwargs["input_ids"]
     output.logits = output.logits[:, -given.shape[1] :]
     return output

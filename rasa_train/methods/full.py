@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the base model is trained, nothing is added."""
+"""Full fine-tuning: every parameter of the base model is trained, and none is added."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..adapters.site import Site
 
 
 class Full(Method):
-    """Full fine-tuning. ``targets``, ``exclude``, ``dropout`` and ``compute`` have nothing to act on.
+    """Full fine-tuning. ``targets``, ``exclude``, ``dropout`` and ``compute`` have no effect.
 
-    Weights are held in fp32, computed with in the model's dtype, and saved and merged by their own names.
-    Learning rates are about a tenth of LoRA's (Biderman et al. 2024, arXiv 2405.09673).
+    Weights are held in fp32, used in computations in the model's dtype, and saved and merged under their own names.
+    Suitable learning rates are about a tenth of LoRA's (Biderman et al. 2024, arXiv 2405.09673).
     """
 
     method: Literal["full"] = "full"

@@ -18,7 +18,8 @@ from ..kernels.low_rank import Factors
 
 
 class LoRA(Method):
-    """Low-rank adaptation: A (r x in) random, B (out x r) zero, both trained, in every site."""
+    """Low-rank adaptation: A (r x in), which starts random, and B (out x r), which starts at zero, are trained in every
+    site."""
 
     method: Literal["lora"] = "lora"
     r: PositiveInt = 8
@@ -26,7 +27,7 @@ class LoRA(Method):
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / r. The paper keeps alpha fixed while r changes: 32 for code, 8 for maths."""
     rslora: bool = Field(False)
-    """Scale by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
+    """Whether the update is scaled by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
 
     @property
     def scale(self) -> float:
@@ -44,7 +45,7 @@ class LoRA(Method):
         wider = r / config["r"]
         return {
             "r": r,
-            "alpha": config["lora_alpha"] * (math.sqrt(wider) if rslora else wider),  # so that the scale stays
+            "alpha": config["lora_alpha"] * (math.sqrt(wider) if rslora else wider),  # so that the scale stays the same
             "dropout": config.get("lora_dropout", 0.0),
             "rslora": rslora,
         }
@@ -58,8 +59,8 @@ class LoRA(Method):
 
     @classmethod
     def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One rank and one scale for all sites: zeros for the ranks that a site has not, its scale in its B. A pair of
-        a fused expert weight becomes one for each of its linears."""
+        """Convert to one rank and one scale for all sites: missing ranks of a site become zeros, and its own scale is
+        multiplied into its B. The pair of a fused expert weight becomes one pair for each of its linears."""
         fields = cls.from_peft(config)
         assert fields is not None
         widest = cls(**fields)
@@ -78,7 +79,7 @@ class LoRA(Method):
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value that PEFT takes for a module: the first pattern that its path ends with, or is."""
+    """Return the value that PEFT uses for a module: that of the first pattern that its path ends with or equals."""
     found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path))
     return next(found, default)
 

@@ -1,9 +1,9 @@
 """MoRA: high-rank updating with one square matrix (Jiang et al. 2024, arXiv 2405.12130).
 
-    dW x = decompress(M compress(x))         M (q x q), q = round(sqrt((in + out) r)), so LoRA's parameters
+    dW x = decompress(M compress(x))         M (q x q), q = round(sqrt((in + out) r)): as many parameters as LoRA
 
-``type`` says what the two parameter-free maps are. Groups are runs of consecutive features, the first ones
-one longer where the division leaves a rest. x is padded to a multiple of q with its own first features:
+``type`` selects the two parameter-free maps. Groups are runs of consecutive features; if the division leaves a
+remainder, the first groups are one feature longer. x is padded to a multiple of q with its own first features:
 
     type  compress: in -> q                              decompress: q -> out
     1     features i, q+i, 2q+i, ... are summed          tiled: out o is o mod q           (sharing, Eq. 6)
@@ -12,8 +12,8 @@ one longer where the division leaves a rest. x is padded to a multiple of q with
     4     as 1                                           as 2
     6     n blocks of q, block g rotated by RoPE(g); M acts on each; blocks concatenated, tiled (Eq. 9)
 
-Types 1 to 4 have rank q, type 6 up to min(in, out). There is no alpha. q is at most min(in, out): beyond it M
-would have rows or columns that nothing reads (the reference implementation allows that for very large r).
+Types 1 to 4 have rank q, type 6 has rank up to min(in, out). There is no alpha. q is at most min(in, out): a larger M
+would have rows or columns that are never read (the reference implementation allows that for very large r).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _log = logging.getLogger(__name__)
 
 
 class MoRA(Method):
-    """One trained square matrix per site between two fixed maps."""
+    """One trained square matrix M per site, between two fixed maps."""
 
     method: Literal["mora"] = "mora"
     r: PositiveInt = 8
-    """Rank of the LoRA with as many parameters; sets the side q of M."""
+    """Rank of a LoRA with the same number of parameters; it determines the side q of M."""
     type: Literal[1, 2, 3, 4, 6] = 6
-    """The fixed maps, as MoRA's code numbers them. 6 is the RaSA paper's; MoRA's paper prefers 1 for large r."""
+    """Fixed maps, as MoRA's code numbers them. The RaSA paper uses 6; MoRA's paper prefers 1 for large r."""
 
     def side(self, site: Site) -> int:
-        """q; even for type 6, whose rotation pairs features."""
+        """Return q, which is even for type 6, whose rotation pairs features."""
         q = min(int(math.sqrt((site.in_features + site.out_features) * self.r) + 0.5), *site.shape)
         return q - q % 2 if self.type == 6 else q
 
@@ -55,7 +55,8 @@ class MoRA(Method):
         for site in sites:
             if self.side(site) == 0:
                 raise UserError(
-                    f"adapter.type: 6 needs at least two inputs and outputs, {site.path} has {site.shape}",
+                    f"adapter.type: 6 needs at least two inputs and outputs in every linear, but {site.path} has shape "
+                    f"{site.shape}",
                     key="adapter.type",
                 )
         if self.type != 6:
@@ -63,12 +64,13 @@ class MoRA(Method):
         rotating = {site.path: RotatingAdapter(site, self) for site in sites}
         dead = {a.site.kind: 1 - a.n * a.q / a.site.in_features for a in rotating.values()}
         if words := [f"{kind} {share:.0%}" for kind, share in dead.items() if share > 0]:
-            _log.warning("MoRA type 6 ignores inputs of linears with out < in: %s", ", ".join(words))
+            _log.warning("MoRA type 6 ignores a share of the inputs of linears with out < in: %s", ", ".join(words))
         return Built(dict(rotating), {})
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Files of the reference implementation's fork of PEFT, and of the plug-in (``rasa_train.peft``)."""
+        """Return the fields for files of the reference implementation's fork of PEFT and of the plug-in
+        (``rasa_train.peft``)."""
         if config.get("peft_type") == "MORA":
             return {"r": config["r"], "type": config["mora_type"], "dropout": config.get("mora_dropout", 0.0)}
         if config.get("peft_type") != "LORA" or not config.get("use_mora"):
@@ -77,13 +79,13 @@ class MoRA(Method):
 
     @classmethod
     def rename_peft(cls, key: str) -> str | None:
-        # lora_A and lora_B are one and the same matrix there.
+        # lora_A and lora_B are the same matrix in those files.
         match = re.fullmatch(r"(.+)\.(?:lora_[AB]|mora_M)\.weight", key)
         return f"{match[1]}.M" if match else None
 
 
 class SharingAdapter(Adapter):
-    """Types 1 to 4."""
+    """The adapter of types 1 to 4."""
 
     def __init__(self, site: Site, method: MoRA) -> None:
         super().__init__(site, method)
@@ -111,7 +113,7 @@ class SharingAdapter(Adapter):
 
 
 class RotatingAdapter(BlockAdapter):
-    """Type 6: M R_g instead of R_g x, a few rotated matrices and not every token."""
+    """The adapter of type 6. It computes M R_g instead of R_g x: a few matrices are rotated instead of every token."""
 
     cos: Tensor
     sin: Tensor
@@ -119,7 +121,7 @@ class RotatingAdapter(BlockAdapter):
     def __init__(self, site: Site, method: MoRA) -> None:
         super().__init__(site, method)
         self.q = method.side(site)
-        # Of ceil(in / q) input blocks only as many are read as there are output blocks.
+        # Of the ceil(in / q) input blocks, no more are read than there are output blocks.
         self.n = min(math.ceil(size / self.q) for size in site.shape)
         self.M = zeros(*site.lead, self.q, self.q)
         theta = 10000.0 ** (-torch.arange(0, self.q, 2, dtype=torch.float32) / self.q)
@@ -128,25 +130,25 @@ class RotatingAdapter(BlockAdapter):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def blocks(self) -> Tensor:
-        # R_g^T = R_-g, applied to every row of M, pairs being (j, j + q/2).
+        # R_g^T = R_-g, applied to every row of M; the pairs are (j, j + q/2).
         first, second = self.M.unsqueeze(-3).chunk(2, -1)
         cos, sin = self.cos[:, None], self.sin[:, None]
         return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 
 
 def _fold(x: Tensor, q: int) -> Tensor:
-    """Features i, q + i, 2q + i, ... summed, i < q."""
+    """Sum the features i, q + i, 2q + i, ... for each i < q."""
     n = math.ceil(x.shape[-1] / q)
     return wrap(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
 
 
 def _split(size: int, q: int) -> tuple[int, int]:
-    """(length of the shorter groups, how many of the q groups are one longer)."""
+    """Return (length of the shorter groups, how many of the q groups are one feature longer)."""
     return size // q, size % q
 
 
 def _group(x: Tensor, q: int) -> Tensor:
-    """q groups of consecutive features summed."""
+    """Sum each of q groups of consecutive features."""
     length, longer = _split(x.shape[-1], q)
     cut = longer * (length + 1)
     lead = x.shape[:-1]
@@ -156,14 +158,14 @@ def _group(x: Tensor, q: int) -> Tensor:
 
 
 def _repeat(z: Tensor, size: int) -> Tensor:
-    """Every feature as often as its group is long."""
+    """Repeat every feature as often as its group is long."""
     length, longer = _split(size, z.shape[-1])
     parts = (z[..., :longer].repeat_interleave(length + 1, -1), z[..., longer:].repeat_interleave(length, -1))
     return torch.cat(parts, -1)
 
 
 def _group_of(index: Tensor, size: int, q: int) -> Tensor:
-    """Which of the q groups of ``size`` features each index is in."""
+    """Return which of the q groups of ``size`` features each index is in."""
     length, longer = _split(size, q)
     cut = longer * (length + 1)
     return torch.where(index < cut, index // (length + 1), longer + (index - cut) // length)

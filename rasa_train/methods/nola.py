@@ -1,14 +1,14 @@
-"""NOLA: LoRA factors as combinations of random ones (Koohpayegani et al., ICLR 2024, arXiv 2310.02556).
+"""NOLA: LoRA factors as combinations of random factors (Koohpayegani et al., ICLR 2024, arXiv 2310.02556).
 
     dW = (alpha / r) B A,    A = A_0 + sum_j c_j A_j,    B = sum_j e_j B_j,    j = 1 .. n_basis
 
     A_j (r x in), B_j (out x r)   frozen, U(-1, 1) / sqrt(n_basis)
-    A_0 (r x in)                  frozen, LoRA's random start; B has none, so that dW starts at zero
-    c, e (n_basis)                trained, start 0
+    A_0 (r x in)                  frozen, LoRA's random start; there is no B_0, so that dW starts at zero
+    c, e (n_basis)                trained, start at 0
 
-Only the coefficients are trained and stored. A basis is n_basis times as large as the factor it makes, so it
-is never held: it is drawn piece by piece from a seed of its own, once in forward and once more in backward,
-on the CPU, so that it is the same on every device. For billions of weights that takes minutes per step.
+Only the coefficients are trained and stored. A basis is n_basis times as large as the factor that is made of it,
+so it is never held in memory: it is drawn piece by piece from its own seed, once in forward and once more in backward,
+on the CPU, so that it is the same on every device. For billions of weights this takes minutes per step.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..adapters.site import Site
 from ..kernels.low_rank import Factors
 
 PIECE = 1 << 24
-"""Values of a basis that exist at one time (64 MiB)."""
+"""Number of values of a basis that exist at one time (64 MiB)."""
 
 
 class NOLA(Method):
-    """LoRA in the span of random matrices: 2 n_basis parameters per site, whatever its size and r are."""
+    """LoRA in the span of random matrices: 2 n_basis parameters per site, whatever r and the size of the site are."""
 
     method: Literal["nola"] = "nola"
     r: PositiveInt = 16
@@ -39,12 +39,12 @@ class NOLA(Method):
     alpha: PositiveFloat = 4.0
     """The update is scaled by alpha / r (the official Llama example)."""
     n_basis: PositiveInt = 512
-    """Random matrices per factor (the official Llama example)."""
+    """Number of random matrices per factor (the official Llama example)."""
     basis_seed: NonNegativeInt = 0
-    """Seed of all bases. The update is defined by it, the coefficients and the order of the sites. Ours."""
+    """Seed of all bases (our addition). The seed, the coefficients and the order of the sites define the update."""
 
     def build(self, sites: list[Site]) -> Built:
-        # A site's seeds are drawn by its place in the list. torch's CPU generator reads 32 bits of a seed.
+        # The seeds of a site depend on its place in the list. torch's CPU generator reads 32 bits of a seed.
         generator = torch.Generator("cpu").manual_seed(self.basis_seed)
         seeds = torch.randint(2**32, (len(sites), 3), generator=generator, device="cpu").tolist()
         return Built({s.path: NOLAAdapter(s, self, own) for s, own in zip(sites, seeds, strict=True)}, {})
@@ -70,13 +70,13 @@ class NOLAAdapter(FactorAdapter):
 
 
 def _combine(coefficients: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:
-    """sum_j c_j T_j over the basis of ``seed``: (*lead, n) coefficients -> (*lead, *shape)."""
+    """Return sum_j c_j T_j over the basis of ``seed``: (*lead, n) coefficients -> (*lead, *shape)."""
     flat: Tensor = _Combination.apply(coefficients, seed, math.prod(shape))  # type: ignore[no-untyped-call]
     return flat.view(*flat.shape[:-1], *shape)
 
 
 class _Combination(torch.autograd.Function):
-    """The same with flat T_j. Linear in c: backward needs the T_j alone, and draws them again."""
+    """The sum of ``_combine`` with flat T_j. It is linear in c, so backward needs only the T_j and draws them again."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, seed: int, size: int) -> Tensor:
@@ -96,7 +96,7 @@ class _Combination(torch.autograd.Function):
 
 
 def _pieces(seed: int, n: int, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(j, T_j .. T_j+m as m x size) on ``device``, from the first j to the last."""
+    """Yield pairs of j and the m matrices from T_j on as (m x size), on ``device``, from the first j to the last."""
     generator = torch.Generator("cpu").manual_seed(seed)
     step = max(1, PIECE // size)
     for first in range(0, n, step):
@@ -105,5 +105,5 @@ def _pieces(seed: int, n: int, size: int, device: torch.device) -> Iterator[tupl
 
 
 def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
-    """U(-1, 1), fp32, on the CPU."""
+    """Draw from U(-1, 1), fp32, on the CPU."""
     return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-1.0, 1.0, generator=generator)

@@ -2,8 +2,8 @@
 
     W = Q R (reduced QR);  B0 = Q[:, :r],  A0 = R[:r, :];  dW = s (B A - B0 A0),  s = alpha / r
 
-A and B start as A0 and B0. The frozen W stays what it is: A0 and B0 are kept with the adapter, not
-subtracted from W, so the adapter is whole without a changed base and nothing is rounded into a bfloat16 W.
+A and B start as A0 and B0. The frozen W does not change: A0 and B0 are stored with the adapter instead of being
+subtracted from W, so the adapter is complete without a changed base, and no rounding changes a bfloat16 W.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from ..kernels.low_rank import Factors
 
 
 class OLoRA(Method):
-    """Orthonormal low-rank adaptation: A (r x in) and B (out x r) trained, in every site."""
+    """Orthonormal low-rank adaptation: A (r x in) and B (out x r) are trained in every site."""
 
     method: Literal["olora"] = "olora"
     r: PositiveInt = 8
-    """Rank of A and of B. The update itself has rank up to 2r, since A0 and B0 belong to it."""
+    """Rank of A and of B. The update itself has rank up to 2r, since A0 and B0 are part of it."""
     alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / r. Ours: LoRA's value; the RaSA paper gives none for OLoRA."""
+    """The update is scaled by alpha / r. The default is our choice, LoRA's value: the RaSA paper gives none for
+    OLoRA."""
 
     def build(self, sites: list[Site]) -> Built:
         check_rank(sites, self.r)
@@ -36,14 +37,14 @@ class OLoRA(Method):
         return Built({site.path: StartedAdapter(site, self, self.r, scale, self.split) for site in sites}, {})
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """B0 (*lead, out, r) and A0 (*lead, r, in) of W."""
-        # LAPACK and cuSOLVER differ in signs: this is computed once and saved, never again on loading.
+        """Return B0 (*lead, out, r) and A0 (*lead, r, in) of W."""
+        # LAPACK and cuSOLVER differ in signs, so the result is computed once and saved, not recomputed on loading.
         Q, R = torch.linalg.qr(weight)
         return Q[..., : self.r], R[..., : self.r, :]
 
 
 class StartedAdapter(FactorAdapter):
-    """dW = s (B A - B0 A0), where A and B start as the A0 and B0 that ``split`` makes of W."""
+    """An adapter with dW = s (B A - B0 A0), where A and B start as the A0 and B0 that ``split`` computes from W."""
 
     needs_weight = True
 
@@ -73,15 +74,15 @@ class StartedAdapter(FactorAdapter):
             place.copy_(B0)
 
     def factors(self) -> Factors:
-        # B A - B0 A0 = (B - B0) A + B0 (A - A0): both terms are exactly zero at the start, dropout or not;
-        # the differences are taken in fp32, while B A x - B0 A0 x would cancel in the dtype of x.
+        # B A - B0 A0 = (B - B0) A + B0 (A - A0): both terms are exactly zero at the start, with or without dropout.
+        # The differences are computed in fp32, whereas B A x - B0 A0 x would lose digits in the dtype of x.
         B = torch.cat([self.B - self.B0, self.B0], -1)
         A = torch.cat([self.A, self.A - self.A0], -2)
         return Factors(B, A.new_full(A.shape[:-1], self.scale), A)
 
 
 def check_rank(sites: list[Site], r: int) -> None:
-    """Raise ``UserError`` where W has fewer than ``r`` directions to start from."""
+    """Raise ``UserError`` if the W of any site has fewer than ``r`` directions to start from."""
     smallest = min(sites, key=lambda site: min(site.shape))
     most = min(smallest.shape)
     if r > most:

@@ -3,8 +3,8 @@
     W = U S V^T;  B0 = U_r diag(sqrt(S_r / s)),  A0 = diag(sqrt(S_r / s)) V_r^T
     dW = s (B A - B0 A0),  s = alpha / r
 
-As in OLoRA the frozen W stays what it is and A0, B0 are kept. Dropout acts on the whole dW: with the original
-form, W - s B0 A0 as the base, it would take principal directions of W away at random from the first step on.
+As in OLoRA the frozen W does not change, and A0 and B0 are stored. Dropout acts on the whole dW: in the original
+form, with W - s B0 A0 as the base, it would remove principal directions of W at random from the first step on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _r(data: dict[str, Any]) -> float:
 
 
 class PiSSA(Method):
-    """Principal singular values and vectors adaptation: A (r x in) and B (out x r) trained, in every site."""
+    """Principal singular values and vectors adaptation: A (r x in) and B (out x r) are trained in every site."""
 
     method: Literal["pissa"] = "pissa"
     r: PositiveInt = 8
@@ -33,7 +33,7 @@ class PiSSA(Method):
     alpha: PositiveFloat = Field(default_factory=_r)
     """The update is scaled by alpha / r. Default: r, so that the scale is 1 (the authors' scripts)."""
     niter: NonNegativeInt | None = None
-    """Subspace iterations of a randomized SVD, much faster on large weights (16 is accurate).
+    """Number of subspace iterations of a randomized SVD, which is much faster on large weights (16 is accurate).
     Default: the exact SVD."""
 
     @property
@@ -45,7 +45,7 @@ class PiSSA(Method):
         return Built({s.path: StartedAdapter(s, self, self.r, self.scale, self.split) for s in sites}, {})
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """B0 (*lead, out, r) and A0 (*lead, r, in) of W."""
+        """Return B0 (*lead, out, r) and A0 (*lead, r, in) of W."""
         if self.niter is None:
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         else:

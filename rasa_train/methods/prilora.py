@@ -2,10 +2,10 @@
 
     dW_l = (alpha / r_l) B A,    r_l = round(r / 2 + r l / L),  l = 1..L (half to even)
 
-These ranks give the parameter counts of the RaSA paper exactly. A is pruned while it is trained: the
-importance of entry (i, j) is |A_ij| n_j, n_j being a running average of the L2 norm of input feature j over
-the tokens of a step; in each row of A the least important entries are set to zero, and may grow again until
-the next pruning. The authors' code is not public: how often, how much, the average and the scale are ours.
+These ranks give exactly the parameter counts of the RaSA paper. A is pruned while it is trained: the importance of
+entry (i, j) is |A_ij| n_j, where n_j is a running average of the L2 norm of input feature j over the tokens of a step;
+in each row of A the least important entries are set to zero, and they may grow again until the next pruning. The
+authors' code is not public: how often and how much is pruned, the average and the scale are our choices.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from ..kernels.low_rank import Factors
 
 
 class PriLoRA(Method):
-    """Pruned and rank-increasing low-rank adaptation: A (r_l x in), B (out x r_l) trained, in every site."""
+    """Pruned and rank-increasing low-rank adaptation: A (r_l x in) and B (out x r_l) are trained in every site."""
 
     method: Literal["prilora"] = "prilora"
     r: PositiveInt = 8
-    """Mean rank of the layers, nearly: ranks go from r / 2 in the first to 3 r / 2 in the last."""
+    """Approximate mean rank of the layers: ranks grow from r / 2 in the first layer to 3 r / 2 in the last."""
     alpha: PositiveFloat = 32.0
-    """The update of layer l is scaled by alpha / r_l. Ours: LoRA's value, and that r_l divides it."""
+    """The update of layer l is scaled by alpha / r_l. The default (LoRA's value) and the division by r_l are our
+    choices."""
     prune_every: PositiveInt = 40
-    """Optimizer steps from pruning to pruning; the last step prunes too. Ours."""
+    """Number of optimizer steps from one pruning to the next; the last step prunes too. The default is our choice."""
     prune_ratio: float = Field(0.5, ge=0.0, lt=1.0)
-    """Share of each row of A that a pruning sets to zero. Ours."""
+    """Share of each row of A that a pruning sets to zero. The default is our choice."""
     ema_beta: float = Field(0.9, ge=0.0, lt=1.0)
-    """Decay per step of the running average of the input norms. Ours."""
+    """Decay per step of the running average of the input norms. The default is our choice."""
 
     def rank(self, l: int, L: int) -> int:
-        """Rank of layer ``l`` of 1..``L``."""
+        """Return the rank of layer ``l`` of 1..``L``."""
         return round(Fraction(self.r, 2) + Fraction(self.r * l, L))
 
     def build(self, sites: list[Site]) -> Built:
@@ -75,7 +76,7 @@ class PriLoRAAdapter(FactorAdapter):
         self.B = zeros(*site.lead, site.out_features, r)
         self.norms: Tensor
         self.register_buffer("norms", torch.zeros(*site.lead, site.in_features), persistent=False)
-        # Of this step and this worker: no buffer, which DDP may overwrite with the first worker's.
+        # Sums of this step on this worker. Not a buffer, which DDP may overwrite with the first worker's.
         self.squares: Tensor | None = None
 
     def factors(self) -> Factors:
@@ -83,8 +84,8 @@ class PriLoRAAdapter(FactorAdapter):
 
     @torch.no_grad()
     def watch(self, x: Tensor, counts: list[int] | None = None) -> None:
-        """Add the squares of the features of x (..., in_features), padding included. Under activation
-        checkpointing it runs twice: all norms of a site grow by one factor, and only entries of one row are
+        """Add the squares of the features of x (..., in_features), padding included. Under activation checkpointing
+        this runs twice, which is harmless: all norms of a site grow by the same factor, and only entries of one row are
         compared."""
         if self.squares is None:
             self.squares = torch.zeros_like(self.norms)
@@ -94,7 +95,7 @@ class PriLoRAAdapter(FactorAdapter):
             place += torch.linalg.vector_norm(rows, dim=tuple(range(x.dim() - 1)), dtype=wide).square()
 
     def take_squares(self) -> Tensor:
-        """Sums of squares (*lead, in_features) since the last call."""
+        """Return the sums of squares (*lead, in_features) since the last call, and reset them."""
         squares, self.squares = self.squares, None
         return torch.zeros_like(self.norms) if squares is None else squares
 

@@ -1,6 +1,6 @@
 """RaSA: rank sharing across layers (He et al., ICLR 2025, arXiv 2503.12576).
 
-Every layer keeps r - k ranks of its own and gives k to a pool that all L layers of one kind share:
+Every layer keeps r - k ranks of its own and gives k ranks to a pool that all L layers of one kind share:
 
     dW_i = [B_i  B_S] diag(d_i) [A_i ; A_S]                                            (Eq. 5)
 
@@ -8,8 +8,8 @@ Every layer keeps r - k ranks of its own and gives k to a pool that all L layers
     A_S (L*k x in), B_S (out x L*k)   one pool per kind of linear
     d_i (r-k + L*k)                   trained mixing weights of layer i, private entries first
 
-The parameters are LoRA's (plus d), the rank of the update is r - k + L k. alpha acts only through the start
-of d (Eq. 6): alpha / (2 (r-k)) for the private part, alpha / (2 L k) for the pool.
+The number of parameters is LoRA's (plus d), and the rank of the update is r - k + L k. alpha acts only through
+the start of d (Eq. 6): alpha / (2 (r-k)) for the private part, alpha / (2 L k) for the pool.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from ..kernels.low_rank import Factors
 
 
 class RaSA(Method):
-    """Rank-sharing low-rank adaptation."""
+    """Rank-sharing low-rank adaptation: all layers share the ranks of a pool and keep some of their own."""
 
     method: Literal["rasa"] = "rasa"
     r: PositiveInt = 8
-    """Ranks per layer: the parameter budget of LoRA with the same r."""
+    """Number of ranks per layer; the parameter budget is that of LoRA with the same r."""
     k: int = Field(-1, ge=0, validate_default=False)
-    """Ranks that each layer gives to the pool, 0 <= k <= r. Default: max(r // 8, 1) (paper, section 4.1)."""
+    """Number of ranks that each layer gives to the pool, 0 <= k <= r. Default: max(r // 8, 1) (paper, section 4.1)."""
     alpha: PositiveFloat = 32.0
-    """Scale, through the start of d only (Eq. 6). The paper: 32 for code, 8 for maths, whatever r is."""
+    """Scale of the update, which acts only through the start of d (Eq. 6). The paper: 32 for code, 8 for maths,
+    whatever r is."""
     init_compat: Literal["ours", "reference"] = "ours"
-    """Start of d when one of the two parts is empty: the whole alpha / rank, or half of it (Eq. 6 to the letter)."""
+    """Start of d if the private part or the pool is empty. ``ours``: alpha / rank; ``reference``: half of that, which
+    is Eq. 6 taken literally."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,7 +66,7 @@ class RaSA(Method):
             if pool is not None:
                 pools[name] = pool
             adapters |= {site.path: RaSAAdapter(site, self, pool, len(group)) for site in group}
-        # in the order of the sites, not of the groups
+        # In the order of the sites, not in that of the groups.
         return Built({site.path: adapters[site.path] for site in sites}, pools)
 
     @classmethod
@@ -76,7 +78,8 @@ class RaSA(Method):
 
     @classmethod
     def rename_peft(cls, key: str) -> str | None:
-        """Names of the reference implementation's files (METHODS: rasa_A, rasa_B, rasa_mixing, rasa_shared_*)."""
+        """Return the names for files of the reference implementation (rasa_A, rasa_B, rasa_mixing, rasa_shared_*; see
+        METHODS)."""
         if match := re.fullmatch(r"(.+)\.rasa_(A|B|mixing)(?:\.weight)?", key):
             return f"{match[1]}.{'d' if match[2] == 'mixing' else match[2]}"
         if match := re.fullmatch(r"base_model\.rasa_shared_([AB])\.(.+)\.weight", key):
@@ -98,7 +101,7 @@ class RaSAAdapter(FactorAdapter):
 
     def __init__(self, site: Site, method: RaSA, pool: Pool | None, layers: int) -> None:
         super().__init__(site, method)
-        # Not registered here: the pool belongs to the root of the model, and is read in forward (base.Built).
+        # Not registered here: the pool belongs to the root of the model and is read in forward (``contract.Built``).
         object.__setattr__(self, "pool", pool)
         private, shared = method.r - method.k, layers * method.k
         self.A = kaiming_uniform(*site.lead, private, site.in_features) if private else None

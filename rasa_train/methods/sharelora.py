@@ -1,12 +1,12 @@
 """ShareLoRA: LoRA with A, B or both shared by all layers of a kind (Song et al. 2024, arXiv 2406.10785).
 
-One pool per kind of linear holds what is shared:
+One pool per kind of linear holds the shared factors:
 
     dW_i = (alpha / r) B_i A        share: A     (ShareA)
            (alpha / r) B A_i        share: B     (ShareB)
            (alpha / r) B A          share: AB    (ShareAB)
 
-A (r x in) starts random and B (out x r) at zero, as LoRA's.
+A (r x in) starts random and B (out x r) at zero, as in LoRA.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..kernels.low_rank import Factors
 
 
 class ShareLoRA(Method):
-    """LoRA of which one side, or both, is one tensor per kind of linear."""
+    """LoRA in which A, B or both are one tensor per kind of linear, shared by all layers."""
 
     method: Literal["sharelora"] = "sharelora"
     r: PositiveInt = 8
     """Rank of the update."""
     alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / r. As our LoRA: 32 for code, 8 for maths in the RaSA paper."""
+    """The update is scaled by alpha / r. As in our LoRA: 32 for code, 8 for maths in the RaSA paper."""
     share: Literal["A", "B", "AB"] = "A"
-    """What the layers share. A is what the released script shares (there of q_proj and v_proj only)."""
+    """Factors that the layers share. The released script shares A (only that of q_proj and v_proj)."""
 
     def build(self, sites: list[Site]) -> Built:
         groups = by_kind(sites)
@@ -40,7 +40,7 @@ class ShareLoRA(Method):
 
 
 class Sides(nn.Module):
-    """What is shared: A, B or both."""
+    """The shared factors of one kind: A, B or both."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -60,7 +60,7 @@ class ShareLoRAAdapter(FactorAdapter):
 
     def __init__(self, site: Site, method: ShareLoRA, pool: Sides) -> None:
         super().__init__(site, method)
-        # Not registered here: the pool belongs to the root of the model, and is read in forward (base.Built).
+        # Not registered here: the pool belongs to the root of the model and is read in forward (``contract.Built``).
         object.__setattr__(self, "pool", pool)
         self.share, self.scale = method.share, method.alpha / method.r
         if "A" not in method.share:

@@ -5,7 +5,7 @@
     A (r x in), B (out x r)   trained, one pair per kind of linear
     u_i (r), v_i (out)        layer i's own scales: trained (TL6), or 1 (TL5)
 
-alpha is r, so there is no further scale. The paper ties a fused QKV; here every kind has its own pair.
+alpha is r, so there is no further scale. The paper ties a fused QKV projection; here every kind has its own pair.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..kernels.low_rank import Factors
 
 
 class TiedLoRA(Method):
-    """LoRA whose pair is tied across the layers."""
+    """LoRA whose pair of factors is tied across the layers."""
 
     method: Literal["tied-lora"] = "tied-lora"
     r: PositiveInt = 8
     """Rank of the update."""
     variant: Literal["TL6", "TL5"] = "TL6"
-    """TL6 trains the layers' scales u, v beside the pair; TL5 the pair alone, so all layers get one update.
-    That u and v start at 1 is ours: no source we have states it."""
+    """``TL6`` trains the scales u and v of each layer beside the pair; ``TL5`` trains only the pair, so all layers get
+    the same update. That u and v start at 1 is our choice: no source known to us states it."""
 
     def build(self, sites: list[Site]) -> Built:
         groups = by_kind(sites)
@@ -38,7 +38,7 @@ class TiedLoRA(Method):
 
 
 class Pair(nn.Module):
-    """A (r x in) random and B (out x r) zero: LoRA's start."""
+    """The tied pair: A (r x in) starts random and B (out x r) at zero, as in LoRA."""
 
     def __init__(self, site: Site, r: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TiedLoRAAdapter(FactorAdapter):
 
     def __init__(self, site: Site, method: TiedLoRA, pool: Pair) -> None:
         super().__init__(site, method)
-        # Not registered here: the pool belongs to the root of the model, and is read in forward (base.Built).
+        # Not registered here: the pool belongs to the root of the model and is read in forward (``contract.Built``).
         object.__setattr__(self, "pool", pool)
         scaled = method.variant == "TL6"
         self.u = full(1.0, *site.lead, method.r) if scaled else None

@@ -1,4 +1,4 @@
-"""VB-LoRA: factors made of a bank of vectors (Li et al., NeurIPS 2024, arXiv 2405.15179).
+"""VB-LoRA: factors composed from a bank of vectors (Li et al., NeurIPS 2024, arXiv 2405.15179).
 
     dW = B A;  every length-v piece of A (along in) and of B (along out) is a mixture of bank vectors:
     piece = sum over the topk largest logits t of softmax(those logits)_t * bank_t
@@ -7,8 +7,8 @@
     logits_A (r x in/v x h)    trained, one row of h per piece of A
     logits_B (out/v x r x h)   the same for B
 
-Neither factor starts at zero, so dW is not zero before training. There is no alpha. (The released scripts
-have learning rates of their own for the bank and the logits.) All logits are saved, so training can go on.
+Neither factor starts at zero, so dW is not zero before training. There is no alpha. (The released scripts use
+separate learning rates for the bank and the logits.) All logits are saved, so that training can continue.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from ..kernels.low_rank import Factors
 
 
 class VBLoRA(Method):
-    """LoRA whose factors are put together from the vectors of one bank."""
+    """LoRA whose factors are composed from the vectors of one bank."""
 
     method: Literal["vb-lora"] = "vb-lora"
     r: PositiveInt = 4
     """Rank of the update (PEFT's default)."""
     num_vectors: PositiveInt = 2048
-    """h, vectors in the bank (ours: PEFT's default is 256, for models smaller than today's)."""
+    """Number h of vectors in the bank. The default is our choice: PEFT's default is 256, for models smaller than
+    today's."""
     vector_length: PositiveInt = 256
-    """v; inputs and outputs of every adapted linear must be a multiple of it (PEFT's default)."""
+    """Length v of a vector; it must divide the inputs and outputs of every adapted linear (PEFT's default)."""
     topk: PositiveInt = 2
-    """Vectors in a mixture (PEFT's default)."""
+    """Number of vectors in a mixture (PEFT's default)."""
     bank_bound: PositiveFloat = 0.02
-    """The bank starts as U(-bound, bound) (PEFT's default)."""
+    """Bound of the start of the bank, U(-bound, bound) (PEFT's default)."""
     logits_std: PositiveFloat = 0.1
-    """The logits start as N(0, std^2) (PEFT's default)."""
+    """Standard deviation of the start of the logits, N(0, std^2) (PEFT's default)."""
 
     @model_validator(mode="after")
     def _topk_in_range(self) -> VBLoRA:
@@ -69,7 +70,9 @@ class VBLoRA(Method):
         if config.get("peft_type") != "VBLORA":
             return None
         if config.get("save_only_topk_weights"):
-            raise UserError("the VB-LoRA adapter was saved with save_only_topk_weights: its logits are gone")
+            raise UserError(
+                "the VB-LoRA adapter cannot be read: it was saved with save_only_topk_weights, so its logits are lost"
+            )
         same = {name: config[name] for name in ("r", "num_vectors", "vector_length", "topk")}
         return same | {
             "dropout": config["vblora_dropout"],
@@ -86,7 +89,7 @@ class VBLoRA(Method):
 
 
 class Bank(nn.Module):
-    """The vectors that the factors of all sites are made of."""
+    """The bank of vectors that the factors of all sites are composed from."""
 
     def __init__(self, method: VBLoRA) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class VBLoRAAdapter(FactorAdapter):
 
     def __init__(self, site: Site, method: VBLoRA, pool: Bank) -> None:
         super().__init__(site, method)
-        # Not registered here: the pool belongs to the root of the model, and is read in forward (base.Built).
+        # Not registered here: the pool belongs to the root of the model and is read in forward (``contract.Built``).
         object.__setattr__(self, "pool", pool)
         self.topk = method.topk
         out, in_ = (size // method.vector_length for size in site.shape)
@@ -117,6 +120,6 @@ class VBLoRAAdapter(FactorAdapter):
         return Factors(B, A.new_ones(A.shape[:-1]), A)
 
     def _mixtures(self, logits: Tensor) -> Tensor:
-        """(..., h) logits -> (..., v) pieces."""
+        """Return the pieces (..., v) of logits (..., h)."""
         top, index = logits.topk(self.topk, -1)
         return (top.softmax(-1).unsqueeze(-1) * self.pool.bank[index]).sum(-2)

@@ -4,10 +4,10 @@ One frozen random pair serves the whole model; a site trains two vectors:
 
     dW = diag(b) B diag(d) A
 
-    A (r x max in), B (max out x r)   frozen, one pair; a site takes the top-left slices A[:, :in], B[:out]
-    b (out), d (r)                    trained, start 0 and ``d_initial``
+    A (r x max in), B (max out x r)   frozen, one pair; a site uses the top-left slices A[:, :in], B[:out]
+    b (out), d (r)                    trained, start at 0 and at ``d_initial``
 
-The layout of the pair and the numbers in it are PEFT's. There is no alpha.
+The layout of the pair and its values are the same as in PEFT. There is no alpha.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class VeRA(Method):
     r: PositiveInt = 1024
     """Rank of the update (the RaSA paper's setting; it costs r parameters per site)."""
     d_initial: float = 0.1
-    """Start of d (PEFT's default; the paper does not say)."""
+    """Initial value of d (PEFT's default; the paper does not state one)."""
     projection_seed: NonNegativeInt = 0
     """Seed of the random pair (PEFT: ``projection_prng_key``)."""
     save_projection: bool = True
-    """Store the pair with the adapter. Without it a file is r * (max in + max out) * 4 bytes smaller, and
-    right only where torch draws the same numbers from the seed."""
+    """Whether the pair is stored with the adapter. Without it the file is r * (max in + max out) * 4 bytes smaller, but
+    correct only where torch draws the same numbers from the seed."""
 
     def build(self, sites: list[Site]) -> Built:
         pool = Projection(self, max(s.in_features for s in sites), max(s.out_features for s in sites))
@@ -67,7 +67,7 @@ class VeRA(Method):
 class Projection(nn.Module):
     """The frozen pair: A ~ U(+-sqrt(6 / max in)), B ~ U(+-sqrt(6 / r)) (Kaiming with gain sqrt(2)).
 
-    Drawn on the CPU from one generator, A first, so that every worker and every device has the same numbers.
+    Both are drawn on the CPU from one generator, A first, so that every worker and every device has the same values.
     """
 
     A: Tensor
@@ -90,7 +90,7 @@ class VeRAAdapter(FactorAdapter):
 
     def __init__(self, site: Site, method: VeRA, pool: Projection) -> None:
         super().__init__(site, method)
-        # Not registered here: the pool belongs to the root of the model, and is read in forward (base.Built).
+        # Not registered here: the pool belongs to the root of the model and is read in forward (``contract.Built``).
         object.__setattr__(self, "pool", pool)
         self.b = zeros(*site.lead, site.out_features)
         self.d = full(method.d_initial, *site.lead, method.r)

@@ -1,1 +1,1 @@
-"""Base models: loading them, and all that is known of model families by name."""
+"""Base models: loading them, and everything the package knows about model families by name."""

@@ -17,21 +17,24 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     name: str
-    """A hub id or a local directory in the transformers format; ``demo`` is the tiny Llama of this package."""
+    """A hub id or a local directory in the transformers format; ``demo`` is the tiny Llama that comes with this
+    package."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype the frozen base is held in and computes in. Adapter parameters are always fp32."""
+    """Dtype in which the frozen base is held and computes. Adapter parameters are always fp32."""
     base: Base = "bf16"
-    """How the frozen linears with adapters are held. ``bf16``: as ``dtype`` says (so fp32, if it says that). ``fp8``:
-    for speed, on GPUs with 8-bit matrix units. ``nf4``: 4 bits, for small cards (needs bitsandbytes). Adapters are
-    trained as with any base, and merging reads the original weights. ``ddp`` only."""
+    """Format in which the frozen linears with adapters are held. ``bf16``: the format that ``dtype`` names (fp32 if
+    ``dtype`` is ``float32``). ``fp8``: for speed, on GPUs with 8-bit matrix units. ``nf4``: 4 bits, for GPUs with
+    little memory (needs bitsandbytes). Adapters are trained in the same way with every base, and merging reads the
+    original weights. ``fp8`` and ``nf4`` need ``distributed.strategy: ddp``."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; ``auto`` is transformers' choice (sdpa where the model has it)."""
+    """Attention implementation; ``auto`` is the choice of transformers (sdpa where the model supports it)."""
     tokenizer: str | None = None
-    """Hub id or directory of the tokenizer, if it is not beside the model."""
+    """Hub id or directory of the tokenizer, if the tokenizer is not stored with the model."""
     trust_remote_code: bool = False
-    """Run code that comes with the model. Needs ``revision``, so that it is code somebody has read."""
+    """Run code that comes with the model. For a hub id this needs ``revision``, so that only code that somebody has
+    read is run."""
 
     @field_validator("name")
     @classmethod

@@ -1,4 +1,4 @@
-"""What is known of model families by name: repeated layers, heads, routers, linears that share an input."""
+"""What the package knows about model families by name: repeated layers, heads, routers, linears that share an input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of the model: the longest ModuleList that is in no other (experts are in a layer)."""
+    """Return the repeated layers of the model: the longest ModuleList that is not inside another one (lists of experts
+    are inside a layer)."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = [list(m) for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
     return max(outermost, key=len)
@@ -19,19 +20,19 @@ PLAIN_HEADS = frozenset({
     "qwen3_moe", "stablelm", "starcoder2",
 })
 # fmt: on
-"""Values of ``model_type`` whose logits are ``head(decoder(...).last_hidden_state)`` and nothing else. The others
-(Gemma 2's soft caps, the scaled logits of Cohere and Granite, what nobody has tried) go through their own forward."""
+"""Values of ``model_type`` for models whose logits are ``head(decoder(...).last_hidden_state)`` and nothing else. Other
+models (Gemma 2 with its soft caps, Cohere and Granite with scaled logits, untested models) use their own forward."""
 
 
 def has_plain_head(model: nn.Module) -> bool:
-    """Whether the loss can be computed in chunks."""
+    """Whether the loss of the model can be computed in chunks of tokens."""
     if not isinstance(model, PreTrainedModel):
         return False
     return model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear)
 
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""Names of a mixture-of-experts router: ``all-linear`` leaves it alone."""
+"""Names of the router of a mixture of experts, which ``all-linear`` does not adapt."""
 
 
 SHARED_INPUTS = (
@@ -40,5 +41,5 @@ SHARED_INPUTS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-"""Linears of one module that every known architecture calls one after the other with the same input: ``kernels.Group``
-computes them together (and finds out where this is not so)."""
+"""Linears of one module that every known architecture calls one after the other with the same input:
+``adapters.shared_input.Group`` computes them together (and detects a module that calls them differently)."""

@@ -1,4 +1,4 @@
-"""What is switched on layer by layer: recomputing activations, compiling."""
+"""Features that are switched on layer by layer: recomputation of activations, and compilation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .families import decoder_layers
 
 
 def checkpoint_layers(model: nn.Module, count: int) -> None:
-    """Of a model whose checkpointing is enabled: recompute the first ``count`` decoder layers in the backward pass."""
+    """Recompute only the first ``count`` decoder layers in the backward pass. Checkpointing of the model must be
+    enabled already."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for number, layer in enumerate(decoder_layers(model)):
@@ -23,8 +24,8 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile each decoder layer with ``backend``, for any number of tokens; layers that are alike share what is
-    compiled. Of a layer that is recomputed, what the recomputation wraps is compiled."""
+    """Compile each decoder layer with ``backend``, for any number of tokens; identical layers share the compiled code.
+    Where a layer is recomputed in the backward pass, the forward inside the recomputation is compiled."""
     compiled = cache(partial(torch.compile, dynamic=True, backend=backend))
     outside = torch.compiler.disable(_recompute_compiled, recursive=False)  # type: ignore[no-untyped-call]
     for layer in decoder_layers(model):
@@ -34,8 +35,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
 
 
 def _recompute_compiled(recompute: Callable[..., Any], compiled: Callable[..., Any], layer: Any, *args: Any) -> Any:
-    """``recompute(layer, *args)`` with the layer's forward compiled. It has to be outside of the graph: recomputing
-    from inside of one allows no breaks of it."""
-    if not isinstance(layer.func, MethodType):  # a method is the layer's own call, which is compiled (before 5.23)
+    """Return ``recompute(layer, *args)`` with the layer's forward compiled. The recomputation has to be outside the
+    compiled graph: inside, it allows no graph breaks."""
+    # A method is the layer's own call, which is compiled already (transformers before 5.23).
+    if not isinstance(layer.func, MethodType):
         layer = partial(compiled(layer.func), *layer.args, **layer.keywords)
     return recompute(layer, *args)

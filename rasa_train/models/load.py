@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: real weights to train, or the meta device to count and plan."""
+"""The base model and its tokenizer, with real weights for training or on the meta device for counting and planning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The architecture. Raises ``UserError`` when there is no such model, or it is none transformers knows."""
+    """Return the architecture. Raises ``UserError`` if the model does not exist or transformers does not know it."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
     from transformers import AutoConfig
@@ -30,7 +30,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The base with its weights, in ``config.dtype``, in eval mode, on the CPU."""
+    """Load the base with its weights, in ``config.dtype``, in eval mode, on the CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -53,7 +53,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
-    """The same architecture on the meta device: names and shapes, no memory."""
+    """Return a model of the same architecture on the meta device: names and shapes without memory."""
     from transformers import AutoModelForCausalLM
 
     architecture = load_config(config)
@@ -65,8 +65,8 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
-    """The base as ``load_model`` gives it, but its parameters on the meta device; buffers (rotary frequencies) have
-    their values."""
+    """Return the base as ``load_model`` does, but with its parameters on the meta device; buffers (rotary frequencies)
+    have their values."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -80,13 +80,13 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def has_weights(config: ModelConfig) -> bool:
-    """Whether a local directory holds safetensors weights (True for a hub id: only a download can tell)."""
+    """Whether a local directory holds safetensors weights (True for a hub id, since only a download can tell)."""
     path = Path(config.name)
     return not path.is_dir() or any(path.glob("*.safetensors"))
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer, or None when a local model directory has none (pre-tokenised rows need none)."""
+    """Load the tokenizer, or return None if a local model directory has none (pre-tokenised rows need none)."""
     name, key = (config.tokenizer, "model.tokenizer") if config.tokenizer else (config.name, "model.name")
     _check_name(name, key)
     _check_remote_code(config)
@@ -99,7 +99,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model, tied ones once."""
+    """Return the number of parameters of the model; tied parameters count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -108,10 +108,10 @@ def _check_name(name: str, key: str) -> None:
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.is_dir():
         if key == "model.name" and not (path / "config.json").is_file():
-            raise UserError(f"{key}: {name} is a directory without a config.json, so it is no model", key=key)
+            raise UserError(f"{key}: {name} is a directory without a config.json, so it is not a model", key=key)
     elif path.exists() or looks_local:
         raise UserError(
-            f"{key}: {name!r} does not exist (a hub id is `owner/name`, a local model is a directory)",
+            f"{key}: {name!r} does not exist; give a hub id (`owner/name`) or the directory of a local model",
             key=key,
         )
 
@@ -119,7 +119,7 @@ def _check_name(name: str, key: str) -> None:
 def _check_remote_code(config: ModelConfig) -> None:
     if config.trust_remote_code and not config.revision and not Path(config.name).is_dir():
         raise UserError(
-            "model.trust_remote_code needs model.revision (a commit that somebody has read)",
+            "model.trust_remote_code: true needs model.revision, a commit whose code somebody has read",
             key="model.revision",
         )
 

@@ -1,4 +1,4 @@
-"""Whether sequences of a model can share a row without padding, and the switch to attention that keeps them apart."""
+"""Check whether sequences can share a row without padding, and switch a model to attention that keeps them apart."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ KINDS = {"full_attention", "sliding_attention"}
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """Raise ``UserError`` if sequences of the model cannot share a row. Needs no weights."""
+    """Raise ``UserError`` if sequences of the model cannot share a row. The check does not need weights."""
     config = model.config.get_text_config()
     values = config.to_dict()
     others = set(values.get("layer_types") or []) - KINDS
     if not model.is_backend_compatible():
-        why = "its attention cannot be exchanged"
+        why = "its attention cannot be replaced"
     elif others or values.get("is_hybrid"):
-        why = f"it has layers of another kind ({', '.join(sorted(others)) or 'recurrent'})"
+        why = f"it has layers other than full and sliding attention ({', '.join(sorted(others)) or 'recurrent'})"
     elif values.get("attn_logit_softcapping"):
         why = "its attention has soft caps"
     elif values.get("alibi"):
-        why = "its positions are ALiBi's"
+        why = "it encodes positions with ALiBi"
     else:
         return
     raise UserError(
-        f"training.batching: {config.model_type} cannot be trained without padding: {why}; take length-grouped or "
-        "shuffled, and padding_free: false",
+        f"training.batching: {config.model_type} cannot be trained without padding: {why}; set "
+        "training.batching to length-grouped or shuffled, and training.padding_free to false",
         key="training.batching",
     )
 
 
 def use_varlen(model: PreTrainedModel) -> None:
-    """Let ``model`` attend within each sequence of a row. A model that was asked to use flash attention keeps it: it
-    reads the same arguments.
+    """Let ``model`` attend within each sequence of a row. A model that is set to use flash attention keeps it, because
+    flash attention reads the same arguments.
 
     Raises:
-        UserError: the model's attention cannot do it.
+        UserError: the model's attention cannot keep sequences of one row apart.
     """
     check_packable(model)
     if "flash" not in str(model.config._attn_implementation):
@@ -50,7 +50,7 @@ def use_varlen(model: PreTrainedModel) -> None:
 
 @contextmanager
 def padded(model: nn.Module) -> Iterator[None]:
-    """``model`` attends to padded sequences again inside, as it does when it generates."""
+    """Let ``model`` attend to padded sequences again inside the block, as generation needs."""
     flat = isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
     if isinstance(model, PreTrainedModel) and flat:
         model.set_attn_implementation("sdpa")

@@ -1,1 +1,1 @@
-"""What is minimised."""
+"""Training objectives: the losses that training minimises."""

@@ -1,7 +1,8 @@
 """The summed cross-entropy of the supervised tokens, computed inside the model's forward.
 
-Only the hidden states that predict a supervised token reach the LM head, and the logits exist for a chunk of them at
-a time. It happens in forward because DDP, ZeRO-3 and FSDP2 gather weights and reduce gradients around that call.
+Only the hidden states that predict a supervised token reach the LM head, and logits exist for one chunk of those
+states at a time. The loss is computed in forward because DDP, ZeRO-3 and FSDP2 gather weights and reduce gradients
+around that call.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 def install(model: nn.Module) -> Loss:
-    """Make ``model(**batch)`` the loss of a batch (see ``data.batching``): fp32, a sum over its ``targets``.
+    """Make ``model(**batch)`` return the loss of a batch (see ``data.batching``): fp32, a sum over its ``targets``.
 
-    Returns a function of the model, or of what a strategy has wrapped it in, and a batch. A model that another library
-    has wrapped (PEFT) is left as it is: its loss is computed from its logits, outside.
+    Returns a function that takes the model, or the wrapper that a strategy has put around it, and a batch. A model that
+    another library (PEFT) has wrapped is left unchanged: its loss is computed outside the model, from its logits.
     """
     if not isinstance(model, PreTrainedModel):
         return from_logits
@@ -40,7 +41,7 @@ def install(model: nn.Module) -> Loss:
 
 @contextmanager
 def with_logits(model: nn.Module) -> Iterator[None]:
-    """``model`` gives logits again inside, and can generate."""
+    """Let ``model`` return logits again inside the block, so that it can generate."""
     forward = model.__dict__.pop("forward", None)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
@@ -55,23 +56,23 @@ def with_logits(model: nn.Module) -> Iterator[None]:
 
 
 def from_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The same loss from all logits of a model that knows nothing of it."""
+    """Compute the same loss from all logits of a model that ``install`` has left unchanged."""
     inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
     return _of_own_logits(model, batch["positions"], batch["targets"], **inputs)
 
 
 class LossHead(nn.Module):
-    """The LM head of ``base``, by the same names, giving the loss instead of the logits."""
+    """The LM head ``base`` with the same parameter names, returning the loss instead of the logits."""
 
     base: nn.Linear
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        object.__setattr__(self, "base", base)  # not registered: its tensors are this module's
+        object.__setattr__(self, "base", base)  # not registered: this module holds its tensors
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies, fp32; ``hidden`` (tokens, width), ``targets`` (tokens)."""
+        """Return the sum of the cross-entropies, fp32; ``hidden`` (tokens, width), ``targets`` (tokens)."""
         return linear_cross_entropy(hidden, self.weight, self.bias, targets)
 
 
@@ -82,7 +83,8 @@ def _chunked(model: PreTrainedModel, positions: Tensor, targets: Tensor, **input
 
 
 def _of_own_logits(forward: Callable[..., Any], positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-    """Of a model's own logits: of the supervised tokens if they are in one row and the model can, else of all."""
+    """Compute the loss from the model's own logits: only those of the supervised tokens if the batch is one row and
+    the model's forward has ``logits_to_keep``, else those of all tokens."""
     keeps = len(inputs["input_ids"]) == 1 and "logits_to_keep" in inspect.signature(forward).parameters
     if keeps:
         logits = forward(**inputs, use_cache=False, logits_to_keep=positions).logits[0]

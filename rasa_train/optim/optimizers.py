@@ -17,15 +17,15 @@ class _Config(BaseModel):
 
 
 class LionW(_Config):
-    """Lion with decoupled weight decay (Chen et al. 2023, arXiv 2302.06675): every step moves each entry by lr."""
+    """Lion with decoupled weight decay (Chen et al. 2023, arXiv 2302.06675): every step moves every entry by lr."""
 
     name: Literal["lionw"] = "lionw"
     lr: PositiveFloat = 5.0e-4
     """Peak learning rate (paper: 5e-4 for LoRA and RaSA, 3e-4 for MoRA, 5e-3 for VeRA)."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """(of the update, of the momentum). The paper's scripts."""
+    """Coefficients of the update and of the momentum (the paper's scripts)."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decay per step at peak lr, relative: p *= 1 - (lr / peak lr) * weight_decay, whatever the peak lr is."""
+    """Relative decay per step at the peak lr: p *= 1 - (lr / peak lr) * weight_decay, whatever the peak lr is."""
 
 
 class AdamW(_Config):
@@ -35,11 +35,11 @@ class AdamW(_Config):
     lr: PositiveFloat = 2.0e-4
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """(of the mean, of the square). torch's defaults."""
+    """Coefficients of the running means of the gradient and of its square (torch's defaults)."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the mean square."""
+    """Term added to the root of the mean square gradient."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decay per step is lr * weight_decay, as in torch."""
+    """Weight decay: the relative decay per step is lr * weight_decay, as in torch."""
 
 
 def _default_name(value: Any) -> Any:
@@ -50,11 +50,11 @@ OptimizerConfig = Annotated[LionW | AdamW, Field(discriminator="name"), BeforeVa
 
 
 class Lion(torch.optim.Optimizer):
-    """The optimizer of ``LionW``, with its state and, to the bit, its arithmetic as in lion-pytorch; a few kernels for
-    many tensors instead of several for each."""
+    """The optimizer that ``LionW`` configures. Its state and, bit for bit, its arithmetic are those of lion-pytorch,
+    but it launches a few kernels for many tensors instead of several for each tensor."""
 
     AT_ONCE = 64
-    """Tensors updated together: bounds the memory of the updates where tensors are large."""
+    """Number of tensors updated together; it bounds the memory of the updates where tensors are large."""
 
     def __init__(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config: LionW) -> None:
         super().__init__(parameters, {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay})
@@ -104,5 +104,5 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=True
         if trained and all(p.is_cuda for p in trained)
-        else None,  # a few kernels a step; None: torch's choice
+        else None,  # fused: a few kernels per step; None: torch's choice
     )

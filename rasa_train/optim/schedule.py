@@ -1,4 +1,4 @@
-"""The learning rate over the optimizer steps."""
+"""Learning-rate schedules over the optimizer steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ScheduleConfig(_Config):
     """Learning rate over the optimizer steps: linear warm-up, then the named decay to ``final_ratio``."""
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up (the paper: cosine)."""
+    """Shape of the decay after the warm-up (the paper: cosine)."""
     warmup_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    """Share of all steps that warms up, rounded up (paper: 10%)."""
+    """Length of the warm-up as a share of all steps, rounded up to whole steps (the paper: 10%)."""
     warmup_steps: NonNegativeInt | None = None
-    """Warm-up in steps; replaces ``warmup_ratio``."""
+    """Length of the warm-up in steps; replaces ``warmup_ratio``."""
     final_ratio: float = Field(0.0, ge=0.0, le=1.0)
     """Learning rate at the end, as a share of the peak."""
 
@@ -29,10 +29,10 @@ def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
 
 
 def lr_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step ``step`` (0-based) as a share of the peak.
+    """Return the learning rate of optimizer step ``step`` (0-based) as a share of the peak.
 
-    The first step of a warm-up has learning rate 0 and the peak comes after it, as in transformers (which the
-    reference used): step / warm-up, then 0.5 (1 + cos(pi * progress)).
+    The first step of a warm-up has learning rate 0, and the peak is reached by the first step after the warm-up, as in
+    transformers (which the reference used): step / warm-up, then 0.5 (1 + cos(pi * progress)).
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:

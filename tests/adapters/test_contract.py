@@ -54,7 +54,7 @@ STARTS_ELSEWHERE = {"vb-lora"}
 """dW is not zero before training: both factors are mixtures of random vectors."""
 NO_SITES = {"full", "peft", "bitfit"}
 """The update is of the base's own parameters, or PEFT's; BitFit adapts only linears without a bias (not GPT-2's)."""
-REFUSED = {("bitfit", "experts"): "bitfit can add no bias"}
+REFUSED = {("bitfit", "experts"): "bitfit cannot add a bias"}
 
 CASES = [(m, w, d) for m in FIELDS for w in WEIGHTS for d in DTYPES if (m, w) not in REFUSED]
 IDS = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))

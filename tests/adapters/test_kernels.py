@@ -148,7 +148,7 @@ def numbers() -> Callable[..., Tensor]:
 @pytest.mark.parametrize("method", WITH_SITES)
 def test_fast_is_plain(method: str, kind: str) -> None:
     if (method, kind) == ("bitfit", "mixtral"):
-        pytest.skip("bitfit can add no bias to fused experts")
+        pytest.skip("bitfit cannot add a bias to fused experts")
     model = tiny(kind, torch.float32, method, dropout=0.1)
     wanted, theirs = losses(model), gradients(model)
     with packed(groups(model)):

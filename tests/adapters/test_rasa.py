@@ -227,7 +227,7 @@ def test_targets() -> None:
     [
         (["q_porj"], None, ["'q_porj'", "did you mean 'q_proj'", "mlp.up_proj"]),
         (r"encoder\..*", None, ["matches no linear", "self_attn.q_proj"]),
-        ("[", None, ["no regular expression"]),
+        ("[", None, ["not a regular expression"]),
         ("all-linear", ["lm_head"], ["adapter.exclude", "'lm_head'"]),
         (["q_proj"], ["q_proj"], ["leaves nothing"]),
     ],

@@ -80,7 +80,7 @@ def test_operations_are_products_with_the_masked_input(tokens: int) -> None:
 
 INTERPRETED = """
 import torch
-from rasa_train.adapters import seeded, seeded_triton as kernels
+from rasa_train.kernels import seeded_dropout as seeded, seeded_dropout_triton as kernels
 
 for tokens, width, ranks in ((77, 200, 24), (130, 72, 120), (3, 8, 8), (64, 96, 256), (700, 16, 8)):
     random = torch.Generator().manual_seed(0)

@@ -228,7 +228,7 @@ def test_output_with_files(case, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("x")
-    assert "no model" in refused(tmp_path, adapter, "--output", home, "--overwrite")
+    assert "not a model" in refused(tmp_path, adapter, "--output", home, "--overwrite")
     assert "is a file" in refused(tmp_path, adapter, "--output", home / "thesis.tex", "--overwrite")
 
 
@@ -248,7 +248,7 @@ def test_output_must_keep_away_from_the_inputs(case, tmp_path):
     base, adapter, _ = case()
     (tmp_path / "link").symlink_to(base)
     for out in (base, adapter, base / "merged", adapter / "merged", tmp_path, tmp_path / "link"):
-        assert "neither in nor around" in refused(tmp_path, adapter, "--output", out, "--overwrite")
+        assert "must not lie in" in refused(tmp_path, adapter, "--output", out, "--overwrite")
 
 
 def test_output_under_a_file(case, tmp_path):
@@ -351,7 +351,7 @@ def test_full_disk(case, tmp_path, small_disk, monkeypatch, found):
     if found == "while":
         monkeypatch.setattr(output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 0, 1 << 60))
     message = refused(tmp_path, adapter, "--output", small_disk / "deep" / "out")
-    assert ("has 65.5 kB free" if found == "before" else "No space left") in message
+    assert ("has only 65.5 kB free" if found == "before" else "No space left") in message
     assert not list(small_disk.iterdir())
 
 

@@ -202,7 +202,7 @@ class ScaledAdapter(Adapter):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_update_that_depends_on_the_weight_gets_it(case, tmp_path, monkeypatch, kind):
-    monkeypatch.setitem(METHODS, "scaled", Scaled)
+    monkeypatch.setitem(METHODS.registered, "scaled", Scaled)
     _, adapter, expected = case(kind, method="scaled")
     merge(adapter, tmp_path / "out")
     assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
@@ -385,7 +385,7 @@ class ShiftedAdapter(Adapter):
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_an_update_of_a_bias_that_is_there(case, tmp_path, monkeypatch, kind):
-    monkeypatch.setitem(METHODS, "shifted", Shifted)
+    monkeypatch.setitem(METHODS.registered, "shifted", Shifted)
     _, adapter, expected = case(kind, method="shifted")
     assert merge(adapter, tmp_path / "out").adapted == {"qwen2": 6, "gpt2": 8}[kind]
     assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)

@@ -91,7 +91,12 @@ def test_torn_files(make_run: MakeRun) -> None:
     next((path / "evaluation" / "math").iterdir()).write_text("[]")
     run = read_run(path, "run")
     assert len(run.metrics) == STEPS - 1 and run.state.startswith("step 39")
-    for words in ("1 damaged line left out", "summary.json cannot be read", "recipe.yaml cannot", "damaged or no safe"):
+    for words in (
+        "1 damaged line left out",
+        "summary.json cannot be read",
+        "recipe.yaml cannot",
+        "damaged or not a safe",
+    ):
         assert any(words in problem for problem in run.problems), (words, run.problems)
     assert "Training loss" in render([run])
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import datasets
 
-from ...data.encode import prompt_text
-from ..answers import Checker
-from ..passk import mean_pass_at_k
-from ..problems import Row, code_candidate, load, program
-from ..sandbox import Sandbox
-from ..score import score_code as verdicts_of
-from ..score import score_math as answers_of
+# Absolute: lm-eval loads this file by its path, outside of the package.
+from rasa_train.data.encode import prompt_text
+from rasa_train.evaluate.answers import Checker
+from rasa_train.evaluate.passk import mean_pass_at_k
+from rasa_train.evaluate.problems import Row, code_candidate, load, program
+from rasa_train.evaluate.sandbox import Sandbox
+from rasa_train.evaluate.score import score_code as verdicts_of
+from rasa_train.evaluate.score import score_math as answers_of
 
 
 def math_rows(data: str | None = None, **metadata: Any) -> dict[str, Any]:
