@@ -32,13 +32,8 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-<<<<<<< HEAD
-    """Versions of what the numbers depend on."""
-    others = ("torch", "transformers", "accelerate")
-=======
     """Return the versions of the packages that the numbers of a run depend on."""
-    others = ("torch", "transformers", "accelerate", "lion-pytorch")
->>>>>>> english-a
+    others = ("torch", "transformers", "accelerate")
     return {"rasa_train": __version__, **{name: version_of(name) or "unknown" for name in others}}
 
 
