@@ -1,4 +1,4 @@
-"""The scripts of examples/ are run as a reader runs them, with fewer steps; tests/test_docs.py reads the pages there."""
+"""The scripts of examples/ are run as a reader runs them, for a few steps. tests/test_docs.py reads the pages there."""
 
 from __future__ import annotations
 
