@@ -1,7 +1,7 @@
 """Fine-tune with RaSA in an ordinary PyTorch loop: the demo's model and word problems, offline, on a CPU.
 
-    python examples/plain_loop.py --steps 40 --output adapter
-    rasa-merge adapter --output merged
+python examples/plain_loop.py --steps 40 --output adapter
+rasa-merge adapter --output merged
 """
 
 import argparse
