@@ -57,8 +57,8 @@ ELSEWHERE = {
 """Programs of others: the shell must be able to read the line, and that is all that is looked at."""
 
 FOREIGN_PACKAGES = {"gguf", "liger-kernel", "sentencepiece"}
-FOREIGN_FLAGS = {"--security-opt", "--outtype"}
-"""What the pages name of docker and of llama.cpp's converter."""
+FOREIGN_FLAGS = {"--security-opt", "--outtype", "--lora-modules"}
+"""What the pages name of docker, of llama.cpp's converter and of vLLM."""
 OF_THE_READER = "rasa_train/adapters/lora_fa.py"
 """A file that docs/EXTENDING.md has the reader write (tests/adapters/test_extending.py)."""
 
