@@ -1,6 +1,6 @@
 """Fine-tune with RaSA in an ordinary PyTorch loop: the demo's model and word problems, offline, on a CPU.
 
-python examples/plain_loop.py --steps 40 --output adapter
+python examples/plain_loop.py --steps 30 --output adapter
 rasa-merge adapter --output merged
 """
 
@@ -17,7 +17,7 @@ from rasa_train.data.demo_problems import training_problems
 from rasa_train.data.encode import prompt_text
 
 parser = argparse.ArgumentParser(description="Fine-tune the demo's model with RaSA in an ordinary PyTorch loop.")
-parser.add_argument("--steps", type=int, default=40, help="Number of optimizer steps.")
+parser.add_argument("--steps", type=int, default=30, help="Number of optimizer steps.")
 parser.add_argument("--output", type=Path, default=Path("adapter"), help="Directory for the adapter.")
 options = parser.parse_args()
 
