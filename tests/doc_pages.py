@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ taken apart: code blocks with their language, commands, code within text, links."""
+"""The pages of documentation taken apart: code blocks with their language, commands, code within text, links."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "configs" / "paper" / "README.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*.md")),
+    ROOT / "configs" / "paper" / "README.md",
+]
 SHELL = "sh"
 """Language of an indented block, as these pages use it: every line is a command."""
 

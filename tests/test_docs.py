@@ -49,6 +49,7 @@ ELSEWHERE = {
     "vllm": "what rasa-merge prints itself after an export (tests/merge/test_lora.py)",
     "lm_eval": "of lm-evaluation-harness; its tasks are run by tests/evaluate",
     "convert_hf_to_gguf.py": "of llama.cpp",
+    "curl": "a request to a server of vLLM",
     "while": "a loop of the shell",
     "do": "",
     "done": "",
@@ -56,8 +57,8 @@ ELSEWHERE = {
 """Programs of others: the shell must be able to read the line, and that is all that is looked at."""
 
 FOREIGN_PACKAGES = {"gguf", "liger-kernel", "sentencepiece"}
-FOREIGN_FLAGS = {"--security-opt", "--outtype"}
-"""What the pages name of docker and of llama.cpp's converter."""
+FOREIGN_FLAGS = {"--security-opt", "--outtype", "--lora-modules"}
+"""What the pages name of docker, of llama.cpp's converter and of vLLM."""
 OF_THE_READER = "rasa_train/adapters/lora_fa.py"
 """A file that docs/EXTENDING.md has the reader write (tests/adapters/test_extending.py)."""
 
@@ -343,7 +344,7 @@ def test_what_the_text_names_is_there(page: Path, options: set[str]) -> None:
         if match := re.fullmatch(r"((?:model|adapter|data|training|distributed|tracking)\.[a-z_.]+)(?:[:=].*)?", span):
             close = difflib.get_close_matches(match[1], keys, n=1)
             assert match[1] in keys, f"{name_of(page)}: {span}; is it {close}?"
-        if re.fullmatch(r"(?:rasa_train|tests|scripts|docs|configs)/[\w./-]*", span) and span != OF_THE_READER:
+        if re.fullmatch(r"(?:rasa_train|tests|scripts|docs|configs|examples)/[\w./-]*", span) and span != OF_THE_READER:
             assert (ROOT / span).exists(), f"{name_of(page)}: {span}"
 
 
