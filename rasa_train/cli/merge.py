@@ -1,4 +1,4 @@
-"""``rasa-merge``: fold an adapter into its base, export it for other programs, or extract one."""
+"""``rasa-merge``: fold an adapter into its base, export it for other programs, or extract an adapter."""
 
 from __future__ import annotations
 
@@ -27,23 +27,27 @@ EXTRACT = "Extract an adapter"
 @app.command(cls=Command)
 def merge(
     adapter: Annotated[
-        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or output_dir of a run.")
+        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or the output_dir of a run.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Directory to write; new or empty.")] = ...,  # type: ignore[assignment]
+    output: Annotated[Path, typer.Option(help="Directory to write, which must be new or empty.")] = ...,  # type: ignore[assignment]
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="DIR:WEIGHT", help="Of several adapters, each with its weight: their sum."),
+        typer.Option(
+            "--adapter", metavar="DIR:WEIGHT", help="One of several adapters to sum, with its weight; repeat for each."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, hub id or directory. (default: the adapter's)")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or directory of the base model. (default: the adapter's)")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take a base whose weights are not those trained on.")
+        bool, typer.Option("--any-base", help="Accept a base other than the one the adapter was trained on.")
     ] = False,
     format: Annotated[
         Literal["merged", "lora", "peft"],
         typer.Option(
-            help="merged: an ordinary checkpoint. lora: an equal LoRA for PEFT and vLLM. "
-            "peft: PEFT's own format of lora, dora and vera."
+            help="What to write. merged: an ordinary checkpoint. lora: an equivalent LoRA for PEFT and vLLM. "
+            "peft: an adapter in PEFT's own format, for lora, dora and vera."
         ),
     ] = "merged",
     dtype: Annotated[
@@ -51,31 +55,55 @@ def merge(
         typer.Option(help="Dtype of the merged checkpoint. (default: the base's)"),
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, help="Cut an exported LoRA to this rank; the error is reported.")
+        int | None, typer.Option(min=1, help="Largest rank of an exported LoRA; the truncation error is reported.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Files written at a time.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of files written at a time. (default: as many as cores and memory allow)"),
+    ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run the adapted and the merged model on prompts and compare.")
+        bool, typer.Option("--verify", help="Run the adapted and the merged model on a few prompts and compare them.")
     ] = False,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Write a model card and say what --upload would upload."),
+        typer.Option(
+            metavar="OWNER/NAME", help="Write a model card for this hub repository and list what --upload would upload."
+        ),
     ] = None,
-    upload: Annotated[bool, typer.Option("--upload", help="With --push: do it, to a private repository.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that has files.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="With --push: upload the output to a private repository.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output directory that holds files.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     finetuned: Annotated[
         str | None,
-        typer.Option("--extract", metavar="FINETUNED", help="Fine-tuned checkpoint.", rich_help_panel=EXTRACT),
+        typer.Option(
+            "--extract",
+            metavar="FINETUNED",
+            help="Fine-tuned checkpoint to extract an adapter from; needs --base.",
+            rich_help_panel=EXTRACT,
+        ),
     ] = None,
-    method: Annotated[Literal["rasa", "lora"], typer.Option(rich_help_panel=EXTRACT)] = "rasa",
-    r: Annotated[int, typer.Option(min=1, help="Ranks a layer.", rich_help_panel=EXTRACT)] = 8,
+    method: Annotated[
+        Literal["rasa", "lora"], typer.Option(help="Method of the extracted adapter.", rich_help_panel=EXTRACT)
+    ] = "rasa",
+    r: Annotated[int, typer.Option(min=1, help="Number of ranks per layer.", rich_help_panel=EXTRACT)] = 8,
     k: Annotated[
-        int | None, typer.Option(min=0, help="Shared ranks a layer. (default: r // 8)", rich_help_panel=EXTRACT)
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of shared ranks per layer, for RaSA. (default: r // 8, at least 1)",
+            rich_help_panel=EXTRACT,
+        ),
     ] = None,
-    sweeps: Annotated[int, typer.Option(min=0, help="Of the coordinate descent.", rich_help_panel=EXTRACT)] = 50,
+    sweeps: Annotated[
+        int, typer.Option(min=0, help="Number of sweeps of the coordinate descent.", rich_help_panel=EXTRACT)
+    ] = 50,
     targets: Annotated[
-        str, typer.Option(help="Names, comma-separated, or all-linear.", rich_help_panel=EXTRACT)
+        str,
+        typer.Option(help="Linears to adapt: names separated by commas, or all-linear.", rich_help_panel=EXTRACT),
     ] = "all-linear",
 ) -> None:
     """Fold an adapter into its base model and write an ordinary Hugging Face checkpoint."""
@@ -85,7 +113,7 @@ def merge(
             raise UserError("--upload needs --push OWNER/NAME")
         if finetuned is not None:
             if adapter is not None or adapters or base is None:
-                raise UserError("--extract FINETUNED makes an adapter: it needs --base MODEL, and no adapter is given")
+                raise UserError("--extract FINETUNED makes an adapter: give --base MODEL, and no adapter")
             names: Any = targets.split(",") if targets != "all-linear" else targets
             report = _extract(finetuned, base, output, method, r, k, sweeps, names, overwrite)
             run, verified = Path(finetuned), None
@@ -113,15 +141,17 @@ def main() -> None:
 
 def _check(format: str, dtype: str | None, max_rank: int | None, verify: bool) -> None:
     if format != "merged" and dtype is not None:
-        raise UserError(f"--dtype {dtype} is for --format merged: an exported adapter is fp32, so that it is exact")
+        raise UserError(
+            f"--dtype {dtype} is for --format merged only: an exported adapter is always fp32, so that it is exact"
+        )
     if format != "merged" and verify:
-        raise UserError(f"--verify is for --format merged, got --format {format}")
+        raise UserError(f"--verify is for --format merged only, got --format {format}")
     if format != "lora" and max_rank is not None:
-        raise UserError(f"--max-rank {max_rank} is for --format lora, got --format {format}")
+        raise UserError(f"--max-rank {max_rank} is for --format lora only, got --format {format}")
 
 
 def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]:
-    """What ``merge`` takes: one directory, or several with weights; and the first as it was given."""
+    """Return the adapters as ``merge`` takes them, one directory or several with weights, and the first directory."""
     from ..merging.source import find_adapter
 
     if (adapter is None) == (not adapters):
@@ -129,7 +159,7 @@ def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]
     if adapter is not None:
         directory = find_adapter(adapter)
         if directory not in (adapter, adapter / "adapter"):
-            print(f"{adapter} has no adapter/ yet: taking its newest checkpoint, {directory.name}", file=sys.stderr)
+            print(f"{adapter} has no adapter/ yet: using its newest checkpoint, {directory.name}", file=sys.stderr)
         return directory, adapter
     weighted = []
     for item in adapters or ():
@@ -158,7 +188,7 @@ def _write(
 
     if format == "peft":
         if not isinstance(given, Path):
-            raise UserError("--format peft is for one adapter; a sum can be exported with --format lora")
+            raise UserError("--format peft is for a single adapter; export a sum with --format lora")
         return export_peft(given, output, **options)
     with _bar() as progress:
         if format == "lora":
@@ -189,7 +219,7 @@ def _extract(
     overwrite: bool,
 ) -> ExtractReport:
     if k is not None and (k > r or method == "lora"):
-        raise UserError(f"--k must be in [0, --r={r}], for --method rasa; got {k} for {method}")
+        raise UserError(f"--k must be in [0, --r={r}], and is for --method rasa only; got {k} with --method {method}")
     from ..merging import extract
 
     with _bar() as progress:
@@ -215,7 +245,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
         if report.error:
             lines[-1] = f"{done} as LoRA of rank {report.rank}: {report.error:.3%} of the update is lost, by norm"
         if report.max_lora_rank is None:
-            lines.append("vLLM takes no LoRA of such a rank: --max-rank 512 cuts it, or merge instead")
+            lines.append("vLLM does not accept a LoRA of this rank: truncate it with --max-rank 512, or merge instead")
         else:
             lines.append(
                 f"vllm serve {report.base_model} --enable-lora --max-lora-rank {report.max_lora_rank} "
@@ -223,8 +253,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             )
         if report.fused_experts:
             lines.append(
-                "note: PEFT reads the LoRA of fused experts from 0.19 on; vLLM only for models whose experts it keeps "
-                "fused (gpt-oss, Qwen3-VL-MoE): merge for others, Mixtral and Qwen3-MoE among them"
+                "note: PEFT reads a LoRA of fused experts from version 0.19 on, and vLLM reads it only for models whose "
+                "experts it keeps fused (gpt-oss, Qwen3-VL-MoE): merge for other models, such as Mixtral and Qwen3-MoE"
             )
     else:
         lines.append(f"{done} of {report.tensors} tensors changed")
@@ -244,7 +274,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
 
 
 def _error_table(report: ExtractReport) -> list[str]:
-    """Squared errors over the squared norm of the update, of each kind and of all."""
+    """Return a table of the squared errors over the squared norm of the update, for each kind and for all kinds."""
     rows = {**report.kinds, "all": report.total()}
     width = max(map(len, rows))
     name = report.method if report.method == "lora" else f"rasa r={report.r} k={report.k}"
@@ -254,13 +284,13 @@ def _error_table(report: ExtractReport) -> list[str]:
         lines.append(f"{kind:{width}}  {error:13.3f}%  {lora:9.3f}%")
     if report.others_changed:
         n, first = len(report.others_changed), report.others_changed[0]
-        lines.append(f"not in the adapter: {n} other tensors that fine-tuning changed (first: {first})")
+        lines.append(f"not in the adapter: {n} other tensors that fine-tuning changed (the first is {first})")
     return lines
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr when that is a terminal; None otherwise."""
+    """Yield the callback of a progress bar on stderr if stderr is a terminal, and None otherwise."""
     if not sys.stderr.isatty():
         yield None
         return

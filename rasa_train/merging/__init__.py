@@ -1,5 +1,5 @@
-"""Adapter + base -> an ordinary checkpoint (``merge``), or an adapter for other programs (``export_lora``,
-``export_peft``); and back from a fine-tuned checkpoint to an adapter (``extract``)."""
+"""Turn an adapter and its base into an ordinary checkpoint (``merge``) or into an adapter for other programs
+(``export_lora``, ``export_peft``), and a fine-tuned checkpoint back into an adapter (``extract``)."""
 
 from .extract import ExtractReport, extract
 from .lora import ExportReport, export_lora

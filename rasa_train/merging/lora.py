@@ -1,12 +1,12 @@
-"""Export of any factor method as a plain LoRA adapter in PEFT's format, exactly.
+"""Export any factor method exactly, as a plain LoRA adapter in PEFT's format.
 
     dW = B diag(d) A   ->   lora_B = B diag(d),  lora_A = A,  lora_alpha = r, so that the scale is 1
 
-d stays on one side: its entries can be negative. PEFT and vLLM load the result without knowing the method. With a
-largest rank the product is cut by its singular values, which is the best there is of that rank.
+d stays on one side because its entries can be negative. PEFT and vLLM load the result without knowing the method. With
+a maximum rank the product is truncated by its singular values, which gives the best approximation of that rank.
 
 Fused expert weights are parameters, not modules: PEFT (0.19) adapts them as ``target_parameters``, with one rank for
-all experts. gate and up are one parameter there, so their ranks stand beside each other.
+all experts. The gate and up projections are one such parameter, so their ranks stand side by side.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ..io.checkpoint_files import tensor_bytes, write_tensors
 from .source import Adapters, Source, open_source
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for ``--max-lora-rank``."""
+"""Values that vLLM accepts for ``--max-lora-rank``."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What PEFT adapts with one pair of factors: a linear, or a fused weight of experts."""
+    """A linear or a fused expert weight, which PEFT adapts with one pair of factors."""
 
     name: str
-    """The module's path, or the parameter's name: what PEFT's patterns and targets are matched with."""
+    """Path of the module, or name of the parameter: PEFT matches its patterns and targets against this name."""
     prefix: str
-    """Of its tensors in the file."""
+    """Prefix of the target's tensors in the file."""
     sites: list[Site]
-    """The linear; or the linears that are rows of the fused weight, those that are adapted."""
+    """The site of the linear, or the adapted sites that are rows of the fused weight."""
 
     @property
     def fused(self) -> bool:
@@ -52,7 +52,7 @@ class Target:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did."""
+    """Result of an export."""
 
     output: str
     format: str
@@ -63,17 +63,17 @@ class ExportReport:
     bytes: int
     seconds: float
     rounding: float
-    """0: nothing is rounded."""
+    """Always 0, because nothing is rounded."""
     base_checked: bool
     """Whether the base is known to be the one that the adapter was trained on."""
     rank: int
-    """The largest rank of a site."""
+    """Largest rank of a site."""
     error: float
-    """norm(written - dW) / norm(dW) over all sites: what ``max_rank`` costs. 0 without it."""
+    """norm(written - dW) / norm(dW) over all sites: the error from ``max_rank``; 0 without ``max_rank``."""
     max_lora_rank: int | None
-    """vLLM's option, or None when the rank is more than it takes."""
+    """Value for vLLM's ``--max-lora-rank``, or None when vLLM does not accept a rank this large."""
     fused_experts: bool = False
-    """Whether fused expert weights are among what is adapted: not every reader of LoRA knows these."""
+    """Whether fused expert weights are adapted, which not every program that reads LoRA supports."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,8 +129,8 @@ def export_lora(
 
 @torch.no_grad()
 def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
-    """(A (*lead, R, in), diag(b) B diag(d) (*lead, out, R)), fp32, without the ranks whose d is zero (AdaLoRA prunes
-    by zeros)."""
+    """Return (A (*lead, R, in), diag(b) B diag(d) (*lead, out, R)), fp32, without the ranks whose d is zero (AdaLoRA
+    prunes a rank by setting its d to zero)."""
     factors = adapter.factors()
     kept = _nonzero(factors.d)
     return factors.A.float()[..., kept, :], factors.Bd.float()[..., kept]
@@ -138,10 +138,10 @@ def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The best approximation of B A of that rank, through QR of the factors: nothing of the size of dW is made.
+    """Return the best approximation of B A of the given rank, by QR of the factors: dW itself is never computed.
 
     Args:
-        A, B: (*lead, R, in) and (*lead, out, R); each of ``lead`` is cut by itself.
+        A, B: (*lead, R, in) and (*lead, out, R); each entry of ``lead`` is truncated on its own.
         rank: at most R, in and out.
     Returns:
         A' (*lead, rank, in), B' (*lead, out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
@@ -156,7 +156,7 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
 
 
 def _targets(source: Source) -> list[Target]:
-    """Linears as they come; then the fused weights."""
+    """Return the linears in the order of their sites, then the fused weights."""
     fused: dict[str, list[Site]] = {}
     targets = []
     for site in source.sites:
@@ -181,18 +181,19 @@ def _rank(source: Source, target: Target, max_rank: int | None) -> int:
 
 
 def _rows(source: Source, target: Target) -> int:
-    """Outputs: of the linear, or of all that the fused weight holds."""
+    """Return the number of output rows of the linear, or of the whole fused weight."""
     return source.model.get_parameter(target.name).shape[-2] if target.fused else target.sites[0].out_features
 
 
 def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of A and B in the file."""
+    """Return the shapes of A and B in the file."""
     ranks = rank * (target.sites[0].num_experts or 1)
     return (ranks, target.sites[0].in_features), (_rows(source, target), ranks)
 
 
 def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
-    """As of ``lora_factors``. The linears of one fused weight have ranks of their own, beside each other."""
+    """Return A and B as ``lora_factors`` does. The linears of one fused weight each have ranks of their own, which
+    stand side by side."""
     pairs = [lora_factors(_factor_adapter(source, site)) for site in target.sites]
     if not target.fused:
         return pairs[0]
@@ -206,7 +207,7 @@ def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def _as_stored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's two matrices: A has the ranks of expert 0 first, B the experts of rank 0."""
+    """Return PEFT's two matrices: the rows of A are ordered by expert, the columns of B by rank."""
     if A.ndim == 2:
         return A, B
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
@@ -219,7 +220,7 @@ def _write_factors(
     path: Path,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[int, float]:
-    """Size of the file, and the relative error of what was cut."""
+    """Write the factors of all targets. Returns the size of the file, and the relative error of the truncation."""
     entries, sides = [], {}
     for target in targets:
         for side, shape in zip("AB", _shapes(source, target, ranks[target.name]), strict=True):
@@ -251,7 +252,7 @@ def _write_factors(
 
 def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -> dict[str, Any]:
     r = max(ranks.values())
-    # alpha = rank everywhere: the scale is 1 for readers that know the patterns and for those that do not.
+    # alpha = rank everywhere: the scale is 1 for programs that read the patterns and for those that do not.
     pattern = {name: rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -273,14 +274,14 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
 
 
 def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
-    """The shortest names that select just these sites: last names, else kinds, else whole paths."""
+    """Return the shortest names that select exactly these sites: last parts of the names, else kinds, else paths."""
     kinds = {site.kind for site in sites}
     last = {kind.rpartition(".")[2] for kind in kinds}
     return _shortest([last, kinds], {site.path for site in sites}, [path for path, _ in model.named_modules()])
 
 
 def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) -> list[str]:
-    """The first set of names by which PEFT finds just what is wanted; else that itself."""
+    """Return the first set of candidate names with which PEFT finds exactly the wanted paths; else those paths."""
     for names in candidates:
         if {path for path in paths if any(path == n or path.endswith("." + n) for n in names)} == wanted:
             return sorted(names)
@@ -290,12 +291,14 @@ def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) ->
 def _check(source: Source) -> None:
     if source.replaced:
         raise UserError(
-            f"the adapter has base parameters ({min(source.replaced)}, ...), which no LoRA can hold: use "
+            f"the adapter has base parameters ({min(source.replaced)}, ...), which a LoRA cannot hold: use "
             "--format merged"
         )
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):
-            raise UserError(f"adapter.method: {source.label!r} is no product of low-rank factors: use --format merged")
+            raise UserError(
+                f"adapter.method: {source.label!r} is not a product of low-rank factors: use --format merged"
+            )
 
 
 def _kept(source: Source, site: Site) -> Tensor:
@@ -304,7 +307,8 @@ def _kept(source: Source, site: Site) -> Tensor:
 
 
 def _nonzero(d: Tensor) -> Tensor:
-    """Positions of the ranks that count, of any expert; at least one, since LoRA has no rank 0."""
+    """Return the positions of the ranks whose d is nonzero in at least one expert; never empty, since LoRA has no
+    rank 0."""
     kept = d.reshape(-1, d.shape[-1]).any(0).nonzero().flatten()
     return kept if kept.numel() else torch.zeros(1, dtype=torch.long)
 

@@ -1,6 +1,7 @@
-"""The adapter folded into the base: an ordinary Hugging Face checkpoint, written file by file.
+"""Fold an adapter into its base: an ordinary Hugging Face checkpoint, written file by file.
 
-A merge that was killed goes on with the files it had finished. Memory is that of a few tensors, whatever the model.
+A merge that was killed keeps the files it had finished and continues with the next. Memory is that of a few tensors,
+whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -42,20 +43,21 @@ WEIGHTS = {
     ".ckpt",
     ".npz",
 }
-"""Endings of files that hold weights: they would contradict the merged ones."""
+"""Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
 SMALL = 200_000_000
-"""Bytes; a larger file beside a model is no tokenizer."""
+"""Bytes. A larger file beside a model is not a tokenizer and is not copied."""
 FINISHED = ".finished.json"
-"""In a directory under way: the files in it that are whole and on the disk, with their tallies."""
+"""File in an unfinished output directory that lists the complete files on the disk, with their tallies."""
 BYTES_A_VALUE = 10
-"""Memory that folding takes for each value of a tensor: W and dW in fp32, and what was read or is written."""
+"""Bytes of memory that folding takes for each value of a tensor: W and dW in fp32, and the stored value that is read or
+written."""
 MEMORY = 1_200_000_000
-"""Bytes that all threads together may take for tensors, as far as their number can see to it."""
+"""Bytes that all threads together may take for tensors; the number of threads is chosen to stay below it."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """Result of a merge."""
 
     output: str
     format: str
@@ -64,15 +66,15 @@ class MergeReport:
     base_checked: bool
     """Whether the base is known to be the one that the adapter was trained on."""
     tensors: int
-    """Tensors in the output."""
+    """Number of tensors in the output."""
     adapted: int
-    """Weights and biases that the adapter changes or adds."""
+    """Number of weights and biases that the adapter changes or adds."""
     bytes: int
     """Size of the safetensors files."""
     seconds: float
     rounding: float | None
-    """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that the output's
-    dtype loses. 0 for fp32; None when the update is zero."""
+    """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that is lost by rounding to
+    the output's dtype. 0 for fp32; None when the update is zero."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,20 +92,20 @@ def merge(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write the base with the adapter folded in to the directory ``output``.
+    """Fold the adapter into the base and write the result to the directory ``output``.
 
     Args:
-        adapter: an adapter directory or a run directory; or several as (directory, weight): the weighted sum of
-            their updates.
-        base: hub id or directory; default: what the adapter names.
-        any_base: take a base whose weights are not those trained on.
-        dtype: of all floating-point tensors of the output; default: what each has in the base.
-        threads: files written at a time; default: the processors, fewer where tensors are so large that memory
-            would go beyond 2 GB.
+        adapter: an adapter directory or a run directory; or several as (directory, weight), whose weighted updates
+            are summed.
+        base: hub id or directory of the base. Default: the base that the adapter names.
+        any_base: accept a base whose weights are not those the adapter was trained on.
+        dtype: dtype of all floating-point tensors of the output. Default: the dtype of each tensor in the base.
+        threads: number of files written at a time. Default: the number of processors, or fewer where tensors are so
+            large that memory would exceed 2 GB.
         progress: called with (bytes read, bytes in all), by one thread at a time.
     Raises:
         UserError: the adapter does not fit, files are damaged, values are not finite, or ``output`` cannot be
-            written. ``output`` is then what it was.
+            written. ``output`` is then unchanged.
     """
     start = time.perf_counter()
     source = open_source(adapter, base, revision, weights=True, any_base=any_base)
@@ -144,7 +146,7 @@ def merge(
 
 
 def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[int], None]) -> list[Tally]:
-    """Write the files that are not there yet, several at a time, and note each when it is on the disk."""
+    """Write the files that are not finished yet, several at a time, and record each file once it is on the disk."""
     note, finished, lock = partial / FINISHED, {}, threading.Lock()
     if note.is_file():
         finished = {file: Tally(**tally) for file, tally in json.loads(note.read_text()).items()}
@@ -176,7 +178,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
 
     if threads == 1:
         return [write(file) for file in folding.checkpoint.files]
-    # Each thread of the pool computes by itself: with threads of their own they would wait for each other.
+    # Each thread of the pool gets its share of torch's threads: with more, the files would wait for each other.
     before, share = torch.get_num_threads(), max((os.cpu_count() or 1) // threads, 1)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,)) as pool:
         futures = [pool.submit(write, file) for file in folding.checkpoint.files]
@@ -195,7 +197,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
 
 
 class _StoppedError(Exception):
-    """Another file could not be written, so this one need not be."""
+    """Raised to stop writing a file because another file could not be written."""
 
 
 def _threads(folding: Folding) -> int:
@@ -206,7 +208,8 @@ def _threads(folding: Folding) -> int:
 def _key(
     base: Path, files: Sequence[str] | Mapping[str, Any], origins: Sequence[Path], dtype: torch.dtype | None, label: str
 ) -> str:
-    """Of all that a merge's files are made from: names, sizes and times of the inputs, and what is done to them."""
+    """Return a hash of everything that determines the files of a merge: names, sizes and modification times of the
+    inputs, the dtype of the output, the method, and the version of this package."""
     paths = [base / file for file in files] + [path for origin in origins for path in sorted(origin.iterdir())]
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps([__version__, label, str(dtype), stats]).encode()).hexdigest()
@@ -235,7 +238,7 @@ def _read_config(base_dir: Path) -> dict[str, Any]:
 
 
 def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
-    """Say the new dtype in ``config.json``, nested configs included."""
+    """Set the new dtype in the contents of a ``config.json``, nested configs included."""
     assert isinstance(config, dict)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
@@ -247,7 +250,7 @@ def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
 
 
 def _copy_small_files(base_dir: Path, output: Path) -> None:
-    """Configuration, tokenizer, chat templates, licence: all but weights, hidden files, directories."""
+    """Copy configuration, tokenizer, chat templates and licence: all files but weights and hidden or large files."""
     for path in sorted([*base_dir.iterdir(), *(base_dir / "additional_chat_templates").glob("*.jinja")]):
         weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == CONFIG
         if weights or path.name.startswith(".") or not path.is_file() or path.stat().st_size > SMALL:
