@@ -30,7 +30,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def figure_2(kinds: Sequence[Capacity], k: int) -> Figure:
-    """Plot the error over sweeps for one k, one line per kind, in units of LoRA's least error (the paper's Figure 2)."""
+    """Plot the error over sweeps for one k, one line per kind, over LoRA's least error (the paper's Figure 2)."""
     figure, axes = _axes(f"Reconstruction error, k = {k}", "sweep", "error / LoRA's least error")
     axes.axhline(1, color=COLOURS[6], lw=1, ls="--")
     at_the_right = axes.get_yaxis_transform()

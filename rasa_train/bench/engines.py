@@ -87,7 +87,7 @@ class Contender:
         return loss.detach()
 
     def settle(self) -> None:
-        """Drop the gradients and write the parameters, as an optimizer step does, so that an engine cannot reuse what it
+        """Drop the gradients and write the parameters, as an optimizer step does, so that an engine cannot reuse values
         derived from them."""
         with torch.no_grad():
             for parameter in self.parameters.values():
@@ -100,7 +100,7 @@ def engines(width: int, dropout: float) -> list[Engine]:
     """Return all engines for a model of this width, the frozen base first.
 
     Hyper-parameters are the paper's for mathematics at LoRA r = 8; VeRA's rank is a quarter of the model's width, as
-    the paper's 1024 is of 4096. The per-linear engine has no dropout, because unsloth leaves its fast path with dropout.
+    the paper's 1024 is of 4096. The per-linear engine has no dropout, for which unsloth would leave its fast path.
     """
     lora = LoRA(r=8, alpha=8, dropout=dropout)
     rasa = RaSA(r=8, k=1, alpha=8, dropout=dropout)

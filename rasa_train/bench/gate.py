@@ -1,4 +1,4 @@
-"""Check that an engine computes its method before it is timed: compare loss and gradients with an explicit fp32 model."""
+"""Check, before an engine is timed, that it computes its method: compare loss and gradients with an fp32 model."""
 
 from __future__ import annotations
 

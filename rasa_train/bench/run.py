@@ -258,7 +258,7 @@ def _title(engine: Engine) -> str:
 
 
 def count_all(shape: str, dropout: float, choice: Choice) -> dict[str, Any]:
-    """Count bytes and operations of the chosen engines. Returns the object that ``rasa-bench --counters --json`` prints.
+    """Count bytes and operations of the chosen engines. Returns what ``rasa-bench --counters --json`` prints.
 
     Raises:
         UserError: counting does not support the shape.

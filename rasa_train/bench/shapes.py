@@ -16,7 +16,7 @@ from ..models.config import ModelConfig
 from ..models.load import load_config
 
 LINEARS = "linears-1024"
-"""Name of the shape that is only the seven linears of a decoder layer, 1024 wide, to measure an adapter's cost alone."""
+"""Name of the shape that is only a decoder layer's seven linears, 1024 wide, to measure an adapter's cost alone."""
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3.1-8b": {

@@ -274,7 +274,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
 
 
 def _error_table(report: ExtractReport) -> list[str]:
-    """Return a table of the squared errors over the squared norm of the update, for each kind and for all kinds."""
+    """Return a table of the squared errors over the squared norm of the update, for each kind and all kinds."""
     rows = {**report.kinds, "all": report.total()}
     width = max(map(len, rows))
     name = report.method if report.method == "lora" else f"rasa r={report.r} k={report.k}"

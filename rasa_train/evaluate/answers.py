@@ -4,8 +4,8 @@
                           ``simplify(parse_latex(a) - parse_latex(b)) == 0``. An answer that does not parse is wrong,
                           even when both are identical: intervals and most tuples score 0.
 ``math_sympy_or_string``  ``math_sympy``, or equal after the normalisation.
-``accuracy``              equal after the normalisation (with both sides of an equation, of which Minerva's normalisation
-                          keeps only the right side), or equal by math-verify: sets, intervals, matrices, text, units.
+``accuracy``              equal after the normalisation (with both sides of an equation, of which Minerva's rule keeps
+                          only the right side), or equal by math-verify: sets, intervals, matrices, text, units.
 
 Text of a model is parsed, never evaluated: math-verify is used with its LaTeX grammar alone, since its grammar for
 plain expressions ends in Python's ``eval``. A comparison may take forever or use all memory (``9^{9^{9^9}}``), in loops

@@ -166,13 +166,13 @@ def test_subspace(pair: tuple[Path, Path], cli: Cli) -> None:
 
 
 WRONG = {
-    "nothing": (["reconstruct"], "give an adapter or run"),
-    "both": (["reconstruct", "one", "--random", "2,3,4"], "give an adapter or run"),
+    "nothing": (["reconstruct"], "give either an adapter or run"),
+    "both": (["reconstruct", "one", "--random", "2,3,4"], "give either an adapter or run"),
     "random": (["reconstruct", "--random", "2,3"], "--random must be L,B,A"),
     "k": (["reconstruct", "one", "--k", "9"], r"--k must be numbers in \[0, r=8\]"),
     "kind": (["reconstruct", "one", "--kind", "q_porj"], "no such kind; there are self_attn.q_proj"),
     "no adapter": (["spectrum", "nowhere"], "nowhere does not exist"),
-    "no model": (["spectrum", "base", "nowhere"], "nowhere is no model"),
+    "no model": (["spectrum", "base", "nowhere"], "nowhere is not a model"),
     "beyond the rank": (["subspace", "one", "two", "-i", "7"], r"-i must be in \[1, 6\], the numerical rank of"),
     "itself": (["subspace", "one"], "--layers M,N"),
     "layers": (["subspace", "one", "--layers", "0,7"], "has layers 0 to 2, got 7"),

@@ -260,16 +260,16 @@ def test_a_run_its_checkpoints_and_training_evaluate(cli: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{demo}", "--suite", "maths"), "--suite must be of math, gsm8k, code, forgetting"),
+        (("{demo}", "--suite", "maths"), "--suite must name suites out of math, gsm8k, code, forgetting"),
         (("{demo}", "--suite", "math"), "--data PATH, a file or a directory"),
         (("{demo}", "--suite", "forgetting"), "give a directory with hellaswag.jsonl"),
         (("{demo}", "--suite", "math", "--data", "nowhere"), "--data: nowhere does not exist"),
         (("{tiny}", "--suite", "gsm8k", "--data", "demo"), "has no tokenizer"),
-        (("./nowhere", "--suite", "gsm8k", "--data", "demo"), "is no run, adapter or model"),
+        (("./nowhere", "--suite", "gsm8k", "--data", "demo"), "is not a run, an adapter or a model"),
         (("{demo}", "--all-checkpoints"), "--all-checkpoints needs the directory of a run"),
         (("{demo}", "--backend", "vllm", "--suite", "gsm8k", "--data", "demo"), "--backend vllm needs vLLM"),
-        ((), "give either RUN_OR_MODEL, or --score"),
-        (("--score", "nowhere.jsonl"), "--score: no file nowhere.jsonl"),
+        ((), "give either RUN_OR_MODEL or --score"),
+        (("--score", "nowhere.jsonl"), "--score: nowhere.jsonl is not a file"),
     ],
 )
 def test_bad_input(cli: Any, tiny_llama: Path, arguments: tuple[str, ...], message: str) -> None:

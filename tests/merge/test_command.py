@@ -72,7 +72,7 @@ def test_plain_output_says_what_a_person_needs(case, tmp_path):
 def test_who_reads_the_lora_of_fused_experts_is_said(case, tmp_path):
     _, adapter, _ = case("mixtral")
     code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora")
-    assert code == 0 and "rank 10" in stdout and "from 0.19 on; vLLM only for" in stdout
+    assert code == 0 and "rank 10" in stdout and "from version 0.19 on, and vLLM reads it only for" in stdout
 
 
 def test_a_run_without_a_final_adapter_says_which_checkpoint_it_took(case, tmp_path):

@@ -108,7 +108,7 @@ def test_large_kinds_are_cut_first_and_stay_below_lora(tmp_path, monkeypatch):
 
 def test_two_architectures(tmp_path):
     base, _ = save_base(tmp_path / "base"), save_base(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(UserError, match=r"gpt2 is no fine-tuned .*q_proj\.weight is absent"):
+    with pytest.raises(UserError, match=r"gpt2 is not a fine-tuned .*q_proj\.weight is absent"):
         extract(str(tmp_path / "gpt2"), str(base), tmp_path / "out")
     save_base(tmp_path / "tied", "tied")
     with pytest.raises(UserError, match=r"k_proj\.weight is \(32, 32\), not \(16, 32\)"):
