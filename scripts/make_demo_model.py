@@ -378,7 +378,8 @@ from, simple instructions in the Alpaca template); no third-party text, code or 
 problems of the demo (`rasa_train/data/demo_problems.py`) are not part of that text, so the model cannot answer
 them until it is fine-tuned. Even then it often copies a wrong name or thing; the numbers are what it is for.
 
-The weights are stored in bfloat16, but they were trained in float32 and are meant to be used in float32. Licence: Apache-2.0.
+The weights are stored in bfloat16, but they were trained in float32 and are meant to be used in float32.
+Licence: Apache-2.0.
 """
 
 STAGE = """

@@ -382,5 +382,5 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     done = gpu_check(OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 1 and "torch finds no GPU on this machine" in done.stdout
+    assert done.returncode == 1 and "torch sees no GPU here" in done.stdout
     assert {row["outcome"] for row in Results(tmp_path).steps().values()} == {NEEDS_GPU}
