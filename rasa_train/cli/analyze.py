@@ -125,8 +125,7 @@ def spectrum(
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """Show singular values and ranks of each layer's update and, for RaSA, private and shared energy and mixing
-    weights."""
+    """Show singular values and ranks of each layer's update, and RaSA's private and shared energy and mixing weights."""
     with user_errors():
         from ..analysis.spectrum import spectrum as spectrum_of
         from ..analysis.updates import chosen

@@ -254,7 +254,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
         if report.fused_experts:
             lines.append(
                 "note: PEFT reads a LoRA of fused experts from version 0.19 on, and vLLM reads it only for models "
-                "whose experts it keeps fused (gpt-oss, Qwen3-VL-MoE): merge for other models, such as Mixtral and Qwen3-MoE"
+                "whose experts it keeps fused (gpt-oss, Qwen3-VL-MoE): merge for other models, such as Mixtral and "
+                "Qwen3-MoE"
             )
     else:
         lines.append(f"{done} of {report.tensors} tensors changed")
