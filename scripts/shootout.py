@@ -28,6 +28,7 @@ from rasa_train.data.demo_problems import held_out, make_problems, training_prob
 from rasa_train.demo.__main__ import exact_match
 from rasa_train.launch.launch import launch
 from rasa_train.merging.merged import merge
+from rasa_train.merging.options import Writing
 from rasa_train.recipe.load import load_recipe
 
 FRACTION = 0.5
@@ -112,7 +113,7 @@ def result(
     summary = launch(recipe, fresh=True).summary
     seconds = time.process_time() - began
     assert summary is not None
-    merge(run, run / "merged", overwrite=True)
+    merge(run, run / "merged", writing=Writing(overwrite=True))
     row = {
         "method": method,
         "lr": lr,

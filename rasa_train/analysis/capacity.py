@@ -11,6 +11,18 @@ from .updates import KindUpdates
 
 
 @dataclass(frozen=True)
+class Descent:
+    """How RaSA is fitted, by coordinate descent."""
+
+    sweeps: int
+    """Number of sweeps."""
+    start: Start = "rasa"
+    """Start of the descent, as in ``reconstruct``."""
+    seed: int = 0
+    """Seed of a random start."""
+
+
+@dataclass(frozen=True)
 class Capacity:
     """Reconstruction errors of one kind at r ranks per layer: squared Frobenius norms over all layers."""
 
@@ -43,14 +55,7 @@ class Capacity:
 
 
 def capacity(
-    updates: KindUpdates,
-    r: int,
-    ks: Sequence[int],
-    *,
-    sweeps: int,
-    start: Start = "rasa",
-    seed: int = 0,
-    tick: Callable[[], None] = lambda: None,
+    updates: KindUpdates, r: int, ks: Sequence[int], descent: Descent, tick: Callable[[], None] = lambda: None
 ) -> Capacity:
     """Return the errors of LoRA(r) and of RaSA(r, k) for each k.
 
@@ -62,7 +67,7 @@ def capacity(
     e_rasa: dict[int, list[float]] = {}
     norm2 = e_lora = 0.0
     for k in ks:
-        found = reconstruct(updates.stack, r, k, sweeps=sweeps, start=start, seed=seed)
+        found = reconstruct(updates.stack, r, k, sweeps=descent.sweeps, start=descent.start, seed=descent.seed)
         norm2, e_lora = found.norm2, found.e_lora
         half_steps = 4 if k < r else 3  # without private ranks there is no half-step that fits them
         e_rasa[k] = found.errors[::half_steps]

@@ -14,6 +14,20 @@ from .updates import KindUpdates, Updates
 
 
 @dataclass(frozen=True)
+class Directions:
+    """The singular directions to compare."""
+
+    i: int
+    """Number of directions of the first update."""
+    j: int
+    """Number of directions of the second update."""
+    side: Side = "right"
+    """Singular vectors to compare."""
+    amplified: int | None = None
+    """Number of directions for the amplification of the first update; None leaves the amplification out."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Comparison of one pair of updates."""
 
@@ -33,15 +47,12 @@ class Comparison:
 
 
 def compare(
-    first: Updates, second: Updates, i: int, j: int, layers: tuple[int, int] | None, side: Side, r: int | None
+    first: Updates, second: Updates, directions: Directions, layers: tuple[int, int] | None = None
 ) -> list[Comparison]:
     """Return phi of each site of ``first`` and the same site of ``second``, or of one layer and another.
 
     Args:
-        i, j: numbers of directions of the first and of the second update.
         layers: numbers of two layers of each kind, which are compared instead of each layer with its counterpart.
-        side: singular vectors to compare.
-        r: number of directions for the amplification of the first update; None leaves the amplification out.
     Raises:
         UserError: the two have no kind in common, a layer does not exist, or a number of directions is beyond the
             numerical rank of an update.
@@ -54,11 +65,12 @@ def compare(
         one = first[kind]()
         two = one if second is first else second[kind]()
         for m, n in [layers] if layers else [(m, m) for m in range(min(len(one.names), len(two.names)))]:
-            found.append(_pair(one, two, m, n, i, j, side, r))
+            found.append(_pair(one, two, m, n, directions))
     return found
 
 
-def _pair(one: KindUpdates, two: KindUpdates, m: int, n: int, i: int, j: int, side: Side, r: int | None) -> Comparison:
+def _pair(one: KindUpdates, two: KindUpdates, m: int, n: int, directions: Directions) -> Comparison:
+    i, j, side, r = directions.i, directions.j, directions.side, directions.amplified
     for updates, number in ((one, m), (two, n)):
         if number >= len(updates.names):
             raise UserError(f"--layers: {updates.kind} has layers 0 to {len(updates.names) - 1}, got {number}")

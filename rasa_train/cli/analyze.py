@@ -72,15 +72,13 @@ def reconstruct(
 ) -> None:
     """Measure how well LoRA and RaSA of r ranks per layer can represent updates (the paper's Figures 2 and 3)."""
     with user_errors():
-        from ..analysis.capacity import advice, capacity
+        from ..analysis.capacity import Descent, advice, capacity
         from ..analysis.updates import chosen
 
         ks = _ks(k, r)
         updates = chosen(_updates(source or [], random, base, seed), kind or [])
         with _bar(len(updates) * len(ks)) as tick:
-            kinds = [
-                capacity(read(), r, ks, sweeps=sweeps, start=start, seed=seed, tick=tick) for read in updates.values()
-            ]
+            kinds = [capacity(read(), r, ks, Descent(sweeps, start, seed), tick) for read in updates.values()]
         said = advice(kinds, r)
         if plots is not None and all(found.e_lora > 0 for found in kinds):
             from ..analysis.plots import figure_2, figure_3
@@ -125,7 +123,7 @@ def spectrum(
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """Show singular values and ranks of each layer's update, and RaSA's private and shared energy and mixing weights."""
+    """Show singular values and ranks of each update, and RaSA's private and shared energy and mixing weights."""
     with user_errors():
         from ..analysis.spectrum import spectrum as spectrum_of
         from ..analysis.updates import chosen
@@ -194,7 +192,7 @@ def subspace(
 ) -> None:
     """Show the similarity phi(A, B, i, j) of the updates of two adapters or two layers (the LoRA paper's section 7)."""
     with user_errors():
-        from ..analysis.compare import compare
+        from ..analysis.compare import Directions, compare
         from ..analysis.updates import chosen, of_adapter
 
         pair = _layers(layers)
@@ -204,7 +202,7 @@ def subspace(
             )
         one = chosen(of_adapter(first, base), kind or [])
         two = one if second is None else of_adapter(second, base)
-        found = compare(one, two, i, j, pair, side, amplification)
+        found = compare(one, two, Directions(i, j, side, amplification), pair)
         if plots is not None:
             from ..analysis.plots import heat_map
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +16,10 @@ from ..errors import UserError
 from .errors import Command, user_errors
 
 if TYPE_CHECKING:
-    from ..merging.extract import ExtractReport
+    from ..merging.extract import ExtractReport, Fit
     from ..merging.lora import ExportReport
     from ..merging.merged import MergeReport
+    from ..merging.options import Base
     from ..merging.verify import VerifyReport
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -114,15 +116,19 @@ def merge(
         if finetuned is not None:
             if adapter is not None or adapters or base is None:
                 raise UserError("--extract FINETUNED makes an adapter: give --base MODEL, and no adapter")
-            names: Any = targets.split(",") if targets != "all-linear" else targets
-            report = _extract(finetuned, base, output, method, r, k, sweeps, names, overwrite)
+            from ..merging.extract import Fit
+
+            names = targets.split(",") if targets != "all-linear" else targets
+            report = _extract(finetuned, base, output, Fit(method, r, k, sweeps, names), overwrite)
             run, verified = Path(finetuned), None
         else:
-            _check(format, dtype, max_rank, verify)
+            wanted = _Format(format, dtype, max_rank, threads)
+            _check(wanted, verify)
             given, run = _given(adapter, adapters)
-            where = {"base": base, "revision": revision, "any_base": any_base}
-            options: Any = where | {"overwrite": overwrite}
-            report = _write(given, output, format, dtype, max_rank, threads, options)
+            from ..merging.options import Base
+
+            where = Base(base, revision, any_base)
+            report = _write(given, output, wanted, where, overwrite)
             verified = _verify(given, report, run, where) if verify else None
         facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
         if push is not None:
@@ -139,15 +145,26 @@ def main() -> None:
     app()
 
 
-def _check(format: str, dtype: str | None, max_rank: int | None, verify: bool) -> None:
-    if format != "merged" and dtype is not None:
+@dataclass(frozen=True)
+class _Format:
+    """The format of the output, and the options that belong to a format."""
+
+    name: str
+    dtype: str | None
+    max_rank: int | None
+    threads: int | None
+
+
+def _check(wanted: _Format, verify: bool) -> None:
+    if wanted.name != "merged" and wanted.dtype is not None:
         raise UserError(
-            f"--dtype {dtype} is for --format merged only: an exported adapter is always fp32, so that it is exact"
+            f"--dtype {wanted.dtype} is for --format merged only: an exported adapter is always fp32, so that it is "
+            "exact"
         )
-    if format != "merged" and verify:
-        raise UserError(f"--verify is for --format merged only, got --format {format}")
-    if format != "lora" and max_rank is not None:
-        raise UserError(f"--max-rank {max_rank} is for --format lora only, got --format {format}")
+    if wanted.name != "merged" and verify:
+        raise UserError(f"--verify is for --format merged only, got --format {wanted.name}")
+    if wanted.name != "lora" and wanted.max_rank is not None:
+        raise UserError(f"--max-rank {wanted.max_rank} is for --format lora only, got --format {wanted.name}")
 
 
 def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]:
@@ -171,62 +188,45 @@ def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]
     return weighted, weighted[0][0]
 
 
-def _write(
-    given: Any,
-    output: Path,
-    format: str,
-    dtype: str | None,
-    max_rank: int | None,
-    threads: int | None,
-    options: dict[str, Any],
-) -> MergeReport | ExportReport:
+def _write(given: Any, output: Path, wanted: _Format, base: Base, overwrite: bool) -> MergeReport | ExportReport:
     import torch
 
     from ..merging.lora import export_lora
     from ..merging.merged import merge as merge_checkpoint
+    from ..merging.options import Writing
     from ..merging.peft_format import export_peft
 
-    if format == "peft":
+    if wanted.name == "peft":
         if not isinstance(given, Path):
             raise UserError("--format peft is for a single adapter; export a sum with --format lora")
-        return export_peft(given, output, **options)
+        return export_peft(given, output, base=base, overwrite=overwrite)
     with _bar() as progress:
-        if format == "lora":
-            return export_lora(given, output, max_rank=max_rank, progress=progress, **options)
-        stored = getattr(torch, dtype) if dtype else None
-        return merge_checkpoint(given, output, dtype=stored, threads=threads, progress=progress, **options)
+        writing = Writing(overwrite, progress)
+        if wanted.name == "lora":
+            return export_lora(given, output, base=base, max_rank=wanted.max_rank, writing=writing)
+        stored = getattr(torch, wanted.dtype) if wanted.dtype else None
+        return merge_checkpoint(given, output, base=base, dtype=stored, threads=wanted.threads, writing=writing)
 
 
-def _verify(given: Any, report: Any, run: Path, where: dict[str, Any]) -> VerifyReport:
+def _verify(given: Any, report: Any, run: Path, base: Base) -> VerifyReport:
     import yaml
 
     from ..merging import verify
 
     recipe = run / "recipe.yaml"
     template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
-    return verify(given, report.output, template=template, exact=report.rounding == 0.0, **where)
+    return verify(given, report.output, base=base, template=template, exact=report.rounding == 0.0)
 
 
-def _extract(
-    finetuned: str,
-    base: str,
-    output: Path,
-    method: Literal["rasa", "lora"],
-    r: int,
-    k: int | None,
-    sweeps: int,
-    targets: Any,
-    overwrite: bool,
-) -> ExtractReport:
-    if k is not None and (k > r or method == "lora"):
-        raise UserError(f"--k must be in [0, --r={r}], and is for --method rasa only; got {k} with --method {method}")
-    from ..merging import extract
+def _extract(finetuned: str, base: str, output: Path, fit: Fit, overwrite: bool) -> ExtractReport:
+    if fit.k is not None and (fit.k > fit.r or fit.method == "lora"):
+        raise UserError(
+            f"--k must be in [0, --r={fit.r}], and is for --method rasa only; got {fit.k} with --method {fit.method}"
+        )
+    from ..merging import Writing, extract
 
     with _bar() as progress:
-        return extract(
-            finetuned, base, output, method=method, r=r, k=k, sweeps=sweeps, targets=targets,
-            overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+        return extract(finetuned, base, output, fit, writing=Writing(overwrite, progress))
 
 
 def _describe(report: MergeReport | ExportReport | ExtractReport, verified: VerifyReport | None) -> str:

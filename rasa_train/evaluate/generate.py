@@ -55,6 +55,18 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How responses are generated."""
+
+    batch_tokens: int
+    """Prompt and response tokens, padding included, in memory at a time."""
+    report: Report | None = None
+    """Called with the progress after each batch."""
+    stop: StopSignal | None = None
+    """Signal to stop before the next batch."""
+
+
 class SampleFile:
     """The responses so far: a first line with everything they depend on, then one JSON line per response.
 
@@ -92,34 +104,25 @@ class SampleFile:
 
 
 def generate(
-    lm: Any,
-    suite: Suite,
-    questions: Sequence[Question],
-    samples: SampleFile,
-    *,
-    batch_tokens: int,
-    report: Report | None = None,
-    stop: StopSignal | None = None,
+    lm: Any, suite: Suite, questions: Sequence[Question], samples: SampleFile, generation: Generation
 ) -> list[list[str]]:
     """Return the responses to each question, in order, ``suite.samples`` for each.
 
     Args:
         lm: a model of lm-eval, whose ``generate_until`` is used.
         samples: the responses that exist already, to which new ones are added.
-        batch_tokens: prompt and response tokens, padding included, in memory at a time.
-        report: called with the progress after each batch.
-        stop: signal to stop before the next batch.
     Raises:
-        Stopped: ``stop`` was signalled. The responses made so far are in the sample file.
+        Stopped: ``generation.stop`` was signalled. The responses made so far are in the sample file.
     """
     from lm_eval.api.instance import Instance
 
+    stop = generation.stop
     tokenizer, bos = lm.tokenizer, lm.tokenizer.bos_token or ""
     prompts = {q.index: q.prompt if bos and q.prompt.startswith(bos) else bos + q.prompt for q in questions}
     lengths = {index: len(tokenizer.encode(text, add_special_tokens=False)) for index, text in prompts.items()}
     wanted = [(q.index, sample) for q in questions for sample in range(suite.samples)]
     progress = Progress(len(wanted), sum(key in samples.responses for key in wanted))
-    for budget, batch in _batches(suite, lengths, wanted, lm.max_length, batch_tokens):
+    for budget, batch in _batches(suite, lengths, wanted, lm.max_length, generation.batch_tokens):
         if all(key in samples.responses for key in batch):
             continue
         if suite.samples == 1:  # greedy: responses that exist need not be generated again
@@ -141,8 +144,8 @@ def generate(
         progress.done += len(batch)
         progress.fresh += len(batch)
         progress.tokens += sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-        if report:
-            report(progress)
+        if generation.report:
+            generation.report(progress)
     return [[samples.responses[q.index, sample] for sample in range(suite.samples)] for q in questions]
 
 

@@ -113,7 +113,7 @@ def load_lm(plan: Plan) -> Any:
     needs_harness()
     name, source = plan.subject.path, None
     if plan.subject.is_adapter:
-        source = open_source(plan.subject.path, plan.base, None, weights=True)
+        source = open_source(plan.subject.path, plan.base, weights=True)
         name = str(source.directory)
     config = ModelConfig(name=name, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(config)

@@ -15,7 +15,7 @@ from ..io.atomic import write_json
 from ..stop import StopSignal
 from . import forgetting, results
 from .answers import needs_math
-from .generate import Progress, Report, SampleFile, generate
+from .generate import Generation, Progress, Report, SampleFile, generate
 from .load import Backend, Dtype, Plan, Subject, load_lm
 from .problems import code_candidate, program
 from .results import Result
@@ -145,15 +145,8 @@ class Evaluation:
             shown(latest)
 
         shown = self.reports(f"answering {suite.name}")
-        responses = generate(
-            lm(),
-            suite,
-            questions,
-            samples,
-            batch_tokens=self.options.tokens,
-            report=remember,
-            stop=self.stop,
-        )
+        generation = Generation(self.options.tokens, remember, self.stop)
+        responses = generate(lm(), suite, questions, samples, generation)
         rows, metrics = score(suite, responses, self.sandbox if suite.name == "code" else None, self.reports)
         return rows, metrics, round(progress.tokens_per_second, 1) if progress.fresh else None
 

@@ -26,6 +26,7 @@ from ..io.base_fingerprint import base_samples
 from ..lowrank.reconstruct import Reconstruction, reconstruct, truncated
 from ..methods.lora import LoRA
 from ..methods.rasa import RaSA
+from .options import WRITING, Writing
 from .parameters import Weights, check_finetuned
 from .source import find_model
 
@@ -37,6 +38,32 @@ DENSE = 1 << 28
 ``KEPT`` times r ranks a layer for the descent; the reported errors are still measured against the whole updates."""
 KEPT = 8
 """Ranks a layer that are kept of updates larger than ``DENSE``, as a multiple of r."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The adapter to extract, and how it is fitted."""
+
+    method: Literal["rasa", "lora"] = "rasa"
+    r: int = 8
+    """Ranks per layer."""
+    k: int | None = None
+    """Shared ranks per layer, for RaSA. Default: max(r // 8, 1)."""
+    sweeps: int = 50
+    """Sweeps of the coordinate descent."""
+    targets: str | list[str] = "all-linear"
+    """Linears to adapt, as in ``adapter.targets`` of a recipe."""
+
+    @property
+    def config(self) -> RaSA | LoRA:
+        """The method with its hyper-parameters."""
+        if self.method == "rasa":
+            return RaSA(r=self.r, k=self.k, targets=self.targets)
+        return LoRA(r=self.r, alpha=self.r, targets=self.targets)
+
+
+FIT = Fit()
+"""The default: RaSA with r = 8 on all linears."""
 
 
 @dataclass(frozen=True)
@@ -78,40 +105,22 @@ class ExtractReport:
 
 
 def extract(
-    finetuned: str,
-    base: str,
-    output: str | Path,
-    *,
-    method: Literal["rasa", "lora"] = "rasa",
-    r: int = 8,
-    k: int | None = None,
-    sweeps: int = 50,
-    targets: str | list[str] = "all-linear",
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    finetuned: str, base: str, output: str | Path, fit: Fit = FIT, *, writing: Writing = WRITING
 ) -> ExtractReport:
     """Write the adapter that is nearest to ``finetuned`` minus ``base``.
 
     Args:
         finetuned, base: hub ids or directories of two checkpoints of one architecture.
-        k: shared ranks a layer, for RaSA; default max(r // 8, 1).
-        sweeps: of the coordinate descent.
-        targets: as ``adapter.targets`` of a recipe.
-        progress: called with (values done, values in all).
+        fit: the adapter to extract, and how it is fitted.
+        writing: how the directory is written; progress is in values of the updates.
     Raises:
         UserError: the checkpoints are not of one architecture, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    config: RaSA | LoRA = RaSA(r=r, k=k, targets=targets) if method == "rasa" else LoRA(r=r, alpha=r, targets=targets)
+    config = fit.config
     shared = config.k if isinstance(config, RaSA) else 0
     before, after = (Weights(find_model(name, None, weights=True)) for name in (base, finetuned))
-    sites = find_sites(before.model, targets)
-    check_finetuned(before, after, sites)
-    if fused := [site for site in sites if site.num_experts is not None]:
-        raise UserError(
-            f"{fused[0].path} is a fused expert weight, which --extract does not support: name other linears with "
-            "--targets"
-        )
+    sites = _sites(before, after, fit.targets)
 
     def update(site: Site) -> Tensor:
         return after.weight(site) - before.weight(site)
@@ -120,14 +129,14 @@ def extract(
     kinds: dict[str, KindReport] = {}
     done, total = 0, sum(site.out_features * site.in_features for site in sites)
     with new_directory(
-        Path(output), overwrite=overwrite, inputs=[before.directory, after.directory], nbytes=0
+        Path(output), overwrite=writing.overwrite, inputs=[before.directory, after.directory], nbytes=0
     ) as partial:
         for kind, group in by_kind(sites).items():
-            fitted, kinds[group[0].kind] = _fit(update, group, r, shared, sweeps)
+            fitted, kinds[group[0].kind] = _fit(update, group, fit.r, shared, fit.sweeps)
             tensors |= _rasa(kind, group, fitted) if isinstance(config, RaSA) else _lora(group, fitted)
             done += sum(site.out_features * site.in_features for site in group)
-            if progress is not None:
-                progress(done, total)
+            if writing.progress is not None:
+                writing.progress(done, total)
         samples = base_samples(str(before.directory))
         write_adapter(partial, config, tensors, base_model=base, base_revision=None, base_tensors=samples)
         nbytes = (partial / TENSORS).stat().st_size
@@ -135,16 +144,28 @@ def extract(
         (partial / "extraction.json").write_text(json.dumps({"finetuned": finetuned, "kinds": facts}, indent=2) + "\n")
     return ExtractReport(
         output=str(output),
-        method=method,
+        method=fit.method,
         base_model=base,
         finetuned=finetuned,
-        r=r,
+        r=fit.r,
         k=shared,
         kinds=kinds,
         others_changed=_changed_beside(before, after, {site.weight for site in sites}),
         bytes=nbytes,
         seconds=round(time.perf_counter() - start, 3),
     )
+
+
+def _sites(before: Weights, after: Weights, targets: str | list[str]) -> list[Site]:
+    """Return the sites of both models. Raises ``UserError`` if the models do not fit, or a site is a fused weight."""
+    sites = find_sites(before.model, targets)
+    check_finetuned(before, after, sites)
+    if fused := [site for site in sites if site.num_experts is not None]:
+        raise UserError(
+            f"{fused[0].path} is a fused expert weight, which --extract does not support: name other linears with "
+            "--targets"
+        )
+    return sites
 
 
 def _changed_beside(before: Weights, after: Weights, parameters: set[str]) -> list[str]:

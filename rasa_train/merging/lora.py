@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +27,7 @@ from ..adapters.site import Site
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import tensor_bytes, write_tensors
+from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, Source, open_source
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -83,30 +83,29 @@ def export_lora(
     adapter: Adapters,
     output: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     max_rank: int | None = None,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    writing: Writing = WRITING,
 ) -> ExportReport:
-    """Write the adapter as a LoRA adapter directory. Of the base only the configuration is needed.
+    """Write the adapter as a LoRA adapter directory. Only the base's configuration is read, not its weights.
 
     Args:
-        adapter, base, revision, any_base: as of ``open_source``.
-        max_rank: cut larger ranks to this.
+        adapter: an adapter or run directory; or several as (directory, weight), whose weighted updates are summed.
+        base: the base, or its name. Default: the base that the adapter names.
+        max_rank: rank to which larger ranks are truncated.
+        writing: how the directory is written; progress is in bytes.
     Raises:
-        UserError: the method is no factor method, the adapter does not fit, or ``output`` cannot be written.
+        UserError: the method is not a factor method, the adapter does not fit, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
+    source = open_source(adapter, base, weights=False)
     _check(source)
     targets = _targets(source)
     ranks = {target.name: _rank(source, target, max_rank) for target in targets}
     nbytes = 4 * sum(math.prod(shape) for target in targets for shape in _shapes(source, target, ranks[target.name]))
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
-    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
-        written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, progress)
+    with new_directory(Path(output), overwrite=writing.overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, writing.progress)
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
     rank = max(ranks.values())
     return ExportReport(
@@ -218,7 +217,7 @@ def _write_factors(
     targets: list[Target],
     ranks: dict[str, int],
     path: Path,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[int, float]:
     """Write the factors of all targets. Returns the size of the file, and the relative error of the truncation."""
     entries, sides = [], {}

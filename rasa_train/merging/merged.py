@@ -27,7 +27,8 @@ from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from .folding import QUANTISED, Folding, Tally, dtype_name
-from .source import Adapters, open_source
+from .options import WRITING, Base, Progress, Writing
+from .source import Adapters, Source, open_source
 
 WEIGHTS = {
     ".safetensors",
@@ -84,39 +85,35 @@ def merge(
     adapter: Adapters,
     output: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    writing: Writing = WRITING,
 ) -> MergeReport:
     """Fold the adapter into the base and write the result to the directory ``output``.
 
     Args:
         adapter: an adapter directory or a run directory; or several as (directory, weight), whose weighted updates
             are summed.
-        base: hub id or directory of the base. Default: the base that the adapter names.
-        any_base: accept a base whose weights are not those the adapter was trained on.
+        base: the base, or its name (hub id or directory). Default: the base that the adapter names.
         dtype: dtype of all floating-point tensors of the output. Default: the dtype of each tensor in the base.
         threads: number of files written at a time. Default: the number of processors, or fewer where tensors are so
             large that memory would exceed 2 GB.
-        progress: called with (bytes read, bytes in all), by one thread at a time.
+        writing: how the directory is written; progress is in bytes read.
     Raises:
         UserError: the adapter does not fit, files are damaged, values are not finite, or ``output`` cannot be
             written. ``output`` is then unchanged.
     """
     start = time.perf_counter()
-    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    source = open_source(adapter, base, weights=True)
     checkpoint = open_checkpoint(source.directory)
     config = _read_config(source.directory)
     folding = Folding(source, checkpoint, dtype)
     nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values()) + folding.added_bytes
-    tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
+    tick = _ticker(writing.progress, sum(t.nbytes for t in checkpoint.tensors.values()))
     read = [source.directory, *source.origins]
     key = _key(source.directory, checkpoint.files, source.origins, dtype, source.label)
-    with new_directory(Path(output), overwrite=overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
+    with new_directory(Path(output), overwrite=writing.overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
         tallies = _write_files(folding, partial, threads or _threads(folding), tick)
         if checkpoint.index is not None:
             index = checkpoint.index
@@ -129,18 +126,22 @@ def merge(
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tallies.append(folding.of_biases)
+    return _report(str(output), folding, [*tallies, folding.of_biases], time.perf_counter() - start)
+
+
+def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
+    source: Source = folding.source
     update2, error2 = (sum(getattr(tally, name) for tally in tallies) for name in ("update2", "error2"))
     return MergeReport(
-        output=str(output),
+        output=output,
         format="merged",
         method=source.label,
         base_model=source.base,
         base_checked=source.checked,
-        tensors=len(checkpoint.tensors) + sum(map(len, folding.added.values())),
+        tensors=len(folding.stored) + sum(map(len, folding.added.values())),
         adapted=folding.adapted,
         bytes=sum(tally.bytes for tally in tallies),
-        seconds=round(time.perf_counter() - start, 3),
+        seconds=round(seconds, 3),
         rounding=math.sqrt(error2 / update2) if update2 else None,
     )
 
@@ -215,7 +216,7 @@ def _key(
     return hashlib.sha256(json.dumps([__version__, label, str(dtype), stats]).encode()).hexdigest()
 
 
-def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
     done = 0
 
     def tick(nbytes: int) -> None:

@@ -18,6 +18,7 @@ from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA
 from .lora import ExportReport, target_modules
+from .options import Base
 from .source import Source, find_adapter, open_source
 
 
@@ -25,9 +26,7 @@ def export_peft(
     adapter: str | Path,
     output: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the adapter as PEFT would have saved it. Only the base's configuration is read, not its weights.
@@ -36,7 +35,7 @@ def export_peft(
         UserError: PEFT does not have this method, the adapter does not fit, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
+    source = open_source(adapter, base, weights=False)
     method = read_adapter(find_adapter(Path(adapter))).method
     config, names = _format(method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:

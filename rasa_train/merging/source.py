@@ -24,6 +24,7 @@ from ..io.base_fingerprint import base_samples
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
+from .options import Base
 from .total import total
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
@@ -57,28 +58,27 @@ class Source:
     """Whether the base is known to be the one that the adapter was trained on."""
 
 
-def open_source(
-    adapter: Adapters, base: str | None, revision: str | None, *, weights: bool, any_base: bool = False
-) -> Source:
+def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) -> Source:
     """Read the adapters, find their base and check that they fit it.
 
     Args:
         adapter: an adapter or run directory; or several as (directory, weight).
-        base, revision, weights: see ``find_base``.
-        any_base: accept a base whose weights are not those the adapter was trained on.
+        base: the base, or its name; None for the one that the adapters name.
+        weights: whether the base's safetensors files are needed, or only its configuration.
     Raises:
         UserError: an adapter or the base cannot be read, or they do not fit.
     """
+    base = Base.of(base)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
     read = [(read_adapter(find_adapter(Path(path))), weight) for path, weight in given]
     first = read[0][0]
-    if base is None and (others := {s.base_model for s, _ in read} - {first.base_model}):
+    if base.name is None and (others := {s.base_model for s, _ in read} - {first.base_model}):
         raise UserError(
             f"the adapters name several bases, {first.base_model!r} and {min(map(str, others))!r}: choose one with "
             "--base"
         )
-    name, base_dir = find_base(first, base, revision, weights=weights)
-    checked = all([any_base or _check_identity(saved, base_dir) for saved, _ in read])
+    name, base_dir = find_base(first, base.name, base.revision, weights=weights)
+    checked = all([base.any_base or _check_identity(saved, base_dir) for saved, _ in read])
     sources = [load(saved, name, base_dir) for saved, _ in read]
     if len(sources) == 1 and read[0][1] == 1:
         return replace(sources[0], checked=checked)

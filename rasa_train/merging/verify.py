@@ -18,6 +18,7 @@ from ..data.encode import prompt_text
 from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
+from .options import Base
 from .source import Adapters, Source, find_adapter, open_source
 
 QUERIES = [
@@ -59,23 +60,21 @@ def verify(
     adapter: Adapters,
     merged: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     template: str = "alpaca",
     exact: bool = False,
 ) -> VerifyReport:
     """Run both models on a few prompts, one after the other, on the CPU.
 
     Args:
-        adapter, base, revision, any_base: see ``merge``.
+        adapter, base: see ``merge``.
         merged: the directory that a merge has written.
         template: template of the prompts; give the recipe's.
         exact: whether the merge has rounded nothing, so that the models must not differ.
     Raises:
         UserError: the models differ although nothing was rounded, or the adapters are a sum with fused experts.
     """
-    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    source = open_source(adapter, base, weights=True)
     batches, template = _prompts(source.directory, template, int(source.model.config.get_text_config().vocab_size))
     without = _logits(lambda: _load(source.directory), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rasa_train.analysis.capacity import capacity
+from rasa_train.analysis.capacity import Descent, capacity
 from rasa_train.analysis.updates import KindUpdates, of_adapter, of_models, random_updates
 from rasa_train.merging.merged import merge
 from tests.conftest import Cli
@@ -109,7 +109,7 @@ def test_errors_fall_for_any_shape(L: int, b: int, a: int, r: int, data: st.Data
     k = data.draw(st.integers(0, r))
     start = data.draw(st.sampled_from(["rasa", "theorem", "random"]))
     updates = random_updates(L, b, a, data.draw(st.none() | st.integers(1, 6)), seed)["random"]()
-    found = capacity(updates, r, [k], sweeps=3, start=start, seed=seed)
+    found = capacity(updates, r, [k], Descent(3, start, seed))
     slack = 1e-9 * found.norm2
     errors = found.e_rasa[k]
     assert all(after <= before + slack for before, after in pairwise(errors))
