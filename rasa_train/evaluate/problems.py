@@ -93,7 +93,7 @@ def find_file(suite: str, data: str, patterns: Iterable[str]) -> Path:
         for pattern in patterns:
             if found := sorted(p for p in path.glob(pattern) if p.is_file()):
                 return found[0]
-        raise UserError(f"--data: {data} has no file for suite {suite}; its names are {', '.join(patterns)}")
+        raise UserError(f"--data: {data} has no file for suite {suite}; the expected names are {', '.join(patterns)}")
     if not path.is_file():
         raise UserError(f"--data: {data} does not exist")
     return path
