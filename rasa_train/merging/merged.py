@@ -1,7 +1,7 @@
 """Fold an adapter into its base: an ordinary Hugging Face checkpoint, written file by file.
 
-A merge that was killed keeps the files it had finished and continues with the next. Memory is that of a few tensors,
-whatever the size of the model.
+A merge that was killed continues, when it is run again, after the files that it had finished. It needs memory for a few
+tensors, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .options import WRITING, Base, Progress, Writing
-from .source import Adapters, Source, open_source
+from .source import Adapters, open_source
 
 WEIGHTS = {
     ".safetensors",
@@ -53,7 +53,8 @@ BYTES_A_VALUE = 10
 """Bytes of memory that folding takes for each value of a tensor: W and dW in fp32, and the stored value that is read or
 written."""
 MEMORY = 1_200_000_000
-"""Bytes that all threads together may take for tensors; the number of threads is chosen to stay below it."""
+"""Bytes that all threads together may take for tensors; the number of threads is chosen to stay below it where
+possible."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def merge(
 
 
 def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
-    source: Source = folding.source
+    source = folding.source
     update2, error2 = (sum(getattr(tally, name) for tally in tallies) for name in ("update2", "error2"))
     return MergeReport(
         output=output,
