@@ -146,7 +146,7 @@ def _programs(samples: Sequence[tuple[str, Row]], data: str | None) -> list[tupl
 def _text(row: Row, key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        other = ", or `solution` must be a whole program" if key == "completion" else ""
+        other = " (or `solution`, a whole program)" if key == "completion" else ""
         raise UserError(f"{where}: `{key}` must be text{other}; the row has {', '.join(row)}")
     return value
 
