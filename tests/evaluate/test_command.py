@@ -79,7 +79,7 @@ def test_a_response_is_that_of_transformers(lm: Any, suite: Suite) -> None:
 def test_interrupted_and_resumed_is_uninterrupted(lm: Any, suite: Suite, tmp_path: Path) -> None:
     path, header = tmp_path / "samples.jsonl", {"protocol": 1}
     file = SampleFile(path, header)
-    with pytest.raises(Stopped, match="of 6 responses are kept"):
+    with pytest.raises(Stopped, match="of 6 responses are saved"):
         generate(lm, suite, suite.questions[:6], file, Generation(400, stop=AlwaysStop(file, 2)))
     kept = len(file.responses)
     assert 2 <= kept < 6
