@@ -88,7 +88,7 @@ class Evaluation:
         depends_on = {"protocol": protocol, "model": model.plan.identity}
         done = results.finished(subject.results, name, subject.name, options.limit, depends_on)
         if done and not options.fresh:
-            self.say(f"{subject.name}: {name} is already done; add --fresh to evaluate it again")
+            self.say(f"{subject.name}: {name} is done already; add --fresh to evaluate it again")
             return done
         started = time.perf_counter()
         self.say(f"{subject.name}: {name}")
