@@ -1,10 +1,12 @@
-"""Time and memory of ``rasa-analyze reconstruct`` on updates of Llama-3.1-8B's shapes, against the dense formulation.
+"""Measure time and memory of ``rasa-analyze reconstruct`` on updates of Llama-3.1-8B's shapes, and compare them with
+the dense formulation.
 
     python scripts/bench_reconstruct.py                 # the seven kinds, factored: minutes
     python scripts/bench_reconstruct.py --dense         # one layer of k_proj as dense matrices, times 32
 
-Seconds are CPU seconds of this process, so that a shared machine does not count; memory is the peak of the process.
-The dense formulation is the paper's Appendix A to the letter: every private half-step an SVD of a whole b x a matrix.
+Seconds are CPU seconds of this process, so that other load on the machine does not count; memory is the process's peak.
+The dense formulation follows the paper's Appendix A to the letter: every private half-step is an SVD of a whole b x a
+matrix.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ KINDS = {  # kind: (out, in) of Llama-3.1-8B
     "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
 }  # fmt: skip
 LAYERS, RANK = 32, 64
-"""Layers, and the rank of each layer's update."""
+"""Number of layers, and the rank of each layer's update."""
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--sweeps", type=int, default=10)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--dense", action="store_true", help="one sweep of one dense layer of k_proj instead")
+    parser.add_argument("--dense", action="store_true", help="measure one sweep of one dense layer of k_proj instead")
     options = parser.parse_args()
     if options.dense:
         dense(options.r, options.k)
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def dense(r: int, k: int) -> None:
-    """One sweep's work on one layer: an SVD and the products of the other half-steps, all with the dense matrix."""
+    """Time one sweep on one layer: an SVD and the products of the other half-steps, all with the dense matrix."""
     b, a = KINDS["k_proj"]
     P = LAYERS * k
     M = torch.randn(b, RANK).double() @ torch.randn(RANK, a).double() / RANK**0.5
@@ -64,13 +66,14 @@ def dense(r: int, k: int) -> None:
     seconds = time.process_time() - started
     gigabytes = LAYERS * b * a * 8 / 1e9
     print(
-        f"dense k_proj: {seconds:.1f} s a layer and sweep ({svd:.1f} s of it the SVD), {seconds * LAYERS:.0f} s a sweep"
+        f"dense k_proj: {seconds:.1f} s per layer and sweep ({svd:.1f} s of them for the SVD), "
+        f"{seconds * LAYERS:.0f} s per sweep"
     )
-    print(f"its {LAYERS} updates in fp64: {gigabytes:.1f} GB")
+    print(f"the {LAYERS} updates of k_proj in fp64: {gigabytes:.1f} GB")
 
 
 def peak() -> float:
-    """Peak memory of this process, GB."""
+    """Return the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Licences of everything that is installed, against what this project may depend on. Exit code 1 if one is not known.
+"""Check the licences of all installed packages against those allowed for this project. Exits with 1 if one is not.
 
 python scripts/check_licences.py
 """
@@ -17,17 +17,19 @@ ALLOWED = {
     "MIT License", "MIT-CMU", "Mozilla Public License 2.0 (MPL 2.0)", "MPL-2.0", "PSF-2.0",
     "Python Software Foundation License", "The MIT License (MIT)", "The Unlicense (Unlicense)", "Unlicense", "Zlib",
 }  # fmt: skip
-"""As packages write them: permissive ones, and the Mozilla licence, which binds changes to its own files only."""
+"""Allowed licences as packages write them: permissive licences, and the Mozilla licence, which applies only to changes
+of its own files."""
 EXCEPTIONS = {
-    "chardet": "LGPL, unchanged, of the extra `eval` (lm-eval)",
-    "nvidia-": "NVIDIA's own, with the CUDA builds of torch: may be used, not changed",
+    "chardet": "LGPL, used unchanged, a dependency of the extra `eval` (lm-eval)",
+    "nvidia-": "NVIDIA's own licence, with the CUDA builds of torch: use is allowed, changes are not",
     "cuda-": "as nvidia-",
 }
-"""By the beginning of the name: why it is fine all the same."""
+"""Reasons why other packages are allowed, by the beginning of the package's name."""
 
 
 def licences(package: Distribution) -> list[str]:
-    """Licences a package declares: by SPDX expression, else by classifier, else by the first line of the old field."""
+    """Return the licences that a package declares: in its SPDX expression, else in its classifiers, else in the first
+    line of the old field."""
     found = package.metadata
     classified = [c.rpartition(" :: ")[2] for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
     classified = [name for name in classified if name != "OSI Approved"]
@@ -37,7 +39,7 @@ def licences(package: Distribution) -> list[str]:
 
 
 def refused(packages: Iterable[Distribution]) -> list[str]:
-    """A line for each package with a licence that is not allowed."""
+    """Return a line for each package with a licence that is not allowed."""
     lines = []
     for package in packages:
         name = package.metadata["Name"]
@@ -50,8 +52,8 @@ def refused(packages: Iterable[Distribution]) -> list[str]:
 def main() -> None:
     packages = list(distributions())
     if lines := refused(packages):
-        sys.exit("\n".join(["licences that are not in ALLOWED (scripts/check_licences.py):", *lines]))
-    print(f"{len(packages)} packages, all of licences that are allowed")
+        sys.exit("\n".join(["these licences are not in ALLOWED (scripts/check_licences.py):", *lines]))
+    print(f"{len(packages)} packages, all with allowed licences")
 
 
 if __name__ == "__main__":

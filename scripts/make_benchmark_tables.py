@@ -1,8 +1,8 @@
-"""Writes the GPU tables of docs/BENCHMARKS.md from the figures in benchmarks/, one file for each card and torch.
+"""Write the GPU tables of docs/BENCHMARKS.md from the figures in benchmarks/, one file for each card and torch.
 
     python scripts/make_benchmark_tables.py
 
-Such a file is what ``python scripts/gpu_check --record`` writes; docs/GPU.md says how.
+``python scripts/gpu_check --record`` writes these files, as docs/GPU.md describes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "BENCHMARKS.md"
 BENCHMARKS = ROOT / "benchmarks"
 BEGIN, END = "<!-- begin: made from benchmarks/ by make docs -->", "<!-- end -->"
 FORMAT = 1
-"""Format of the files that can be read."""
+"""Format of the files that this script can read."""
 WIDTH = 120
 NAMES = {"lora": "LoRA", "rasa": "RaSA", "vera": "VeRA", "mora": "MoRA"}
 TITLES = {
@@ -34,17 +34,17 @@ TITLES = {
 Benchmark = dict[str, Any]
 Row = dict[str, Any]
 Measured = dict[str, float]
-"""What was measured for a goal, by a note that tells one figure from another."""
+"""Figures measured for a goal, by a note that tells them apart."""
 
 
 def row_of(benchmark: Benchmark, comparison: str, engine: str, method: str | None) -> Row | None:
-    """The row of an engine in a comparison, if it was timed."""
+    """Return the row of an engine in a comparison; None if the engine was not timed."""
     rows = benchmark["comparisons"].get(comparison, {}).get("rows", [])
     return next((row for row in rows if (row["engine"], row["method"]) == (engine, method)), None)
 
 
 def rasa_over_lora(benchmark: Benchmark) -> Measured:
-    """Time of a step, with and without dropout."""
+    """Return RaSA's time of a step over LoRA's, with and without dropout."""
     found = {}
     for note, name in (("dropout 0.05", "bench_packed"), ("0", "bench_no_dropout")):
         lora, rasa = (row_of(benchmark, name, "ours", method) for method in ("lora", "rasa"))
@@ -54,7 +54,7 @@ def rasa_over_lora(benchmark: Benchmark) -> Measured:
 
 
 def over_base(benchmark: Benchmark) -> Measured:
-    """Time of RaSA's step over the frozen base's, with and without dropout."""
+    """Return RaSA's time of a step over the frozen base's, with and without dropout."""
     found = {}
     for note, name in (("dropout 0.05", "bench_packed"), ("0", "bench_no_dropout")):
         if rasa := row_of(benchmark, name, "ours", "rasa"):
@@ -63,7 +63,7 @@ def over_base(benchmark: Benchmark) -> Measured:
 
 
 def speed(comparison: str) -> Callable[[Benchmark], Measured]:
-    """Tokens a second of RaSA."""
+    """Return a function that gives RaSA's tokens per second in a comparison."""
 
     def measured(benchmark: Benchmark) -> Measured:
         rasa = row_of(benchmark, comparison, "ours", "rasa")
@@ -73,7 +73,7 @@ def speed(comparison: str) -> Callable[[Benchmark], Measured]:
 
 
 def over_ours(comparison: str, engine: str, method: str) -> Callable[[Benchmark], Measured]:
-    """How many times as long as ours another engine takes for a step."""
+    """Return a function that gives another engine's time of a step over ours."""
 
     def measured(benchmark: Benchmark) -> Measured:
         other, ours = (row_of(benchmark, comparison, name, method) for name in (engine, "ours"))
@@ -83,7 +83,7 @@ def over_ours(comparison: str, engine: str, method: str) -> Callable[[Benchmark]
 
 
 def peak(benchmark: Benchmark) -> Measured:
-    """Gigabytes of RaSA at 16,384 tokens, the number that the goal is for."""
+    """Return RaSA's peak memory in gigabytes at 16,384 tokens, the number of tokens in the goal."""
     tokens = benchmark["comparisons"].get("bench_packed", {}).get("workload", {}).get("tokens")
     rasa = row_of(benchmark, "bench_packed", "ours", "rasa")
     return {"": rasa["peak_memory_bytes"] / 1e9} if rasa and tokens == 16_384 else {}
@@ -91,22 +91,26 @@ def peak(benchmark: Benchmark) -> Measured:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is aimed at, and how a benchmark says whether it was reached."""
+    """A goal, and the function that measures it in a benchmark."""
 
     title: str
     must: float
+    """Value that must be reached."""
     stretch: float
+    """More ambitious value."""
     measured: Callable[[Benchmark], Measured]
+    """Returns the figures to compare with the goal; none if they were not measured."""
     at_most: bool = False
-    """Smaller is better."""
+    """Whether a smaller value is better."""
     figure: str = "{:.3f}"
+    """Format of a figure."""
 
     def reached(self, value: float, wanted: float) -> bool:
         """Whether a value is as good as wanted."""
         return value <= wanted if self.at_most else value >= wanted
 
     def verdict(self, benchmark: Benchmark | None) -> str:
-        """The cell of the table: the figures, and whether all of them reach the goal."""
+        """Return the cell of the table: the figures, and whether all of them reach the goal."""
         measured = self.measured(benchmark) if benchmark is not None else {}
         if not measured:
             return "not run"
@@ -118,7 +122,7 @@ class Goal:
         return f"{figures}: " + ("met, stretch too" if stretched else "met" if met else "missed")
 
     def row(self, benchmark: Benchmark | None) -> list[str]:
-        """The row of the table."""
+        """Return the row of the table."""
         return [self.title, f"{self.must:,g}", f"{self.stretch:,g}", self.verdict(benchmark)]
 
 
@@ -136,21 +140,21 @@ GOALS = [
 
 
 def page(text: str, benchmarks: Sequence[Benchmark]) -> str:
-    """The page, with what is between the marks made anew."""
+    """Return the page with the part between the marks replaced."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{tables(benchmarks)}\n\n{END}{after}"
 
 
 def tables(benchmarks: Sequence[Benchmark]) -> str:
-    """The section of every card; the goals alone where nothing was measured yet."""
+    """Return the sections of all cards; only the goals if nothing was measured yet."""
     if not benchmarks:
         return "Not run yet: no GPU has been at hand.\n\n" + goals(None)
     return "\n\n".join(card(benchmark) for benchmark in benchmarks)
 
 
 def card(benchmark: Benchmark) -> str:
-    """All that was measured on one card."""
+    """Return the section of one card, with everything that was measured on it."""
     parts = [f"### {benchmark['device']}, torch {benchmark['versions']['torch'].partition('+')[0]}", facts(benchmark)]
     ended = {name: row["outcome"] for name, row in benchmark["steps"].items() if row["outcome"] != "ok"}
     if ended:
@@ -163,7 +167,7 @@ def card(benchmark: Benchmark) -> str:
 
 
 def facts(benchmark: Benchmark) -> str:
-    """When, with what, and what this card can do at most."""
+    """Return a paragraph on date, versions, and the speed that this card reaches."""
     versions, found = benchmark["versions"], benchmark["facts"]
     packages = ("transformers", "triton", "peft", "liger-kernel")
     listed = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
@@ -180,13 +184,13 @@ def facts(benchmark: Benchmark) -> str:
 
 
 def goals(benchmark: Benchmark | None) -> str:
-    """Every goal, and whether it was met."""
+    """Return the table of goals, and whether they were met."""
     head = ["goal on one H200, bf16, no recomputation", "must", "stretch", "measured"]
     return table(head, [goal.row(benchmark) for goal in GOALS])
 
 
 def comparison(benchmark: Benchmark, name: str) -> str:
-    """The table of one comparison, with the command that repeats it and the gradient check of every engine."""
+    """Return the table of one comparison, with the command that repeats it and the gradient check of every engine."""
     result = benchmark["comparisons"][name]
     head = ["engine", "method", "ms/step (range)", "over base", "tokens/s", "peak GiB", "gradient error", "cosine"]
     rows = []
@@ -214,12 +218,13 @@ def comparison(benchmark: Benchmark, name: str) -> str:
 
 
 def name_of(row: Row) -> list[str]:
-    """Engine and method."""
+    """Return the names of engine and method."""
     return [row["engine"], NAMES.get(row["method"], row["method"] or "")]
 
 
 def checks(benchmark: Benchmark) -> str:
-    """Every correctness check: the methods with both ways to compute them, the others with what they found."""
+    """Return the tables of the correctness checks: methods with both ways to compute them, and other checks with their
+    figures."""
     found = benchmark["checks"]
     if not found:
         return ""
@@ -237,12 +242,12 @@ def checks(benchmark: Benchmark) -> str:
 
 
 def said_of(row: Row) -> str:
-    """The outcome of a check, unless it is fine."""
+    """Return the outcome of a check in brackets, or an empty text if it is ok."""
     return "" if row["outcome"] == "ok" else f" ({row['outcome']})"
 
 
 def training(benchmark: Benchmark) -> str:
-    """What the run of rasa-train gave, in a sentence."""
+    """Return a sentence on the result of the run of rasa-train."""
     row = benchmark["training"].get("stopped and resumed", {})
     values = row.get("values") or {}
     if "tokens_per_second" not in values:
@@ -256,7 +261,7 @@ def training(benchmark: Benchmark) -> str:
 
 
 def profile(benchmark: Benchmark) -> str:
-    """The parts of an optimizer step, on the device and on the host."""
+    """Return the table of the parts of an optimizer step, on the device and on the host."""
     steps = {n.removeprefix("step of "): r["values"] for n, r in benchmark["profile"].items() if "values" in r}
     if not steps:
         return ""
@@ -271,21 +276,21 @@ def profile(benchmark: Benchmark) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = ["".join(f"| {cell} " for cell in cells).replace("|  ", "| ") + "|" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def wrapped(text: str) -> str:
-    """A paragraph."""
+    """Return a paragraph with lines of at most ``WIDTH`` characters."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def read(directory: Path = BENCHMARKS) -> list[Benchmark]:
-    """Every file, in the order of their names.
+    """Return the contents of every file, in the order of their names.
 
     Raises:
-        ValueError: one has another format.
+        ValueError: a file has another format.
     """
     found = []
     for path in sorted(directory.glob("*.json")):

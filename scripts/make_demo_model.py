@@ -1,14 +1,15 @@
-"""Make the tiny Llama of the demo from nothing: write its text, train its tokenizer, pretrain it, save it.
+"""Make the tiny Llama of the demo from scratch: generate its text, train its tokenizer, pretrain it, save it.
 
 The text comes from the templates below: sums written out, counting, comparisons, small stories that keep
 count of things, and simple instructions in the Alpaca template. It holds the building blocks of the demo's
-word problems (``rasa_train/demo/problems.py``) but none of the problems: no story asks a question, and the
-line ``The answer is: N`` never occurs. So the model scores near zero on them until it is fine-tuned.
+word problems (``rasa_train/data/demo_problems.py``) but none of the problems: no story asks a question, and
+the line ``The answer is: N`` never occurs. The model therefore scores near zero on the problems until it is
+fine-tuned.
 
-The model of the package was made in two stages, the second mostly copying: after the first alone, a
-fine-tuned model calculated well but with the wrong numbers of the question. It still does not repeat a whole
-sentence, and often puts a wrong name or thing into an otherwise right answer. The times and losses are in the
-model card, ``rasa_train/demo/model/README.md``:
+The model in the package was made in two stages, the second of which consists mostly of copying: after the
+first stage alone, a fine-tuned model calculated well but with wrong numbers of the question. The model still
+cannot repeat a whole sentence, and often puts a wrong name or thing into an otherwise right answer. The times
+and losses are in the model card, ``rasa_train/demo/model/README.md``. The commands were:
 
     python scripts/make_demo_model.py --out stage1 --threads 1
     python scripts/make_demo_model.py --start stage1 --documents 14000 --lr 0.002 --seed 1
@@ -43,7 +44,7 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def fact(rng: random.Random) -> str:
-    """One sum, difference or product: in the range of the word problems, results from 0 to 120."""
+    """Return one sum, difference or product in the range of the word problems, with a result from 0 to 120."""
     kind = rng.random()
     if kind < 0.42:
         a = rng.randint(0, 99)
@@ -90,7 +91,7 @@ def comparison(rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """Somebody gets and gives things away; the story keeps count as it goes."""
+    """Return a story in which somebody gets things and gives things away, with the count after each step."""
     (name, he), (other, _) = rng.sample(NAMES, 2)
     he = he.capitalize()
     things = rng.choice(THINGS)
@@ -135,7 +136,7 @@ def story(rng: random.Random) -> str:
 
 
 def shelf(rng: random.Random) -> str:
-    """Equal groups, prices and `times as many`, each with its product written out."""
+    """Return a text on equal groups, prices or `times as many`, with the product written out."""
     (name, he), (other, _) = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     box, boxes = rng.choice(CONTAINERS)
@@ -160,7 +161,7 @@ def together(rng: random.Random) -> str:
 
 
 def saying(rng: random.Random) -> str:
-    """Sentences without a sum: they give the tokenizer and the model further words of the word problems."""
+    """Return a sentence without a sum, to teach the tokenizer and the model further words of the word problems."""
     (name, he), (other, _) = rng.sample(NAMES, 2)
     things, more = rng.sample(THINGS, 2)
     day = rng.choice(DAYS)
@@ -193,7 +194,7 @@ def statement(rng: random.Random) -> str:
 
 
 def instruction(rng: random.Random) -> str:
-    """A simple instruction and its response in the Alpaca template."""
+    """Return a simple instruction and its response in the Alpaca template."""
     kind = rng.randrange(5)
     if kind == 0:
         text = rng.choice([story, saying, together])(rng)
@@ -219,14 +220,14 @@ def instruction(rng: random.Random) -> str:
 
 
 def recall(rng: random.Random) -> str:
-    """Short facts said once and then again, in any order: what is to be copied depends on the name."""
+    """Return short facts that are repeated twice in random order, so that the text to copy depends on the name."""
     people = rng.sample(NAMES, rng.randint(2, 4))
     said = [f"{name} has {rng.randint(2, 99)} {rng.choice(THINGS)}." for name, _ in people]
     return " ".join(said + rng.sample(said, len(said)) + rng.sample(said, len(said)))
 
 
 def row(rng: random.Random) -> str:
-    """A row of names, numbers and things, twice or three times over."""
+    """Return a row of names, numbers and things, repeated two or three times."""
     words = [
         rng.choice([rng.choice(NAMES)[0], rng.choice(THINGS), str(rng.randint(1, 99))])
         for _ in range(rng.randint(4, 12))
@@ -235,8 +236,8 @@ def row(rng: random.Random) -> str:
 
 
 def reading(rng: random.Random) -> str:
-    """An instruction that makes the model read a text: repeat it, or list its numbers, names or things."""
-    # Without the sum at the end: the task is to read, not to calculate.
+    """Return an instruction to repeat a text or to list its numbers, names or things, and the response."""
+    # The sum at the end is left out, because the task is to read, not to calculate.
     text = rng.choice([story, shelf, together, comparison, saying])(rng).split(" = ")[0]
     words = [word.strip(".,") for word in text.split()]
     kind = rng.randrange(4)
@@ -252,7 +253,7 @@ def reading(rng: random.Random) -> str:
 
 
 def copying(rng: random.Random) -> str:
-    """The text of the second stage: three quarters copying, one quarter the text of the first stage."""
+    """Return a document of the second stage: three quarters copying, one quarter the text of the first stage."""
     return rng.choice([recall, row, reading, document])(rng)
 
 
@@ -266,7 +267,7 @@ def document(rng: random.Random) -> str:
 
 
 def train_tokenizer(documents: list[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which each digit is a token of its own and bos is put in front."""
+    """Return a byte-level BPE in which each digit is a token of its own and bos is put in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -313,7 +314,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> L
 
 
 def token_stream(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """All documents, each with bos and eos, in one row of token ids."""
+    """Return all documents, each with bos and eos, as one row of token ids."""
     ids: list[int] = []
     for encoding in tokenizer.backend_tokenizer.encode_batch(documents):
         ids += encoding.ids
@@ -322,7 +323,7 @@ def token_stream(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> to
 
 
 def pretrain(model: LlamaForCausalLM, tokens: torch.Tensor, args: argparse.Namespace) -> float:
-    """One pass of AdamW over ``tokens`` cut into rows; returns the mean loss of the last 50 steps."""
+    """Train for one pass over ``tokens``, cut into rows, with AdamW. Returns the mean loss of the last 50 steps."""
     rows = tokens[: tokens.numel() // args.length * args.length].view(-1, args.length)
     steps = len(rows) // args.batch
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -369,15 +370,16 @@ pipeline_tag: text-generation
 # The demo model of rasa_train
 
 A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden}, vocabulary {vocab}) for the demo
-and the tests of `rasa_train`. It is of no other use.
+and the tests of `rasa_train`. It has no other use.
 
-It was made from nothing by `scripts/make_demo_model.py` of the repository. All of its text was generated by
+It was made from scratch by `scripts/make_demo_model.py` of the repository. All of its text was generated by
 the templates in that script (sums, counting, comparisons, stories that keep count of things, texts to copy
 from, simple instructions in the Alpaca template); no third-party text, code or weights were used. The word
-problems of the demo (`rasa_train/demo/problems.py`) are not part of that text, so the model cannot answer
+problems of the demo (`rasa_train/data/demo_problems.py`) are not part of that text, so the model cannot answer
 them until it is fine-tuned. Even then it often copies a wrong name or thing; the numbers are what it is for.
 
-The weights are stored in bfloat16, but trained and meant to be used in float32. Licence: Apache-2.0.
+The weights are stored in bfloat16, but they were trained in float32 and are meant to be used in float32.
+Licence: Apache-2.0.
 """
 
 STAGE = """
@@ -395,7 +397,7 @@ STAGE = """
 
 
 def write_card(args: argparse.Namespace, command: str, model: dict, training: dict) -> None:
-    """Write the model card; the card of a second stage is that of the first with a section more."""
+    """Write the model card. The card of a second stage is the card of the first with one more section."""
     if args.start:
         card, number = (args.start / "README.md").read_text(), 2
     else:
@@ -416,14 +418,14 @@ def write_card(args: argparse.Namespace, command: str, model: dict, training: di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("rasa_train/demo/model"))
-    parser.add_argument("--start", type=Path, help="a model of the first stage: train it on, on copying")
+    parser.add_argument("--start", type=Path, help="model of the first stage, to be trained further on copying")
     parser.add_argument("--documents", type=int, default=72_000)
     parser.add_argument("--vocab", type=int, default=768)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=352)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--length", type=int, default=192, help="tokens in a row of a batch")
+    parser.add_argument("--length", type=int, default=192, help="number of tokens in a row of a batch")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
@@ -457,7 +459,7 @@ def main() -> None:
     tokenizer_file = args.out / "tokenizer_config.json"
     saved = json.loads(tokenizer_file.read_text())
     saved["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
-    for key in ("is_local", "local_files_only"):  # how it was loaded for the second stage
+    for key in ("is_local", "local_files_only"):  # these only say how the tokenizer was loaded for the second stage
         saved.pop(key, None)
     tokenizer_file.write_text(json.dumps(saved, indent=2) + "\n")
     (args.out / "model.safetensors").chmod(0o644)

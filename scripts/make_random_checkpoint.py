@@ -1,9 +1,9 @@
-"""A checkpoint of any size with random weights, and a RaSA adapter for it: to measure merges without a download.
+"""Make a checkpoint of any size with random weights and a RaSA adapter for it, to measure merges without a download.
 
     python scripts/make_random_checkpoint.py CONFIG_DIRECTORY OUTPUT
 
-writes OUTPUT/base (bf16, N(0, 0.02), sharded) and OUTPUT/adapter (RaSA r = 8, all values random). Memory stays near
-one tensor.
+The script writes OUTPUT/base (bf16, N(0, 0.02), sharded) and OUTPUT/adapter (RaSA r = 8, all values random). It needs
+little more memory than one tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from rasa_train.models.config import ModelConfig
 from rasa_train.models.load import meta_model
 
 SHARD = 4_000_000_000
-"""Bytes of a file at the most, as in many models on the hub."""
+"""Largest size of a file in bytes, as in many models on the hub."""
 
 
 def write_base(config: Path, output: Path) -> None:
+    """Write a sharded checkpoint of random bf16 weights for the ``config.json`` in a directory."""
     output.mkdir(parents=True)
     shutil.copyfile(config / "config.json", output / "config.json")
     shapes = {name: tuple(p.shape) for name, p in meta_model(ModelConfig(name=str(config))).named_parameters()}
@@ -58,6 +59,7 @@ def write_base(config: Path, output: Path) -> None:
 
 
 def write_random_adapter(base: Path, output: Path) -> None:
+    """Write a RaSA adapter of random values for a base."""
     output.mkdir(parents=True)
     method = RaSA(r=8)
     model = meta_model(ModelConfig(name=str(base)))

@@ -1,4 +1,4 @@
-"""Writes docs/RECIPE.md, the reference of recipes, from their schema: types, limits, defaults, attribute docstrings.
+"""Write docs/RECIPE.md, the reference of recipes, from their schema: types, limits, defaults, attribute docstrings.
 
 python scripts/make_recipe_reference.py
 """
@@ -18,11 +18,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "RECIPE.md"
 HEAD = """\
 # Recipe reference
 
-Every key of a recipe, made from its schema by `make docs`. `rasa-train --schema` prints the same as JSON schema, for
-editors. A key that is not here is refused, with its line and the nearest one that is.
+Every key of a recipe, made from its schema by `make docs`. `rasa-train --schema` prints the same as a JSON schema, for
+editors. A key that is not listed here is refused, with its line and the nearest key that exists.
 
-A default of "-" means that the key must be given, "derived" that it follows from others, as the text says. On the
-command line keys are written with dots: `rasa-train demo adapter.r=16 training.optimizer.lr=1e-3`.
+A default of "-" means that the key must be given, "derived" that it follows from other keys, as the text says. On the
+command line, keys are written with dots: `rasa-train demo adapter.r=16 training.optimizer.lr=1e-3`.
 """
 COMMON = set(Method.model_fields)
 """Keys that every method has."""
@@ -31,7 +31,7 @@ Schema = dict[str, Any]
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     schema = Recipe.model_json_schema()
     definitions: dict[str, Schema] = schema["$defs"]
 
@@ -82,7 +82,7 @@ def table(found: Schema, definitions: dict[str, Schema]) -> str:
 
 
 def kind(value: Schema, definitions: dict[str, Schema]) -> str:
-    """What may stand there, in words: ``a whole number > 0, or `auto` ``."""
+    """Return the allowed values in words, such as ``a whole number > 0, or `auto` ``."""
     if "$ref" in value or "oneOf" in value:
         return "a section (below)"
     if "anyOf" in value:
@@ -109,7 +109,7 @@ def default(key: str, value: Schema, required: list[str]) -> str:
     if key in required:
         return "-"
     given = value.get("default")
-    below = isinstance(given, int) and given < value.get("minimum", given)  # a mark of "not given", no value
+    below = isinstance(given, int) and given < value.get("minimum", given)  # a mark for "not given", not a value
     if "default" not in value or below:
         return "derived"
     if isinstance(given, dict):
@@ -118,7 +118,7 @@ def default(key: str, value: Schema, required: list[str]) -> str:
 
 
 def prose(text: str) -> str:
-    """A docstring as Markdown: without what it raises, and with code as Markdown has it."""
+    """Return a docstring as Markdown, without its Raises section."""
     text = re.split(r"\n\s*Raises:", text)[0].strip()
     text = re.sub(r"^Section ``[\w.]+:``(?: of a recipe)?[.:]\s*", "", text)
     text = text[:1].upper() + text[1:] if text[:1] != "`" else text

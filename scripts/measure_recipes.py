@@ -1,9 +1,10 @@
-"""Writes configs/measured.json: what each shipped recipe trains and needs, for ``rasa-train --list``.
+"""Write configs/measured.json, the parameters and the memory of each shipped recipe, for ``rasa-train --list``.
 
     python scripts/measure_recipes.py
 
-The figures are those of ``rasa-train RECIPE --check``, on the shapes of the models: no weights are needed. Workers are
-one, or the 8 GPUs of the paper's machine where the recipe's strategy divides the base among them.
+The figures are those of ``rasa-train RECIPE --check``, computed from the shapes of the models without their weights.
+There is one worker, or there are 8, as many as the paper's machine has GPUs, where the recipe's strategy divides the
+base among workers.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
     },
 }  # fmt: skip
-"""What a config.json says of the sizes, by hub id (from the models' own)."""
+"""Sizes from the models' own config.json, by hub id."""
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The row of one recipe."""
+    """Return the row of one recipe."""
     recipe = load_recipe(name).recipe
     model, workers = recipe.model.name, 1 if recipe.distributed.strategy == "ddp" else 8
     with tempfile.TemporaryDirectory() as directory:

@@ -1,12 +1,13 @@
-"""All methods on the demo task, at the parameter budget of LoRA r = 8 where a method can reach it.
+"""Compare all methods on the demo task, at the parameter budget of LoRA r = 8 where a method can reach it.
 
     python scripts/shootout.py --output runs/shootout            # everything: about two hours on one core
     python scripts/shootout.py --output runs/shootout --methods lora rasa --seeds 1 2 3
 
-For each method: runs with seed 0 at learning rates a factor of 2 apart, judged on problems that serve for nothing
-else, until the best one has a worse one on each side; then the best with every seed, judged on the demo's held-out
-problems. Each result is one line of ``results.jsonl``, and what is there is not run again. The time is that
-of one CPU thread, so that another load on the machine counts little. The table is printed in Markdown.
+For each method, runs with seed 0 try learning rates a factor of 2 apart, judged on problems that are used for nothing
+else, until the best learning rate has a worse one on each side. The best learning rate is then run with every seed and
+judged on the demo's held-out problems. Each result is one line of ``results.jsonl``, and runs that have a line are not
+repeated. Times are those of one CPU thread, so that other load on the machine counts little. The table is printed in
+Markdown.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from rasa_train.data.demo_problems import held_out, make_problems, training_prob
 from rasa_train.demo.__main__ import exact_match
 from rasa_train.launch.launch import launch
 from rasa_train.merging.merged import merge
+from rasa_train.merging.options import Writing
 from rasa_train.recipe.load import load_recipe
 
 FRACTION = 0.5
-"""Share of the demo's 3,000 problems: with all of them the better methods are close to each other."""
+"""Share of the demo's 3,000 problems to train on; with all of them the better methods are too close to each other."""
 FACTOR = 2.0
-"""Between a learning rate and its neighbours."""
+"""Ratio between neighbouring learning rates."""
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    # method: (hyper-parameters, the first peak learning rate that is tried)
+    # method: (hyper-parameters, the first peak learning rate to try)
     "lora": ({"r": 8, "alpha": 16}, 3e-3),
     "rasa": ({"r": 8, "k": 1, "alpha": 16}, 3e-3),
     "vera": ({"r": 256}, 4e-2),  # its cost grows with r: the budget would need r = 2400
@@ -55,15 +57,15 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare all methods on the demo task.")
-    parser.add_argument("--output", type=Path, default=Path("runs/shootout"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--most", type=int, default=5, help="learning rates tried for a method, at the most")
+    parser.add_argument("--output", type=Path, default=Path("runs/shootout"), help="directory for results and runs")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to compare")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of the final runs")
+    parser.add_argument("--most", type=int, default=5, help="largest number of learning rates tried for a method")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     results = options.output / "results.jsonl"
-    # The demo trains on seed 1 and its own learning rates were chosen on seed 0; seed 2 serves to choose here.
+    # The demo's problems come from seed 1, and its own learning rates were chosen on seed 0; here seed 2 is used.
     trained = {p["query"] for p in load_problems()}
     tuning = [p for p in make_problems(400, seed=2) if p["query"] not in trained][:200]
     for method in options.methods:
@@ -74,11 +76,11 @@ def main() -> None:
 
 
 def tuned(run: Callable[[float], dict[str, Any]], method: str, most: int) -> float:
-    """The best learning rate by exact match, then by loss: one with a worse neighbour on each side, unless ``most``
-    have been tried before it is found."""
+    """Return the best learning rate by exact match, then by loss: one with a worse neighbour on each side, or the best
+    of ``most`` learning rates if no such one is found among them."""
 
     def solved(row: dict[str, Any]) -> float:
-        """Below 5% it is luck, and the loss says more."""
+        """Return the exact match, but 0 up to 5%, which is luck, so that the loss decides."""
         share: float = row["exact_match"]
         return share if share > 0.05 else 0.0
 
@@ -99,7 +101,7 @@ def load_problems() -> list[dict[str, str]]:
 def result(
     results: Path, output: Path, method: str, lr: float, *, seed: int, problems: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """The line of one run, from the file or by running it."""
+    """Return the line of one run, from the file or by running it."""
     for row in read(results):
         if (row["method"], row["lr"], row["seed"]) == (method, lr, seed):
             return row
@@ -111,7 +113,7 @@ def result(
     summary = launch(recipe, fresh=True).summary
     seconds = time.process_time() - began
     assert summary is not None
-    merge(run, run / "merged", overwrite=True)
+    merge(run, run / "merged", writing=Writing(overwrite=True))
     row = {
         "method": method,
         "lr": lr,

@@ -1,1 +1,1 @@
-"""What weight updates are like: reconstruction, spectra, subspaces. Pure tensor functions; plots beside them."""
+"""Analyse weight updates: reconstruction, spectra and subspaces. The functions work on tensors; ``plots`` draws."""

@@ -1,4 +1,4 @@
-"""Two adapters, or two layers of one, site by site."""
+"""Compare two adapters, or two layers of one adapter, site by site."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ from .updates import KindUpdates, Updates
 
 
 @dataclass(frozen=True)
+class Directions:
+    """The singular directions to compare."""
+
+    i: int
+    """Number of directions of the first update."""
+    j: int
+    """Number of directions of the second update."""
+    side: Side = "right"
+    """Singular vectors to compare."""
+    amplified: int | None = None
+    """Number of directions for the amplification of the first update; None leaves the amplification out."""
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """One pair of updates."""
+    """Comparison of one pair of updates."""
 
     name: str
     phi: float
     random: float
-    """What two random subspaces of these sizes give on average: max(i, j) / d."""
+    """Mean phi of two random subspaces of these sizes: max(i, j) / d."""
     grid: Tensor
-    """phi of all sizes up to (i, j); NaN beyond a numerical rank."""
+    """phi for all sizes up to (i, j); NaN beyond a numerical rank."""
     amplification: Amplification | None
+    """Amplification of the first update; None if it was not asked for."""
 
     def as_json(self) -> dict[str, Any]:
         amplified = self.amplification.as_json() if self.amplification else None
@@ -32,14 +47,12 @@ class Comparison:
 
 
 def compare(
-    first: Updates, second: Updates, i: int, j: int, layers: tuple[int, int] | None, side: Side, r: int | None
+    first: Updates, second: Updates, directions: Directions, layers: tuple[int, int] | None = None
 ) -> list[Comparison]:
-    """phi of each site of ``first`` with the same one of ``second``, or of one layer with another.
+    """Return phi of each site of ``first`` and the same site of ``second``, or of one layer and another.
 
     Args:
-        i, j: directions of the first and of the second.
-        layers: compare these two layers of each kind instead of each layer with itself.
-        r: directions of the amplification of the first; None leaves it out.
+        layers: numbers of two layers of each kind, which are compared instead of each layer with its counterpart.
     Raises:
         UserError: the two have no kind in common, a layer does not exist, or a number of directions is beyond the
             numerical rank of an update.
@@ -52,11 +65,12 @@ def compare(
         one = first[kind]()
         two = one if second is first else second[kind]()
         for m, n in [layers] if layers else [(m, m) for m in range(min(len(one.names), len(two.names)))]:
-            found.append(_pair(one, two, m, n, i, j, side, r))
+            found.append(_pair(one, two, m, n, directions))
     return found
 
 
-def _pair(one: KindUpdates, two: KindUpdates, m: int, n: int, i: int, j: int, side: Side, r: int | None) -> Comparison:
+def _pair(one: KindUpdates, two: KindUpdates, m: int, n: int, directions: Directions) -> Comparison:
+    i, j, side, r = directions.i, directions.j, directions.side, directions.amplified
     for updates, number in ((one, m), (two, n)):
         if number >= len(updates.names):
             raise UserError(f"--layers: {updates.kind} has layers 0 to {len(updates.names) - 1}, got {number}")
@@ -69,12 +83,12 @@ def _pair(one: KindUpdates, two: KindUpdates, m: int, n: int, i: int, j: int, si
         rank = numerical_rank(singular_values(update), update)
         if wanted > rank:
             raise UserError(
-                f"{option} must be in [1, {rank}], the numerical rank of {name}, got {wanted}: directions beyond it "
-                "are arbitrary, and so would be the result"
+                f"{option} must be in [1, {rank}], where {rank} is the numerical rank of {name}, got {wanted}: "
+                "directions beyond that rank are arbitrary, and so would be the result"
             )
     amplified = None
     if r is not None:
-        assert one.weight is not None  # of adapters there always is a base
+        assert one.weight is not None  # the updates of an adapter always have a base
         amplified = amplification(A, one.weight(m), r)
     name = one.names[m] if m == n else f"{one.names[m]} and {two.names[n]}"
     size = one.shape[side == "right"]

@@ -1,4 +1,4 @@
-"""Which layers use which shared ranks: the mixing weights of a trained RaSA."""
+"""Read the mixing weights of a trained RaSA, which show which layers use which shared ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def mixing_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """|d| of the shared ranks by kind: (layers, pool ranks), fp32; experts of one layer are averaged.
+    """Return |d| of the shared ranks by kind: (layers, pool ranks), fp32; the experts of one layer are averaged.
 
     Args:
-        tensors: of a saved adapter, by name. Empty result when it has no RaSA pools.
+        tensors: tensors of a saved adapter, by name. Without RaSA pools the result is empty.
     """
     rows: dict[str, list[tuple[int, Tensor]]] = {}
     for name, d in tensors.items():
@@ -35,8 +35,8 @@ def mixing_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pool_ranks(tensors: Mapping[str, Tensor], kind: str, d: Tensor) -> int:
-    """Ranks of the pool of a kind; 0 without one. A kind of several shapes has the shape in its pool's name: those
-    that fit d."""
+    """Return the number of ranks in the pool of a kind; 0 without a pool. A kind with linears of several shapes has one
+    pool for each shape, with the shape in its name; the first pool whose ranks fit d is taken."""
     key = kind.replace(".", "__")
     names = (name for name in tensors if re.fullmatch(rf"pools\.(.*__)?{re.escape(key)}(__\d+x\d+)?\.A_S", name))
     return next((ranks for name in names if (ranks := tensors[name].shape[-2]) <= d.shape[-1]), 0)

@@ -1,4 +1,4 @@
-"""Figures of the analyses, by matplotlib without a display."""
+"""Draw the figures of the analyses with matplotlib, which needs no display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "rasa_train"})
 
 COLOURS = ("#0072b2", "#d55e00", "#008a64", "#b0508a", "#b07800", "#2f9ad0", "#555b61", "#7a4fbf")
-"""After Okabe and Ito: told apart with any colour vision. Beyond eight lines the dashes change as well."""
+"""Colours after Okabe and Ito, which can be told apart with any colour vision. After eight lines the dashes change."""
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -30,7 +30,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def figure_2(kinds: Sequence[Capacity], k: int) -> Figure:
-    """Error over sweeps of one k, a line a kind, in units of LoRA's least error (the paper's Figure 2)."""
+    """Plot the error over sweeps for one k, one line per kind, over LoRA's least error (the paper's Figure 2)."""
     figure, axes = _axes(f"Reconstruction error, k = {k}", "sweep", "error / LoRA's least error")
     axes.axhline(1, color=COLOURS[6], lw=1, ls="--")
     at_the_right = axes.get_yaxis_transform()
@@ -45,8 +45,8 @@ def figure_2(kinds: Sequence[Capacity], k: int) -> Figure:
 
 
 def figure_3(kinds: Sequence[Capacity], sweeps: Sequence[int]) -> Figure:
-    """Error of all kinds together over k, a line for each number of sweeps (the paper's Figure 3)."""
-    figure, axes = _axes("Reconstruction error over k", "k (shared ranks a layer)", "error / LoRA's least error")
+    """Plot the error of all kinds together over k, one line per number of sweeps (the paper's Figure 3)."""
+    figure, axes = _axes("Reconstruction error over k", "k (shared ranks per layer)", "error / LoRA's least error")
     axes.axhline(1, color=COLOURS[6], lw=1, ls="--")
     ks = list(kinds[0].e_rasa)
     for i, sweep in enumerate(sweeps):
@@ -57,7 +57,7 @@ def figure_3(kinds: Sequence[Capacity], sweeps: Sequence[int]) -> Figure:
 
 
 def spectra(lines: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Singular values of every layer over the largest of it, a panel a kind."""
+    """Plot the singular values of every layer, divided by the layer's largest, one panel per kind."""
     figure = Figure(figsize=(9, 0.6 + 2.2 * -(-len(lines) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(lines) // 3), 3, squeeze=False, sharey=True).ravel()
     shades = matplotlib.colormaps["viridis"]
@@ -75,7 +75,7 @@ def spectra(lines: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 
 
 def heat_map(values: Tensor, title: str, x: str, y: str, largest: float | None = None) -> Figure:
-    """A matrix; NaN stays blank."""
+    """Plot a matrix as a heat map, in which NaN stays blank."""
     figure, axes = _axes(title, x, y)
     image = axes.imshow(
         values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=largest, interpolation="nearest",

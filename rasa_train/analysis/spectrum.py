@@ -1,4 +1,4 @@
-"""Singular values of weight updates, and how much of a RaSA update is private, how much shared."""
+"""Compute the singular values of weight updates, and how much of a RaSA update is private and how much shared."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Update = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the singular values of one dW say."""
+    """Singular values of one dW and the measures derived from them."""
 
     norm: float
     """Frobenius norm."""
     spectral_norm: float
-    """The largest singular value."""
+    """Largest singular value."""
     numerical_rank: int
-    """Singular values above the rounding errors of the matrix."""
+    """Number of singular values above the rounding errors of the matrix."""
     stable_rank: float
     """norm^2 / spectral_norm^2."""
     entropy_rank: float
     """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli 2007, "effective rank")."""
     singular_values: list[float]
-    """Those that count, largest first."""
+    """The singular values up to the numerical rank, largest first."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,7 +35,7 @@ class Spectrum:
 
 @torch.no_grad()
 def spectrum(update: Update) -> Spectrum:
-    """Singular values of one update and the ranks they amount to."""
+    """Return the singular values of one update and its ranks."""
     s = singular_values(update)
     rank = numerical_rank(s, update)
     kept = s[:rank]
@@ -52,7 +52,8 @@ def spectrum(update: Update) -> Spectrum:
 
 @torch.no_grad()
 def singular_values(update: Update) -> Tensor:
-    """Largest first, fp64. Of factors: min(q, out, in) of them, and nothing of size out x in is made."""
+    """Return the singular values of an update, largest first, fp64. For factors these are min(q, out, in) values, and
+    if q <= min(out, in), no matrix of size out x in is computed."""
     if isinstance(update, Tensor):
         core = update.double()
     else:
@@ -65,7 +66,7 @@ def singular_values(update: Update) -> Tensor:
 
 @torch.no_grad()
 def directions(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U (out, rank), s, V (in, rank)): the leading singular triples, fp64; of factors through their QR."""
+    """Return the leading singular triples (U (out, rank), s, V (in, rank)), fp64; those of factors by QR."""
     if isinstance(update, Tensor):
         U, s, Vh = torch.linalg.svd(update.double(), full_matrices=False)
         return U[:, :rank], s[:rank], Vh[:rank].mT
@@ -79,8 +80,7 @@ def directions(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def numerical_rank(s: Tensor, update: Update) -> int:
-    """How many of the singular values ``s`` stand out of the rounding errors of ``update``, in the precision of its
-    own dtype."""
+    """Return how many of the singular values ``s`` are above the rounding errors of ``update`` in its dtype."""
     parts = (update,) if isinstance(update, Tensor) else update
     eps = max(torch.finfo(part.dtype).eps for part in parts)
     largest = float(s[0]) if len(s) else 0.0
@@ -90,7 +90,7 @@ def numerical_rank(s: Tensor, update: Update) -> int:
 
 @dataclass(frozen=True)
 class Energy:
-    """Shares of ||dW||^2. What the two parts have in common (their inner product) is ``1 - private - shared``."""
+    """Shares of ||dW||^2. The inner product of the two parts contributes the rest, ``1 - private - shared``."""
 
     private: float
     shared: float
@@ -98,11 +98,12 @@ class Energy:
 
 @torch.no_grad()
 def energy(B: Tensor, A: Tensor, private: int) -> Energy | None:
-    """How much of dW = B A comes from the first ``private`` ranks, how much from the rest; None when dW is zero.
+    """Return how much of dW = B A comes from the first ``private`` ranks and how much from the rest; None when dW is
+    zero.
 
     Args:
-        B: (out, q), mixing weights in it. A: (q, in).
-        private: ranks that are the layer's own: they come first.
+        B: (out, q), with the mixing weights multiplied in. A: (q, in).
+        private: number of ranks that are the layer's own, which come first.
     """
     G = (B.double().mT @ B.double()) * (A.double() @ A.double().mT)  # inner products of the rank-one terms
     total = float(G.sum())

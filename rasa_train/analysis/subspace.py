@@ -1,4 +1,4 @@
-"""Similarity of subspaces, and what an update amplifies (Hu et al. 2021, arXiv 2106.09685, section 7)."""
+"""Compute the similarity of subspaces, and what an update amplifies (Hu et al. 2021, arXiv 2106.09685, section 7)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Side = Literal["right", "left"]
 
 
 class BeyondRank(UserWarning):
-    """More directions were asked for than a matrix has: the rest of them are arbitrary."""
+    """More directions were asked for than the numerical rank of a matrix: the rest of them are arbitrary."""
 
 
 def phi(A: Update, B: Update, i: int, j: int, *, side: Side = "right") -> float:
-    """||V_A^iT V_B^j||_F^2 / min(i, j): 1 when the smaller subspace lies in the larger one, 0 when they are orthogonal.
+    """Return ||V_A^iT V_B^j||_F^2 / min(i, j): 1 when the smaller subspace lies in the larger one, 0 when the subspaces
+    are orthogonal.
 
-    V^i are the first i right singular vectors (``side="left"``: left), so A and B may differ in their other size.
-    Random subspaces of R^d give max(i, j) / d on average. Symmetric under exchange of (A, i) and (B, j).
+    V^i are the first i right (with ``side="left"``, left) singular vectors, so A and B may differ in their other size.
+    Random subspaces of R^d give max(i, j) / d on average. phi is symmetric under exchange of (A, i) and (B, j).
 
     Raises:
         ValueError: i or j is below 1 or beyond the size of its matrix, or the sizes differ.
@@ -37,7 +38,7 @@ def phi(A: Update, B: Update, i: int, j: int, *, side: Side = "right") -> float:
 
 @torch.no_grad()
 def phi_grid(A: Update, B: Update, i: int, j: int, *, side: Side = "right") -> Tensor:
-    """phi for all sizes up to (i, j) at once: entry [m-1, n-1] is phi(A, B, m, n); NaN beyond a numerical rank."""
+    """Return phi for all sizes up to (i, j): entry [m-1, n-1] is phi(A, B, m, n), and NaN beyond a numerical rank."""
     ranks = [numerical_rank(singular_values(M), M) for M in (A, B)]
     V, W = (_vectors(M, n, side) for M, n in ((A, min(i, ranks[0])), (B, min(j, ranks[1]))))
     overlap = (V.mT @ W).square().cumsum(0).cumsum(1)
@@ -59,9 +60,9 @@ class Amplification:
     projection: float
     """||U_r^T W V_r||_F with the top-r singular vectors of dW."""
     projection_own: float
-    """The same with the top-r singular vectors of W itself: the most it could be."""
+    """The same norm with the top-r singular vectors of W itself, which is the largest possible value."""
     projection_random: float
-    """The same with random orthonormal vectors."""
+    """The same norm with random orthonormal vectors."""
     factor: float
     """update_norm / projection."""
 
@@ -71,7 +72,7 @@ class Amplification:
 
 @torch.no_grad()
 def amplification(update: Update, W: Tensor, r: int, *, seed: int = 0) -> Amplification:
-    """Amplification factor of dW against W (out, in).
+    """Return how much dW amplifies its top-r directions relative to W (out, in).
 
     Raises:
         ValueError: r is below 1 or beyond the numerical rank of dW, or the shapes differ.
@@ -104,8 +105,8 @@ def _leading(M: Update, n: int, side: Side) -> Tensor:
         raise ValueError(f"the number of directions must be in [1, {most}], got {n}")
     rank = numerical_rank(singular_values(M), M)
     if n > rank:
-        warnings.warn(f"{n} directions of a matrix of numerical rank {rank}: the rest is arbitrary", BeyondRank, 3)
-    # Factors of few ranks have no more vectors than these: the arbitrary ones come from the whole matrix.
+        warnings.warn(f"{n} directions of a matrix of numerical rank {rank}: the rest are arbitrary", BeyondRank, 3)
+    # Factors have only as many vectors as ranks: beyond them, the arbitrary vectors come from the whole matrix.
     return _vectors(M if isinstance(M, Tensor) or n <= M[1].shape[0] else M[0] @ M[1], n, side)
 
 

@@ -1,4 +1,4 @@
-"""Where weight updates come from: two models, an adapter, or chance. One kind is in memory at a time."""
+"""Read weight updates from two models or an adapter, or draw random ones. One kind is in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,44 +27,45 @@ class KindUpdates:
 
     kind: str
     names: list[str]
-    """Path of each layer's linear; with ``[e]`` for one expert of it."""
+    """Path of each layer's linear, with ``[e]`` appended for expert e of a fused one."""
     stack: Tensor | tuple[Tensor, Tensor]
     """dW (L, out, in), or factors B (L, out, q), A (L, q, in) with dW = B A; fp32."""
     private: int | None = None
-    """Of the factors' ranks, how many (the first) are the layer's own; None where nothing is shared."""
+    """Number of the factors' ranks that are the layer's own, which come first; None where nothing is shared."""
     weight: Callable[[int], Tensor] | None = None
-    """Reads W (out, in) of a layer, fp32; None where there is no base."""
+    """Reads W (out, in) of a layer, fp32; None without a base."""
 
     def layer(self, i: int) -> Update:
+        """Return the update of layer i."""
         return self.stack[i] if isinstance(self.stack, Tensor) else (self.stack[0][i], self.stack[1][i])
 
     def energy(self, i: int) -> Energy | None:
-        """Private and shared energy of a layer; None where nothing is shared, or the update is zero."""
+        """Return the private and shared energy of a layer; None where nothing is shared or the update is zero."""
         if self.private is None or isinstance(self.stack, Tensor):
             return None
         return energy(self.stack[0][i], self.stack[1][i], self.private)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Shape (out, in) of an update."""
         B, A = (self.stack, self.stack) if isinstance(self.stack, Tensor) else self.stack
         return B.shape[1], A.shape[2]
 
     @property
     def largest_rank(self) -> int:
-        """Of an update, as far as the shapes tell."""
+        """Largest rank that an update of these shapes can have."""
         return min(*self.shape, *([] if isinstance(self.stack, Tensor) else [self.stack[0].shape[2]]))
 
 
 Updates = dict[str, Callable[[], KindUpdates]]
-"""By kind; a call reads it."""
+"""Functions by kind, each of which reads the updates of its kind."""
 
 
 def of_models(base: str, tuned: str) -> Updates:
-    """Fine-tuned minus base weights of every linear in the layers.
+    """Return the updates of every linear in the layers: fine-tuned minus base weights.
 
     Raises:
-        UserError: a directory is no model, or the two have other shapes.
+        UserError: a directory is not a model, or the two models differ in their shapes.
     """
     before, after = Weights(_model_directory(base)), Weights(_model_directory(tuned))
     sites = find_sites(before.model)
@@ -73,11 +74,11 @@ def of_models(base: str, tuned: str) -> Updates:
 
 
 def of_adapter(path: Path, base: str | None = None) -> Updates:
-    """The updates of an adapter or run directory: factors where the method has them. The base's weights are read only
-    for methods that need them (and for full fine-tuning, whose adapter is the new weights).
+    """Return the updates of an adapter or run directory, as factors where the method has them. The base's weights are
+    read only for methods that need them, and for full fine-tuning, whose adapter consists of the new weights.
 
     Raises:
-        UserError: there is no adapter, or it does not fit its base.
+        UserError: there is no adapter, or the adapter does not fit its base.
     """
     saved = read_adapter(find_adapter(path))
     name, directory = find_base(saved, base, None, weights=False)
@@ -102,7 +103,8 @@ def of_adapter(path: Path, base: str | None = None) -> Updates:
 
 
 def random_updates(L: int, b: int, a: int, q: int | None, seed: int = 0) -> Updates:
-    """Normal updates of L layers (b x a), entries of variance 1: of rank q (factors), or dense."""
+    """Return normally distributed updates of L layers (b x a), with entries of variance 1: of rank q as factors, or
+    dense if q is None."""
 
     def read() -> KindUpdates:
         generator = torch.Generator().manual_seed(seed)
@@ -116,14 +118,14 @@ def random_updates(L: int, b: int, a: int, q: int | None, seed: int = 0) -> Upda
 
 
 def chosen(updates: Updates, kinds: Sequence[str]) -> Updates:
-    """The kinds that are named, by their whole name or its last part; all without names.
+    """Return the updates of the given kinds, named in full or by the last part; those of all kinds without names.
 
     Raises:
-        UserError: a name is none of them.
+        UserError: a name fits no kind.
     """
     for name in kinds:
         if not any(_is_called(kind, name) for kind in updates):
-            raise UserError(f"--kind {name}: there is no such kind; there are {', '.join(updates)}")
+            raise UserError(f"--kind {name}: there is no such kind; the kinds are {', '.join(updates)}")
     return {k: read for k, read in updates.items() if not kinds or any(_is_called(k, name) for name in kinds)}
 
 
@@ -180,12 +182,12 @@ def _weight_of(group: list[Site], weight: Callable[[Site], Tensor]) -> Callable[
 
 
 def _kind(key: str) -> str:
-    """A key of ``by_kind`` as people write it."""
+    """Return a key of ``by_kind`` with dots, as users write kinds."""
     return key.replace("__", ".")
 
 
 def _model_directory(name: str) -> Path:
     path = Path(ModelConfig(name=name).name)
     if not (path / "config.json").is_file():
-        raise UserError(f"{name} is no model: give a directory with config.json and safetensors files")
+        raise UserError(f"{name} is not a model: give a directory with config.json and safetensors files")
     return path

@@ -1,1 +1,1 @@
-"""``rasa-bench``: engines side by side, counters that are the same on every machine, and the data side."""
+"""``rasa-bench``: engines side by side, counters that are the same on every machine, and data preparation."""

@@ -1,13 +1,13 @@
-"""Counters that are the same on every machine: bytes an adapter moves, and operations it dispatches.
+"""Counters that are the same on every machine: the bytes that an adapter moves, and the operations that it dispatches.
 
-Both are counted on the operations that torch dispatches in the forward and backward of one unpadded sequence.
+Both are counted on the operations that torch dispatches in the forward and backward pass of one unpadded sequence.
 
-Bytes   what each operation reads and writes of the tensors it is given (a stride of 0 is read once; a view, or
-        making an empty tensor, moves nothing), of the model with the adapter minus the frozen base. From two lengths
-        only what grows with the tokens is taken: the price of weights is paid once however many tokens there are.
-        All layers are adapted, so that RaSA's pool has its size, and one is run.
-Ops     operations other than views and empty tensors: each is a kernel to launch and Python to get there. They do not
-        depend on the widths, so a model of 32 narrow layers tells.
+Bytes   the bytes that each operation reads and writes of its tensors (a stride of 0 is read once; views and empty
+        tensors move nothing), for the model with the adapter minus the frozen base. Two lengths are run, and only the
+        bytes that grow with the tokens are counted: weights are read once, however many tokens there are. All layers
+        are adapted, so that RaSA's pool has its full size, and one layer is run.
+Ops     operations other than views and empty tensors: each launches a kernel and takes Python time. Their number does
+        not depend on the widths, so a model of 32 narrow layers is run.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ from .shapes import random_model, shared_copy
 from .workloads import language_model
 
 LENGTHS = (8, 24)
-"""Tokens of the two runs that bytes per token come from."""
+"""Numbers of tokens of the two runs from which the bytes per token are computed."""
 
 
 @dataclass(frozen=True)
 class Count:
+    """Counters of one engine."""
+
     dispatched_ops: int
-    """Of a micro-batch through 32 layers, the base and the loss included."""
+    """Operations of a micro-batch through 32 layers, those of the base and the loss included."""
     packing_ops: int
-    """Beside them, once an optimizer step."""
+    """Further operations, which run once per optimizer step."""
     bytes_per_token_and_layer: float
-    """Of the adapter."""
+    """Bytes that the adapter moves."""
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered. Products of matrices are not computed: their values change no count."""
+    """Counts operations and bytes while it is active. Matrix products are not computed: no count depends on values."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,7 +70,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FusedDropout(TorchFunctionMode):
-    """Dropout as on a GPU, one operation where it is one of its own; on a CPU it is made of several."""
+    """Makes dropout a single operation, as it is on a GPU; on a CPU it would be several."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is dropout:
@@ -81,14 +83,15 @@ class FusedDropout(TorchFunctionMode):
 
 
 def count(config: PretrainedConfig, dropout: float, only: Collection[Label] | None = None) -> dict[Label, Count]:
-    """Count all engines, or ``only`` these, and always the frozen base, on a model of this architecture.
+    """Count all engines, or ``only`` those, and always the frozen base, on a model of this architecture.
 
     Raises:
-        UserError: the architecture is neither Llama's nor Mistral's, so how to run one layer of it is not known.
+        UserError: the architecture is neither Llama's nor Mistral's, so it is not known how to run one of its layers.
     """
     if config.model_type not in ("llama", "mistral"):
         raise UserError(
-            f"--counters needs the shape of a Llama or Mistral model, got a {config.model_type} model", key="--shape"
+            f"--counters needs the shape of a Llama or Mistral model, got that of a {config.model_type} model",
+            key="--shape",
         )
     chosen = [
         engine
@@ -113,6 +116,7 @@ NARROW = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
 }
+"""Configuration of the Llama on which operations are counted."""
 
 
 def _bytes_per_token(engines: list[Engine], config: PretrainedConfig) -> list[float]:
@@ -124,14 +128,16 @@ def _bytes_per_token(engines: list[Engine], config: PretrainedConfig) -> list[fl
 
 class _Totals(NamedTuple):
     ops: int
-    """Of a micro-batch."""
+    """Operations of a micro-batch."""
     packing_ops: int
     bytes: int
+    """Bytes moved by the whole step."""
 
 
 def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: int) -> list[_Totals]:
-    """A step of each; the model has ``layers`` layers, of which those that ``config`` has are run."""
-    base = random_model(config, torch.bfloat16, torch.device("meta")).to_empty(device="cpu")  # no values: quick
+    """Run a step of each engine on a model of ``layers`` layers, of which only those in ``config`` are run."""
+    # without values, because drawing them would take time
+    base = random_model(config, torch.bfloat16, torch.device("meta")).to_empty(device="cpu")
     stack = base.get_submodule("model.layers")
     assert isinstance(stack, nn.ModuleList)
     stack.extend(shared_copy(stack[0]) for _ in range(layers - len(stack)))
@@ -149,7 +155,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
 
 
 def _product(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What ``func`` gives, or something of the same shape if it multiplies matrices."""
+    """Return the result of ``func``, or an empty tensor of its shape if ``func`` multiplies matrices."""
     name = func.overloadpacket.__name__
     if "out" in kwargs and name in ("mm", "addmm", "bmm"):
         return kwargs["out"]
@@ -167,7 +173,7 @@ def _moves_nothing(func: Any) -> bool:
 
 
 def _overwrites(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the first tensor is written and not read."""
+    """Whether the first tensor is written without being read."""
     name = func.overloadpacket.__name__
     return name in ("zero_", "fill_", "copy_", "bernoulli_") or (
         name.startswith("addmm") and kwargs.get("beta", 1) == 0

@@ -1,4 +1,4 @@
-"""The data side: how fast a set of MetaMathQA's size becomes tokens, and how soon training starts the second time."""
+"""Measure data preparation: the time to tokenise a set of MetaMathQA's size, and to start training a second time."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 
 ROWS = 395_000
-"""Of MetaMathQA."""
+"""Number of rows in MetaMathQA."""
 QUERY, RESPONSE = 175, 315
-"""Mean characters of the fields. With the alpaca template they are about 250 tokens, as MetaMathQA's are; invented
-words take more tokens than English ones, so there are fewer characters than in MetaMathQA."""
+"""Mean number of characters of the fields. With the alpaca template an example has about 250 tokens, as in MetaMathQA.
+Invented words take more tokens than English words, so the fields are shorter than MetaMathQA's."""
 SPREAD = 0.45
-"""Of the logarithm of the lengths."""
+"""Standard deviation of the logarithm of the lengths."""
 
 
 def measure(tokenizer: str, rows: int = ROWS) -> dict[str, Any]:
-    """Write ``rows`` rows of text, tokenise and cache them, then start a training run that finds them.
+    """Write ``rows`` rows of text, tokenise and cache them, then start a training run that uses the cache.
 
     Args:
         tokenizer: hub id or directory of a tokenizer.
     Returns:
-        What ``rasa-bench --data --json`` prints; seconds are of the clock, ``rows_per_second_and_core`` is of CPU time.
+        The object that ``rasa-bench --data --json`` prints. ``seconds`` is wall time, ``rows_per_second_and_core`` is
+        computed from CPU time.
     Raises:
         UserError: there is no such tokenizer.
     """
@@ -74,7 +75,8 @@ def measure(tokenizer: str, rows: int = ROWS) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """``query`` and ``response`` of generated prose with numbers and sums, as long as MetaMathQA's; always the same."""
+    """Write rows with ``query`` and ``response`` of generated prose with numbers and sums, as long in tokens as
+    MetaMathQA's. The rows are the same each time."""
     rng = random.Random(0)
     sentences = list(_sentences(rng, 5_000))
     with path.open("w") as file:
@@ -84,7 +86,8 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def _sentences(rng: random.Random, count: int) -> Iterator[str]:
-    """Few words are common and most are rare, as in any language: what a tokenizer's cache lives on."""
+    """Yield sentences in which few words are common and most are rare, as in any language, because the speed of a
+    tokenizer's cache depends on the frequencies."""
     syllables = [c + v + e for c in "bcdfglmnprst" for v in "aeiou" for e in ("", "n", "r", "s", "t")]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(10_000)]
     weights = [1 / (rank + 3) for rank in range(len(words))]
@@ -106,7 +109,8 @@ def _text(rng: random.Random, sentences: list[str], mean: int) -> str:
 
 
 def _seconds_to_first_step(directory: Path, source: Path, cache: Path, tokenizer: str, vocabulary: int) -> float:
-    """From ``rasa-train`` to the line of its first step, with a model so small that it takes no time."""
+    """Return the seconds from starting ``rasa-train`` to the log line of its first step, with a model so small that its
+    own time does not count."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=16,
@@ -133,12 +137,13 @@ def _seconds_to_first_step(directory: Path, source: Path, cache: Path, tokenizer
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those it has waited for."""
+    """Return the CPU seconds of this process and of the child processes that it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _peak(who: int) -> int:
+    """Return the peak memory in bytes."""
     return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,4 +1,4 @@
-"""The engines of a comparison: who computes which method, and how each is built on a shared frozen base."""
+"""The engines of a comparison: which implementation computes which method, and how it is built on a shared base."""
 
 from __future__ import annotations
 
@@ -27,36 +27,38 @@ from .workloads import Loss, Problem
 
 Parameters = dict[str, nn.Parameter]
 Label = tuple[str, str | None]
-"""Names of an engine and its method."""
+"""Names of an engine and of its method."""
 NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
-"""What ``Engine.name`` can be."""
+"""Possible values of ``Engine.name``."""
 BASE: Label = ("base", None)
 METHODS = {"lora", "rasa", "vera", "mora"}
-"""What the method of an engine can be."""
+"""Possible names of an engine's method."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One contender."""
+    """An implementation of a method, which can be compared with others."""
 
     name: str
     method: Method | None
-    """None for the frozen base alone."""
+    """The method; None for the frozen base alone."""
     place: Callable[[nn.Module, Any], Parameters]
-    """Put the method into a model; returns the trained parameters by the names that ours has for them."""
+    """Puts the method into a model. Returns the trained parameters by the names that our implementation gives them."""
     autocast: bool = False
-    """Its users run it under autocast when the model is bf16."""
+    """Whether the engine's users run it under autocast when the model is bf16."""
     stock: bool = False
-    """With its own stack around it, it has full logits, padded batches and recomputed activations."""
+    """Whether the engine's own stack has full logits, padded batches and recomputed activations."""
     needs: str | None = None
-    """Package it needs."""
+    """Package that the engine needs."""
 
     @property
     def label(self) -> Label:
+        """Names of the engine and of its method."""
         return self.name, None if self.method is None else self.method.method
 
     @property
     def missing(self) -> bool:
+        """Whether the package that the engine needs is not installed."""
         return self.needs is not None and importlib.util.find_spec(self.needs) is None
 
 
@@ -68,24 +70,25 @@ class Contender:
     parameters: Parameters
     loss: Loss
     groups: list[Group]
-    """What ours packs; nothing in the models of others."""
+    """Groups of linears that our implementation packs; empty for other engines."""
 
     def step(self) -> Tensor:
-        """An optimizer step of one micro-batch, without the optimizer. Returns the loss.
+        """Run an optimizer step of one micro-batch, without the optimizer. Returns the loss.
 
-        Packing is done once an optimizer step, so for ours no micro-batch can be dearer than this.
+        Our implementation packs once per optimizer step, so a step of one micro-batch is its most expensive case.
         """
         with packed(self.groups):
             return self.micro_batch()
 
     def micro_batch(self) -> Tensor:
-        """Forward and backward; gradients are added to what is there. Returns the loss."""
+        """Run the forward and backward pass, which adds to the gradients. Returns the loss."""
         loss = self.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def settle(self) -> None:
-        """What an optimizer step does to what an engine may have kept: gradients go, parameters are written."""
+        """Drop the gradients and write the parameters, as an optimizer step does, so that an engine cannot reuse values
+        derived from them."""
         with torch.no_grad():
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
@@ -94,10 +97,10 @@ class Contender:
 
 
 def engines(width: int, dropout: float) -> list[Engine]:
-    """All engines for a model of this width, the frozen base first.
+    """Return all engines for a model of this width, the frozen base first.
 
     Hyper-parameters are the paper's for mathematics at LoRA r = 8; VeRA's rank is a quarter of the model's width, as
-    the paper's 1024 is of 4096. The per-linear function has no dropout: unsloth leaves its fast path when there is.
+    the paper's 1024 is of 4096. The per-linear engine has no dropout, for which unsloth would leave its fast path.
     """
     lora = LoRA(r=8, alpha=8, dropout=dropout)
     rasa = RaSA(r=8, k=1, alpha=8, dropout=dropout)
@@ -116,10 +119,12 @@ def engines(width: int, dropout: float) -> list[Engine]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The engines to run, beside the frozen base, which always is; None for all."""
+    """The engines to run in addition to the frozen base, which always runs."""
 
     engines: frozenset[str] | None = None
+    """Names of engines; None for all."""
     methods: frozenset[str] | None = None
+    """Names of methods; None for all."""
 
     @classmethod
     def read(cls, names: str | None, methods: str | None) -> Choice:
@@ -131,11 +136,13 @@ class Choice:
         choice = cls(_known("--engines", names, NAMES), _known("--methods", methods, METHODS))
         others = (choice.engines or NAMES) - {"base"}
         if others and len(choice.of(engines(64, 0.0))) == 1:
-            raise UserError(f"--engines {names} --methods {methods}: none of these engines has one of these methods")
+            raise UserError(
+                f"--engines {names} --methods {methods}: none of these engines computes one of these methods"
+            )
         return choice
 
     def of(self, every: Sequence[Engine]) -> list[Engine]:
-        """The chosen ones of ``every``, the frozen base first."""
+        """Return the chosen engines out of ``every``, the frozen base first."""
         return [
             engine
             for engine in every
@@ -152,14 +159,17 @@ def _known(option: str, given: str | None, known: set[str]) -> frozenset[str] | 
         return None
     chosen = {name.strip() for name in given.split(",")}
     if unknown := sorted(chosen - known):
-        raise UserError(f"{option}: there is no {', '.join(unknown)}; there are {', '.join(sorted(known))}", key=option)
+        raise UserError(
+            f"{option}: there is no {', '.join(unknown)}; the names are {', '.join(sorted(known))}", key=option
+        )
     return frozenset(chosen)
 
 
 def contender(engine: Engine, problem: Problem, *, own_stack: bool = False) -> Contender:
-    """The engine on a copy of the problem's model that shares its weights, in training mode, as its method starts.
+    """Return the engine on a copy of the problem's model that shares its weights, in training mode, with the initial
+    values of its method.
 
-    With its own stack a ``stock`` engine has the loss of transformers and recomputes activations.
+    With its own stack, a ``stock`` engine has the loss of transformers and recomputes activations.
     """
     model = shared_copy(problem.base).train()
     parameters = engine.place(model, engine.method)
@@ -170,20 +180,21 @@ def contender(engine: Engine, problem: Problem, *, own_stack: bool = False) -> C
     if engine.autocast and problem.dtype == torch.bfloat16:
         kind = next(model.parameters()).device.type
         loss = torch.autocast(kind, problem.dtype)(loss)
-    # Of a stack of linears only the first layer is run, so only its price is asked.
+    # Only the first layer of a stack of linears is run, so only its linears are packed.
     run = model.layers[0] if isinstance(model, LinearStack) else model
     return Contender(model, parameters, loss, groups(run))
 
 
 def give(values: Mapping[str, Tensor], parameters: Parameters) -> None:
-    """Set the trained tensors."""
+    """Copy values into the trained parameters."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
 
 
 def values_for(method: Method | None, base: nn.Module) -> dict[str, Tensor]:
-    """Values of every trained tensor, fp32, as the method starts, but none zero: zeros run faster and hide errors."""
+    """Return values of every trained tensor, fp32: the method's initial values, but random values for tensors that
+    start at zero, because zeros run faster and hide errors."""
     if method is None:
         return {}
     torch.manual_seed(1)
@@ -213,12 +224,12 @@ def _place_peft(model: nn.Module, method: LoRA, *, fp32: bool = True) -> Paramet
 
 
 def _place_peft_tuned(model: nn.Module, method: LoRA) -> Parameters:
-    """Adapters in the model's dtype, and on a GPU Liger's norms and SwiGLU if that is installed."""
+    """Place PEFT's adapters in the model's dtype and, on a GPU with Liger installed, Liger's norms and SwiGLU."""
     parameters = _place_peft(model, method, fp32=False)
     is_llama = isinstance(model, PreTrainedModel) and model.config.model_type == "llama"
     if is_llama and next(model.parameters()).is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
 
-        # Not its rotary embedding and losses: those are replaced for the whole process, for other engines as well.
+        # Not Liger's rotary embedding and losses: these are replaced for the whole process, for other engines as well.
         apply_liger_kernel_to_llama(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
     return parameters

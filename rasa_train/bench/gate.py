@@ -1,4 +1,4 @@
-"""No engine is timed that does not compute its method: loss and gradients against fp32, written out."""
+"""Check, before an engine is timed, that it computes its method: compare loss and gradients with an fp32 model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from .workloads import language_model
 MAX_LOSS_ERROR = 2e-3
 MAX_GRADIENT_ERROR = 0.1
 MIN_COSINE = 0.995
-"""bf16 itself costs a tenth of each on this model; a wrong scale, a lost term or a swapped factor far more."""
+"""On this model bf16 itself uses up a tenth of each limit; a wrong scale, a lost term or a swapped factor gives far
+larger errors."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far an engine in bf16 is from its method in fp32. Of the gradients, the worst of all trained tensors."""
+    """Difference between an engine in bf16 and its method in fp32. For gradients, that of the worst trained tensor."""
 
     loss_error: float
     """|loss / fp32 loss - 1|"""
     gradient_error: float
-    """|gradient - fp32 gradient| / |fp32 gradient|: a cosine alone does not see a wrong scale."""
+    """|gradient - fp32 gradient| / |fp32 gradient|, because a cosine alone does not show a wrong scale."""
     gradient_cosine: float
+    """Cosine of the gradient and the fp32 gradient."""
 
     @property
     def passed(self) -> bool:
+        """Whether all errors are within the limits."""
         return (
             self.loss_error <= MAX_LOSS_ERROR
             and self.gradient_error <= MAX_GRADIENT_ERROR
@@ -44,7 +47,7 @@ class Verdict:
 
 
 def check(engine: Engine, device: torch.device) -> Verdict:
-    """Run the engine on a tiny model, dropout off, and compare."""
+    """Run the engine on a tiny model, without dropout, and compare it with fp32."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -52,7 +55,7 @@ def check(engine: Engine, device: torch.device) -> Verdict:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.15,  # so that the loss is far from that of a model that says nothing
+        initializer_range=0.15,  # so that the loss is far from that of a uniform prediction
     )
     problem = language_model(random_model(config, torch.bfloat16, device), [40, 23], flat=True)
     values = values_for(engine.method, problem.base)
@@ -74,7 +77,7 @@ def check(engine: Engine, device: torch.device) -> Verdict:
 
 
 def written_out(base: nn.Module, method: Method | None) -> nn.Module:
-    """``base`` in fp32, with W + dW computed in every forward: what all engines must equal."""
+    """Return ``base`` in fp32, with W + dW computed in every forward pass. All engines must equal this model."""
     model = copy.deepcopy(base).float()
     if method is not None:
         adapt(model, method)
@@ -85,7 +88,7 @@ def written_out(base: nn.Module, method: Method | None) -> nn.Module:
 
 
 class Merged(nn.Module):
-    """y = (W + dW) x + b"""
+    """Linear that computes y = (W + dW) x + b."""
 
     def __init__(self, adapted: AdaptedLinear) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Op sequences of others, written from their description, to measure ours against.
+"""Operation sequences of other implementations, written from their descriptions, to compare ours with.
 
-``PaperRaSA``  RaSA in the order of operations of the paper's implementation: casts, dropout, two concatenations a
-               forward, the mixing vector on tokens x ranks, and the sum into the base's output in place.
-``PerLinear``  LoRA as one hand-written autograd function per linear, as in unsloth: nothing of the forward is kept
-               but x, and the backward computes x A^T and dY B again where it needs them.
+``PaperRaSA``  RaSA in the order of operations of the paper's implementation: casts, dropout, two concatenations per
+               forward pass, the mixing vector applied to tokens x ranks, and an in-place sum into the base's output.
+``PerLinear``  LoRA as one hand-written autograd function per linear, as in unsloth: the forward pass keeps only x,
+               and the backward pass recomputes x A^T and dY B where it needs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..methods.rasa import RaSA
 
 
 class PaperPool(nn.Module):
-    """A_S (L k x in) and B_S (out x L k) of one kind."""
+    """The pool of one kind: A_S (L k x in) and B_S (out x L k)."""
 
     def __init__(self, base: nn.Linear, ranks: int) -> None:
         super().__init__()
@@ -31,6 +31,8 @@ class PaperPool(nn.Module):
 
 
 class PaperRaSA(nn.Module):
+    """A linear with RaSA as in the paper's implementation."""
+
     def __init__(self, base: nn.Linear, method: RaSA, pool: PaperPool) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
@@ -53,6 +55,8 @@ class PaperRaSA(nn.Module):
 
 
 class PerLinear(nn.Module):
+    """A linear with LoRA as one autograd function."""
+
     def __init__(self, base: nn.Linear, method: LoRA) -> None:
         super().__init__()
         self.weight, self.bias, self.scale = base.weight, base.bias, method.scale
@@ -88,7 +92,7 @@ class _PerLinear(torch.autograd.Function):
 
 
 def place_paper_rasa(model: nn.Module, method: RaSA) -> dict[str, nn.Parameter]:
-    """Replace the linears of ``model``. Returns the parameters by the names they have in ours."""
+    """Replace the linears of ``model``. Returns the parameters by the names that our implementation gives them."""
     pools = nn.ModuleDict()
     parameters: dict[str, nn.Parameter] = {}
     for kind, sites in by_kind(find_sites(model)).items():
@@ -103,7 +107,7 @@ def place_paper_rasa(model: nn.Module, method: RaSA) -> dict[str, nn.Parameter]:
 
 
 def place_per_linear(model: nn.Module, method: LoRA) -> dict[str, nn.Parameter]:
-    """Replace the linears of ``model``. Returns the parameters by the names they have in ours."""
+    """Replace the linears of ``model``. Returns the parameters by the names that our implementation gives them."""
     parameters: dict[str, nn.Parameter] = {}
     for site in find_sites(model):
         module = PerLinear(_linear(model, site.path), method)

@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Format results as tables of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """Of ``run.compare``."""
+    """Return the table of a result of ``run.compare``."""
     workload = result["workload"]
     lines = [
         f"{result['shape']}, {workload['name']}: {workload['sequences']} sequences, {workload['tokens']:,} tokens, "
@@ -33,8 +33,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [""] if profiled else []
     for row in result["failed"]:
         lines.append(
-            f"NOT TIMED: {row['engine']} {row['method']} is wrong: loss off by {row['loss_error']:.1e}, gradients by "
-            f"{row['gradient_error']:.1e} (cosine {row['gradient_cosine']:.4f})"
+            f"NOT TIMED: {row['engine']} {row['method']} is wrong: its loss is off by {row['loss_error']:.1e}, its "
+            f"gradients by {row['gradient_error']:.1e} (cosine {row['gradient_cosine']:.4f})"
         )
     lines += [f"does not fit: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["does_not_fit"]]
     lines += [f"not run: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["skipped"]]
@@ -42,7 +42,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 LONGEST = 8
-"""Operations of a profile that are named in the table; ``--json`` has all."""
+"""Number of a profile's operations that the table names; ``--json`` has all of them."""
 
 
 def _lines(parts: list[str]) -> list[str]:
@@ -50,7 +50,7 @@ def _lines(parts: list[str]) -> list[str]:
 
 
 def counters_table(result: dict[str, Any]) -> str:
-    """Of ``run.count_all``."""
+    """Return the table of a result of ``run.count_all``."""
     lines = [
         f"{result['shape']}, dropout {result['dropout']}",
         "",
@@ -65,7 +65,7 @@ def counters_table(result: dict[str, Any]) -> str:
 
 
 def data_table(result: dict[str, Any]) -> str:
-    """Of ``data.measure``."""
+    """Return the text of a result of ``data.measure``."""
     mib = 2**20
     return "\n".join(
         (
@@ -75,6 +75,6 @@ def data_table(result: dict[str, Any]) -> str:
             f"{result['rows_per_second_and_core']:,.0f} rows/s per core",
             f"cache {result['cache_bytes'] / mib:,.0f} MiB; at most {result['peak_memory_bytes'] / mib:,.0f} MiB of "
             f"memory, and {result['peak_worker_memory_bytes'] / mib:,.0f} MiB in a worker",
-            f"second start: first step after {result['second_start_seconds_to_first_step']:.1f} s",
+            f"second start: the first step is done after {result['second_start_seconds_to_first_step']:.1f} s",
         )
     )

@@ -1,4 +1,4 @@
-"""How many tokens of a step fit in memory, counted from what each engine keeps for its backward pass."""
+"""Compute how many tokens of a step fit in memory, from the bytes that each engine keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .engines import Engine, contender
 from .workloads import language_model
 
 MOST_TOKENS, LEAST_TOKENS = 16_384, 512
-"""Tokens of a step on a GPU, unless the command says otherwise. The least is also the number that is tried, and the
-step in which numbers are taken."""
+"""Bounds on the tokens of a step on a GPU, unless the command gives a number. The lower bound is also the number of
+tokens of the trial run, and the result is a multiple of it."""
 BYTES_PER_LOGIT = 10
-"""Bytes of a logit and its gradient: both in the base's 16 bits, once in fp32, and what softmax needs beside it."""
+"""Bytes of a logit and its gradient: both in the base's 16 bits, once in fp32, and softmax's temporary value."""
 
 
 def most_tokens(base: PreTrainedModel, engines: Sequence[Engine], own_stacks: bool, room: int) -> int:
-    """Return the most tokens of a step, from ``LEAST_TOKENS`` to ``MOST_TOKENS``, that fit for each of the engines.
+    """Return the largest number of tokens of a step, from ``LEAST_TOKENS`` to ``MOST_TOKENS``, that fits for every
+    engine.
 
     Args:
-        room: free bytes, without the base, which is there.
+        room: free bytes while the base is loaded.
     """
     most = MOST_TOKENS
     for engine in engines:
@@ -40,7 +41,7 @@ def saved_bytes_per_token(base: PreTrainedModel, engine: Engine, own_stacks: boo
     """Return the bytes that a forward pass keeps for the backward pass, per token."""
     ran = contender(engine, language_model(base, [LEAST_TOKENS], flat=True), own_stack=own_stacks)
     weights = {t.untyped_storage().data_ptr() for t in (*ran.model.parameters(), *ran.model.buffers())}
-    kept: dict[int, Tensor] = {}  # by storage, and held: its address must stay its own
+    kept: dict[int, Tensor] = {}  # by address of the storage; holding the tensor keeps the address from being reused
 
     def keep(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Measure engines side by side: gate, memory, time."""
+"""Measure engines side by side: check each one's correctness, then measure memory and time."""
 
 from __future__ import annotations
 
@@ -32,31 +32,33 @@ class Protocol:
     """How engines are compared."""
 
     dtype: torch.dtype
-    """Dtype of the base; the gate is run in bf16 whatever it is."""
+    """Dtype of the base. The gate always runs in bf16."""
     dropout: float
+    """Dropout on the adapters' input."""
     own_stacks: bool
-    """Give ``stock`` engines full logits, padded batches and recomputed activations, as their users have; else all but
-    the adapter is the same for all."""
+    """Whether ``stock`` engines run with full logits, padded batches and recomputed activations, as their users run
+    them. Otherwise all engines differ only in the adapter."""
     choice: Choice
+    """Engines to compare."""
     warmup: int
-    """Steps of each engine that are not timed."""
+    """Number of steps of each engine that are not timed."""
     rounds: int
-    """Steps of each engine that are timed."""
+    """Number of steps of each engine that are timed."""
     profile: bool = False
-    """Also run a step of each engine under torch's profiler, afterwards."""
+    """Whether a step of each engine is run under torch's profiler afterwards."""
 
 
 def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, device: torch.device) -> dict[str, Any]:
-    """Time engines on the same tokens. Returns what ``rasa-bench --json`` prints.
+    """Time engines on the same tokens. Returns the object that ``rasa-bench --json`` prints.
 
-    An engine that runs out of memory is listed in ``does_not_fit``, and the others go on.
+    An engine that runs out of memory is listed in ``does_not_fit``, and the others continue.
 
     Args:
         shape: ``linears-1024``, a name in ``SHAPES``, or a path.
         tokens: tokens of a step for the workloads ``packed`` and ``long``. None: 1,024 on a CPU; on a GPU as many as
-            the memory holds for the most demanding of the engines, up to ``MOST_TOKENS``.
+            fit in memory for every engine, up to ``MOST_TOKENS``.
     Raises:
-        UserError: there is no such shape, or the frozen base alone does not fit.
+        UserError: there is no such shape, or the frozen base alone does not fit in memory.
     """
     with _base_fits(shape, tokens):
         base = _base(shape, protocol.dtype, device)
@@ -95,12 +97,12 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
 
 
 class Contest:
-    """Engines on one problem, each built, measured for memory, and then timed in turns."""
+    """Engines on one problem: each is built, its memory is measured, and then they are timed in turns."""
 
     def __init__(self, problem: Problem, protocol: Protocol, device: torch.device) -> None:
         self.problem, self.protocol, self.device = problem, protocol, device
         self.misfits: dict[Label, str] = {}
-        """Engines that ran out of memory, and when."""
+        """Reasons by label of the engines that ran out of memory."""
         self._held = _held(problem.base)
         self._ready: dict[Label, Contender] = {}
         self._peaks: dict[Label, int | None] = {}
@@ -122,7 +124,8 @@ class Contest:
         self._ready[engine.label], self._peaks[engine.label] = ran, peak
 
     def _drop(self, label: Label, doing: str) -> None:
-        """Forget an engine that ran out of memory. Called when its exception, which holds tensors, is gone."""
+        """Drop an engine that ran out of memory. Must be called outside the ``except`` block, since the exception holds
+        tensors."""
         if label == BASE:
             raise torch.OutOfMemoryError("the frozen base alone does not fit")
         print(f"{' '.join(filter(None, label))} does not fit", file=sys.stderr)
@@ -132,7 +135,7 @@ class Contest:
             torch.cuda.empty_cache()
 
     def rows(self) -> dict[Label, dict[str, Any]]:
-        """Time the engines. Returns a row of results for each that fits."""
+        """Time the engines. Returns a row of results for each engine that fits in memory."""
         protocol = self.protocol
         print(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
         works = {label: ran.step for label, ran in self._ready.items()}
@@ -166,7 +169,7 @@ class Contest:
 
 @contextmanager
 def _base_fits(shape: str, tokens: int | None) -> Iterator[None]:
-    """Around what needs memory for the frozen base, without which there is nothing to compare with."""
+    """Raise ``UserError`` if the frozen base, without which there is no comparison, runs out of memory in the body."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -185,7 +188,7 @@ def _tokens(base: nn.Module, chosen: list[Engine], own_stacks: bool, device: tor
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what."""
+    """Return device, date and versions of packages."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one thread"
     optional = {package: version_of(package) for package in ("peft", "triton", "liger-kernel")}
     date = datetime.now(UTC).date().isoformat()
@@ -220,8 +223,8 @@ def _twice(build: Callable[[], Contender]) -> None:
 
 
 def _gpu_peak(build: Callable[[], Contender], device: torch.device) -> tuple[Contender, int]:
-    """A contender, and the bytes allocated at most during its step. What other engines hold is not counted: it is
-    there before and during the step alike."""
+    """Return a contender, and the peak of the bytes allocated for it during a step. Memory of other engines is not
+    counted, because it is allocated before and during the step alike."""
     before = torch.cuda.memory_allocated(device)
     ran = build()
     ran.step()
@@ -255,10 +258,10 @@ def _title(engine: Engine) -> str:
 
 
 def count_all(shape: str, dropout: float, choice: Choice) -> dict[str, Any]:
-    """Count what the chosen engines move and dispatch. Returns what ``rasa-bench --counters --json`` prints.
+    """Count bytes and operations of the chosen engines. Returns what ``rasa-bench --counters --json`` prints.
 
     Raises:
-        UserError: the shape cannot be counted.
+        UserError: counting does not support the shape.
     """
     if shape == LINEARS:
         raise UserError(f"--counters counts a whole model, not {LINEARS}; try --shape llama-3.1-8b", key="--shape")

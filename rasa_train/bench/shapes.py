@@ -1,4 +1,4 @@
-"""Models to measure on, by shape: random weights, so that nothing has to be downloaded."""
+"""Make models to measure on, by shape, with random weights so that nothing has to be downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.config import ModelConfig
 from ..models.load import load_config
 
 LINEARS = "linears-1024"
-"""The seven linears of a decoder layer alone, 1024 wide: what an adapter costs, with nothing around it."""
+"""Name of the shape that is only a decoder layer's seven linears, 1024 wide, to measure an adapter's cost alone."""
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3.1-8b": {
@@ -36,17 +36,17 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
     },
 }
-"""Llama shapes; llama-small keeps the proportions of the 8B model for a CPU."""
+"""Llama shapes by name; llama-small keeps the proportions of the 8B model and is small enough for a CPU."""
 
 
 def architecture(shape: str) -> PretrainedConfig:
-    """The architecture of a named shape, of a model directory, or of a config.json.
+    """Return the architecture of a named shape, a model directory, or a config.json.
 
     Raises:
-        UserError: it is none of these.
+        UserError: ``shape`` is none of these.
     """
     if shape in SHAPES:
-        # Untied, as in Llama-3.1-8B; the context is longer than any workload.
+        # Embeddings are untied, as in Llama-3.1-8B, and the context is longer than any workload.
         return LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=131072)
     path = Path(shape)
     path = path.parent if path.name == "config.json" else path
@@ -57,10 +57,10 @@ def architecture(shape: str) -> PretrainedConfig:
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model with random weights, the same each time on one kind of device.
+    """Return a causal language model with random weights, the same each time on one kind of device.
 
-    The output of its embedding asks for a gradient: the frozen base of a comparison must run its backward too, and
-    then so must all others, down to the first layer.
+    The output of its embedding requires a gradient, so that the frozen base of a comparison, like all other engines,
+    runs its backward pass down to the first layer.
     """
     torch.manual_seed(0)
     with device:
@@ -75,10 +75,10 @@ def _ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 class LinearStack(nn.Module):
-    """Decoder layers of nothing but the seven linears, all ``width`` wide. Only the first layer is run.
+    """Decoder layers that consist only of the seven linears, all ``width`` wide. Only the first layer is run.
 
-    The others (which share its weights, so they take no memory) are there to be adapted: RaSA's pool has the size
-    that it has in a model of ``layers`` layers, for the price of running one.
+    The other layers, which share its weights and take no memory, are only adapted: RaSA's pool then has the size that
+    it has in a model of ``layers`` layers, at the cost of running one.
     """
 
     def __init__(self, width: int, layers: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -93,12 +93,14 @@ class LinearStack(nn.Module):
         self.layers = nn.ModuleList(LinearLayer(weights) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, width) -> (tokens, width)."""
+        """Run the first layer: (tokens, width) -> (tokens, width)."""
         y: Tensor = self.layers[0](x)
         return y
 
 
 class LinearLayer(nn.Module):
+    """The seven linears of a decoder layer, without attention, norms and activations."""
+
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         super().__init__()
         linears = {name: _linear(weight) for name, weight in weights.items()}
@@ -121,6 +123,6 @@ def _linear(weight: nn.Parameter) -> nn.Linear:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules on the same parameters and buffers: engines share one frozen base."""
+    """Return a copy of the modules on the same parameters and buffers, so that engines share one frozen base."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)

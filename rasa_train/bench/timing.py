@@ -1,4 +1,4 @@
-"""Seconds and memory of a step. Engines take turns, so that what disturbs the machine disturbs all of them."""
+"""Measure seconds and memory of a step. Engines take turns, so that a disturbance of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Work = Callable[[], object]
 
 
 def seconds(work: Work, device: torch.device) -> float:
-    """Of one call: by events on a GPU, else CPU time of this process (other processes cannot lengthen that much)."""
+    """Return the seconds of one call: by events on a GPU, else the CPU time of this process, which other processes
+    hardly affect."""
     if device.type != "cuda":
         started = time.process_time()
         work()
@@ -38,12 +39,13 @@ def interleaved(
     device: torch.device,
     dropped: Callable[[Key], None],
 ) -> dict[Key, list[float]]:
-    """Time each work once in every round, in this order. Returns the seconds of each, one per round.
+    """Time each piece of work once in every round, in this order. Returns the seconds of each, one per round.
 
     Args:
-        settle: called after each run, outside the time.
-        warmup: rounds that are not counted.
-        dropped: called for a work that runs out of memory. It is not run again, and has no times.
+        settle: called after each run; its time is not counted.
+        warmup: number of rounds that are not counted.
+        dropped: called with the key of a piece of work that runs out of memory. It is not run again, and its times are
+            left out.
     """
     times: dict[Key, list[float]] = {key: [] for key in works}
     for number in range(warmup + rounds):
@@ -66,8 +68,8 @@ def _seconds_if_it_fits(work: Work, device: torch.device) -> float | None:
 
 
 def by_operation(work: Work, device: torch.device) -> dict[str, float]:
-    """Seconds that each operation takes itself during one call, the longest first: of the device's kernels on a GPU,
-    else of the processor. Profiling has its price, so that they add up to more than ``seconds``."""
+    """Return the seconds that each operation itself takes during one call, the longest first: time of the device's
+    kernels on a GPU, else of the processor. Profiling takes time too, so the sum exceeds ``seconds``."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiled:
@@ -82,10 +84,10 @@ def by_operation(work: Work, device: torch.device) -> dict[str, float]:
 
 
 def peak_in_own_process(work: Work) -> int | None:
-    """Bytes by which a process grows, at most, while it does this work; None where the system cannot tell (it takes
-    Linux) or the process dies.
+    """Return the peak number of bytes by which a process grows during this work; None if the process dies, or where the
+    system does not provide this number, as only Linux does.
 
-    The process is a fork, so what this process holds already is shared and not counted.
+    The process is a fork, so memory that this process holds already is shared and not counted.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -111,6 +113,6 @@ def _grow(work: Work, send: Connection) -> None:
 
 
 def _status(name: str) -> int:
-    """A size of this process in bytes, from the kernel."""
+    """Return a size of this process in bytes, as reported by the kernel."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -1,4 +1,4 @@
-"""What a step computes: the same tokens for every engine, and the loss."""
+"""The computation of a step: the tokens, which are the same for every engine, and the loss."""
 
 from __future__ import annotations
 
@@ -22,37 +22,39 @@ WORKLOADS = {
     "long": "4 sequences, as long as the tokens allow",
     "padded": "3 sequences of mean length 250, padded to the longest: the paper's micro-batch",
 }
+"""Workloads by name, with their descriptions."""
 MEAN_LENGTH = 250
-"""Tokens of a MetaMathQA example."""
+"""Mean number of tokens of a MetaMathQA example."""
 SPREAD = 0.45
-"""Of the logarithm of the lengths."""
+"""Standard deviation of the logarithm of the lengths."""
 SUPERVISED = 0.7
-"""Share of an example that carries loss: its end."""
+"""Share of an example, at its end, on which the loss is computed."""
 PAPER_MICRO_BATCH = 3
+"""Number of sequences in the paper's micro-batch."""
 
 Loss = Callable[[], Tensor]
-"""Runs a forward: the mean loss over the supervised tokens."""
+"""Runs a forward pass. Returns the mean loss over the supervised tokens."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A frozen model and what is computed with it."""
+    """A frozen model and the loss to compute with it."""
 
     base: nn.Module
     loss: Callable[[nn.Module], Loss]
-    """Of a model made from ``base``, as in training. May change the model."""
+    """Returns the loss, as in training, of a model made from ``base``. May change the model."""
     stock_loss: Callable[[nn.Module], Loss]
-    """The same as transformers computes it: padded, with the logits of every position."""
+    """Returns the loss as transformers computes it: padded, with the logits of every position."""
     tokens: int
-    """Of the sequences, without padding."""
+    """Number of tokens of the sequences, without padding."""
     width: int
-    """Of the model."""
+    """Width of the model."""
     dtype: torch.dtype
 
 
 def lengths(workload: str, tokens: int) -> list[int]:
-    """Tokens of each sequence. ``packed`` and ``long`` have ``tokens`` of them together, ``padded`` always 3 of the
-    mean length. The same for the same arguments, on every machine."""
+    """Return the number of tokens of each sequence, the same for the same arguments on every machine. In ``packed`` and
+    ``long`` the sequences have ``tokens`` tokens together; ``padded`` always has 3 sequences of the mean length."""
     if workload == "long":
         return [tokens // 4] * 4
     random = np.random.default_rng(0)
@@ -71,7 +73,7 @@ def lengths(workload: str, tokens: int) -> list[int]:
 
 
 def examples(sizes: list[int], vocabulary: int) -> list[Example]:
-    """Random tokens; the last ``SUPERVISED`` of each sequence carry loss."""
+    """Return sequences of random tokens; the loss is computed on the last ``SUPERVISED`` share of each."""
     random = np.random.default_rng(1)
     result = []
     for size in sizes:
@@ -83,7 +85,7 @@ def examples(sizes: list[int], vocabulary: int) -> list[Example]:
 
 
 def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Problem:
-    """The training loss of a model on sequences of these sizes: one after the other in a row (``flat``), or padded."""
+    """Return the training loss of a model on sequences of these sizes: end to end in one row (``flat``), or padded."""
     made = examples(sizes, base.config.vocab_size)
     stock = on_device(collate(made, pad_token_id=0) or {}, base.device)
     batch = on_device(with_targets((flatten(made) if flat else collate(made, pad_token_id=0)) or {}), base.device)
@@ -102,7 +104,7 @@ def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Pr
 
 
 def linears(base: LinearStack, sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The seven linears of one layer on as many rows as there are tokens, forward and backward down to the input."""
+    """Return a loss on the seven linears of one layer, with one row per token and gradients down to the input."""
     rows = len(sizes) * max(sizes) if padded else sum(sizes)
     generator = torch.Generator().manual_seed(1)
     x, g = (torch.randn(rows, base.width, generator=generator).to(device, dtype) for _ in range(2))

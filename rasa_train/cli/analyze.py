@@ -1,4 +1,4 @@
-"""``rasa-analyze``: what weight updates are like."""
+"""``rasa-analyze``: analyse weight updates."""
 
 from __future__ import annotations
 
@@ -25,51 +25,60 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Kinds = Annotated[
-    list[str] | None, typer.Option("--kind", help="Only this kind, as q_proj (repeat for several). (default: all)")
+    list[str] | None,
+    typer.Option("--kind", help="Kind of linear to analyse, such as q_proj; repeat for several. (default: all)"),
 ]
-Base = Annotated[str | None, typer.Option(help="Base model directory. (default: the adapter's)")]
-Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures here, PNG and SVG.")]
+Base = Annotated[
+    str | None, typer.Option(help="Hub id or directory of an adapter's base model. (default: the adapter's)")
+]
+Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Directory for the figures, as PNG and SVG.")]
 
 
 @app.callback()
 def main_help() -> None:
-    """Reconstruction error, spectra and subspaces of weight updates."""
+    """Analyse weight updates: reconstruction error, spectra and subspaces."""
 
 
 @app.command(cls=Command)
 def reconstruct(
     source: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER | BASE TUNED]", help="An adapter or run; or two models.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER | BASE TUNED]",
+            help="Adapter or run directory; or the directories of a base and a fine-tuned model.",
+        ),
     ] = None,
     random: Annotated[
-        str | None, typer.Option(metavar="L,B,A[,Q]", help="Random updates: L layers, B x A, of rank Q.")
+        str | None,
+        typer.Option(metavar="L,B,A[,Q]", help="Use random updates instead: L layers, B x A, dense or of rank Q."),
     ] = None,
-    r: Annotated[int, typer.Option(min=1, help="Ranks a layer: the budget.")] = 8,
+    r: Annotated[int, typer.Option(min=1, help="Number of ranks per layer, which is the budget.")] = 8,
     k: Annotated[
-        str | None, typer.Option(metavar="K,K,...", help="Shared ranks to try. (default: 0, 1, 2, 4, ... r)")
+        str | None, typer.Option(metavar="K,K,...", help="Numbers of shared ranks to try. (default: 0, 1, 2, 4, ... r)")
     ] = None,
-    sweeps: Annotated[int, typer.Option(min=1, help="Rounds of coordinate descent.")] = 10,
+    sweeps: Annotated[int, typer.Option(min=1, help="Number of sweeps of the coordinate descent.")] = 10,
     start: Annotated[
         Literal["rasa", "theorem", "random", "best"],
-        typer.Option(help="rasa: as training starts. theorem: LoRA's best. best: the better of the two."),
+        typer.Option(
+            help="Start of the descent. rasa: as training starts. theorem: at LoRA's best. random: at random values. "
+            "best: the better of rasa and theorem."
+        ),
     ] = "rasa",
-    seed: Annotated[int, typer.Option(help="Of random updates and starts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random updates and random starts.")] = 0,
     base: Base = None,
     kind: Kinds = None,
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """How well LoRA and RaSA of r ranks a layer can hold given updates (the paper's Figures 2 and 3)."""
+    """Measure how well LoRA and RaSA of r ranks per layer can represent updates (the paper's Figures 2 and 3)."""
     with user_errors():
-        from ..analysis.capacity import advice, capacity
+        from ..analysis.capacity import Descent, advice, capacity
         from ..analysis.updates import chosen
 
         ks = _ks(k, r)
         updates = chosen(_updates(source or [], random, base, seed), kind or [])
         with _bar(len(updates) * len(ks)) as tick:
-            kinds = [
-                capacity(read(), r, ks, sweeps=sweeps, start=start, seed=seed, tick=tick) for read in updates.values()
-            ]
+            kinds = [capacity(read(), r, ks, Descent(sweeps, start, seed), tick) for read in updates.values()]
         said = advice(kinds, r)
         if plots is not None and all(found.e_lora > 0 for found in kinds):
             from ..analysis.plots import figure_2, figure_3
@@ -103,14 +112,18 @@ def reconstruct(
 @app.command(cls=Command)
 def spectrum(
     source: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER | BASE TUNED", help="An adapter or run; or two models.")
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER | BASE TUNED",
+            help="Adapter or run directory; or the directories of a base and a fine-tuned model.",
+        ),
     ],
     base: Base = None,
     kind: Kinds = None,
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """Singular values and ranks of each layer's update; private and shared energy, and mixing weights, of RaSA."""
+    """Show singular values and ranks of each update, and RaSA's private and shared energy and mixing weights."""
     with user_errors():
         from ..analysis.spectrum import spectrum as spectrum_of
         from ..analysis.updates import chosen
@@ -150,36 +163,46 @@ def spectrum(
 
 @app.command(cls=Command)
 def subspace(
-    first: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter or run.")],
-    second: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="Another one. (default: the same)")] = None,
-    i: Annotated[int, typer.Option("-i", min=1, help="Directions of the first.")] = 4,
-    j: Annotated[int, typer.Option("-j", min=1, help="Directions of the second.")] = 4,
+    first: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter or run directory.")],
+    second: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OTHER]", help="Another adapter or run directory. (default: the first again)"),
+    ] = None,
+    i: Annotated[int, typer.Option("-i", min=1, help="Number of directions of the first adapter.")] = 4,
+    j: Annotated[int, typer.Option("-j", min=1, help="Number of directions of the second adapter.")] = 4,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="M,N", help="Layer M of the first against N of the second. (default: each its own)"),
+        typer.Option(
+            metavar="M,N",
+            help="Compare layer M of the first adapter with layer N of the second. (default: each layer with the "
+            "same layer)",
+        ),
     ] = None,
-    side: Annotated[Literal["right", "left"], typer.Option(help="Singular vectors: right (input) or left.")] = "right",
+    side: Annotated[
+        Literal["right", "left"], typer.Option(help="Singular vectors to compare: right (inputs) or left (outputs).")
+    ] = "right",
     amplification: Annotated[
-        int | None, typer.Option(metavar="R", min=1, help="Also: how much the top R directions amplify W.")
+        int | None,
+        typer.Option(metavar="R", min=1, help="Also show how much the first adapter's top R directions amplify W."),
     ] = None,
     base: Base = None,
     kind: Kinds = None,
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """Similarity phi(A, B, i, j) of the updates of two adapters, or of two layers (the LoRA paper's section 7)."""
+    """Show the similarity phi(A, B, i, j) of the updates of two adapters or two layers (the LoRA paper's section 7)."""
     with user_errors():
-        from ..analysis.compare import compare
+        from ..analysis.compare import Directions, compare
         from ..analysis.updates import chosen, of_adapter
 
         pair = _layers(layers)
         if second is None and pair is None and amplification is None:
             raise UserError(
-                "an adapter is all alike to itself: give another one, or --layers M,N, or --amplification R"
+                "an adapter is always fully similar to itself: give another adapter, --layers M,N or --amplification R"
             )
         one = chosen(of_adapter(first, base), kind or [])
         two = one if second is None else of_adapter(second, base)
-        found = compare(one, two, i, j, pair, side, amplification)
+        found = compare(one, two, Directions(i, j, side, amplification), pair)
         if plots is not None:
             from ..analysis.plots import heat_map
 
@@ -196,7 +219,7 @@ def subspace(
                 if (a := row.amplification) is not None:
                     cell += [f"{a.update_norm:.3g}", f"{a.projection:.3g}", f"{a.projection_own:.3g}"]
                     cell += [f"{a.projection_random:.3g}", f"{a.factor:.2f}"]
-        _table("1: the smaller subspace lies in the larger one; random: what chance gives", columns, cells)
+        _table("phi = 1: the smaller subspace lies in the larger; random: mean of random subspaces", columns, cells)
 
 
 def main() -> None:
@@ -208,7 +231,7 @@ def _updates(source: Sequence[str], random: str | None, base: str | None, seed: 
     from ..analysis.updates import of_adapter, of_models, random_updates
 
     if (random is None) == (not source) or len(source) > 2:
-        raise UserError("give an adapter or run, or a base and a fine-tuned model, or --random L,B,A,Q")
+        raise UserError("give either an adapter or run, or a base and a fine-tuned model, or --random L,B,A,Q")
     if random is not None:
         numbers = random.split(",")
         if len(numbers) not in (3, 4) or not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
@@ -231,7 +254,7 @@ def _ks(text: str | None, r: int) -> list[int]:
         return sorted({0, r, *(2**n for n in range(r.bit_length()) if 2**n <= r)})
     numbers = text.split(",")
     if not all(n.strip().isdecimal() and int(n) <= r for n in numbers):
-        raise UserError(f"--k must be numbers in [0, r={r}] with commas between them, got {text!r}")
+        raise UserError(f"--k must be numbers in [0, r={r}], separated by commas, got {text!r}")
     return sorted({int(n) for n in numbers})
 
 
@@ -240,7 +263,7 @@ def _layers(text: str | None) -> tuple[int, int] | None:
         return None
     first, _, second = text.partition(",")
     if not (first.strip().isdecimal() and second.strip().isdecimal()):
-        raise UserError(f"--layers must be two layer numbers, as 0,3, got {text!r}")
+        raise UserError(f"--layers must be two layer numbers, such as 0,3, got {text!r}")
     return int(first), int(second)
 
 
@@ -270,7 +293,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr when that is a terminal."""
+    """Yield a function that advances a progress bar on stderr, if stderr is a terminal, and does nothing otherwise."""
     if not sys.stderr.isatty():
         yield lambda: None
         return

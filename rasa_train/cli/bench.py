@@ -1,4 +1,4 @@
-"""``rasa-bench``: engines side by side, counters, and the data side."""
+"""``rasa-bench``: measure engines side by side, counters, or data preparation."""
 
 from __future__ import annotations
 
@@ -25,57 +25,68 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="linears-1024, llama-small, llama-3.1-8b, a model directory or a config.json.  (default: "
-            "linears-1024 on a CPU; llama-3.1-8b on a GPU and for --counters)"
+            help="Shape of the model: linears-1024, llama-small, llama-3.1-8b, a model directory or a config.json. "
+            "(default: linears-1024 on a CPU; llama-3.1-8b on a GPU and for --counters)"
         ),
     ] = None,
     workload: Annotated[
         Literal["packed", "long", "padded"],
-        typer.Option(help="Sequences of mean length 250 end to end; 4 long ones; 3 padded ones, as in the paper."),
+        typer.Option(
+            help="Tokens of a step. packed: sequences of mean length 250 end to end. long: 4 long sequences. padded: 3 "
+            "padded sequences, as in the paper."
+        ),
     ] = "packed",
     tokens: Annotated[
         int | None,
         typer.Option(
             min=64,
-            help="Tokens of a step, packed or long. (default: 1024 on a CPU; on a GPU what fits, up to 16384)",
+            help="Number of tokens of a step, for packed and long. (default: 1024 on a CPU; on a GPU as many as fit, "
+            "up to 16384)",
         ),
     ] = None,
-    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="On the adapters' input.")] = 0.05,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout on the adapters' input.")] = 0.05,
     engines: Annotated[
-        str | None, typer.Option(help="Engines to run, as in ours,peft; the frozen base always is. (default: all)")
+        str | None,
+        typer.Option(help="Engines to run, such as ours,peft; the frozen base always runs. (default: all)"),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods to run: lora, rasa, vera, mora, with commas between. (default: all)")
+        str | None,
+        typer.Option(help="Methods to run: lora, rasa, vera, mora; separate several by commas. (default: all)"),
     ] = None,
     own_stacks: Annotated[
         bool,
         typer.Option(
             "--own-stacks",
-            help="Give the paper's and PEFT's engines the full logits and recomputed "
-            "activations of their users; else only the adapters differ.",
+            help="Run the paper's and PEFT's engines with full logits and recomputed activations, as their users do; "
+            "without this option engines differ only in the adapter.",
         ),
     ] = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device. auto: a GPU if there is one.")
+    ] = "auto",
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
-        typer.Option(help="Of the base. auto: bfloat16, or float32 on a CPU that multiplies bfloat16 slowly."),
+        typer.Option(help="Dtype of the base. auto: bfloat16, or float32 on a CPU that multiplies bfloat16 slowly."),
     ] = "auto",
-    warmup: Annotated[int, typer.Option(min=1, help="Steps of each engine that are not timed.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each engine that are timed.")] = 8,
+    warmup: Annotated[int, typer.Option(min=1, help="Number of untimed steps of each engine.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timed steps of each engine.")] = 8,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Afterwards also say in which operations each engine spends a step.")
+        bool, typer.Option("--profile", help="Also show the operations in which each engine spends a step.")
     ] = False,
     counters: Annotated[
-        bool, typer.Option("--counters", help="Count bytes and operations instead: the same on every machine.")
+        bool, typer.Option("--counters", help="Count bytes and operations instead, which are the same on any machine.")
     ] = False,
     data: Annotated[
-        bool, typer.Option("--data", help="Measure the data side instead: tokenising, caching, the second start.")
+        bool,
+        typer.Option("--data", help="Measure data preparation instead: tokenising, caching, and a second start."),
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="For --data: hub id or directory of a tokenizer.")] = None,
-    rows: Annotated[int, typer.Option(min=100, help="For --data. (default: MetaMathQA's)")] = 395_000,
+    rows: Annotated[
+        int, typer.Option(min=100, help="For --data: number of rows, by default as many as in MetaMathQA.")
+    ] = 395_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
 ) -> None:
-    """Measure what adapters cost, engine beside engine on the same model and tokens.
+    """Measure the cost of adapters, with several engines on the same model and tokens.
 
     rasa-bench                         # a CPU, about two minutes of CPU time
 
@@ -94,11 +105,11 @@ def bench(
             return
         if data:
             if tokenizer is None:
-                raise UserError("--data needs --tokenizer: a hub id, or a directory with a tokenizer.json")
+                raise UserError("--data needs --tokenizer: give a hub id, or a directory with a tokenizer.json")
             from ..bench.data import measure
             from ..bench.report import data_table
 
-            with redirect_stdout(sys.stderr):  # where DeepSpeed says that there is no GPU: stdout is for the result
+            with redirect_stdout(sys.stderr):  # DeepSpeed may print that there is no GPU; stdout is for the result
                 measured = measure(tokenizer, rows)
             print(json.dumps(measured) if as_json else data_table(measured))
             return
@@ -120,7 +131,7 @@ def bench(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notices that suit a training run: one for each of dozens of models would drown the table."""
+    """Hide notices meant for a training run: one for each of dozens of models would bury the table."""
     logger = logging.getLogger("rasa_train")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -135,7 +146,7 @@ def _device(name: str) -> Any:
 
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UserError("--device cuda: torch sees no GPU here; --device cpu measures on the processor")
+        raise UserError("--device cuda: torch finds no GPU on this machine; use --device cpu to measure on the CPU")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""``rasa-eval``: MATH, GSM8K, HumanEval+ and forgetting, of a run, an adapter or a model."""
+"""``rasa-eval``: evaluate a run, an adapter or a model on MATH, GSM8K, HumanEval+ and forgetting."""
 
 from __future__ import annotations
 
@@ -25,36 +25,52 @@ def evaluate(
         str | None,
         typer.Argument(metavar="RUN_OR_MODEL", help="A run, adapter, checkpoint or model directory, or a hub id."),
     ] = None,
-    suite: Annotated[str, typer.Option(help="Of math, gsm8k, code, forgetting; several with commas.")] = "math",
+    suite: Annotated[
+        str, typer.Option(help="Suites to evaluate: math, gsm8k, code, forgetting; separate several by commas.")
+    ] = "math",
     all_checkpoints: Annotated[
-        bool, typer.Option("--all-checkpoints", help="Every checkpoint of the run; shows BEST and LAST.")
+        bool, typer.Option("--all-checkpoints", help="Evaluate every checkpoint of the run, and show BEST and LAST.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of questions of each suite, from the first on. (default: all)")
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Questions in the published formats. (default: the hub's)")
+        str | None,
+        typer.Option(
+            metavar="PATH", help="File or directory of questions in the published formats. (default: the hub)"
+        ),
     ] = None,
     score: Annotated[
-        Path | None, typer.Option(metavar="SAMPLES.jsonl", help="Score generations that were made elsewhere.")
+        Path | None,
+        typer.Option(
+            metavar="SAMPLES.jsonl", help="Score generations that were made elsewhere, instead of evaluating a model."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model of an adapter. (default: the adapter's)")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or directory of an adapter's base model. (default: the adapter's)")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for results. (default: RUN/evaluation)")] = None,
-    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="vllm takes models, not adapters.")] = "hf",
+    backend: Annotated[
+        Literal["hf", "vllm"], typer.Option(help="Backend that generates; vllm accepts models, not adapters.")
+    ] = "hf",
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="auto: bfloat16, float32 on a CPU.")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Dtype of the weights. auto: bfloat16 on a GPU, float32 on a CPU."),
     ] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in memory at a time. (default: 65536, 16384 on a CPU)")
+        int | None,
+        typer.Option(min=1, help="Number of tokens in memory at a time. (default: 65536; on a CPU 16384)"),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is there and start over.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete existing results and start over.")] = False,
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="Run model-written code without isolation.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a local model.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a local model.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
 ) -> None:
-    """Measure task accuracy. The same command again goes on where it was interrupted.
+    """Measure task accuracy. Run the same command again to continue an interrupted evaluation.
 
     rasa-eval runs/math_llama8b_rasa_r8 --suite math,forgetting --all-checkpoints
 
@@ -65,7 +81,7 @@ def evaluate(
         from ..errors import UserError
 
         if (target is None) == (score is None):
-            raise UserError("give either RUN_OR_MODEL, or --score SAMPLES.jsonl")
+            raise UserError("give either RUN_OR_MODEL or --score SAMPLES.jsonl")
         with _only_ours():
             if score is not None:
                 output_object = _score(score, suite, data, allow_unsandboxed)
@@ -131,7 +147,8 @@ def _metrics(metrics: dict[str, float]) -> list[str]:
 
 
 def _reporter(title: str) -> Callable[[Progress], None]:
-    """A line on stderr, rewritten in a terminal; elsewhere about ten lines in all."""
+    """Return a callback that shows progress on stderr: one line that is rewritten in a terminal, elsewhere about ten
+    lines in all."""
     shown = -1
 
     def report(progress: Progress) -> None:
@@ -151,7 +168,7 @@ def _reporter(title: str) -> Callable[[Progress], None]:
 
 @contextmanager
 def _only_ours() -> Iterator[None]:
-    """What libraries print goes to stderr: stdout is for the result."""
+    """Redirect to stderr what libraries print, because stdout is for the result."""
     with redirect_stdout(sys.stderr):
         yield
 

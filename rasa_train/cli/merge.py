@@ -1,4 +1,4 @@
-"""``rasa-merge``: fold an adapter into its base, export it for other programs, or extract one."""
+"""``rasa-merge``: fold an adapter into its base, export it for other programs, or extract an adapter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +16,10 @@ from ..errors import UserError
 from .errors import Command, user_errors
 
 if TYPE_CHECKING:
-    from ..merging.extract import ExtractReport
+    from ..merging.extract import ExtractReport, Fit
     from ..merging.lora import ExportReport
     from ..merging.merged import MergeReport
+    from ..merging.options import Base
     from ..merging.verify import VerifyReport
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -27,23 +29,27 @@ EXTRACT = "Extract an adapter"
 @app.command(cls=Command)
 def merge(
     adapter: Annotated[
-        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or output_dir of a run.")
+        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or the output_dir of a run.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Directory to write; new or empty.")] = ...,  # type: ignore[assignment]
+    output: Annotated[Path, typer.Option(help="Directory to write, which must be new or empty.")] = ...,  # type: ignore[assignment]
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="DIR:WEIGHT", help="Of several adapters, each with its weight: their sum."),
+        typer.Option(
+            "--adapter", metavar="DIR:WEIGHT", help="One of several adapters to sum, with its weight; repeat for each."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, hub id or directory. (default: the adapter's)")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or directory of the base model. (default: the adapter's)")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take a base whose weights are not those trained on.")
+        bool, typer.Option("--any-base", help="Accept a base other than the one the adapter was trained on.")
     ] = False,
     format: Annotated[
         Literal["merged", "lora", "peft"],
         typer.Option(
-            help="merged: an ordinary checkpoint. lora: an equal LoRA for PEFT and vLLM. "
-            "peft: PEFT's own format of lora, dora and vera."
+            help="What to write. merged: an ordinary checkpoint. lora: an equivalent LoRA for PEFT and vLLM. "
+            "peft: an adapter in PEFT's own format, for lora, dora and vera."
         ),
     ] = "merged",
     dtype: Annotated[
@@ -51,31 +57,55 @@ def merge(
         typer.Option(help="Dtype of the merged checkpoint. (default: the base's)"),
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, help="Cut an exported LoRA to this rank; the error is reported.")
+        int | None, typer.Option(min=1, help="Largest rank of an exported LoRA; the truncation error is reported.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Files written at a time.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of files written at a time. (default: as many as cores and memory allow)"),
+    ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run the adapted and the merged model on prompts and compare.")
+        bool, typer.Option("--verify", help="Run the adapted and the merged model on a few prompts and compare them.")
     ] = False,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Write a model card and say what --upload would upload."),
+        typer.Option(
+            metavar="OWNER/NAME", help="Write a model card for this hub repository and list what --upload would upload."
+        ),
     ] = None,
-    upload: Annotated[bool, typer.Option("--upload", help="With --push: do it, to a private repository.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that has files.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="With --push: upload the output to a private repository.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output directory that holds files.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     finetuned: Annotated[
         str | None,
-        typer.Option("--extract", metavar="FINETUNED", help="Fine-tuned checkpoint.", rich_help_panel=EXTRACT),
+        typer.Option(
+            "--extract",
+            metavar="FINETUNED",
+            help="Fine-tuned checkpoint to extract an adapter from; needs --base.",
+            rich_help_panel=EXTRACT,
+        ),
     ] = None,
-    method: Annotated[Literal["rasa", "lora"], typer.Option(rich_help_panel=EXTRACT)] = "rasa",
-    r: Annotated[int, typer.Option(min=1, help="Ranks a layer.", rich_help_panel=EXTRACT)] = 8,
+    method: Annotated[
+        Literal["rasa", "lora"], typer.Option(help="Method of the extracted adapter.", rich_help_panel=EXTRACT)
+    ] = "rasa",
+    r: Annotated[int, typer.Option(min=1, help="Number of ranks per layer.", rich_help_panel=EXTRACT)] = 8,
     k: Annotated[
-        int | None, typer.Option(min=0, help="Shared ranks a layer. (default: r // 8)", rich_help_panel=EXTRACT)
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of shared ranks per layer, for RaSA. (default: r // 8, at least 1)",
+            rich_help_panel=EXTRACT,
+        ),
     ] = None,
-    sweeps: Annotated[int, typer.Option(min=0, help="Of the coordinate descent.", rich_help_panel=EXTRACT)] = 50,
+    sweeps: Annotated[
+        int, typer.Option(min=0, help="Number of sweeps of the coordinate descent.", rich_help_panel=EXTRACT)
+    ] = 50,
     targets: Annotated[
-        str, typer.Option(help="Names, comma-separated, or all-linear.", rich_help_panel=EXTRACT)
+        str,
+        typer.Option(help="Linears to adapt: names separated by commas, or all-linear.", rich_help_panel=EXTRACT),
     ] = "all-linear",
 ) -> None:
     """Fold an adapter into its base model and write an ordinary Hugging Face checkpoint."""
@@ -85,16 +115,20 @@ def merge(
             raise UserError("--upload needs --push OWNER/NAME")
         if finetuned is not None:
             if adapter is not None or adapters or base is None:
-                raise UserError("--extract FINETUNED makes an adapter: it needs --base MODEL, and no adapter is given")
-            names: Any = targets.split(",") if targets != "all-linear" else targets
-            report = _extract(finetuned, base, output, method, r, k, sweeps, names, overwrite)
+                raise UserError("--extract FINETUNED makes an adapter: give --base MODEL, and no adapter")
+            from ..merging.extract import Fit
+
+            names = targets.split(",") if targets != "all-linear" else targets
+            report = _extract(finetuned, base, output, Fit(method, r, k, sweeps, names), overwrite)
             run, verified = Path(finetuned), None
         else:
-            _check(format, dtype, max_rank, verify)
+            wanted = _Format(format, dtype, max_rank, threads)
+            _check(wanted, verify)
             given, run = _given(adapter, adapters)
-            where = {"base": base, "revision": revision, "any_base": any_base}
-            options: Any = where | {"overwrite": overwrite}
-            report = _write(given, output, format, dtype, max_rank, threads, options)
+            from ..merging.options import Base
+
+            where = Base(base, revision, any_base)
+            report = _write(given, output, wanted, where, overwrite)
             verified = _verify(given, report, run, where) if verify else None
         facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
         if push is not None:
@@ -111,17 +145,30 @@ def main() -> None:
     app()
 
 
-def _check(format: str, dtype: str | None, max_rank: int | None, verify: bool) -> None:
-    if format != "merged" and dtype is not None:
-        raise UserError(f"--dtype {dtype} is for --format merged: an exported adapter is fp32, so that it is exact")
-    if format != "merged" and verify:
-        raise UserError(f"--verify is for --format merged, got --format {format}")
-    if format != "lora" and max_rank is not None:
-        raise UserError(f"--max-rank {max_rank} is for --format lora, got --format {format}")
+@dataclass(frozen=True)
+class _Format:
+    """The format of the output, and the options that belong to a format."""
+
+    name: str
+    dtype: str | None
+    max_rank: int | None
+    threads: int | None
+
+
+def _check(wanted: _Format, verify: bool) -> None:
+    if wanted.name != "merged" and wanted.dtype is not None:
+        raise UserError(
+            f"--dtype {wanted.dtype} is for --format merged only: an exported adapter is always fp32, so that it is "
+            "exact"
+        )
+    if wanted.name != "merged" and verify:
+        raise UserError(f"--verify is for --format merged only, got --format {wanted.name}")
+    if wanted.name != "lora" and wanted.max_rank is not None:
+        raise UserError(f"--max-rank {wanted.max_rank} is for --format lora only, got --format {wanted.name}")
 
 
 def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]:
-    """What ``merge`` takes: one directory, or several with weights; and the first as it was given."""
+    """Return the adapters as ``merge`` takes them, one directory or several with weights, and the first directory."""
     from ..merging.source import find_adapter
 
     if (adapter is None) == (not adapters):
@@ -129,7 +176,7 @@ def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]
     if adapter is not None:
         directory = find_adapter(adapter)
         if directory not in (adapter, adapter / "adapter"):
-            print(f"{adapter} has no adapter/ yet: taking its newest checkpoint, {directory.name}", file=sys.stderr)
+            print(f"{adapter} has no adapter/ yet: using its newest checkpoint, {directory.name}", file=sys.stderr)
         return directory, adapter
     weighted = []
     for item in adapters or ():
@@ -141,62 +188,45 @@ def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]
     return weighted, weighted[0][0]
 
 
-def _write(
-    given: Any,
-    output: Path,
-    format: str,
-    dtype: str | None,
-    max_rank: int | None,
-    threads: int | None,
-    options: dict[str, Any],
-) -> MergeReport | ExportReport:
+def _write(given: Any, output: Path, wanted: _Format, base: Base, overwrite: bool) -> MergeReport | ExportReport:
     import torch
 
     from ..merging.lora import export_lora
     from ..merging.merged import merge as merge_checkpoint
+    from ..merging.options import Writing
     from ..merging.peft_format import export_peft
 
-    if format == "peft":
+    if wanted.name == "peft":
         if not isinstance(given, Path):
-            raise UserError("--format peft is for one adapter; a sum can be exported with --format lora")
-        return export_peft(given, output, **options)
+            raise UserError("--format peft is for a single adapter; export a sum with --format lora")
+        return export_peft(given, output, base=base, overwrite=overwrite)
     with _bar() as progress:
-        if format == "lora":
-            return export_lora(given, output, max_rank=max_rank, progress=progress, **options)
-        stored = getattr(torch, dtype) if dtype else None
-        return merge_checkpoint(given, output, dtype=stored, threads=threads, progress=progress, **options)
+        writing = Writing(overwrite, progress)
+        if wanted.name == "lora":
+            return export_lora(given, output, base=base, max_rank=wanted.max_rank, writing=writing)
+        stored = getattr(torch, wanted.dtype) if wanted.dtype else None
+        return merge_checkpoint(given, output, base=base, dtype=stored, threads=wanted.threads, writing=writing)
 
 
-def _verify(given: Any, report: Any, run: Path, where: dict[str, Any]) -> VerifyReport:
+def _verify(given: Any, report: Any, run: Path, base: Base) -> VerifyReport:
     import yaml
 
     from ..merging import verify
 
     recipe = run / "recipe.yaml"
     template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
-    return verify(given, report.output, template=template, exact=report.rounding == 0.0, **where)
+    return verify(given, report.output, base=base, template=template, exact=report.rounding == 0.0)
 
 
-def _extract(
-    finetuned: str,
-    base: str,
-    output: Path,
-    method: Literal["rasa", "lora"],
-    r: int,
-    k: int | None,
-    sweeps: int,
-    targets: Any,
-    overwrite: bool,
-) -> ExtractReport:
-    if k is not None and (k > r or method == "lora"):
-        raise UserError(f"--k must be in [0, --r={r}], for --method rasa; got {k} for {method}")
-    from ..merging import extract
+def _extract(finetuned: str, base: str, output: Path, fit: Fit, overwrite: bool) -> ExtractReport:
+    if fit.k is not None and (fit.k > fit.r or fit.method == "lora"):
+        raise UserError(
+            f"--k must be in [0, --r={fit.r}], and is for --method rasa only; got {fit.k} with --method {fit.method}"
+        )
+    from ..merging import Writing, extract
 
     with _bar() as progress:
-        return extract(
-            finetuned, base, output, method=method, r=r, k=k, sweeps=sweeps, targets=targets,
-            overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+        return extract(finetuned, base, output, fit, writing=Writing(overwrite, progress))
 
 
 def _describe(report: MergeReport | ExportReport | ExtractReport, verified: VerifyReport | None) -> str:
@@ -215,7 +245,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
         if report.error:
             lines[-1] = f"{done} as LoRA of rank {report.rank}: {report.error:.3%} of the update is lost, by norm"
         if report.max_lora_rank is None:
-            lines.append("vLLM takes no LoRA of such a rank: --max-rank 512 cuts it, or merge instead")
+            lines.append("vLLM does not accept a LoRA of this rank: truncate it with --max-rank 512, or merge instead")
         else:
             lines.append(
                 f"vllm serve {report.base_model} --enable-lora --max-lora-rank {report.max_lora_rank} "
@@ -223,8 +253,9 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             )
         if report.fused_experts:
             lines.append(
-                "note: PEFT reads the LoRA of fused experts from 0.19 on; vLLM only for models whose experts it keeps "
-                "fused (gpt-oss, Qwen3-VL-MoE): merge for others, Mixtral and Qwen3-MoE among them"
+                "note: PEFT reads a LoRA of fused experts from version 0.19 on, and vLLM reads it only for models "
+                "whose experts it keeps fused (gpt-oss, Qwen3-VL-MoE): merge for other models, such as Mixtral and "
+                "Qwen3-MoE"
             )
     else:
         lines.append(f"{done} of {report.tensors} tensors changed")
@@ -244,7 +275,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
 
 
 def _error_table(report: ExtractReport) -> list[str]:
-    """Squared errors over the squared norm of the update, of each kind and of all."""
+    """Return a table of the squared errors over the squared norm of the update, for each kind and all kinds."""
     rows = {**report.kinds, "all": report.total()}
     width = max(map(len, rows))
     name = report.method if report.method == "lora" else f"rasa r={report.r} k={report.k}"
@@ -254,13 +285,13 @@ def _error_table(report: ExtractReport) -> list[str]:
         lines.append(f"{kind:{width}}  {error:13.3f}%  {lora:9.3f}%")
     if report.others_changed:
         n, first = len(report.others_changed), report.others_changed[0]
-        lines.append(f"not in the adapter: {n} other tensors that fine-tuning changed (first: {first})")
+        lines.append(f"not in the adapter: {n} other tensors that fine-tuning changed (the first is {first})")
     return lines
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr when that is a terminal; None otherwise."""
+    """Yield the callback of a progress bar on stderr if stderr is a terminal, and None otherwise."""
     if not sys.stderr.isatty():
         yield None
         return

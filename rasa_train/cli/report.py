@@ -1,4 +1,4 @@
-"""``rasa-report``: compare runs on one page."""
+"""``rasa-report``: compare runs on one HTML page."""
 
 from __future__ import annotations
 
@@ -21,19 +21,27 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command(cls=Command)
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or directories of runs (a sweep's).")
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories, or directories that hold runs, such as a sweep's."),
     ],
-    output: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("report.html"),
     figures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the charts as PNG and SVG and the tables as CSV too.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory for the charts as PNG and SVG and the tables as CSV, in addition."),
     ] = None,
-    live: Annotated[bool, typer.Option("--live", help="Write again until every run is complete (or Ctrl-C).")] = False,
-    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often --live writes.")] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the data as one JSON object; write no page.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Rewrite the page until every run is complete; Ctrl-C stops.")
+    ] = False,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Seconds between rewrites with --live.")
+    ] = 10.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the data as one JSON object instead of writing a page.")
+    ] = False,
 ) -> None:
     """Compare runs: one self-contained HTML page with tables, curves and heat maps.
 
-    Runs that are under way or broken are shown as far as they can be read.
+    Unfinished and damaged runs are shown as far as they can be read.
 
         rasa-report runs/lora runs/rasa --output report.html
     """
@@ -43,7 +51,7 @@ def report(
         from ..report.runs import find_runs, read_runs
 
         if live and as_json:
-            raise UserError("--live writes pages and --json prints one object: leave one of them out")
+            raise UserError("--live writes pages and --json prints one object: give only one of them")
         found = read_runs(find_runs(runs))
         if figures is not None:
             from ..report.figures import write_figures

@@ -1,1 +1,1 @@
-"""The embedded demo: a tiny Llama (``model/``) and a generator of word problems in MetaMathQA's shape."""
+"""The embedded demo: it fine-tunes a tiny Llama (``model/``) on generated word problems in MetaMathQA's format."""

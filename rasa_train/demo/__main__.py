@@ -2,8 +2,8 @@
 
     python -m rasa_train.demo [--output runs/demo] [--questions 200]
 
-Every number is measured here and now: the two runs through ``rasa-train``, the merges through ``rasa-merge``, the
-answers by the merged models, greedily, on problems that are not in the training set.
+Every number is measured when the demo runs: ``rasa-train`` makes the two runs, ``rasa-merge`` merges them, and the
+merged models answer, greedily, problems that are not in the training set.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MAX_NEW_TOKENS = 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare LoRA and RaSA on a tiny model, in a few minutes on a CPU.")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory for the runs")
+    parser.add_argument("--questions", type=int, default=200, help="number of held-out problems to answer")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(highlight=False)
@@ -71,7 +71,8 @@ def command(name: str, *arguments: object) -> None:
 
 
 def exact_match(path: Path, problems: list[dict[str, str]], batch_size: int = 50) -> float:
-    """Share of problems whose last ``The answer is: N`` is right, greedy, with the template of the training."""
+    """Return the share of problems whose last ``The answer is: N`` is right, with greedy decoding and the training
+    template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

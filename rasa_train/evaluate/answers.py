@@ -1,15 +1,15 @@
-"""Are two mathematical answers the same? The paper's rule, and a robust one.
+"""Decide whether two mathematical answers are the same, by the paper's rule and by a robust one.
 
-``math_sympy``            the RaSA paper's: Minerva's normalisation (2206.14858, appendix D), then
-                          ``simplify(parse_latex(a) - parse_latex(b)) == 0``. What does not parse is wrong, even when it
-                          is identical: intervals and most tuples score 0.
-``math_sympy_or_string``  the same, or equal after the normalisation.
-``accuracy``              equal after the normalisation (of a whole equation, which Minerva's cuts down to its right
-                          side), or by math-verify: sets, intervals, matrices, text, units.
+``math_sympy``            the RaSA paper's rule: Minerva's normalisation (2206.14858, appendix D), then
+                          ``simplify(parse_latex(a) - parse_latex(b)) == 0``. An answer that does not parse is wrong,
+                          even when both are identical: intervals and most tuples score 0.
+``math_sympy_or_string``  ``math_sympy``, or equal after the normalisation.
+``accuracy``              equal after the normalisation (with both sides of an equation, of which Minerva's rule keeps
+                          only the right side), or equal by math-verify: sets, intervals, matrices, text, units.
 
 Text of a model is parsed, never evaluated: math-verify is used with its LaTeX grammar alone, since its grammar for
-plain expressions ends in Python's ``eval``. Comparing may take for ever or all memory (``9^{9^{9^9}}``), in loops
-that no signal interrupts; so pairs go to processes of their own, which are killed when they take too long.
+plain expressions ends in Python's ``eval``. A comparison may take forever or use all memory (``9^{9^{9^9}}``), in loops
+that no signal interrupts; so separate processes compare the pairs, and are killed when they take too long.
 """
 
 from __future__ import annotations
@@ -35,25 +35,28 @@ from ..errors import UserError
 MARKER = "The answer is: "
 RESPONSE = "### Response:\n"
 SECONDS = 5
-"""For one comparison by one rule (the reference's)."""
+"""Time limit of one comparison by one rule, as in the reference implementation."""
 MEMORY_BYTES = 4 << 30
+"""Address space of a comparing process."""
 LONGEST = 1000
-"""Characters; a longer answer is none."""
+"""Characters of the longest answer that is compared; a longer one is wrong."""
 
 
 @dataclass(frozen=True)
 class Same:
-    """Whether an answer is the gold one, by each rule."""
+    """Whether an answer equals the gold answer, by each rule."""
 
     math_sympy: bool = False
     math_sympy_or_string: bool = False
     accuracy: bool = False
     reason: str = ""
-    """Of a wrong answer: ``no answer``, ``different``, ``time limit``."""
+    """Why an answer is wrong: ``no answer``, ``an answer of N characters``, ``different`` or ``time limit``; empty for
+    a right one."""
 
 
 def marked_answer(text: str) -> str | None:
-    """What follows the last ``The answer is: `` up to a full stop that ends a line; the paper's extraction."""
+    """Return the text after the last ``The answer is: ``, up to a full stop that ends a line: the paper's
+    extraction."""
     _, found, tail = text.rpartition(RESPONSE)[2].rpartition(MARKER)
     if not found:
         return None
@@ -61,7 +64,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""The content of the last ``\boxed`` (or ``\fbox``), braces balanced, or one token without braces."""
+    r"""Return the content of the last ``\boxed`` (or ``\fbox``): its balanced braces, or one token without braces."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
@@ -78,18 +81,18 @@ def boxed_answer(text: str) -> str | None:
 
 
 def given_answer(text: str) -> str | None:
-    """The answer of a response, however it is marked: as the paper's prompts ask for, boxed, or after ``####``."""
+    """Return the answer of a response, however it is marked: as the paper's prompts ask for, boxed, or by ``####``."""
     return marked_answer(text) or boxed_answer(text) or gsm8k_answer(text)
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """What follows the last ``####``, without thousands separators."""
+    """Return the text after the last ``####``, to the end of the line, without thousands separators."""
     _, found, tail = text.rpartition("####")
     line = tail.strip().split("\n")[0] if found else ""
     return line.replace(",", "").strip() or None
 
 
-# Minerva, appendix D: in this order.
+# Minerva, appendix D. The order matters.
 _REPLACED = (
     ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
     (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
@@ -112,7 +115,7 @@ _REWRITTEN = (
 
 
 def normalize(answer: str) -> str:
-    """Minerva's normalisation of a final answer (2206.14858, appendix D)."""
+    """Apply Minerva's normalisation of a final answer (2206.14858, appendix D)."""
     answer = answer.split("=")[-1]
     for old, new in _REPLACED:
         answer = answer.replace(old, new)
@@ -126,30 +129,32 @@ def normalize(answer: str) -> str:
 
 
 def same_text(gold: str, answer: str) -> bool:
-    """Whether they are equal after the normalisation. Of a gold equation (``4x - 5y = 10``, but not ``x = 10``) the
-    left side counts as well."""
+    """Whether two answers are equal after the normalisation. If the gold answer is an equation (``4x - 5y = 10``, but
+    not ``x = 10``), the left sides must be equal as well."""
     left, wanted = _left(gold), normalize(gold) == normalize(answer)
     return wanted and (left is None or left == _left(answer))
 
 
 def _left(answer: str) -> str | None:
-    """What is before the last ``=``, unless it only names the result: ``x``, ``f(x)``, ``\\theta``."""
+    """Return the text before the last ``=``; None without ``=``, or if that text only names the result, as ``x``,
+    ``f(x)`` or ``\\theta`` do."""
     left, found, _ = answer.rpartition("=")
     named = re.fullmatch(r"[\s$]*\\?[A-Za-z]+\w*(\([^()=]*\))?\s*", left)
     return "".join(left.replace("$", "").split()) if found and not named else None
 
 
 def _base(answer: str) -> str | None:
-    """``6`` of ``2112_6``."""
+    """Return the base of a number: ``6`` for ``2112_6``."""
     found = re.search(r"\d_\{?(\d+)\}?$", answer.strip().strip("$"))
     return found[1] if found else None
 
 
 class Checker:
-    """Compares answers in processes of its own; use it as a context.
+    """Compares answers in processes of its own. Use it as a context manager, which ends the processes.
 
     Args:
-        workers: how many; default: one a core.
+        workers: number of processes. Default: one per core, at most 16.
+        seconds: time limit of one comparison by one rule.
     Raises:
         UserError: math-verify or sympy's parser for LaTeX is not installed.
     """
@@ -170,7 +175,8 @@ class Checker:
         self._idle.clear()
 
     def check(self, pairs: Sequence[tuple[str, str | None, str | None]]) -> Iterator[Same]:
-        """For each (gold, answer by the paper's extraction, answer by any) whether they are the same, in order."""
+        """Yield the verdict on each (gold answer, answer by the paper's extraction, answer by any extraction), in
+        order."""
         with ThreadPoolExecutor(self.workers) as pool:
             yield from pool.map(self._one, pairs)
 
@@ -181,7 +187,7 @@ class Checker:
         comparer = self._idle.pop() if self._idle else _Comparer(self.seconds)
         strict = comparer.ask("math_sympy", gold, marked) if marked else False
         string = same_text(gold, given)
-        # math-verify drops the base of a number
+        # math-verify ignores the base of a number
         other_base = (b := _base(gold)) and (c := _base(given)) and b != c
         robust = string or (not other_base and comparer.ask("math_verify", gold, given))
         self._idle.append(comparer)
@@ -192,19 +198,19 @@ class Checker:
 
 
 class _Comparer:
-    """One process that compares pairs, started when it is first needed and again after it was killed."""
+    """A process that compares pairs of answers. It is started when first needed, and again after it was killed."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def ask(self, rule: str, gold: str, answer: str) -> bool | None:
-        """None when it took too long."""
+        """Return whether the answers are the same by a rule; None when the comparison took too long."""
         if self._process is None:
             self._start()
         try:
             self._pipe.send((rule, gold, answer))
-            # The process stops itself; only what cannot be interrupted has to be killed.
+            # The process stops at the limit by itself; it is killed only if it cannot be interrupted.
             if self._pipe.poll(self.seconds + 2):
                 same: bool | None = self._pipe.recv()
                 return same
@@ -226,11 +232,11 @@ class _Comparer:
         self._process = context.Process(target=_serve, args=(theirs, self.seconds), daemon=True)
         self._process.start()
         theirs.close()
-        self._pipe.recv()  # imports take seconds that are not the pair's
+        self._pipe.recv()  # wait for the imports, which take seconds that must not count for the pair
 
 
 def _serve(pipe: Connection, seconds: float) -> None:
-    """The comparing process: one question at a time, until the other end is gone."""
+    """Run the comparing process: answer one question at a time, until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _too_long)
     logging.disable(logging.CRITICAL)
@@ -250,7 +256,7 @@ def _serve(pipe: Connection, seconds: float) -> None:
             same: bool | None = rules[rule](gold, answer)
         except _TooLong:
             same = None
-        except (Exception, RecursionError):  # parsers raise anything; the reference counts it as wrong
+        except (Exception, RecursionError):  # parsers raise anything; the reference counts such an answer as wrong
             same = False
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -258,7 +264,7 @@ def _serve(pipe: Connection, seconds: float) -> None:
 
 
 class _TooLong(BaseException):
-    """Not an Exception: sympy catches those."""
+    """Raised at the time limit. Not an ``Exception``, because sympy catches those."""
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:
@@ -278,7 +284,7 @@ def _math_verify(gold: str, answer: str) -> bool:
 
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
     parsed: list[Any] = [
-        # Of "a + b." it would read b alone.
+        # With the full stop, math-verify would read "a + b." as b alone.
         parse(f"\\boxed{{{text.strip().strip('$').rstrip('. ')}}}", latex, "no_fallback", parsing_timeout=None)
         for text in (gold, answer)
     ]
@@ -286,7 +292,8 @@ def _math_verify(gold: str, answer: str) -> bool:
 
 
 def _as_small(gold: Any, answer: Any) -> bool:
-    """Whether two numbers that are equal to six decimals are so to six digits as well; True of what is no number."""
+    """Whether two numbers that agree to six decimals agree to six significant digits as well; True if either is not a
+    number."""
     if not all(getattr(value, "is_number", False) and getattr(value, "is_real", False) for value in (gold, answer)):
         return True
     a, b = gold.evalf(15), answer.evalf(15)
@@ -294,11 +301,11 @@ def _as_small(gold: Any, answer: Any) -> bool:
 
 
 def needs_math() -> None:
-    """Raise ``UserError`` unless what compares answers is installed."""
+    """Raise ``UserError`` unless the packages that compare answers are installed."""
     if find_spec("math_verify") is None or find_spec("antlr4") is None:
         raise UserError("checking answers needs math-verify: pip install 'rasa_train[eval]'")
     if (found := version("antlr4-python3-runtime")).rpartition(".")[0] != "4.11":
         raise UserError(
-            f"sympy reads LaTeX with antlr4-python3-runtime 4.11 only, and {found} is installed: "
+            f"sympy reads LaTeX only with antlr4-python3-runtime 4.11, but {found} is installed: "
             "pip install 'antlr4-python3-runtime==4.11.*'"
         )

@@ -1,6 +1,7 @@
-"""HellaSwag, WinoGrande and ARC-Challenge by lm-evaluation-harness's own tasks, zero-shot.
+"""Evaluate HellaSwag, WinoGrande and ARC-Challenge with lm-evaluation-harness's own tasks, zero-shot.
 
-The paper says neither shots nor ``acc`` or ``acc_norm``: both are kept, and the average of ``acc`` is the headline.
+The paper states neither the number of shots nor whether it reports ``acc`` or ``acc_norm``: both metrics are recorded,
+and the average of ``acc`` is the headline.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ TASKS = {
     "winogrande": "winogrande/default.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
 }
-"""Each with its definition among lm-eval's."""
+"""Path of each task's definition among lm-eval's tasks."""
 LOCAL = "rasa_local_"
-"""Prefix of the definitions in ``tasks/`` for rows that hold ready-made text: ``query`` and ``choices``."""
+"""Prefix of the definitions in ``tasks/``, which are for rows that hold ready-made text: ``query`` and ``choices``."""
 
 
 def load_tasks(data: str | None) -> dict[str, Any]:
-    """lm-eval's tasks by name: from the hub, or of those files of a directory that are there.
+    """Return lm-eval's tasks by name, with questions from the hub, or from the files in a directory (tasks without a
+    file are left out).
 
     Args:
-        data: a directory with TASK.jsonl (or TASK_*.jsonl; or a directory ``forgetting`` in it), rows either as on the
-            hub or with ``query`` (WinoGrande: ``context_options`` and ``continuation``), ``choices`` and ``gold``.
+        data: a directory with TASK.jsonl or TASK_*.jsonl, in it or in its subdirectory ``forgetting``; None for the
+            hub. Rows are either as on the hub or have ``query`` (WinoGrande: ``context_options`` and
+            ``continuation``), ``choices`` and ``gold``.
     Raises:
-        UserError: the hub cannot be reached and nothing local is given, or no file is there.
+        UserError: the hub cannot be reached and ``data`` is None, or ``data`` has no such file.
     """
     needs_harness()
     import lm_eval.tasks
@@ -43,15 +46,15 @@ def load_tasks(data: str | None) -> dict[str, Any]:
         tasks = TaskManager(include_defaults=False).load(definitions)["tasks"]
     except (OSError, ValueError) as error:  # datasets' errors for what it cannot find
         raise UserError(
-            f"the questions of suite forgetting ({', '.join(TASKS)}) cannot be loaded: load them once with a "
-            f"network, or give a directory with {', '.join(f'{task}.jsonl' for task in TASKS)} by --data\n"
+            f"the questions of suite forgetting ({', '.join(TASKS)}) cannot be loaded: load them once with a network "
+            f"connection, or give a directory with {', '.join(f'{task}.jsonl' for task in TASKS)} by --data\n"
             f"({_first_line(error)})"
         ) from None
     return {name.removeprefix(LOCAL): task for name, task in tasks.items()}
 
 
 def protocol(tasks: dict[str, Any]) -> dict[str, Any]:
-    """What the results depend on beside the model."""
+    """Return everything but the model that the results depend on."""
     return {
         name: {
             "version": task.VERSION,
@@ -72,11 +75,13 @@ def evaluate(
     cache: Path | None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    """``average`` (of ``acc`` over the tasks), and ``TASK/acc`` and ``TASK/acc_norm``.
+    """Return the metrics ``average`` (of ``acc`` over the tasks), ``TASK/acc`` and ``TASK/acc_norm``.
 
     Args:
-        limit: questions of each task.
-        cache: a file that keeps each question's likelihoods, so that an interrupted evaluation goes on.
+        lm: a model of lm-eval.
+        limit: number of questions of each task; None for all.
+        cache: file that stores each question's likelihoods, so that an interrupted evaluation can continue.
+        say: called with a line about each task.
     """
     from lm_eval.api.model import CachingLM
     from lm_eval.evaluator import evaluate as run_tasks
@@ -107,13 +112,14 @@ def _files(data: str) -> dict[str, Path]:
     }
     if not found:
         raise UserError(
-            f"--data: {data} has none of {', '.join(f'{task}.jsonl' for task in TASKS)} for suite forgetting"
+            f"--data: {data} has none of the files {', '.join(f'{task}.jsonl' for task in TASKS)} of suite forgetting"
         )
     return found
 
 
 def _definition(task: str, path: Path | None, theirs: Path) -> dict[str, Any]:
-    """lm-eval's definition, with the file in place of the hub if there is one; ours where the rows are ready-made."""
+    """Return the definition of a task: lm-eval's, reading the file instead of the hub if there is one; or, for rows of
+    ready-made text, the one in ``tasks/``."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if path is None:

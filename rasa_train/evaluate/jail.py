@@ -1,13 +1,13 @@
-"""The inside of the sandbox: run one program where it can do no harm. Started by ``sandbox`` as a file of its own.
+"""Run one program where it can do no harm: the inside of the sandbox, which ``sandbox`` starts as a separate script.
 
-Standard library only, and no import of the package: whatever is imported here is in reach of the program.
+Only the standard library is imported, and nothing of the package: the program can reach every module imported here.
 
-    request on stdin (JSON)  ->  J, this process, kept outside
+    request on stdin (JSON)  ->  J, this process, which stays outside
                                  A, in new user, mount, PID, network, IPC and UTS namespaces
-                                 C, process 1 of the namespace: builds its root, gives everything up, runs the program
+                                 C, process 1 of the namespace: builds its root, drops all rights, runs the program
 
-The verdict is what C writes to the result pipe: the request's nonce after the last statement of the program was
-reached, or the exception. Ending the process early, by whatever means, is therefore no pass.
+C writes the verdict to the result pipe: the request's nonce once the last statement of the program was reached, or the
+exception. A program that ends its process early, by whatever means, therefore does not pass.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 NOBODY = 65534
 WRITABLE = "/sandbox"
-"""Where the program runs, and the only place that it can write to."""
+"""Directory in which the program runs, the only one that it can write to."""
 STARTED = b"."
-"""First byte of the report: the program begins now."""
+"""First byte of the report, written when the program begins."""
 SETUP_FAILED = 97
 """Exit code when the sandbox could not be built; stderr says why."""
 
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
-# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and
-# programs, looking into other processes, mounts, kernel interfaces with a history. Threads are allowed.
+# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and programs,
+# access to other processes, mounts, and kernel interfaces with a history of vulnerabilities. Threads are allowed.
 DENIED = {
     "x86_64": (
         62, 200, 129, 297,
@@ -62,7 +62,7 @@ DENIED = {
     ),
 }  # fmt: skip
 CLONE = {"x86_64": 56, "aarch64": 220}
-CLONE3, MOUNT_SETATTR = 435, 442  # the same on both
+CLONE3, MOUNT_SETATTR = 435, 442  # the same on both architectures
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE_THREAD = 0x00010000
 
@@ -70,11 +70,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SetupError(Exception):
-    """The kernel does not give what the sandbox needs."""
+    """The kernel does not provide what the sandbox needs."""
 
 
 def main() -> None:
-    """J: start A, give it its user ids, wait for it."""
+    """Run J: start A, write A's user ids, wait for A to end."""
     request = json.loads(sys.stdin.buffer.read())
     result = request["result_fd"]
     die_with_parent()
@@ -99,6 +99,7 @@ def main() -> None:
 
 
 def setting_up(step: Callable[[], None]) -> None:
+    """Run a step of the set-up. If it fails, write the reason to stderr and exit with ``SETUP_FAILED``."""
     try:
         step()
     except (OSError, SetupError) as error:
@@ -107,23 +108,25 @@ def setting_up(step: Callable[[], None]) -> None:
 
 
 def leave(status: int) -> None:
-    """End as the child did: a negative code is the signal that killed it."""
+    """Exit with the child's exit code, or with 128 + N if signal N killed the child."""
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
 
 
 def enter(entered: int, mapped: int) -> None:
-    """A: the new namespaces. Its ids are written from outside, which alone may map more than one."""
+    """Set up A: enter the new namespaces, then wait until J has written the user ids, because only a process outside
+    may map more than one id."""
     die_with_parent()
     call("unshare", libc.unshare(NEW_USER | NEW_NS | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS))
-    die_with_parent()  # the new capabilities have undone it
+    die_with_parent()  # again, because the new capabilities have undone it
     os.write(entered, b"x")
     if not os.read(mapped, 1):
         raise SetupError("user ids could not be mapped")
 
 
 def write_id_maps(pid: int) -> None:
-    """Root maps itself, to build the inner root, and nobody, to run as; anyone else only themself."""
+    """Map user and group ids: root is mapped, to build the inner root, and so is nobody, to run the program; any other
+    user maps only their own id."""
     uid, gid = os.geteuid(), os.getegid()
     process = Path(f"/proc/{pid}")
     if uid != 0:
@@ -134,20 +137,20 @@ def write_id_maps(pid: int) -> None:
 
 
 def settle(request: dict[str, Any]) -> None:
-    """C: a root of its own, without any right."""
+    """Set up C: build its root directory and give up all rights."""
     die_with_parent()
     build_root(request["readable"], request["tmp_bytes"])
     drop_rights()
-    die_with_parent()  # a change of user has undone it
+    die_with_parent()  # again, because the change of user has undone it
     refuse_system_calls()
 
 
 def build_root(readable: list[str], tmp_bytes: int) -> None:
-    """A tmpfs with the system's and Python's files bound into it, read-only, and one empty writable directory. No
-    /proc, no /home, no /tmp, no /etc but the loader's cache."""
+    """Make the root a tmpfs into which the system's and Python's files are bound, read-only, with one empty writable
+    directory. There is no /proc, /home or /tmp, and of /etc only the loader's cache and the local time zone."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = "/tmp" if os.path.isdir("/tmp") else "/mnt"
-    # What is bound may lie below the directory that the new root covers: hold it open before.
+    # A bound path may lie below the directory that the new root covers, so it is opened before the mount.
     sources = {path: os.open(path, os.O_PATH) for path in (*SYSTEM, *DEVICES, *readable) if os.path.exists(path)}
     mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
     for path, source in sources.items():
@@ -186,7 +189,7 @@ def bind(source: int, target: str) -> None:
 
 
 def drop_rights() -> None:
-    """Nobody instead of root, no capability, none to be had by any program."""
+    """Become nobody if the user is root, drop all capabilities, and forbid gaining new ones by running a program."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -197,7 +200,7 @@ def drop_rights() -> None:
 
 
 def refuse_system_calls() -> None:
-    """A seccomp filter over the numbers in ``DENIED``."""
+    """Install a seccomp filter that refuses the system calls in ``DENIED``."""
     arch = machine()
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, unknown = 0x7FFF0000, 0x00050001, 0x00050026  # allow, EPERM, ENOSYS
@@ -205,7 +208,7 @@ def refuse_system_calls() -> None:
     code += [(at_least, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # the x32 numbers
     for number in DENIED[arch]:
         code += [(equal, 0, 1, number), (give, 0, 0, refuse)]
-    # libc falls back from clone3, whose flags a filter cannot see, to clone
+    # A filter cannot see the flags of clone3. It reports clone3 as unknown, so that libc falls back to clone.
     code += [(equal, 0, 1, CLONE3), (give, 0, 0, unknown)]
     code += [(equal, 0, 3, CLONE[arch]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD), (give, 0, 0, refuse)]
     code += [(give, 0, 0, allow)]
@@ -215,12 +218,12 @@ def refuse_system_calls() -> None:
 
 
 def run(request: dict[str, Any], result: int) -> None:
-    """Limit this process, run the program in it, write the verdict, end."""
+    """Limit this process, run the program in it, write the verdict, and exit."""
     silence()
     for name, value in request["limits"].items():
         number = getattr(resource, name)
         hard = resource.getrlimit(number)[1]
-        with contextlib.suppress(ValueError, OSError):  # macOS has no RLIMIT_AS worth the name
+        with contextlib.suppress(ValueError, OSError):  # macOS does not support RLIMIT_AS properly
             resource.setrlimit(number, (value, value) if hard < 0 else (min(value, hard),) * 2)
     sys.path += request["sys_path"]
     nonce, program = request["nonce"], request["program"]
@@ -238,13 +241,14 @@ def run(request: dict[str, Any], result: int) -> None:
 
 
 def silence() -> None:
-    """Nothing that the program prints or reads goes anywhere."""
+    """Redirect stdin, stdout and stderr to /dev/null."""
     null = os.open("/dev/null", os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
 
 
 def die_with_parent() -> None:
+    """Ask the kernel, on Linux, to kill this process when its parent ends."""
     if sys.platform == "linux":
         libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
@@ -255,6 +259,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def call(what: str, returned: int) -> None:
+    """Raise ``SetupError`` if a system call did not return 0."""
     if returned != 0:
         raise SetupError(f"{what}: {os.strerror(ctypes.get_errno())}")
 

@@ -1,4 +1,4 @@
-"""What is evaluated: a model, or a base with an adapter merged into it in memory; wrapped for lm-eval."""
+"""Find and load the models to evaluate: a model, or a base with an adapter merged in memory; wrapped for lm-eval."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ class Subject:
     """One thing to evaluate."""
 
     name: str
-    """``model``, ``adapter`` or a checkpoint's name; its results are filed under it."""
+    """``model``, ``adapter`` or a checkpoint's name, which is also the file name of the results."""
     path: str
     """Adapter directory, model directory or hub id."""
     results: Path
-    """Directory that its results go to."""
+    """Directory for the results."""
     is_adapter: bool
     step: int | None = None
-    """Optimizer steps, of a checkpoint."""
+    """Optimizer steps of a checkpoint or of a finished run, where known."""
     epoch: float | None = None
+    """Epochs at ``step``, where known."""
 
 
 def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) -> list[Subject]:
-    """What ``RUN_OR_MODEL`` means: a run (its adapter, or every checkpoint), an adapter directory, or a model.
+    """Return the subjects that ``RUN_OR_MODEL`` stands for: a run (its adapter, or every checkpoint), an adapter
+    directory, or a model.
 
     Raises:
-        UserError: it is none of these.
+        UserError: ``target`` is none of these.
     """
     path = Path(target).expanduser()
     run = next((p for p in (path, path.parent, path.parent.parent) if (p / "recipe.yaml").is_file()), None)
@@ -66,15 +68,15 @@ def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) ->
         return [Subject("adapter", str(adapter), results, True, *_last(run))]
     if path.exists() or path.is_absolute() or target.startswith((".", "~")) or target.count("/") != 1:
         raise UserError(
-            f"{target} is no run, adapter or model: give the output_dir of a run, an adapter or checkpoint directory, "
-            "a model directory, or a hub id (owner/name)"
+            f"{target} is not a run, an adapter or a model: give the output_dir of a run, an adapter or checkpoint "
+            "directory, a model directory, or a hub id (owner/name)"
         )
     return [Subject("model", target, output or Path("evaluation") / target.replace("/", "--"), False)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a subject is loaded, and what identifies it in results."""
+    """How a subject is loaded, and the facts that identify it in results."""
 
     subject: Subject
     base: str | None = None
@@ -84,14 +86,14 @@ class Plan:
 
     @property
     def resolved_dtype(self) -> Literal["bfloat16", "float16", "float32"]:
-        """``auto`` is bf16 (the paper's), and fp32 on a CPU."""
+        """The dtype to load, where ``auto`` is bf16 (the paper's) on a GPU and fp32 on a CPU."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if torch.cuda.is_available() else "float32"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Read from small files: no weights."""
+        """Facts that identify the model in results. The base's or model's weight files are not read."""
         path = Path(self.subject.path)
         if self.subject.is_adapter:
             config = json.loads((path / CONFIG).read_text())
@@ -103,26 +105,28 @@ class Plan:
 
 
 def load_lm(plan: Plan) -> Any:
-    """lm-eval's model.
+    """Load a subject as a model of lm-eval.
 
     Raises:
-        UserError: it cannot be loaded, has no tokenizer, or the backend cannot take it.
+        UserError: the model cannot be loaded, has no tokenizer, or is not supported by the backend.
     """
     needs_harness()
     name, source = plan.subject.path, None
     if plan.subject.is_adapter:
-        source = open_source(plan.subject.path, plan.base, None, weights=True)
+        source = open_source(plan.subject.path, plan.base, weights=True)
         name = str(source.directory)
     config = ModelConfig(name=name, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(config)
     if tokenizer is None:
         raise UserError(
-            f"{name} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json), and prompts are text: copy that "
-            "of the model it was made from into the directory"
+            f"{name} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json), and prompts are text: copy the "
+            "tokenizer of the model that it was made from into the directory"
         )
     if plan.backend == "vllm":
         if source is not None:
-            raise UserError("--backend vllm reads merged models only: rasa-merge first, or --backend hf")
+            raise UserError(
+                "--backend vllm reads merged models only: merge the adapter with rasa-merge first, or use --backend hf"
+            )
         return _vllm(plan)
     model = load_model(config)
     if source is not None:
@@ -131,7 +135,7 @@ def load_lm(plan: Plan) -> Any:
 
 
 def wrap(model: nn.Module, tokenizer: Any) -> Any:
-    """lm-eval's model ``hf`` around one in memory. Prompts carry their own bos."""
+    """Wrap a model in memory as lm-eval's model ``hf``. No bos is added, because prompts contain their own."""
     needs_harness()
     from lm_eval.models.huggingface import HFLM
 
@@ -143,10 +147,14 @@ def merge_in_memory(model: PreTrainedModel, source: Source) -> None:
     """Fold an adapter into the weights of a loaded base: W <- round(W + dW), computed in fp32.
 
     Raises:
-        UserError: the adapter adds biases that the model has not; merged on disk it can be evaluated.
+        UserError: the adapter adds biases that the model does not have. Such an adapter can be evaluated after a merge
+            on disk.
     """
     if new_biases(source).tensors:
-        raise UserError(f"{source.label} adds biases to the base: evaluate what rasa-merge writes")
+        raise UserError(
+            f"the {source.label} adapter adds biases that the base does not have: merge it with rasa-merge, and "
+            "evaluate the merged model"
+        )
     parameters = dict(model.named_parameters())
     for name, tensor in source.replaced.items():
         parameters[name].copy_(tensor)
@@ -172,11 +180,12 @@ def _checkpoint(path: Path, results: Path, run: Path | None) -> Subject:
     try:
         step = int(json.loads((path / "trainer.json").read_text())["step"])
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{path} is no checkpoint: it has no readable trainer.json") from None
+        raise UserError(f"{path} is not a checkpoint: it has no readable trainer.json") from None
     return Subject(path.name, str(path), results, True, step, _epoch(run, step))
 
 
 def _last(run: Path | None) -> tuple[int | None, float | None]:
+    """Return the steps and epochs of a finished run, where its summary has them."""
     if run is None or not (summary := RunDirectory(run).summary).is_file():
         return None, None
     facts = json.loads(summary.read_text())
@@ -184,7 +193,7 @@ def _last(run: Path | None) -> tuple[int | None, float | None]:
 
 
 def _epoch(run: Path | None, step: int) -> float | None:
-    """Of a step, as the run's metrics have it."""
+    """Return the epoch of a step from the run's metrics; None where they do not have it."""
     if run is None or not (metrics := RunDirectory(run).metrics).is_file():
         return None
     for line in metrics.read_text().splitlines():
@@ -201,8 +210,8 @@ def _tensors_digest(directory: Path) -> str:
 
 
 def _model_digest(directory: Path) -> str:
-    """Of the configuration, and of name, size and time of each weight file: to read all weights of a large model twice
-    would cost minutes."""
+    """Return a digest of the configuration and of the name, size and modification time of each weight file. The
+    weights are not read, because reading those of a large model twice would take minutes."""
     parts: list[Any] = [(directory / "config.json").read_text()]
     for path in sorted(directory.glob("*.safetensors")):
         stat = path.stat()

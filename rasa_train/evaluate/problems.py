@@ -1,4 +1,4 @@
-"""The questions: rows of the published files, local or from the hub, in one shape a suite."""
+"""Load the questions: rows of the published files, local or from the hub, in one form for each suite."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a suite's rows are published, and what its files are called."""
+    """Where a suite's rows are published, and the names of its files."""
 
     hub: tuple[tuple[str, str | None], ...]
-    """Hub ids and subsets, which together are the set; split ``test``."""
+    """Hub ids and subsets, whose splits ``test`` together are the suite's questions."""
     files: tuple[str, ...]
-    """Patterns of files below ``--data DIR``, the best first."""
+    """Patterns of files below ``--data DIR``, the preferred one first."""
 
 
 ORIGINS = {
@@ -61,20 +61,20 @@ ORIGINS = {
     ),
 }
 INSTRUCTIONS = ("bigcode/humanevalpack", "python")
-"""Whose ``instruction`` field the paper's prompt quotes."""
+"""Hub id and subset of the set whose ``instruction`` field the paper's prompt quotes."""
 
 
 def load(suite: str, data: str | None) -> list[Row]:
-    """The rows of ``math``, ``gsm8k`` or ``code``.
+    """Return the rows of ``math``, ``gsm8k`` or ``code``.
 
     Args:
         data: a file or directory in the published format, or ``demo`` for the word problems of this package; None
             for the hub.
     Returns:
-        mathematics: ``problem``, ``gold`` and what else the row has; code: ``task_id``, ``prompt``,
-        ``entry_point``, ``test`` (a program that defines ``check``), ``instruction``.
+        For mathematics, rows with ``problem``, ``gold`` and all other fields of the file; for code, rows with
+        ``task_id``, ``prompt``, ``entry_point``, ``test`` (a program that defines ``check``) and ``instruction``.
     Raises:
-        UserError: the rows are not there, or are of another set.
+        UserError: the rows cannot be found, or are of another set.
     """
     rows = [(code_problem if suite == "code" else math_problem)(row, where) for where, row in _raw(suite, data)]
     if suite == "code" and data is None:
@@ -87,20 +87,20 @@ def load(suite: str, data: str | None) -> list[Row]:
 
 
 def find_file(suite: str, data: str, patterns: Iterable[str]) -> Path:
-    """The file that ``--data`` means for a suite."""
+    """Return the file that ``--data`` names for a suite. Raises ``UserError`` when there is no such file."""
     path = Path(data).expanduser()
     if path.is_dir():
         for pattern in patterns:
             if found := sorted(p for p in path.glob(pattern) if p.is_file()):
                 return found[0]
-        raise UserError(f"--data: {data} has no file for suite {suite}; looked for {', '.join(patterns)}")
+        raise UserError(f"--data: {data} has no file for suite {suite}; the expected names are {', '.join(patterns)}")
     if not path.is_file():
         raise UserError(f"--data: {data} does not exist")
     return path
 
 
 def math_problem(row: Row, where: str = "row") -> Row:
-    """A row of MATH, GSM8K or MetaMathQA: ``problem`` and ``gold`` beside what it has."""
+    """Return a row of MATH, GSM8K or MetaMathQA with ``problem`` and ``gold`` added."""
     problem = next((row[key] for key in ("problem", "question", "query") if isinstance(row.get(key), str)), None)
     answer, solution = row.get("answer"), row.get("solution", row.get("response"))
     gold = None
@@ -111,16 +111,18 @@ def math_problem(row: Row, where: str = "row") -> Row:
         gold = gsm8k_answer(text) or boxed_answer(text) or text.strip()
     if problem is None or not gold:
         raise UserError(
-            f"{where}: a mathematics problem has `problem` (or `question`, `query`) and `solution` with a boxed "
-            f"answer or `answer`; got {', '.join(row)}"
+            f"{where}: a mathematics problem must have `problem` (or `question`, `query`), and either `solution` with "
+            f"a boxed answer or `answer`; the row has {', '.join(row)}"
         )
     return {**row, "problem": problem, "gold": gold}
 
 
 def code_problem(row: Row, where: str = "row") -> Row:
-    """A row of HumanEval or HumanEval+ (either format), with one ``test`` program."""
+    """Return the problem in a row of HumanEval or HumanEval+ (either format), with a single ``test`` program."""
     if missing := [key for key in ("task_id", "prompt", "entry_point", "test") if not isinstance(row.get(key), str)]:
-        raise UserError(f"{where}: a row of HumanEval has task_id, prompt, entry_point and test; no {missing[0]} here")
+        raise UserError(
+            f"{where}: a row of HumanEval must have task_id, prompt, entry_point and test; {missing[0]} is missing"
+        )
     keys = ("task_id", "prompt", "entry_point", "canonical_solution", "instruction")
     problem = {key: row[key] for key in keys if key in row}
     problem["test"] = _test_of_inputs(row) if "plus_input" in row else corrected(row["task_id"], row["test"])
@@ -129,20 +131,21 @@ def code_problem(row: Row, where: str = "row") -> Row:
 
 
 def program(problem: Row, candidate: str) -> str:
-    """What is run: the candidate, the tests, and the call that applies them. No imports are added."""
+    """Return the program to run: the candidate, the tests, and the call that applies the tests. No imports are
+    added."""
     return f"{candidate}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
 
 
 def code_candidate(problem: Row, completion: str) -> str:
-    """The program that a completion of the paper's prompt makes. Its first line goes on from the prompt's last; it
-    ends before the first line after that which is neither empty nor indented."""
+    """Return the program that a completion of the paper's prompt makes. The completion's first line continues the
+    prompt's last; of the lines after it, those from the first one that is neither empty nor indented are dropped."""
     lines = completion.split("\n")
     kept = [lines[0], *takewhile(lambda line: not line.strip() or line[0] in " \t", lines[1:])]
     return str(problem["prompt"]).rstrip() + "\n".join(kept)
 
 
 def instruction(prompt: str, entry_point: str) -> str:
-    """HumanEvalPack's wording, from the prompt: the signature, then the docstring without its indentation."""
+    """Return HumanEvalPack's instruction, made from the prompt: the signature, then the docstring unindented."""
     try:
         nodes = [node for node in ast.parse(f"{prompt.rstrip()}\n    pass\n").body if isinstance(node, ast.FunctionDef)]
         function = next(node for node in nodes if node.name == entry_point)
@@ -155,15 +158,17 @@ def instruction(prompt: str, entry_point: str) -> str:
 
 
 def corrected(task_id: str, test: str) -> str:
-    """HumanEval+ v0.1.10 as one program has one test that nothing can pass: HumanEval/32 evaluates the polynomial with
-    its arguments swapped, and without an absolute value. What is meant: p(candidate(p)) is 0 up to 1e-4."""
+    """Return a test program with its error corrected. In the single-program format, HumanEval+ v0.1.10 has one test
+    that nothing can pass: HumanEval/32 evaluates the polynomial with its arguments swapped and without an absolute
+    value, where |p(candidate(p))| <= 1e-4 is meant."""
     if task_id != "HumanEval/32":
         return test
     return test.replace("_poly(*candidate(*inp), inp) <=", "abs(_poly(*inp, candidate(*inp))) <=")
 
 
 def _test_of_inputs(row: Row) -> str:
-    """``check`` over base and plus inputs, compared with the canonical solution as EvalPlus does."""
+    """Return a program whose ``check`` compares the candidate with the canonical solution on the base and plus inputs,
+    as EvalPlus does."""
     inputs = [*_decoded(row["base_input"]), *_decoded(row["plus_input"])]
     values = {
         "_REFERENCE": row["prompt"] + row["canonical_solution"],
@@ -221,7 +226,7 @@ def _hub(suite: str, sets: Iterable[tuple[str, str | None]]) -> list[Row]:
     except UserError as error:
         names = ", ".join(sorted({name for name, _ in sets}))
         raise UserError(
-            f"the questions of suite {suite} ({names}) are not here, and the hub cannot be reached or does not give "
-            "them. Load them once with a network (the same command), or give files in the published format: "
-            f"--data PATH, a file or a directory that has {' or '.join(ORIGINS[suite].files)}\n({error})"
+            f"the questions of suite {suite} ({names}) are not on this machine, and the hub cannot be reached or does "
+            "not have them. Run the same command once with a network connection, or give files in the published "
+            f"format: --data PATH, a file or a directory that has {' or '.join(ORIGINS[suite].files)}\n({error})"
         ) from None

@@ -1,11 +1,11 @@
-"""Results on disk, and BEST and LAST of a run.
+"""Read and write results on disk, and find BEST and LAST of a run.
 
     RUN/evaluation/SUITE/NAME.json            one result; NAME is ``adapter``, ``model`` or a checkpoint's name
-    RUN/evaluation/SUITE/NAME.samples.jsonl   the responses it was scored from
-    RUN/evaluation/best_last.json             of ``--all-checkpoints``
+    RUN/evaluation/SUITE/NAME.samples.jsonl   the responses that the result was scored from
+    RUN/evaluation/best_last.json             BEST and LAST, written by ``--all-checkpoints``
 
 A result has ``suite``, ``checkpoint`` (NAME), ``step`` and ``epoch`` (null where unknown), ``metrics`` (shares in
-[0, 1] by name; ``headline`` names the first), ``questions``, ``limit``, ``protocol`` (prompt, extractor, decoding,
+[0, 1] by name; ``headline`` names the main one), ``questions``, ``limit``, ``protocol`` (prompt, extractor, decoding,
 data), ``model``, ``versions``, ``seconds``, ``tokens_per_second``, and ``rows``, a verdict for each response.
 """
 
@@ -37,7 +37,11 @@ def write_result(results: Path, result: Result) -> None:
 
 
 def finished(results: Path, suite: str, name: str, limit: int | None, depends_on: dict[str, Any]) -> Result | None:
-    """The result that is there, if it is of this protocol, model and limit."""
+    """Return the result on disk if it has this protocol, model and limit; None otherwise.
+
+    Raises:
+        UserError: the file is not a result.
+    """
     path = result_path(results, suite, name)
     if not path.is_file():
         return None
@@ -45,19 +49,19 @@ def finished(results: Path, suite: str, name: str, limit: int | None, depends_on
         result: Result = json.loads(path.read_text())
         same = {"protocol": result["protocol"], "model": result["model"]}
     except (ValueError, KeyError):
-        raise UserError(f"{path} is no result of this command; remove it, or give another --output") from None
+        raise UserError(f"{path} is not a result of this command; remove it, or give another --output") from None
     return result if result.get("limit") == limit and same == json.loads(json.dumps(depends_on)) else None
 
 
 def best_last(results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By suite and metric: ``best`` and ``last`` over the checkpoints, with their names and epochs. BEST is taken for
-    each metric on its own, as in the paper's tables, on the test set itself: an optimistic bound."""
+    """Return, by suite and metric, ``best`` and ``last`` over the checkpoints, with their names and epochs. BEST is
+    taken for each metric on its own, as in the paper's tables, on the test set itself: an optimistic bound."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for suite in dict.fromkeys(result["suite"] for result in results):
         own = sorted((r for r in results if r["suite"] == suite), key=lambda r: r["step"] or 0)
         last = own[-1]
         for metric in last["metrics"]:
-            best = max(own, key=lambda r: r["metrics"][metric])  # the earliest of equals
+            best = max(own, key=lambda r: r["metrics"][metric])  # the earliest of equal checkpoints
             table.setdefault(suite, {})[metric] = {
                 "best": best["metrics"][metric],
                 "best_checkpoint": best["checkpoint"],

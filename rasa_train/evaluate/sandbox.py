@@ -1,13 +1,13 @@
-"""Run programs that a model wrote, where they can do no harm (``jail`` is the inside).
+"""Run programs that a model wrote, where they can do no harm (``jail`` is the inside of the sandbox).
 
 On Linux 5.12 or newer each program is a process of its own in new user, mount, PID, network, IPC and UTS namespaces,
-as an unprivileged user without capabilities: no network, the system and Python's files read-only and nothing else of
-the disk, one small writable directory in memory, no new processes, no signals to others. Memory, CPU time, wall time,
-file size and open files are limited, output goes nowhere. It works for root and for ordinary users.
+as an unprivileged user without capabilities: it has no network, sees only the system's and Python's files of the disk,
+read-only, has one small writable directory in memory, and cannot start processes or signal others. Memory, CPU time,
+wall time, file size and open files are limited, and output is discarded. This works for root and for ordinary users.
 
-What it does not cover: faults of the kernel itself; programs that use the resources they are allowed (CPU of the
-time limit, memory of the limit times the workers); and a program that sets out to fool its own test, e.g. by
-patching what the test calls. Benchmarks count that as passed everywhere.
+The sandbox does not cover: faults of the kernel itself; programs that use up the resources they are allowed (CPU up to
+the time limit, memory up to the limit times the number of workers); and a program that sets out to fool its own test,
+e.g. by patching what the test calls. Every benchmark counts such a program as passed.
 """
 
 from __future__ import annotations
@@ -33,44 +33,45 @@ from .jail import SETUP_FAILED, STARTED, WRITABLE
 
 JAIL = Path(__file__).with_name("jail.py")
 REPORT_BYTES = 4096
-"""Of what a program's process says about its end, no more is read."""
+"""Most bytes that are read of a process's report on its end."""
 REASON_CHARACTERS = 400
+"""Length to which the reason in a verdict is cut."""
 START_SECONDS = 60.0
-"""For starting the interpreter and building the namespaces, on a machine that is busy."""
+"""Time limit for starting the interpreter and building the namespaces, enough on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resources that one program may use."""
 
     seconds: float = 20.0
-    """CPU time (the paper's limit for HumanEval+ is 20 s): a busy machine fails nothing that an idle one passes."""
+    """CPU time (the paper's limit for HumanEval+ is 20 s), so that programs do not fail because the machine is busy."""
     wall_factor: float = 6.0
-    """Wall time, in units of ``seconds``: for programs that wait."""
+    """Wall time in units of ``seconds``, which ends programs that wait."""
     memory_bytes: int = 4 << 30
     """Address space."""
     file_bytes: int = 16 << 20
     """Size of one file."""
     tmp_bytes: int = 64 << 20
-    """All files together."""
+    """Size of all files together."""
     open_files: int = 64
     threads: int = 64
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program ran to its end, and if not, why: the exception, ``time limit``, ``memory``, a signal."""
+    """Whether a program ran to its end, and if not, the reason: an exception, a time or memory limit, or a signal."""
 
     passed: bool
     reason: str
 
 
 class Sandbox:
-    """Runs programs.
+    """Runs programs in isolation.
 
     Args:
-        limits: for each program.
-        isolated: False gives up the namespaces and keeps the limits: only for programs that are trusted.
+        limits: resources for each program.
+        isolated: False drops the namespaces and keeps the limits, for trusted programs only.
     Raises:
         UserError: this machine cannot isolate programs.
     """
@@ -87,7 +88,7 @@ class Sandbox:
             )
 
     def run(self, program: str) -> Verdict:
-        """Run one program to its end or its limits."""
+        """Run one program until it ends or exceeds its limits."""
         nonce = secrets.token_hex(16)
         read, write = os.pipe()
         with tempfile.TemporaryDirectory(prefix="rasa-eval-") as directory:
@@ -107,11 +108,11 @@ class Sandbox:
             finally:
                 _kill(process)
                 while _read(read, REPORT_BYTES, time.monotonic() + START_SECONDS):
-                    pass  # until the program is dead as well, which holds the other end
+                    pass  # wait until the program is dead too: it holds the other end of the pipe
                 os.close(read)
 
     def run_all(self, programs: Iterable[str], workers: int | None = None) -> Iterator[Verdict]:
-        """Verdicts in the order of the programs; ``workers`` at a time (default: one a core)."""
+        """Yield verdicts in the order of the programs, running ``workers`` at a time (default: one per core)."""
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             yield from pool.map(self.run, programs)
 
@@ -164,9 +165,10 @@ class Sandbox:
         return json.dumps(request).encode()
 
     def _probe(self) -> str | None:
-        """What is missing here, or None: a program that must end well, and one that must be kept from everything."""
+        """Return why this machine cannot run programs, or None if it can. With isolation the probe is a program that
+        checks that it is kept from everything; without, it is one that does nothing."""
         if self.isolated and sys.platform != "linux":
-            return f"namespaces are Linux's, this is {sys.platform}"
+            return f"namespaces exist only on Linux, and this is {sys.platform}"
         try:
             verdict = self.run(_PROBE if self.isolated else "pass")
         except (_NoSandbox, OSError) as error:
@@ -175,7 +177,7 @@ class Sandbox:
 
 
 class _NoSandbox(Exception):
-    pass
+    """The process could not start or could not build the sandbox."""
 
 
 _PROBE = """
@@ -201,14 +203,15 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")},
 }
-"""Nothing of ours: tokens and keys live in environments."""
+"""Environment of every program. Nothing of our own environment is passed on, because it may hold tokens and keys."""
 
 PACKAGES = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
 READABLE = sorted({*PACKAGES, sys.prefix, sys.base_prefix} - {"/", "/usr"})
 
 
 def _read(pipe: int, most: int, deadline: float) -> bytes | None:
-    """What is written to the pipe, up to ``most`` bytes or until its last writer is gone; None if it takes longer."""
+    """Return the bytes written to the pipe, up to ``most`` or until the last writer is gone; None if the deadline comes
+    first."""
     report = b""
     while len(report) < most:
         if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
@@ -221,7 +224,8 @@ def _read(pipe: int, most: int, deadline: float) -> bytes | None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The group first; what left it dies with its parent, and the namespace with its first process."""
+    """Kill the process group. A process that left the group dies with its parent, and a namespace with its first
+    process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""From responses to verdicts and metrics; needs neither a model nor torch."""
+"""Compute verdicts and metrics from responses. Needs neither a model nor torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .problems import Row, code_problem, load, math_problem, program
 from .sandbox import Sandbox
 
 Tick = Callable[[int, int], None]
-"""Told of (done, in all) as verdicts come in."""
+"""Called with (verdicts so far, verdicts in all)."""
 
 
 def score_math(
     problems: Sequence[Row], responses: Sequence[str], tick: Tick | None = None, checker: Checker | None = None
 ) -> list[Row]:
-    """A verdict for each response: ``index``, ``correct`` (robust), ``math_sympy`` (the paper's rule),
-    ``math_sympy_or_string``, ``answer``, ``gold``, ``reason``. ``checker`` is one to use that stays open."""
+    """Return a verdict for each response: ``index``, ``correct`` (robust), ``math_sympy`` (the paper's rule),
+    ``math_sympy_or_string``, ``answer``, ``gold``, ``reason``. A given ``checker`` is used and left open."""
     pairs = [(p["gold"], marked_answer(text), given_answer(text)) for p, text in zip(problems, responses, strict=True)]
     rows: list[Row] = []
     with nullcontext(checker) if checker else Checker(workers=None if len(pairs) > 50 else 1) as used:
@@ -45,7 +45,7 @@ def score_math(
 
 
 def math_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Shares in [0, 1]; ``math_sympy`` by subject and level as well, where the rows say them."""
+    """Return shares in [0, 1], with ``math_sympy`` by subject and level as well, where the rows have these."""
     metrics = {
         name: _share(row[key] for row in rows)
         for name, key in (
@@ -63,7 +63,7 @@ def math_metrics(rows: Sequence[Row]) -> dict[str, float]:
 def score_code(
     programs: Sequence[tuple[str, str]], sandbox: Sandbox, workers: int | None = None, tick: Tick | None = None
 ) -> list[Row]:
-    """A verdict for each (task id, program): ``index``, ``task_id``, ``passed``, ``correct``, ``reason``."""
+    """Return a verdict for each (task id, program): ``index``, ``task_id``, ``passed``, ``correct``, ``reason``."""
     rows: list[Row] = []
     verdicts = sandbox.run_all((text for _, text in programs), workers)
     for index, ((task_id, _), verdict) in enumerate(zip(programs, verdicts, strict=True)):
@@ -82,7 +82,7 @@ def score_code(
 
 
 def code_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """``pass@1`` and, with enough samples of every problem, ``pass@10``."""
+    """Return ``pass@1`` and, with enough samples of every problem, ``pass@10``."""
     counts: dict[str, tuple[int, int]] = {}
     for row in rows:
         samples, passed = counts.get(row["task_id"], (0, 0))
@@ -101,15 +101,17 @@ def score_file(
     """Score generations that were made elsewhere.
 
     Args:
-        path: JSON lines. Code: ``task_id`` and ``solution`` (a whole program) or ``completion`` (what follows the
+        path: JSON lines. Code: ``task_id`` and ``solution`` (a whole program) or ``completion`` (the text after the
             prompt). Mathematics: ``problem``, ``response``, and ``solution`` or ``answer``.
+        data: file or directory of the code problems; None for the lines' own ``test`` programs, or else for the hub.
+        make_sandbox: called only for code.
     Returns:
         ``suite``, ``samples``, ``metrics``, and ``rows`` with a verdict for each line.
     Raises:
-        UserError: a line lacks something, or names a problem that there is not.
+        UserError: a line lacks a field, or names an unknown problem.
     """
     if suite not in ("math", "gsm8k", "code"):
-        raise UserError(f"--score takes --suite code, math or gsm8k, got {suite!r}")
+        raise UserError(f"--score needs --suite code, math or gsm8k, got {suite!r}")
     samples = [(where, dict(row)) for where, row in find_source(str(_existing(path)))[0].rows()]
     if not samples:
         raise UserError(f"{path} has no samples")
@@ -151,7 +153,7 @@ def _text(row: Row, key: str, where: str) -> str:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"--score: no file {path}")
+        raise UserError(f"--score: {path} is not a file")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What can be measured: the task of lm-evaluation-harness behind each suite, with its questions and protocol."""
+"""The suites that can be evaluated: each is a task of lm-evaluation-harness with its questions and protocol."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from ..process import version_of
 from .problems import Row
 
 TASKS = {"math": "rasa_math", "gsm8k": "rasa_gsm8k", "code": "rasa_humaneval_plus"}
-"""Suites whose answers are generated, and their task in ``tasks/``. ``forgetting`` is scored by likelihood."""
+"""Suites whose answers are generated, and the task of each in ``tasks/``. ``forgetting`` is scored by likelihood."""
 SUITES = (*TASKS, "forgetting")
 HEADLINE = {"math": "math_sympy", "gsm8k": "accuracy", "code": "pass@1", "forgetting": "average"}
-"""The metric of a suite that tables show first, and that training picks its best checkpoint by."""
+"""Main metric of each suite: tables show it first, and training chooses the best checkpoint by it."""
 DEFINITIONS = Path(__file__).parent / "tasks"
 STEP_BY_STEP = "Let's think step by step."
-"""How the paper's prompt for mathematics begins the response (Figure 8); training has no such words."""
+"""Beginning of the response in the paper's prompt for mathematics (Figure 8); training responses lack this sentence."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt: without bos, with the row it comes from and its place in the set."""
+    """One prompt with the row that it comes from."""
 
     index: int
+    """Position of the question in the set."""
     row: Row
     prompt: str
+    """Text of the prompt, without bos."""
 
 
 @dataclass(frozen=True)
@@ -40,27 +42,28 @@ class Suite:
 
     name: str
     task: Any
-    """lm-eval's task."""
+    """Task of lm-eval."""
     data: str | None
+    """File or directory of the questions, or ``demo``; None for the hub."""
 
     @cached_property
     def questions(self) -> list[Question]:
         questions = []
         for index, row in enumerate(self.task.test_docs()):
             prompt = self.task.doc_to_text(row)
-            # The demo's tiny model knows the prompt that it was trained on, and no other.
+            # The demo's tiny model knows only the prompt that it was trained on.
             prompt = prompt.removesuffix(STEP_BY_STEP) if self.data == "demo" else prompt
             questions.append(Question(index, dict(row), prompt))
         return questions
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """Arguments of generation, as in the YAML."""
+        """Arguments of generation, from the YAML."""
         return dict(self.task.config.generation_kwargs)
 
     @property
     def samples(self) -> int:
-        """Responses for each question."""
+        """Number of responses to each question."""
         return int(self.task.config.repeats)
 
     @property
@@ -68,7 +71,8 @@ class Suite:
         return dict(self.task.config.metadata)
 
     def protocol(self) -> dict[str, Any]:
-        """What a response depends on beside the model. Results of different protocols are never mixed."""
+        """Return everything but the model that a response depends on. Results of different protocols are never
+        mixed."""
         source = (DEFINITIONS / f"{TASKS[self.name]}.yaml").read_text() + (DEFINITIONS / "hooks.py").read_text()
         return {
             "task": TASKS[self.name],
@@ -84,29 +88,29 @@ class Suite:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ``UserError`` for a suite that there is not."""
+    """Raise ``UserError`` for an unknown suite."""
     for name in names:
         if name not in SUITES:
-            raise UserError(f"--suite must be of {', '.join(SUITES)} (separated by commas), got {name!r}")
+            raise UserError(f"--suite must name suites out of {', '.join(SUITES)} (separated by commas), got {name!r}")
 
 
 def load_suite(name: str, data: str | None) -> Suite:
-    """The suite with its questions.
+    """Return a suite with its questions.
 
     Raises:
-        UserError: the questions are not there, or lm-eval is not installed.
+        UserError: the questions cannot be found, or lm-eval is not installed.
     """
     needs_harness()
     from lm_eval.tasks import TaskManager
 
-    # Metadata are what reaches the function in the YAML that gives the rows.
+    # lm-eval passes the metadata on to the function that the YAML names for the rows.
     manager = TaskManager(include_path=str(DEFINITIONS), include_defaults=False, metadata={"data": data})
     tasks = manager.load(TASKS[name])["tasks"]
     return Suite(name, tasks[TASKS[name]], data)
 
 
 def needs_harness() -> None:
-    """Raise ``UserError`` unless lm-eval is installed. Quiet its log otherwise."""
+    """Raise ``UserError`` unless lm-eval is installed. If it is, hide its progress bars and log messages."""
     if find_spec("lm_eval") is None:
         raise UserError("evaluation needs lm-evaluation-harness: pip install 'rasa_train[eval]'")
     import logging
@@ -119,10 +123,11 @@ def needs_harness() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on."""
+    """Return the versions of the packages that results depend on."""
     names = ("rasa_train", "torch", "transformers", "lm_eval", "math-verify", "sympy", "vllm")
     return {name: version_of(name) or "unknown" for name in names if find_spec(name.replace("-", "_")) is not None}
 
 
 def digest(value: Any) -> str:
+    """Return a short hash of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,14 +1,16 @@
-"""RaSA and MoRA as methods of the PEFT library: ``import rasa_train.peft``, then use PEFT as ever.
+"""RaSA and MoRA as methods of the PEFT library: ``import rasa_train.peft``, then use PEFT as usual.
 
     import rasa_train.peft
     model = get_peft_model(base, rasa_train.peft.RasaConfig(r=8, rasa_alpha=8))
     model.save_pretrained("adapter")
     model = PeftModel.from_pretrained(base, "adapter")
 
-The updates are this package's own (``rasa_train.adapters``); here they only get PEFT's names and life cycle. Files are
-those of the reference implementation, which ``rasa-merge`` and ``adapter.init_from`` read.
+The updates are computed by this package's own adapters (``rasa_train.adapters``); this module only gives them PEFT's
+names and life cycle. Saved files have the format of the reference implementation, which ``rasa-merge`` and
+``adapter.init_from`` read.
 
-Programs that import PEFT themselves are started through this module, which hands over when all is registered:
+Programs that import PEFT themselves are started through ``rasa_train.peft``, which registers the methods and then runs
+the program:
 
     python -m rasa_train.peft lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks ...
 """
@@ -35,18 +37,18 @@ from ..methods.rasa import RaSA
 
 @dataclass
 class _Config(PeftConfig):  # type: ignore[misc]
-    """What the configurations of both methods have in common, by PEFT's names."""
+    """Fields that the configurations of both methods share, under PEFT's names."""
 
     r: int = field(default=8, metadata={"help": "Ranks per layer: the parameter budget of LoRA with the same r."})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "What to adapt. Default: every linear of the decoder layers but a router."}
+        default=None, metadata={"help": "Linears to adapt. Default: all linears of the decoder layers except routers."}
     )
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     bias: str = "none"
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Not used: Conv1D is known by its class."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Not used: Conv1D is recognised by its class."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,10 +61,10 @@ class _Config(PeftConfig):  # type: ignore[misc]
 
 @dataclass
 class RasaConfig(_Config):
-    """RaSA: of r ranks a layer, ``rasa_k`` go to a pool that all layers of a kind share."""
+    """Configuration of RaSA: of r ranks a layer, ``rasa_k`` go to a pool that all layers of a kind share."""
 
     rasa_k: int | None = field(default=None, metadata={"help": "Shared ranks per layer. Default: max(r // 8, 1)."})
-    rasa_alpha: float = field(default=32.0, metadata={"help": "Scale, through the start of the mixing weights."})
+    rasa_alpha: float = field(default=32.0, metadata={"help": "Scale, applied through the initial mixing weights."})
     rasa_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class RasaConfig(_Config):
 
 @dataclass
 class MoraConfig(_Config):
-    """MoRA: one square matrix per layer between fixed maps."""
+    """Configuration of MoRA: one square matrix per layer between fixed maps."""
 
     mora_type: int = field(default=6, metadata={"help": "The fixed maps: 1, 2, 3, 4 or 6."})
     mora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
@@ -114,7 +116,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W + dW in fp32, one rounding. Raises ``ValueError`` if ``safe_merge`` and not all of it is finite."""
+        """Set W to W + dW, computed in fp32 and rounded once. Raises ``ValueError`` if ``safe_merge`` is set and the
+        result is not finite."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.rasa_train_adapters:
                 merged = (self._weight().float() + self._delta(name)).to(self._weight().dtype)
@@ -130,7 +133,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self._weight().copy_(self._weight().float() - self._delta(name))
 
     def _weight(self) -> Tensor:
-        """W (out, in), a view of the base's own."""
+        """Return W (out, in), a view of the base's weight."""
         base: nn.Module = BaseTunerLayer.get_base_layer(self)
         weight = base.get_parameter("weight")
         return weight.t() if isinstance(base, Conv1D) else weight
@@ -142,7 +145,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class _Tuner(BaseTuner):  # type: ignore[misc]
-    """Builds the adapters of all layers at once, since layers share; pools hang at the tuner, once."""
+    """Builds the adapters of all layers at once, because layers share pools; the tuner itself holds each pool, once."""
 
     tuner_layer_cls = AdaptedLayer
     target_module_mapping: ClassVar[dict[str, Any]] = {}
@@ -159,7 +162,7 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
         built = self._built(peft_config, adapter_name)
         if current_key not in built.adapters:
             raise ValueError(
-                f"{current_key} is no linear of a decoder layer, so it cannot be adapted: take it out of target_modules"
+                f"{current_key} is not a linear of a decoder layer and cannot be adapted: remove it from target_modules"
             )
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
         layer.rasa_train_adapters[adapter_name] = built.adapters[current_key]
@@ -185,7 +188,8 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
         return built
 
     def _sites(self) -> list[Site]:
-        """Linears of the decoder layers, by their names in the base, whether they have adapters by now or not."""
+        """Return the linears of the decoder layers by their names in the base, whether they have adapters yet or
+        not."""
         sites = [site for site in find_sites(self.model) if site.num_experts is None]
         return [
             replace(s, path=s.path.removesuffix(".base_layer"), kind=s.kind.removesuffix(".base_layer")) for s in sites
@@ -208,7 +212,7 @@ class RasaModel(_Tuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The key in a file: the reference implementation's, which ``RaSA.rename_peft`` reads."""
+        """Return the key in a saved file: the reference implementation's key, which ``RaSA.rename_peft`` reads."""
         name = re.escape(adapter_name)
         if match := re.fullmatch(rf"(.+)\.rasa_train_adapters\.{name}\.([ABd])", key):
             return f"{match[1]}.rasa_{'mixing' if match[2] == 'd' else match[2]}.weight"
@@ -229,7 +233,7 @@ class MoraModel(_Tuner):
 
 
 def _register() -> None:
-    # PEFT's own ``register_peft_method`` takes only the names in its enumeration; members of that equal their names.
+    # PEFT's own ``register_peft_method`` accepts only names in PEFT's enumeration; its members equal their names.
     for name, config, model in (("RASA", RasaConfig, RasaModel), ("MORA", MoraConfig, MoraModel)):
         PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
         PEFT_TYPE_TO_TUNER_MAPPING[name] = model

@@ -1,4 +1,4 @@
-"""Biases that the base does not have: which switches of its config make room for them."""
+"""Biases that the base does not have, and the switches of its config that make room for them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from ..errors import UserError
 from .source import Source
 
 SWITCHES = ({"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True})
-"""What is tried, the least first. Llama and its kin have both."""
+"""Sets of config switches to try, the smallest first. Llama and related architectures have both switches."""
 
 
 @dataclass(frozen=True)
 class NewBiases:
-    """Parameters that the merged model has beyond the base's, and the config that gives it them."""
+    """Parameters that the merged model has and the base does not, and the config switches that create them."""
 
     tensors: dict[str, Tensor]
-    """fp32, by parameter name. Zeros where a switch makes a bias that nobody trained."""
+    """Values in fp32, by parameter name. Zeros where a switch creates a bias that was not trained."""
     switches: Mapping[str, bool]
+    """Values of the config switches, by name. Empty when no bias is added."""
 
 
 @torch.no_grad()
 def new_biases(source: Source) -> NewBiases:
-    """The biases of adapters whose linear has none.
+    """Return the biases that adapters add to linears without a bias.
 
     Raises:
-        UserError: the architecture has no place for one of them.
+        UserError: the architecture has no place for one of these biases.
     """
     wanted = {}
     for site in source.sites:
@@ -48,12 +49,13 @@ def new_biases(source: Source) -> NewBiases:
         left = min(left, wanted.keys() - shapes.keys(), key=len)
     raise UserError(
         f"{type(source.model).__name__} has no place for the bias {min(left)} (no switch in its config adds one): "
-        "it cannot be merged, only trained and evaluated with the adapter"
+        "the adapter cannot be merged; the model can only be trained and evaluated with the adapter attached"
     )
 
 
 def _parameters(source: Source, switches: Mapping[str, bool]) -> Mapping[str, Tensor]:
-    """Parameters of the architecture with these switches, on the meta device; none if its config lacks one."""
+    """Return the parameters of the architecture with these switches, on the meta device; {} if its config does not
+    have one of the switches."""
     config = copy.deepcopy(source.model.config)
     if not all(hasattr(config, name) for name in switches):
         return {}

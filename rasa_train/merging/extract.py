@@ -1,7 +1,7 @@
-"""An adapter from a fully fine-tuned checkpoint: the RaSA (or LoRA) nearest to what fine-tuning changed.
+"""Extract an adapter from a fully fine-tuned checkpoint: the RaSA (or LoRA) nearest to what fine-tuning changed.
 
-RaSA's by the coordinate descent of the paper's Appendix A (``rasa_train.reconstruct``), LoRA's by the truncated SVD.
-One kind of linear is in memory at a time.
+A RaSA is found by the coordinate descent of the paper's Appendix A (``rasa_train.lowrank.reconstruct``), a LoRA by the
+truncated SVD. One kind of linear is in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,32 +26,62 @@ from ..io.base_fingerprint import base_samples
 from ..lowrank.reconstruct import Reconstruction, reconstruct, truncated
 from ..methods.lora import LoRA
 from ..methods.rasa import RaSA
+from .options import WRITING, Writing
 from .parameters import Weights, check_finetuned
 from .source import find_model
 
 Update = Callable[[Site], Tensor]
-"""fine-tuned - base of one site (out, in), fp32: read at each call."""
+"""Reads the update of one site at each call: fine-tuned minus base weight (out, in), fp32."""
 
 DENSE = 1 << 28
-"""Values of the updates of one kind (1 GB) that are kept whole. Larger ones are cut to ``KEPT`` times r ranks a layer
-for the descent; the errors that are reported are those to the whole updates all the same."""
+"""Largest number of values (1 GB) in the updates of one kind that are kept whole. Larger updates are truncated to
+``KEPT`` times r ranks a layer for the descent; the reported errors are still measured against the whole updates."""
 KEPT = 8
+"""Ranks a layer that are kept of updates larger than ``DENSE``, as a multiple of r."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The adapter to extract, and how it is fitted."""
+
+    method: Literal["rasa", "lora"] = "rasa"
+    r: int = 8
+    """Ranks per layer."""
+    k: int | None = None
+    """Shared ranks per layer, for RaSA. Default: max(r // 8, 1)."""
+    sweeps: int = 50
+    """Sweeps of the coordinate descent."""
+    targets: str | list[str] = "all-linear"
+    """Linears to adapt, as in ``adapter.targets`` of a recipe."""
+
+    @property
+    def config(self) -> RaSA | LoRA:
+        """The method with its hyper-parameters."""
+        if self.method == "rasa":
+            return RaSA(r=self.r, k=self.k, targets=self.targets)
+        return LoRA(r=self.r, alpha=self.r, targets=self.targets)
+
+
+FIT = Fit()
+"""The default: RaSA with r = 8 on all linears."""
 
 
 @dataclass(frozen=True)
 class KindReport:
-    """One kind of linear, all layers: squared norms."""
+    """Squared Frobenius norms over all layers of one kind of linear."""
 
     norm2: float
-    """Of what fine-tuning changed."""
+    """Squared norm of what fine-tuning changed."""
     error: float
-    """Of what the adapter leaves."""
+    """Squared norm of what the adapter does not reproduce."""
     lora_error: float
-    """Of what the best LoRA of the same r leaves."""
+    """Squared norm of what the best LoRA of the same r does not reproduce."""
 
 
 @dataclass(frozen=True)
 class ExtractReport:
+    """Result of an extraction."""
+
     output: str
     method: str
     base_model: str
@@ -60,11 +90,13 @@ class ExtractReport:
     k: int
     kinds: dict[str, KindReport]
     others_changed: list[str]
-    """Tensors that fine-tuning changed and the adapter has no part in: norms, embeddings, ..."""
+    """Names of tensors that fine-tuning changed and the adapter does not cover: norms, embeddings, ..."""
     bytes: int
+    """Size of the adapter's tensor file."""
     seconds: float
 
     def total(self) -> KindReport:
+        """Return the sums over all kinds."""
         rows = list(self.kinds.values())
         return KindReport(*(sum(getattr(row, name) for row in rows) for name in ("norm2", "error", "lora_error")))
 
@@ -73,39 +105,22 @@ class ExtractReport:
 
 
 def extract(
-    finetuned: str,
-    base: str,
-    output: str | Path,
-    *,
-    method: Literal["rasa", "lora"] = "rasa",
-    r: int = 8,
-    k: int | None = None,
-    sweeps: int = 50,
-    targets: str | list[str] = "all-linear",
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    finetuned: str, base: str, output: str | Path, fit: Fit = FIT, *, writing: Writing = WRITING
 ) -> ExtractReport:
     """Write the adapter that is nearest to ``finetuned`` minus ``base``.
 
     Args:
         finetuned, base: hub ids or directories of two checkpoints of one architecture.
-        k: shared ranks a layer, for RaSA; default max(r // 8, 1).
-        sweeps: of the coordinate descent.
-        targets: as ``adapter.targets`` of a recipe.
-        progress: called with (values done, values in all).
+        fit: the adapter to extract, and how it is fitted.
+        writing: how the directory is written; progress is in values of the updates.
     Raises:
         UserError: the checkpoints are not of one architecture, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    config: RaSA | LoRA = RaSA(r=r, k=k, targets=targets) if method == "rasa" else LoRA(r=r, alpha=r, targets=targets)
+    config = fit.config
     shared = config.k if isinstance(config, RaSA) else 0
     before, after = (Weights(find_model(name, None, weights=True)) for name in (base, finetuned))
-    sites = find_sites(before.model, targets)
-    check_finetuned(before, after, sites)
-    if fused := [site for site in sites if site.num_experts is not None]:
-        raise UserError(
-            f"{fused[0].path} is a fused expert weight, which --extract does not do: name others with --targets"
-        )
+    sites = _sites(before, after, fit.targets)
 
     def update(site: Site) -> Tensor:
         return after.weight(site) - before.weight(site)
@@ -114,14 +129,14 @@ def extract(
     kinds: dict[str, KindReport] = {}
     done, total = 0, sum(site.out_features * site.in_features for site in sites)
     with new_directory(
-        Path(output), overwrite=overwrite, inputs=[before.directory, after.directory], nbytes=0
+        Path(output), overwrite=writing.overwrite, inputs=[before.directory, after.directory], nbytes=0
     ) as partial:
         for kind, group in by_kind(sites).items():
-            fitted, kinds[group[0].kind] = _fit(update, group, r, shared, sweeps)
+            fitted, kinds[group[0].kind] = _fit(update, group, fit.r, shared, fit.sweeps)
             tensors |= _rasa(kind, group, fitted) if isinstance(config, RaSA) else _lora(group, fitted)
             done += sum(site.out_features * site.in_features for site in group)
-            if progress is not None:
-                progress(done, total)
+            if writing.progress is not None:
+                writing.progress(done, total)
         samples = base_samples(str(before.directory))
         write_adapter(partial, config, tensors, base_model=base, base_revision=None, base_tensors=samples)
         nbytes = (partial / TENSORS).stat().st_size
@@ -129,10 +144,10 @@ def extract(
         (partial / "extraction.json").write_text(json.dumps({"finetuned": finetuned, "kinds": facts}, indent=2) + "\n")
     return ExtractReport(
         output=str(output),
-        method=method,
+        method=fit.method,
         base_model=base,
         finetuned=finetuned,
-        r=r,
+        r=fit.r,
         k=shared,
         kinds=kinds,
         others_changed=_changed_beside(before, after, {site.weight for site in sites}),
@@ -141,8 +156,20 @@ def extract(
     )
 
 
+def _sites(before: Weights, after: Weights, targets: str | list[str]) -> list[Site]:
+    """Return the sites of both models. Raises ``UserError`` if the models do not fit, or a site is a fused weight."""
+    sites = find_sites(before.model, targets)
+    check_finetuned(before, after, sites)
+    if fused := [site for site in sites if site.num_experts is not None]:
+        raise UserError(
+            f"{fused[0].path} is a fused expert weight, which --extract does not support: name other linears with "
+            "--targets"
+        )
+    return sites
+
+
 def _changed_beside(before: Weights, after: Weights, parameters: set[str]) -> list[str]:
-    """Names of other parameters that are not the same in both."""
+    """Return the names of the parameters outside ``parameters`` that differ between the two models."""
     both = sorted((before.pieces.keys() & after.pieces.keys()) - parameters)
     return [name for name in both if not torch.equal(before.read(name), after.read(name))]
 
@@ -161,7 +188,7 @@ def _fit(update: Update, group: list[Site], r: int, k: int, sweeps: int) -> tupl
     fitted = reconstruct(factors, r, k, sweeps=sweeps, start="best")
     lora_error = fitted.e_lora + norm2 - fitted.norm2
     error = _error(update, group, fitted)
-    if error > lora_error:  # what was cut can tip the scale when there is nothing to share
+    if error > lora_error:  # the truncated part can make RaSA worse than LoRA when there is nothing to share
         fitted = reconstruct(factors, r, k, sweeps=0, start="theorem")
         error = _error(update, group, fitted)
     return fitted, KindReport(norm2, error, lora_error)
@@ -176,7 +203,7 @@ def _error(update: Update, group: list[Site], fitted: Reconstruction) -> float:
 
 
 def _rasa(kind: str, group: list[Site], fitted: Reconstruction) -> dict[str, Tensor]:
-    """RaSA's tensors, with factors of equal norms: private d = 1, shared d at most 1."""
+    """Return RaSA's tensors, with both factors of a rank of equal norm: private d = 1, shared d at most 1."""
     sides = [t.norm(dim=d).clamp(min=1e-30) for t, d in ((fitted.B_S, 0), (fitted.A_S, 1))]
     largest = fitted.d.abs().amax(0).clamp(min=1e-30)
     root = (sides[0] * sides[1] * largest).sqrt()
@@ -190,7 +217,7 @@ def _rasa(kind: str, group: list[Site], fitted: Reconstruction) -> dict[str, Ten
 
 
 def _lora(group: list[Site], fitted: Reconstruction) -> dict[str, Tensor]:
-    """The private factors, each with half of the singular value."""
+    """Return the private factors A and B, scaled so that both factors of a rank have the same norm."""
     tensors = {}
     for i, site in enumerate(group):
         B, A = fitted.B[i], fitted.A[i]

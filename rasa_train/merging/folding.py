@@ -1,6 +1,6 @@
-"""W + dW, tensor by tensor: what a merged checkpoint holds.
+"""Compute W + dW, tensor by tensor: the values of a merged checkpoint.
 
-stored = round(W + dW)        W + dW in fp32, one rounding, to the dtype that W has in the file
+stored = round(W + dW)        W + dW in fp32, rounded once, to the dtype that W has in the file
 """
 
 from __future__ import annotations
@@ -23,27 +23,35 @@ from .names import Piece, locate
 from .source import Source
 
 ROWS = 1024
+"""Rows whose rounding error is measured at a time."""
 BLOCK = 1 << 18
 """Values that are folded at a time where dW is a product of factors: few enough for the processor's cache."""
-QUANTISED = "a quantised base cannot be merged into; give the original with --base, or use --format lora"
+QUANTISED = (
+    "an adapter cannot be merged into a quantised base; give the original base with --base, or use --format lora"
+)
 
 
 @dataclass
 class Tally:
-    """Squared norms, over the adapted weights of one file."""
+    """Size of one output file, and squared norms over the adapted weights in the file."""
 
     bytes: int = 0
     """Size of the file."""
     update2: float = 0.0
-    """Of dW."""
+    """Squared norm of dW."""
     error2: float = 0.0
-    """Of what rounding to the output's dtype changes."""
+    """Squared norm of the error from rounding to the output's dtype."""
     kept: tuple[str, Tensor] | None = None
-    """The update of the parameter whose pieces are being written, by its name."""
+    """Name and update of the parameter whose pieces are being written."""
 
 
 class Folding:
-    """W + dW for each tensor of one checkpoint, with all that can be checked from headers checked first."""
+    """Computes W + dW for each tensor of one checkpoint. The constructor checks everything that headers can show.
+
+    Raises:
+        UserError: the checkpoint lacks an adapted weight, or holds it in a shape, dtype or layout that cannot be
+            merged.
+    """
 
     def __init__(self, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
         self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
@@ -52,7 +60,7 @@ class Folding:
         self.biases: dict[str, Tensor] = {}
         for site in source.sites:
             adapter = source.adapters[site.path]
-            if adapter.effective_rank:  # else dW = 0: only the bias changes
+            if adapter.effective_rank:  # otherwise dW = 0, and only the bias changes
                 self.sites.setdefault(site.weight, []).append(site)
             if site.bias and (bias := adapter.delta_bias()) is not None:
                 self.biases[f"{site.path}.bias"] = bias.detach().float()
@@ -69,30 +77,38 @@ class Folding:
 
     @property
     def adapted(self) -> int:
+        """Number of weights and biases that the adapter changes or adds."""
         return len(self.sites) + sum(bool(bias.any()) for added in self.added.values() for bias in added.values())
 
     @property
     def added_bytes(self) -> int:
+        """Size of the biases that are added."""
         return sum(bias.nbytes for added in self.added.values() for bias in added.values())
 
     def stored_bytes(self, tensor: Stored) -> int:
-        """Size in the output."""
+        """Return the size of a tensor in the output."""
         if tensor.dtype not in FLOATS:
             return tensor.nbytes
         return math.prod(tensor.shape) * self._dtype(tensor).itemsize
 
     @property
     def largest(self) -> int:
-        """Values of the largest tensor that is changed as a whole."""
+        """Number of values in the largest tensor that is folded as a whole, not in blocks of rows."""
         whole = (n for p in self.sites for n in self.sources[p] if self._factored(self.stored[n]) is None)
         return max((math.prod(self.stored[name].shape) for name in whole), default=0)
 
     def write(self, file: str, path: Path, tick: Callable[[int], None]) -> Tally:
-        """Write the counterpart of one base file. Files can be written at the same time, each by a thread."""
+        """Write the merged counterpart of one base file to ``path``. Threads may write different files in parallel.
+
+        Args:
+            tick: called with the number of bytes read, after each tensor.
+        Raises:
+            UserError: a merged value is not finite.
+        """
         tally = Tally()
         tensors = {tensor.name: tensor for tensor in self.checkpoint.files[file]}
-        # Wide dtypes first: then every tensor is aligned. Pieces of one parameter side by side: then its
-        # update is computed once.
+        # Wide dtypes come first, so that every tensor is aligned. Pieces of one parameter stand side by side, so
+        # that the parameter's update is computed once.
         order = sorted(tensors.values(), key=lambda t: (self._group(t), t.start))
         entries = [(t.name, self._code(t), t.shape, self.stored_bytes(t)) for t in order]
         added = self.added.get(file, {})
@@ -120,7 +136,7 @@ class Folding:
     # -- one tensor ----------------------------------------------------------------------------------------
 
     def _merged(self, tensor: Stored, tally: Tally) -> Iterator[Tensor]:
-        """What is stored for an adapted tensor, some rows at a time where that can be."""
+        """Yield the values to store for an adapted tensor, in blocks of rows where dW is a product of factors."""
         if (adapter := self._factored(tensor)) is None:
             yield self._folded(tensor, tally)
             return
@@ -133,7 +149,8 @@ class Folding:
                 yield self._rounded(tensor, (Bd[rows] @ A).add_(W), tally)
 
     def _factored(self, tensor: Stored) -> FactorAdapter | None:
-        """The adapter whose product of factors, laid out as it is stored, is all that changes a tensor; or None."""
+        """Return the adapter whose product of factors is the only change to a tensor and has the tensor's stored
+        layout; None if there is no such adapter."""
         piece = self.pieces[tensor.name]
         sites = self.sites[piece.parameter]
         if len(sites) != 1 or not piece.whole or piece.parameter in self.source.replaced or tensor.dtype == "F64":
@@ -153,7 +170,7 @@ class Folding:
             del before
         if not self.sites[piece.parameter] and piece.parameter not in self.biases:
             return self._rounded(tensor, W, tally)
-        W = W.to(torch.promote_types(W.dtype, torch.float32))  # this memory is ours: it becomes W + dW
+        W = W.to(torch.promote_types(W.dtype, torch.float32))  # this copy may be overwritten: it becomes W + dW
         update = self._update(piece, W, tally)
         tally.update2 += _norm2(update)
         W += update
@@ -161,10 +178,10 @@ class Folding:
         return self._rounded(tensor, W, tally)
 
     def _rounded(self, tensor: Stored, W: Tensor, tally: Tally) -> Tensor:
-        """``W`` in the dtype of the output; overwrites it where that is another one."""
+        """Return ``W`` in the dtype of the output. Where the dtype changes, ``W`` is overwritten."""
         dtype = self._dtype(tensor)
         result = self._finite(tensor.name, W.to(dtype))
-        if dtype != W.dtype:  # a row at a time would be slow, all at once as large as W
+        if dtype != W.dtype:  # one row at a time would be slow; all rows at once would need a tensor as large as W
             blocks = (torch.split(t if t.ndim else t[None], ROWS) for t in (W, result))
             for some, stored in zip(*blocks, strict=True):
                 tally.error2 += _norm2(some.sub_(stored.to(W.dtype)))
@@ -172,7 +189,7 @@ class Folding:
 
     @torch.no_grad()
     def _update(self, piece: Piece, W: Tensor, tally: Tally) -> Tensor:
-        """dW of one tensor of the checkpoint, fp32, laid out as it is stored."""
+        """Return dW of one tensor of the checkpoint, fp32, in the tensor's stored layout."""
         if piece.whole:
             return self._parameter_update(piece.parameter, W)
         if tally.kept is None or tally.kept[0] != piece.parameter:
@@ -196,29 +213,30 @@ class Folding:
         return update
 
     def _delta(self, site: Site, W: Tensor | None) -> Tensor:
-        """dW of one site as its part of the parameter is stored: transposed where the parameter is."""
+        """Return dW of one site in the layout of the parameter: transposed where the parameter is transposed."""
         rows = None if W is None else _rows(site, W)
         weight = rows if rows is None or not site.transposed else rows.mT
         delta = self.source.adapters[site.path].delta(weight)
         return delta.mT if site.transposed else delta
 
     def _finite(self, name: str, values: Tensor) -> Tensor:
-        # aminmax hands NaN and infinities through, and is forty times faster than isfinite
+        # aminmax propagates NaN and infinities, and is forty times faster than isfinite
         if values.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(values)):
             raise UserError(
                 f"{name} has values that are not finite after the merge, as {dtype_name(values.dtype)}: the base "
-                "or the adapter is damaged, or the dtype is too narrow (then --dtype bfloat16 or float32)"
+                "or the adapter is damaged, or the dtype is too narrow (then use --dtype bfloat16 or float32)"
             )
         return values
 
     def _add_biases(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, bool]]:
-        """Biases that the base has not, by the file that holds their weight; and what its config must say."""
+        """Return the biases that the base does not have, by the file that holds the weight beside each bias, and the
+        config switches for them."""
         new = new_biases(self.source)
         added: dict[str, dict[str, Tensor]] = {}
         for parameter, bias in new.tensors.items():
             weight = parameter.removesuffix("bias") + "weight"
             if len(names := self.sources.get(weight, [])) != 1 or not self.pieces[names[0]].whole:
-                raise UserError(f"{self.checkpoint.directory} has no tensor for {weight}, which gets a bias")
+                raise UserError(f"{self.checkpoint.directory} has no tensor for {weight}, to which a bias is added")
             tensor = self.stored[names[0]]
             if tensor.dtype not in FLOATS:
                 raise UserError(f"{tensor.name} is {tensor.dtype}: {QUANTISED}")
@@ -247,12 +265,12 @@ class Folding:
             expected = _shape_of(piece, whole)
             if tensor.shape != expected:
                 raise UserError(
-                    f"{name} in {tensor.path} has shape {tensor.shape}, the model's {parameter} needs "
-                    f"{expected}: config.json and weights are not of one model"
+                    f"{name} in {tensor.path} has shape {tensor.shape}, but the model's {parameter} needs "
+                    f"{expected}: config.json and the weights do not belong to one model"
                 )
         if sum(math.prod(self.stored[name].shape) for name in names) != whole.numel():
             raise UserError(
-                f"{where} holds the adapted weight {parameter} in part only, or twice: {len(names)} tensors"
+                f"{where} holds the adapted weight {parameter} only in part, or more than once: {len(names)} tensors"
             )
 
     def _adapted(self, name: str) -> bool:
@@ -265,7 +283,7 @@ class Folding:
         return CODES[self._dtype(tensor)] if tensor.dtype in FLOATS else tensor.dtype
 
     def _group(self, tensor: Stored) -> int:
-        """Where in the file the first tensor of the same parameter begins."""
+        """Return the position in the file at which the first tensor of the same parameter begins."""
         piece = self.pieces.get(tensor.name)
         if piece is None or piece.whole or piece.parameter not in self.sites:
             return tensor.start
@@ -274,7 +292,7 @@ class Folding:
 
 
 def _rows(site: Site, t: Tensor) -> Tensor:
-    """The site's output rows of its parameter (or of something laid out like it), as they are stored."""
+    """Return the site's output rows of its parameter (or of a tensor with the parameter's layout), as stored."""
     if site.rows is None:
         return t
     start, end = site.rows
@@ -282,7 +300,7 @@ def _rows(site: Site, t: Tensor) -> Tensor:
 
 
 def _width(entry: tuple[str, str, tuple[int, ...], int]) -> int:
-    """Bytes of one value of a tensor to be written."""
+    """Return the bytes of one value of a tensor to be written."""
     _, _, shape, nbytes = entry
     return nbytes // (math.prod(shape) or 1)
 
@@ -295,6 +313,7 @@ def _shape_of(piece: Piece, parameter: Tensor) -> tuple[int, ...]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without the prefix ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 

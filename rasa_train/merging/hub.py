@@ -1,4 +1,4 @@
-"""A model card for what was written, and its upload, which is dry unless it is asked for."""
+"""Write a model card for an output directory, and upload the directory if the user asks for the upload."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CITATION = """@inproceedings{he2025rasa,
 
 
 def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
-    """Write ``README.md`` into an output directory (the base's own is replaced). Returns the text.
+    """Write ``README.md`` into an output directory, replacing the base's model card. Returns the text.
 
     Args:
-        run: the run directory, whose recipe and summary are quoted; or an adapter directory, which has none.
-        report: of the merge, the export or the extraction; ``verify`` in it is quoted.
+        run: a run directory, whose recipe and summary are quoted, or an adapter directory, which has neither.
+        report: the report of the merge, export or extraction. Its ``verify`` entry, if any, is quoted too.
     """
     merged = report.get("format") == "merged"
     head = {
@@ -61,16 +61,17 @@ def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
 
 
 def push(directory: Path, repository: str, *, upload: bool) -> str:
-    """Upload a directory to a private repository of the hub; without ``upload`` only say what would be.
+    """Upload a directory to a private repository on the hub. Returns a description of what was uploaded, or, without
+    ``upload``, of what would be.
 
     Raises:
-        UserError: the hub refuses, or there is no network or login.
+        UserError: the hub refuses the upload, or there is no network or no login.
     """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     total = size(sum(path.stat().st_size for path in files))
     listed = "\n".join(f"  {path.relative_to(directory)}  {size(path.stat().st_size)}" for path in files)
     if not upload:
-        return f"not uploaded (--upload does it): {len(files)} files, {total}, to {repository}\n{listed}"
+        return f"not uploaded (add --upload to upload): {len(files)} files, {total}, to {repository}\n{listed}"
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Export of any factor method as a plain LoRA adapter in PEFT's format, exactly.
+"""Export any factor method exactly, as a plain LoRA adapter in PEFT's format.
 
     dW = B diag(d) A   ->   lora_B = B diag(d),  lora_A = A,  lora_alpha = r, so that the scale is 1
 
-d stays on one side: its entries can be negative. PEFT and vLLM load the result without knowing the method. With a
-largest rank the product is cut by its singular values, which is the best there is of that rank.
+d stays on one side because its entries can be negative. PEFT and vLLM load the result without knowing the method. With
+a maximum rank the product is truncated by its singular values, which gives the best approximation of that rank.
 
 Fused expert weights are parameters, not modules: PEFT (0.19) adapts them as ``target_parameters``, with one rank for
-all experts. gate and up are one parameter there, so their ranks stand beside each other.
+all experts. The gate and up projections are one such parameter, so their ranks stand side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,22 +27,23 @@ from ..adapters.site import Site
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import tensor_bytes, write_tensors
+from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, Source, open_source
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for ``--max-lora-rank``."""
+"""Values that vLLM accepts for ``--max-lora-rank``."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What PEFT adapts with one pair of factors: a linear, or a fused weight of experts."""
+    """A linear or a fused expert weight, which PEFT adapts with one pair of factors."""
 
     name: str
-    """The module's path, or the parameter's name: what PEFT's patterns and targets are matched with."""
+    """Path of the module, or name of the parameter: PEFT matches its patterns and targets against this name."""
     prefix: str
-    """Of its tensors in the file."""
+    """Prefix of the target's tensors in the file."""
     sites: list[Site]
-    """The linear; or the linears that are rows of the fused weight, those that are adapted."""
+    """The site of the linear, or the adapted sites that are rows of the fused weight."""
 
     @property
     def fused(self) -> bool:
@@ -52,7 +52,7 @@ class Target:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did."""
+    """Result of an export."""
 
     output: str
     format: str
@@ -63,17 +63,17 @@ class ExportReport:
     bytes: int
     seconds: float
     rounding: float
-    """0: nothing is rounded."""
+    """Always 0, because nothing is rounded."""
     base_checked: bool
     """Whether the base is known to be the one that the adapter was trained on."""
     rank: int
-    """The largest rank of a site."""
+    """Largest rank of a site."""
     error: float
-    """norm(written - dW) / norm(dW) over all sites: what ``max_rank`` costs. 0 without it."""
+    """norm(written - dW) / norm(dW) over all sites: the error from ``max_rank``; 0 without ``max_rank``."""
     max_lora_rank: int | None
-    """vLLM's option, or None when the rank is more than it takes."""
+    """Value for vLLM's ``--max-lora-rank``, or None when vLLM does not accept a rank this large."""
     fused_experts: bool = False
-    """Whether fused expert weights are among what is adapted: not every reader of LoRA knows these."""
+    """Whether fused expert weights are adapted, which not every program that reads LoRA supports."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,30 +83,29 @@ def export_lora(
     adapter: Adapters,
     output: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     max_rank: int | None = None,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    writing: Writing = WRITING,
 ) -> ExportReport:
-    """Write the adapter as a LoRA adapter directory. Of the base only the configuration is needed.
+    """Write the adapter as a LoRA adapter directory. Only the base's configuration is read, not its weights.
 
     Args:
-        adapter, base, revision, any_base: as of ``open_source``.
-        max_rank: cut larger ranks to this.
+        adapter: an adapter or run directory; or several as (directory, weight), whose weighted updates are summed.
+        base: the base, or its name. Default: the base that the adapter names.
+        max_rank: rank to which larger ranks are truncated.
+        writing: how the directory is written; progress is in bytes.
     Raises:
-        UserError: the method is no factor method, the adapter does not fit, or ``output`` cannot be written.
+        UserError: the method is not a factor method, the adapter does not fit, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
+    source = open_source(adapter, base, weights=False)
     _check(source)
     targets = _targets(source)
     ranks = {target.name: _rank(source, target, max_rank) for target in targets}
     nbytes = 4 * sum(math.prod(shape) for target in targets for shape in _shapes(source, target, ranks[target.name]))
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
-    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
-        written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, progress)
+    with new_directory(Path(output), overwrite=writing.overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, writing.progress)
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
     rank = max(ranks.values())
     return ExportReport(
@@ -129,8 +128,8 @@ def export_lora(
 
 @torch.no_grad()
 def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
-    """(A (*lead, R, in), diag(b) B diag(d) (*lead, out, R)), fp32, without the ranks whose d is zero (AdaLoRA prunes
-    by zeros)."""
+    """Return (A (*lead, R, in), diag(b) B diag(d) (*lead, out, R)), fp32, without the ranks whose d is zero (AdaLoRA
+    prunes a rank by setting its d to zero)."""
     factors = adapter.factors()
     kept = _nonzero(factors.d)
     return factors.A.float()[..., kept, :], factors.Bd.float()[..., kept]
@@ -138,10 +137,10 @@ def lora_factors(adapter: FactorAdapter) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The best approximation of B A of that rank, through QR of the factors: nothing of the size of dW is made.
+    """Return the best approximation of B A of the given rank, by QR of the factors: dW itself is never computed.
 
     Args:
-        A, B: (*lead, R, in) and (*lead, out, R); each of ``lead`` is cut by itself.
+        A, B: (*lead, R, in) and (*lead, out, R); each entry of ``lead`` is truncated on its own.
         rank: at most R, in and out.
     Returns:
         A' (*lead, rank, in), B' (*lead, out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
@@ -156,7 +155,7 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
 
 
 def _targets(source: Source) -> list[Target]:
-    """Linears as they come; then the fused weights."""
+    """Return the linears in the order of their sites, then the fused weights."""
     fused: dict[str, list[Site]] = {}
     targets = []
     for site in source.sites:
@@ -181,18 +180,19 @@ def _rank(source: Source, target: Target, max_rank: int | None) -> int:
 
 
 def _rows(source: Source, target: Target) -> int:
-    """Outputs: of the linear, or of all that the fused weight holds."""
+    """Return the number of output rows of the linear, or of the whole fused weight."""
     return source.model.get_parameter(target.name).shape[-2] if target.fused else target.sites[0].out_features
 
 
 def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of A and B in the file."""
+    """Return the shapes of A and B in the file."""
     ranks = rank * (target.sites[0].num_experts or 1)
     return (ranks, target.sites[0].in_features), (_rows(source, target), ranks)
 
 
 def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
-    """As of ``lora_factors``. The linears of one fused weight have ranks of their own, beside each other."""
+    """Return A and B as ``lora_factors`` does. The linears of one fused weight each have ranks of their own, which
+    stand side by side."""
     pairs = [lora_factors(_factor_adapter(source, site)) for site in target.sites]
     if not target.fused:
         return pairs[0]
@@ -206,7 +206,7 @@ def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def _as_stored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's two matrices: A has the ranks of expert 0 first, B the experts of rank 0."""
+    """Return PEFT's two matrices: the rows of A are ordered by expert, the columns of B by rank."""
     if A.ndim == 2:
         return A, B
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
@@ -217,9 +217,9 @@ def _write_factors(
     targets: list[Target],
     ranks: dict[str, int],
     path: Path,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[int, float]:
-    """Size of the file, and the relative error of what was cut."""
+    """Write the factors of all targets. Returns the size of the file, and the relative error of the truncation."""
     entries, sides = [], {}
     for target in targets:
         for side, shape in zip("AB", _shapes(source, target, ranks[target.name]), strict=True):
@@ -251,7 +251,7 @@ def _write_factors(
 
 def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -> dict[str, Any]:
     r = max(ranks.values())
-    # alpha = rank everywhere: the scale is 1 for readers that know the patterns and for those that do not.
+    # alpha = rank everywhere: the scale is 1 for programs that read the patterns and for those that do not.
     pattern = {name: rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -273,14 +273,14 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
 
 
 def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
-    """The shortest names that select just these sites: last names, else kinds, else whole paths."""
+    """Return the shortest names that select exactly these sites: last parts of the names, else kinds, else paths."""
     kinds = {site.kind for site in sites}
     last = {kind.rpartition(".")[2] for kind in kinds}
     return _shortest([last, kinds], {site.path for site in sites}, [path for path, _ in model.named_modules()])
 
 
 def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) -> list[str]:
-    """The first set of names by which PEFT finds just what is wanted; else that itself."""
+    """Return the first set of candidate names with which PEFT finds exactly the wanted paths; else those paths."""
     for names in candidates:
         if {path for path in paths if any(path == n or path.endswith("." + n) for n in names)} == wanted:
             return sorted(names)
@@ -290,12 +290,14 @@ def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) ->
 def _check(source: Source) -> None:
     if source.replaced:
         raise UserError(
-            f"the adapter has base parameters ({min(source.replaced)}, ...), which no LoRA can hold: use "
+            f"the adapter has base parameters ({min(source.replaced)}, ...), which a LoRA cannot hold: use "
             "--format merged"
         )
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):
-            raise UserError(f"adapter.method: {source.label!r} is no product of low-rank factors: use --format merged")
+            raise UserError(
+                f"adapter.method: {source.label!r} is not a product of low-rank factors: use --format merged"
+            )
 
 
 def _kept(source: Source, site: Site) -> Tensor:
@@ -304,7 +306,8 @@ def _kept(source: Source, site: Site) -> Tensor:
 
 
 def _nonzero(d: Tensor) -> Tensor:
-    """Positions of the ranks that count, of any expert; at least one, since LoRA has no rank 0."""
+    """Return the positions of the ranks whose d is nonzero in at least one expert; never empty, since LoRA has no
+    rank 0."""
     kept = d.reshape(-1, d.shape[-1]).any(0).nonzero().flatten()
     return kept if kept.numel() else torch.zeros(1, dtype=torch.long)
 

@@ -1,6 +1,7 @@
-"""The adapter folded into the base: an ordinary Hugging Face checkpoint, written file by file.
+"""Fold an adapter into its base: an ordinary Hugging Face checkpoint, written file by file.
 
-A merge that was killed goes on with the files it had finished. Memory is that of a few tensors, whatever the model.
+A merge that was killed continues, when it is run again, after the files that it had finished. It needs memory for a few
+tensors, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from .folding import QUANTISED, Folding, Tally, dtype_name
+from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, open_source
 
 WEIGHTS = {
@@ -42,20 +44,22 @@ WEIGHTS = {
     ".ckpt",
     ".npz",
 }
-"""Endings of files that hold weights: they would contradict the merged ones."""
+"""Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
 SMALL = 200_000_000
-"""Bytes; a larger file beside a model is no tokenizer."""
+"""Bytes. A larger file beside a model is not a tokenizer and is not copied."""
 FINISHED = ".finished.json"
-"""In a directory under way: the files in it that are whole and on the disk, with their tallies."""
+"""File in an unfinished output directory that lists the complete files on the disk, with their tallies."""
 BYTES_A_VALUE = 10
-"""Memory that folding takes for each value of a tensor: W and dW in fp32, and what was read or is written."""
+"""Bytes of memory that folding takes for each value of a tensor: W and dW in fp32, and the stored value that is read or
+written."""
 MEMORY = 1_200_000_000
-"""Bytes that all threads together may take for tensors, as far as their number can see to it."""
+"""Bytes that all threads together may take for tensors; the number of threads is chosen to stay below it where
+possible."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """Result of a merge."""
 
     output: str
     format: str
@@ -64,15 +68,15 @@ class MergeReport:
     base_checked: bool
     """Whether the base is known to be the one that the adapter was trained on."""
     tensors: int
-    """Tensors in the output."""
+    """Number of tensors in the output."""
     adapted: int
-    """Weights and biases that the adapter changes or adds."""
+    """Number of weights and biases that the adapter changes or adds."""
     bytes: int
     """Size of the safetensors files."""
     seconds: float
     rounding: float | None
-    """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that the output's
-    dtype loses. 0 for fp32; None when the update is zero."""
+    """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that is lost by rounding to
+    the output's dtype. 0 for fp32; None when the update is zero."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,39 +86,35 @@ def merge(
     adapter: Adapters,
     output: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    writing: Writing = WRITING,
 ) -> MergeReport:
-    """Write the base with the adapter folded in to the directory ``output``.
+    """Fold the adapter into the base and write the result to the directory ``output``.
 
     Args:
-        adapter: an adapter directory or a run directory; or several as (directory, weight): the weighted sum of
-            their updates.
-        base: hub id or directory; default: what the adapter names.
-        any_base: take a base whose weights are not those trained on.
-        dtype: of all floating-point tensors of the output; default: what each has in the base.
-        threads: files written at a time; default: the processors, fewer where tensors are so large that memory
-            would go beyond 2 GB.
-        progress: called with (bytes read, bytes in all), by one thread at a time.
+        adapter: an adapter directory or a run directory; or several as (directory, weight), whose weighted updates
+            are summed.
+        base: the base, or its name (hub id or directory). Default: the base that the adapter names.
+        dtype: dtype of all floating-point tensors of the output. Default: the dtype of each tensor in the base.
+        threads: number of files written at a time. Default: the number of processors, or fewer where tensors are so
+            large that memory would exceed 2 GB.
+        writing: how the directory is written; progress is in bytes read.
     Raises:
         UserError: the adapter does not fit, files are damaged, values are not finite, or ``output`` cannot be
-            written. ``output`` is then what it was.
+            written. ``output`` is then unchanged.
     """
     start = time.perf_counter()
-    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    source = open_source(adapter, base, weights=True)
     checkpoint = open_checkpoint(source.directory)
     config = _read_config(source.directory)
     folding = Folding(source, checkpoint, dtype)
     nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values()) + folding.added_bytes
-    tick = _ticker(progress, sum(t.nbytes for t in checkpoint.tensors.values()))
+    tick = _ticker(writing.progress, sum(t.nbytes for t in checkpoint.tensors.values()))
     read = [source.directory, *source.origins]
     key = _key(source.directory, checkpoint.files, source.origins, dtype, source.label)
-    with new_directory(Path(output), overwrite=overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
+    with new_directory(Path(output), overwrite=writing.overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
         tallies = _write_files(folding, partial, threads or _threads(folding), tick)
         if checkpoint.index is not None:
             index = checkpoint.index
@@ -127,24 +127,28 @@ def merge(
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tallies.append(folding.of_biases)
+    return _report(str(output), folding, [*tallies, folding.of_biases], time.perf_counter() - start)
+
+
+def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
+    source = folding.source
     update2, error2 = (sum(getattr(tally, name) for tally in tallies) for name in ("update2", "error2"))
     return MergeReport(
-        output=str(output),
+        output=output,
         format="merged",
         method=source.label,
         base_model=source.base,
         base_checked=source.checked,
-        tensors=len(checkpoint.tensors) + sum(map(len, folding.added.values())),
+        tensors=len(folding.stored) + sum(map(len, folding.added.values())),
         adapted=folding.adapted,
         bytes=sum(tally.bytes for tally in tallies),
-        seconds=round(time.perf_counter() - start, 3),
+        seconds=round(seconds, 3),
         rounding=math.sqrt(error2 / update2) if update2 else None,
     )
 
 
 def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[int], None]) -> list[Tally]:
-    """Write the files that are not there yet, several at a time, and note each when it is on the disk."""
+    """Write the files that are not finished yet, several at a time, and record each file once it is on the disk."""
     note, finished, lock = partial / FINISHED, {}, threading.Lock()
     if note.is_file():
         finished = {file: Tally(**tally) for file, tally in json.loads(note.read_text()).items()}
@@ -176,7 +180,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
 
     if threads == 1:
         return [write(file) for file in folding.checkpoint.files]
-    # Each thread of the pool computes by itself: with threads of their own they would wait for each other.
+    # Each thread of the pool gets its share of torch's threads: with more, the files would wait for each other.
     before, share = torch.get_num_threads(), max((os.cpu_count() or 1) // threads, 1)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,)) as pool:
         futures = [pool.submit(write, file) for file in folding.checkpoint.files]
@@ -195,7 +199,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
 
 
 class _StoppedError(Exception):
-    """Another file could not be written, so this one need not be."""
+    """Raised to stop writing a file because another file could not be written."""
 
 
 def _threads(folding: Folding) -> int:
@@ -206,13 +210,14 @@ def _threads(folding: Folding) -> int:
 def _key(
     base: Path, files: Sequence[str] | Mapping[str, Any], origins: Sequence[Path], dtype: torch.dtype | None, label: str
 ) -> str:
-    """Of all that a merge's files are made from: names, sizes and times of the inputs, and what is done to them."""
+    """Return a hash of everything that determines the files of a merge: names, sizes and modification times of the
+    inputs, the dtype of the output, the method, and the version of this package."""
     paths = [base / file for file in files] + [path for origin in origins for path in sorted(origin.iterdir())]
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps([__version__, label, str(dtype), stats]).encode()).hexdigest()
 
 
-def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
     done = 0
 
     def tick(nbytes: int) -> None:
@@ -235,7 +240,7 @@ def _read_config(base_dir: Path) -> dict[str, Any]:
 
 
 def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
-    """Say the new dtype in ``config.json``, nested configs included."""
+    """Set the new dtype in the contents of a ``config.json``, nested configs included."""
     assert isinstance(config, dict)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
@@ -247,7 +252,7 @@ def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
 
 
 def _copy_small_files(base_dir: Path, output: Path) -> None:
-    """Configuration, tokenizer, chat templates, licence: all but weights, hidden files, directories."""
+    """Copy configuration, tokenizer, chat templates and licence: all files but weights and hidden or large files."""
     for path in sorted([*base_dir.iterdir(), *(base_dir / "additional_chat_templates").glob("*.jinja")]):
         weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == CONFIG
         if weights or path.name.startswith(".") or not path.is_file() or path.stat().st_size > SMALL:

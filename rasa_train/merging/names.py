@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint is which parameter of the model.
+"""Find the model parameter to which each tensor of a checkpoint belongs.
 
-The two can differ: a file may lack or have the base model's prefix (``h.0...`` for ``transformer.h.0...``),
-have names of an older version, or hold one tensor per expert where the model has one stacked parameter. What
-transformers does with a name when it loads is asked of transformers itself.
+The names can differ: a file may lack or have the base model's prefix (``h.0...`` for ``transformer.h.0...``),
+have names of an older version, or hold one tensor per expert where the model has one stacked parameter. The
+mapping from names to parameters comes from transformers itself, so it is the one that loading a model uses.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ from transformers.core_model_loading import (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one tensor of a checkpoint is: a whole parameter, or ``parameter[expert, rows]``."""
+    """The part of a parameter that one tensor of a checkpoint holds: all of it, or ``parameter[expert, rows]``."""
 
     parameter: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
     unknown: str | None = None
-    """The conversions between file and model, when they are none that a merge can follow."""
+    """Names of the conversions between file and model, if a merge cannot follow them; None otherwise."""
 
     @property
     def whole(self) -> bool:
+        """Whether the tensor is a whole parameter."""
         return self.expert is None and self.rows is None
 
     def of(self, parameter: Tensor) -> Tensor:
-        """A view of this part of the parameter (or of its update)."""
+        """Return a view of this part of the parameter (or of the parameter's update)."""
         part = parameter if self.expert is None else parameter[self.expert]
         return part if self.rows is None else part[slice(*self.rows)]
 
 
 def locate(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
-    """The piece of ``model`` (meta is fine) that each tensor of a checkpoint is, by the tensor's name.
+    """Return the piece of ``model`` that each tensor of a checkpoint holds, by the tensor's name. Tensors that belong
+    to no parameter are left out.
 
     Args:
-        shapes: shape of each tensor of the checkpoint by its name. Names of no parameter are left out.
+        model: may be on the meta device.
+        shapes: shape of each tensor of the checkpoint, by the tensor's name.
     """
     parameters = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -77,7 +80,7 @@ def _converted(
     sources: dict[str, list[str]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Piece]:
-    """Pieces of a parameter that is stacked over experts, concatenated along its output rows, or both."""
+    """Return the pieces of a parameter that is stacked over experts, concatenated along its output rows, or both."""
     steps = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
     stacked = bool(steps) and steps[0] == (MergeModulelist, 0)
     rest = steps[1:] if stacked else steps
@@ -87,7 +90,7 @@ def _converted(
     pieces, row = {}, 0
     for pattern in converter.source_patterns:
         names = sources.get(pattern, [])
-        for number, name in enumerate(names):  # in natural order: the position is the expert
+        for number, name in enumerate(names):  # names are in natural order, so the position is the expert's number
             rows = shapes[name][0] if shapes[name] else 0
             pieces[name] = Piece(parameter, number if stacked else None, (row, row + rows))
             if not stacked:

@@ -1,5 +1,5 @@
-"""The weights of a model on disk by the names that its parameters have in memory, one at a time; and two such models
-side by side."""
+"""Read the weights of a model on disk, one at a time, by the names of the parameters in memory; and check that two such
+models have the same shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .source import architecture
 
 
 class Weights:
-    """The weights of a model directory. Only headers are read at first."""
+    """The weights of a model directory. The constructor reads only headers."""
 
     def __init__(self, directory: Path) -> None:
         stored = open_checkpoint(directory).tensors
@@ -29,15 +29,17 @@ class Weights:
             self.pieces.setdefault(piece.parameter, []).append((piece, stored[name]))
 
     def read(self, parameter: str) -> Tensor:
-        """One parameter, fp32, put together where the files have it in pieces.
+        """Return one parameter, fp32, assembled if the files hold it in pieces.
 
         Raises:
-            UserError: it is absent, stored in a way that cannot be followed, of another shape than the configuration
-                says, or not finite.
+            UserError: the parameter is absent, stored in a layout that cannot be read, of another shape than the
+                configuration gives, or not finite.
         """
         pieces, shape = self.pieces.get(parameter, []), self.shapes.get(parameter)
         if not pieces or shape is None or any(piece.unknown for piece, _ in pieces):
-            raise UserError(f"{self.directory} has no tensor for {parameter}, or in a layout that cannot be read")
+            raise UserError(
+                f"{self.directory} has no tensor for {parameter}, or holds it in a layout that cannot be read"
+            )
         whole = torch.empty(shape)
         for piece, stored in pieces:
             if stored.dtype not in FLOATS:
@@ -45,8 +47,8 @@ class Weights:
             place = piece.of(whole)
             if place.shape != stored.shape:
                 raise UserError(
-                    f"{stored.name} in {stored.path} has shape {stored.shape}, the model's {parameter} needs "
-                    f"{tuple(place.shape)}: config.json and weights are not of one model"
+                    f"{stored.name} in {stored.path} has shape {stored.shape}, but the model's {parameter} needs "
+                    f"{tuple(place.shape)}: config.json and the weights do not belong to one model"
                 )
             place.copy_(stored.read())
         if not torch.isfinite(whole).all():
@@ -54,12 +56,12 @@ class Weights:
         return whole
 
     def weight(self, site: Site) -> Tensor:
-        """W of a site (*lead, out, in), fp32."""
+        """Return W of a site (*lead, out, in), fp32."""
         return of_site(site, self.read(site.weight))
 
 
 def of_site(site: Site, parameter: Tensor) -> Tensor:
-    """The part of a parameter that is the site's W (*lead, out, in)."""
+    """Return the part of a parameter that is the site's W (*lead, out, in)."""
     if site.transposed:
         parameter = parameter.mT
     return parameter if site.rows is None else parameter[..., slice(*site.rows), :]
@@ -70,4 +72,6 @@ def check_finetuned(base: Weights, tuned: Weights, sites: Iterable[Site]) -> Non
     for site in sites:
         if (found := tuned.shapes.get(site.weight)) != base.shapes[site.weight]:
             is_ = "absent" if found is None else f"{found}, not {base.shapes[site.weight]}"
-            raise UserError(f"{tuned.directory} is no fine-tuned {base.directory}: its {site.weight} is {is_}")
+            raise UserError(
+                f"{tuned.directory} is not a fine-tuned version of {base.directory}: its {site.weight} is {is_}"
+            )

@@ -1,4 +1,4 @@
-"""Export in the format that PEFT has for the method itself: LoRA, VeRA and DoRA, to be trained on with PEFT."""
+"""Export LoRA, VeRA and DoRA in the format that PEFT has for the method itself, so that PEFT can train them further."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA
 from .lora import ExportReport, target_modules
+from .options import Base
 from .source import Source, find_adapter, open_source
 
 
@@ -25,24 +26,22 @@ def export_peft(
     adapter: str | Path,
     output: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write the adapter as PEFT would have saved it. Of the base only the configuration is needed.
+    """Write the adapter as PEFT would have saved it. Only the base's configuration is read, not its weights.
 
     Raises:
-        UserError: PEFT has not this method, the adapter does not fit, or ``output`` cannot be written.
+        UserError: PEFT does not have this method, the adapter does not fit, or ``output`` cannot be written.
     """
     start = time.perf_counter()
-    source = open_source(adapter, base, revision, weights=False, any_base=any_base)
+    source = open_source(adapter, base, weights=False)
     method = read_adapter(find_adapter(Path(adapter))).method
     config, names = _format(method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
         raise UserError(
-            f"{fused[0].path} is a fused weight of experts: use --format lora, by which PEFT has it exactly (lora and "
-            "vera), or --format merged"
+            f"{fused[0].path} is a fused expert weight, which --format peft does not support: use --format lora, which "
+            "PEFT reads as exactly the same update (for lora and vera), or --format merged"
         )
     tensors = _tensors(source, names)
     config |= {
@@ -55,7 +54,8 @@ def export_peft(
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
-        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))  # readable as umask says
+        # write_bytes follows the umask, so others may be able to read the file
+        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(
@@ -76,7 +76,7 @@ def export_peft(
 
 
 def _format(method: Method) -> tuple[dict[str, Any], dict[str, str]]:
-    """PEFT's configuration, and its name of each of an adapter's tensors."""
+    """Return PEFT's configuration, and PEFT's name of each of the adapter's tensors by our name."""
     if isinstance(method, LoRA | DoRA):
         config = {"peft_type": "LORA", "r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
         names = {"A": "lora_A.weight", "B": "lora_B.weight"}
@@ -90,12 +90,12 @@ def _format(method: Method) -> tuple[dict[str, Any], dict[str, str]]:
             "d_initial": method.d_initial,
             "vera_dropout": method.dropout,
             "projection_prng_key": method.projection_seed,
-            "save_projection": True,  # so that nobody depends on what torch draws from the seed
+            "save_projection": True,  # so that the result does not depend on what torch draws from the seed
         }
         return config, {"b": "vera_lambda_b", "d": "vera_lambda_d"}
     raise UserError(
-        f"adapter.method: --format peft is for lora, dora and vera, got {method.method}: --format lora writes any "
-        "other factor method as an equal LoRA"
+        f"adapter.method: --format peft is for lora, dora and vera, got {method.method}: use --format lora, which "
+        "writes any other factor method as an equivalent LoRA"
     )
 
 

@@ -1,4 +1,4 @@
-"""What goes into a merge or an export: the adapter, or a weighted sum of several, and the base model."""
+"""Read the inputs of a merge or an export: the adapter, or a weighted sum of several, and the base model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from ..io.base_fingerprint import base_samples
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
+from .options import Base
 from .total import total
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
-"""An adapter, or several with their weights."""
+"""An adapter or run directory, or several as (directory, weight)."""
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
-"""What is downloaded of a hub model beside its weights."""
+"""Patterns of the files that are downloaded of a hub model in addition to its weights."""
 
 
 @dataclass(frozen=True)
@@ -38,52 +39,51 @@ class Source:
     """A saved adapter, or a weighted sum of several, with its values in place, on the CPU."""
 
     label: str
-    """The method, or the sum: ``0.7 rasa + 0.3 lora``."""
+    """The method, or the sum, such as ``0.7 rasa + 0.3 lora``."""
     base: str
     """Base model as the user or the adapter names it: a hub id or a directory."""
     directory: Path
-    """Where the base is on this machine."""
+    """Directory of the base on this machine."""
     origins: list[Path]
     """Directories of the adapters."""
     model: PreTrainedModel
-    """The base on the meta device: names and shapes."""
+    """The base on the meta device, for names and shapes."""
     sites: list[Site]
-    """Those that have an adapter."""
+    """Sites that have an adapter."""
     adapters: dict[str, Adapter]
-    """By the path of their site."""
+    """Adapters by the path of their site."""
     replaced: dict[str, Tensor]
-    """Base parameters that were trained themselves, by their name: they take the place of the base's."""
+    """Base parameters that were trained themselves, by name. They replace the parameters of the base."""
     checked: bool = False
     """Whether the base is known to be the one that the adapter was trained on."""
 
 
-def open_source(
-    adapter: Adapters, base: str | None, revision: str | None, *, weights: bool, any_base: bool = False
-) -> Source:
-    """Read the adapters, find their base and see that they fit it.
+def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) -> Source:
+    """Read the adapters, find their base and check that they fit it.
 
     Args:
         adapter: an adapter or run directory; or several as (directory, weight).
-        base, revision, weights: as of ``find_base``.
-        any_base: take a base whose weights are not those trained on.
+        base: the base, or its name; None for the one that the adapters name.
+        weights: whether the base's safetensors files are needed, or only its configuration.
     Raises:
         UserError: an adapter or the base cannot be read, or they do not fit.
     """
+    base = Base.of(base)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
     read = [(read_adapter(find_adapter(Path(path))), weight) for path, weight in given]
     first = read[0][0]
-    if base is None and (others := {s.base_model for s, _ in read} - {first.base_model}):
+    if base.name is None and (others := {s.base_model for s, _ in read} - {first.base_model}):
         raise UserError(
-            f"the adapters name several bases, {first.base_model!r} and {min(map(str, others))!r}: say with --base "
-            "which one it is"
+            f"the adapters name several bases, {first.base_model!r} and {min(map(str, others))!r}: choose one with "
+            "--base"
         )
-    name, base_dir = find_base(first, base, revision, weights=weights)
-    checked = all([any_base or _check_identity(saved, base_dir) for saved, _ in read])
+    name, base_dir = find_base(first, base.name, base.revision, weights=weights)
+    checked = all([base.any_base or _check_identity(saved, base_dir) for saved, _ in read])
     sources = [load(saved, name, base_dir) for saved, _ in read]
     if len(sources) == 1 and read[0][1] == 1:
         return replace(sources[0], checked=checked)
     if any(source.replaced for source in sources):
-        raise UserError("an adapter with base parameters of its own cannot be part of a sum, or be weighted")
+        raise UserError("an adapter with trained base parameters cannot be part of a sum, and cannot be weighted")
     sites, adapters = total([(s.sites, s.adapters, weight) for s, (_, weight) in zip(sources, read, strict=True)])
     label = " + ".join(f"{weight:g} {saved.method.method}" for saved, weight in read)
     origins = [saved.directory for saved, _ in read]
@@ -91,27 +91,28 @@ def open_source(
 
 
 def _check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
-    """Whether the base is the one trained on; False where that cannot be told.
+    """Whether the base is known to be the one that the adapter was trained on; False where this is unknown.
 
     Raises:
-        UserError: it is another one.
+        UserError: the base is a different one.
     """
     found = base_samples(str(base_dir), only=saved.base_tensors)
     different = [name for name, sample in found.items() if sample != saved.base_tensors[name]]
     if different:
         raise UserError(
             f"{base_dir} is not the base that {saved.directory} was trained on ({saved.base_model}): its "
-            f"{different[0]} is another ({len(different)} of {len(found)} sampled tensors are). Give the right one "
-            "with --base, or --any-base if this is what you want"
+            f"{different[0]} differs ({len(different)} of {len(found)} sampled tensors do). Give the right base "
+            "with --base, or add --any-base if you want this one"
         )
     return bool(found)
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter directory that ``path`` is or holds: itself, a run's ``adapter/``, its newest checkpoint.
+    """Return the adapter directory for ``path``: ``path`` itself, the ``adapter/`` of a run, or the run's newest
+    checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: ``path`` is not and does not hold an adapter.
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an adapter directory or the output_dir of a run")
@@ -128,30 +129,32 @@ def find_adapter(path: Path) -> Path:
 
 
 def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, weights: bool) -> tuple[str, Path]:
-    """The base model's name and its directory here, downloaded as far as it is needed.
+    """Return the base model's name and its directory on this machine. Needed files are downloaded.
 
     Args:
-        base: hub id or directory; None for the one the adapter names.
-        weights: whether its safetensors files are needed, or only its configuration.
+        base: hub id or directory; None for the base that the adapter names.
+        revision: branch, tag or commit of a hub id; None for the one that the adapter records.
+        weights: whether the base's safetensors files are needed, or only its configuration.
     Raises:
-        UserError: no base is named, or it is neither here nor on the hub.
+        UserError: no base is named, or the base is neither on this machine nor on the hub.
     """
     name = base or saved.base_model
     if not name:
         raise UserError(f"{saved.directory / CONFIG} names no base model: give it with --base")
     if revision is None and name == saved.base_model:
         revision = saved.base_revision
-    hint = "" if base else " (the adapter names it): give the base with --base"
+    hint = "" if base else " (the adapter names this base): give the base with --base"
     return name, find_model(name, revision, weights=weights, hint=hint)
 
 
 def find_model(name: str, revision: str | None, *, weights: bool, hint: str = "") -> Path:
-    """The directory of a model here, downloaded as far as it is needed. Raises ``UserError`` when there is none."""
+    """Return the directory of a model on this machine; needed files are downloaded. Raises ``UserError`` when there is
+    no such model."""
     path = Path(name).expanduser()
     if path.is_dir():
         _see(path)
         if not (path / "config.json").is_file():
-            raise UserError(f"base model: {name} is a directory without a config.json, so it is no model")
+            raise UserError(f"base model: {name} is a directory without a config.json, so it is not a model")
         return path
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"base model: {name!r} does not exist{hint}")
@@ -159,11 +162,13 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
         return _download(name, revision, weights)
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
-        raise UserError(f"base model: {name!r} is no directory here and cannot be had from the hub: {why}") from None
+        raise UserError(
+            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub: {why}"
+        ) from None
 
 
 def _see(directory: Path) -> None:
-    """Raise ``UserError`` where we may not look into a directory."""
+    """Raise ``UserError`` if a directory cannot be listed."""
     try:
         for path in directory.iterdir():
             path.lstat()
@@ -175,7 +180,7 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     """Build the adapters for the base and copy the saved values in.
 
     Raises:
-        UserError: the adapter does not fit this base: a name, a shape, or a value that is not finite.
+        UserError: the adapter does not fit this base because of a name or a shape, or has a value that is not finite.
     """
     model = architecture(base_dir)
     base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
@@ -188,10 +193,10 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     adapters: dict[str, Adapter] = {}
     if len(replaced) < len(saved.tensors) or not replaced:
         sites = find_sites(model, saved.method.targets, saved.method.exclude)
-        with torch.random.fork_rng(devices=[]):  # building draws initial values that nobody will see
+        with torch.random.fork_rng(devices=[]):  # building draws initial values, which the saved ones replace
             built = saved.method.build(sites)
         adapters = built.adapters
-        sites = [site for site in sites if site.path in adapters]  # BitFit leaves some as they are
+        sites = [site for site in sites if site.path in adapters]  # BitFit leaves some sites without an adapter
         owners = {**adapters, **{f"{POOLS}.{key}": pool for key, pool in built.pools.items()}}
         places = {
             f"{owner}.{key}": tensor
@@ -216,7 +221,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def architecture(base_dir: Path) -> PreTrainedModel:
-    """The model of a directory on the meta device."""
+    """Return the model of a directory on the meta device."""
     try:
         return meta_model(ModelConfig(name=str(base_dir)))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The weighted sum of several adapters of one base: sum_j w_j dW_j, exactly."""
+"""Sum several adapters of one base with weights, exactly: sum_j w_j dW_j."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..methods.lora import LoRA
 
 Terms = list[tuple[Adapter, float]]
 PLAIN: Method = LoRA()
-"""A sum has no hyper-parameters and no dropout of its own."""
+"""Method of a sum, which has no hyper-parameters and no dropout of its own."""
 
 
 def total(parts: Sequence[tuple[list[Site], dict[str, Adapter], float]]) -> tuple[list[Site], dict[str, Adapter]]:
-    """Sites and adapters of the sum.
+    """Return the sites and the adapters of the sum.
 
     Args:
-        parts: of each adapter its sites, the adapters by site path, and its weight.
+        parts: for each saved adapter its sites, its modules by site path, and its weight.
     Raises:
         UserError: two adapters divide a fused weight in different ways.
     """
@@ -31,7 +31,7 @@ def total(parts: Sequence[tuple[list[Site], dict[str, Adapter], float]]) -> tupl
     for its_sites, adapters, weight in parts:
         for site in its_sites:
             if sites.setdefault(site.path, site) != site:
-                raise UserError(f"the adapters cannot be summed: they see {site.path} in different ways")
+                raise UserError(f"the adapters cannot be summed: they divide {site.path} in different ways")
             terms.setdefault(site.path, []).append((adapters[site.path], weight))
     return list(sites.values()), {path: _sum(sites[path], terms[path]) for path in sites}
 
@@ -42,7 +42,7 @@ def _sum(site: Site, terms: Terms) -> Adapter:
 
 
 class FactorSum(FactorAdapter):
-    """The ranks of all terms beside each other: a LoRA of the sum of the ranks."""
+    """The ranks of all terms side by side: a LoRA whose rank is the sum of the terms' ranks."""
 
     def __init__(self, site: Site, terms: list[tuple[FactorAdapter, float]]) -> None:
         super().__init__(site, PLAIN)

@@ -1,4 +1,4 @@
-"""Proof of a merge: the adapted model and the merged one on the same prompts."""
+"""Verify a merge: compare the adapted model and the merged model on the same prompts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..data.encode import prompt_text
 from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
+from .options import Base
 from .source import Adapters, Source, find_adapter, open_source
 
 QUERIES = [
@@ -27,28 +28,29 @@ QUERIES = [
     "Translate into French: the train to the coast leaves at nine.",
 ]
 EXACT = 1e-2
-"""Largest share of the adapter's effect on the logits that an unrounded merge may be off by: fp32 is far below."""
+"""Largest error of an unrounded merge's logits, as a share of the adapter's effect on them; fp32 errors are far
+smaller."""
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Differences between the base with the adapter on and the merged checkpoint, both computed in fp32: what is
-    left is the rounding of the merged weights."""
+    """Differences between the base with the adapter attached and the merged checkpoint, both computed in fp32, so that
+    only the rounding of the merged weights remains."""
 
     prompts: int
     tokens: int
     template: str
-    """That of the prompts; ``tokens`` when the base has no tokenizer and they are random tokens."""
+    """Template of the prompts; ``tokens`` when the base has no tokenizer and the prompts are random tokens."""
     logits: float
-    """Largest difference of a logit."""
+    """Largest difference of a logit between the adapted and the merged model."""
     adapter_logits: float
-    """The same between base and adapted model: what the adapter does, to compare with."""
+    """Largest difference of a logit between the base and the adapted model: the size of the adapter's effect."""
     kl: float
     """Mean over tokens of KL(adapted || merged), nats."""
     loss: float
-    """Mean next-token loss on the prompts, adapted model."""
+    """Mean next-token loss of the adapted model on the prompts."""
     loss_difference: float
-    """Merged minus adapted."""
+    """Loss of the merged model minus loss of the adapted model."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,23 +60,21 @@ def verify(
     adapter: Adapters,
     merged: str | Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    any_base: bool = False,
+    base: str | Base | None = None,
     template: str = "alpaca",
     exact: bool = False,
 ) -> VerifyReport:
     """Run both models on a few prompts, one after the other, on the CPU.
 
     Args:
-        adapter, base, revision, any_base: as of ``merge``.
-        merged: the directory a merge has written.
-        template: of the prompts: the recipe's.
-        exact: the merge has rounded nothing, so that no difference is allowed.
+        adapter, base: see ``merge``.
+        merged: the directory that a merge has written.
+        template: template of the prompts; give the recipe's.
+        exact: whether the merge has rounded nothing, so that the models must not differ.
     Raises:
-        UserError: the models differ though nothing was rounded; or a sum of adapters of fused experts.
+        UserError: the models differ although nothing was rounded, or the adapters are a sum with fused experts.
     """
-    source = open_source(adapter, base, revision, weights=True, any_base=any_base)
+    source = open_source(adapter, base, weights=True)
     batches, template = _prompts(source.directory, template, int(source.model.config.get_text_config().vocab_size))
     without = _logits(lambda: _load(source.directory), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)
@@ -89,8 +89,8 @@ def verify(
     )
     if exact and report.logits > EXACT * max(effect, EXACT):
         raise UserError(
-            f"{merged} is not the adapted model: logits differ by up to {report.logits:.3g}, the adapter changes them "
-            f"by {effect:.3g}, and nothing was rounded. Please report this; the output is not to be used"
+            f"{merged} does not equal the adapted model: logits differ by up to {report.logits:.3g}, the adapter "
+            f"changes them by {effect:.3g}, and nothing was rounded. Please report this, and do not use the output"
         )
     return report
 
@@ -116,7 +116,7 @@ def _load(directory: Path) -> nn.Module:
 
 
 def _adapted(source: Source, adapter: Adapters) -> nn.Module:
-    """The base with the adapter on: as in training, or by hooks for a sum, which no recipe trains."""
+    """Return the base with the adapter attached: as in training, or with hooks for a sum, which no recipe trains."""
     model = _load(source.directory)
     if len(source.origins) == 1 and isinstance(adapter, str | Path):
         saved = read_adapter(find_adapter(Path(adapter)))
@@ -125,7 +125,7 @@ def _adapted(source: Source, adapter: Adapters) -> nn.Module:
         return model
     for site in source.sites:
         if site.num_experts is not None:
-            raise UserError(f"--verify cannot do a sum of adapters of fused experts ({site.path})")
+            raise UserError(f"--verify does not support a sum of adapters of fused experts ({site.path})")
         linear, weight = model.get_submodule(site.path), model.get_parameter(site.weight)
         weight = weight.t() if site.transposed else weight  # type: ignore[assignment]
         linear.register_forward_hook(_adding(source.adapters[site.path], weight))
@@ -142,7 +142,7 @@ def _adding(adapter: Adapter, weight: Any) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def _logits(make: Callable[[], nn.Module], batches: list[Tensor]) -> list[Tensor]:
-    """(tokens, vocabulary) of each prompt. The model is gone afterwards."""
+    """Return the logits of each prompt, (tokens, vocabulary). The model is freed afterwards."""
     model = make().eval()
     return [model(input_ids=batch).logits[0].float() for batch in batches]
 

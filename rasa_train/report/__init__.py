@@ -1,1 +1,1 @@
-"""Runs compared: tables, curves, and one HTML page that needs nothing else."""
+"""Compare runs: tables, curves, and one self-contained HTML page."""

@@ -1,4 +1,4 @@
-"""The curves of a report: what they show, independent of what draws them (the page, or matplotlib)."""
+"""Compute the curves of a report, independent of what draws them (the page, or matplotlib)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from typing import Any
 from .runs import Run, Score, headlines, lower_is_better
 
 POINTS = 300
-"""Points of one curve at the most: the means of as many stretches of it."""
+"""Largest number of points of one curve; a longer curve is reduced to the means of equal segments."""
 ALL_POINTS = 6_000
-"""Points of one chart at the most."""
+"""Largest number of points of one chart."""
 METRICS = 8
-"""Scores of one suite that are all drawn."""
+"""Largest number of scores of one suite that are all drawn; of a suite with more, only the first score is drawn."""
 RUNS, MEANS = "each run", "mean over seeds"
+"""Names of the views of a chart."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line."""
+    """One line of a chart."""
 
     name: str
     x: dict[str, list[float]]
-    """By the name of the axis: the same points by step, by tokens, ..."""
+    """x values of the points by the name of the axis: step, tokens, ..."""
     y: list[float]
     spread: list[float] | None = None
     """Standard deviation over seeds."""
@@ -35,14 +36,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
+    """One chart, with lines for every view."""
+
     title: str
     y: str
-    """What is measured."""
+    """Name of the measured quantity."""
     views: dict[str, list[Series]]
-    """``each run``, and where there are several seeds ``mean over seeds``."""
+    """Lines by view: ``each run`` and, where there are several seeds, ``mean over seeds``."""
     note: str = ""
+    """Sentence below the title."""
     categories: dict[str, list[str]] = field(default_factory=dict)
-    """Names on an axis whose values are 0, 1, 2, ..."""
+    """Names of the values 0, 1, 2, ... of an axis, by the name of the axis."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,14 +54,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone."""
+    """Runs that differ only in the seed."""
 
     name: str
     runs: list[Run]
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs of the same recipe but for ``seed``. A run without a recipe is a group of its own."""
+    """Return groups of runs whose recipes differ only in ``seed``. A run without a recipe is a group of its own."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         rest = {key: value for key, value in run.recipe.items() if key not in ("seed", "output_dir")}
@@ -71,7 +75,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Every chart that the runs have data for."""
+    """Return every chart for which the runs have data."""
     grouped = groups(runs)
     found = [
         _over_time("Training loss", "loss", runs, grouped, lambda run: _column(run, "loss")),
@@ -89,7 +93,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _drawn(runs: Sequence[Run], first: Sequence[str]) -> list[str]:
-    """The scores that get a chart: all of a suite with few, the first one of a suite with many."""
+    """Return the scores to draw: all scores of a suite with few, the first score of a suite with many."""
     suites: dict[str, dict[str, None]] = {}
     for score in (score for run in runs for score in run.scores):
         suites.setdefault(score.suite, {})[score.key] = None
@@ -128,7 +132,7 @@ def _column(run: Run, key: str) -> list[Point]:
 
 
 def _curve(run: Run, key: str) -> list[Point]:
-    """Scores by step, one a step (the finished adapter is the last checkpoint)."""
+    """Return the values of a score by step, one per step; the finished adapter counts as the last checkpoint."""
     tokens, total = {}, 0.0
     for row in run.metrics:
         total += row.get("tokens", 0)
@@ -152,7 +156,7 @@ def _epoch(run: Run, score: Score, step: float) -> float:
 
 
 def _mean(group: Group, curves: list[list[Point]], most: int) -> Series | None:
-    """Mean and standard deviation at each step, over the runs that have it."""
+    """Return mean and standard deviation at each step, over the runs that have the step."""
     values: dict[float, list[tuple[dict[str, float], float]]] = {}
     for curve in curves:
         for step, x, y in curve:
@@ -179,7 +183,7 @@ def _series(name: str, points: list[Point], most: int) -> Series:
 
 
 def _thin(values: list[float], most: int) -> list[float]:
-    """Means of ``most`` equal stretches, five digits."""
+    """Return the values, or the means of ``most`` equal segments if there are more; rounded to five digits."""
     if len(values) > most:
         cuts = [i * len(values) // most for i in range(most + 1)]
         values = [fmean(values[a:b]) for a, b in pairwise(cuts)]
@@ -190,13 +194,14 @@ def _thin(values: list[float], most: int) -> list[float]:
 
 
 def _by_setting(title: str, key: str, grouped: Sequence[Group], setting: str, axis: str) -> Chart | None:
-    """BEST of a score against a setting that differs between runs, a line for each recipe of otherwise equal ones."""
+    """Return a chart of BEST of a score against a setting that differs between runs, with one line for each set of
+    recipes that are equal otherwise."""
     lines: dict[str, dict[Any, list[float]]] = {}
     names: dict[str, str] = {}
     for group in grouped:
         for run in group.runs:
             value, best = run.recipe.get(setting), run.best_and_last().get(key)
-            if value is None or best is None or not run.summary:  # half a run is no result
+            if value is None or best is None or not run.summary:  # an unfinished run is not a result
                 continue
             hidden = {"seed", "output_dir", setting, "model.revision"}
             rest = {name: v for name, v in run.recipe.items() if name not in hidden}
@@ -213,7 +218,9 @@ def _by_setting(title: str, key: str, grouped: Sequence[Group], setting: str, ax
     ]
     categories = {} if numeric else {axis: [str(value).rstrip("/").rpartition("/")[2] for value in values]}
     direction = "lowest" if lower_is_better(key) else "best"
-    return Chart(title, key, {RUNS: series}, f"The {direction} checkpoint of each run, mean over seeds.", categories)
+    return Chart(
+        title, key, {RUNS: series}, f"The {direction} checkpoint of each run, averaged over seeds.", categories
+    )
 
 
 def _line(name: str, found: dict[Any, list[float]], values: list[Any], axis: str, *, numeric: bool) -> Series:
@@ -224,7 +231,7 @@ def _line(name: str, found: dict[Any, list[float]], values: list[Any], axis: str
 
 
 def short_name(run: Run) -> str:
-    """``rasa r=8 k=1``."""
+    """Return a short name of a run's method, such as ``rasa r=8 k=1``."""
     adapter = [f"{key}={run.recipe[f'adapter.{key}']}" for key in ("r", "k") if f"adapter.{key}" in run.recipe]
     return " ".join([str(run.recipe.get("adapter.method", run.name)), *adapter])
 
@@ -235,7 +242,8 @@ def _distinct(names: dict[str, str], line: str) -> str:
 
 
 def _group_name(members: Sequence[Run]) -> str:
-    """What the runs' names have in common, without the seed: ``adapter.r=8`` of ``adapter.r=8,seed=1``."""
+    """Return the common name of the runs without the seed, such as ``adapter.r=8`` for ``adapter.r=8,seed=1``; the
+    method's short name if the names differ otherwise."""
     if len(members) == 1:
         return members[0].name
     bare = {_without_seed(run) for run in members}

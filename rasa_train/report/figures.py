@@ -1,4 +1,4 @@
-"""The charts and tables of a report as files: PNG and SVG for papers and slides, CSV for everything else."""
+"""Write the charts and tables of a report as files: PNG and SVG for papers and slides, CSV for everything else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ matplotlib.use("Agg")
 
 
 def write_figures(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """``runs.csv``, ``seeds.csv``, ``recipes.csv``, ``curves.csv``, and each chart as PNG and SVG. Returns the files.
+    """Write ``runs.csv``, ``seeds.csv``, ``recipes.csv``, ``curves.csv``, and each chart as PNG and SVG. Returns the
+    paths.
 
     Raises:
         UserError: ``directory`` cannot be written.
@@ -48,7 +49,7 @@ def write_figures(runs: Sequence[Run], directory: Path) -> list[Path]:
 
 
 def draw(chart: Chart) -> Figure:
-    """The last view of a chart (means over seeds, where there are any) by its first axis, with a legend."""
+    """Draw the last view of a chart (means over seeds, where there are any) by its first axis, with a legend."""
     series = list(chart.views.values())[-1]
     axis = next(iter(series[0].x))
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -64,7 +65,7 @@ def draw(chart: Chart) -> Figure:
 
 
 def draw_mixing(run: Run) -> Figure:
-    """|d| of every layer (row) and shared rank (column), a panel a kind."""
+    """Draw |d| of every layer (row) and shared rank (column), one panel per kind."""
     figure = Figure(figsize=(9, 1.2 + 1.9 * -(-len(run.mixing) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(run.mixing) // 3), 3, squeeze=False).ravel()
     for panel in panels[len(run.mixing) :]:
@@ -89,7 +90,7 @@ def _draw_line(plot: Axes, line: Series, axis: str, colour: str, dash: str) -> N
 
 
 def _write_curves(drawn: Sequence[Chart], path: Path) -> None:
-    """Long format: chart, view, line, axis, x, y, spread."""
+    """Write all points in long format, with the columns chart, view, line, axis, x, y and spread."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["chart", "view", "line", "axis", "x", "y", "spread"])
@@ -107,5 +108,5 @@ def _file_name(title: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without the dollars that matplotlib would read as mathematics."""
+    """Return text with dollar signs escaped, which matplotlib would otherwise read as mathematics."""
     return text.replace("$", r"\$")

@@ -245,10 +245,10 @@ class Plot {
 
   describe(series) {
     const ends = series.map((s) => `${s.name} ends at ${format(s.y[s.y.length - 1])}`);
-    return `${this.chart.title} by ${this.axis}. ${ends.join(", ")}. Arrow keys read single points.`;
+    return `${this.chart.title} by ${this.axis}. ${ends.join(", ")}. Use the arrow keys to read single points.`;
   }
 
-  /** All x values that any line has. */
+  /** All x values that occur in any line. */
   positions() {
     return [...new Set(this.shown().flatMap((s) => s.x[this.axis]))].sort((a, b) => a - b);
   }

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: no network, no other file."""
+"""Render a report as one self-contained HTML page, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .tables import Table, differences_table, groups_table, runs_table
 
 HERE = Path(__file__).parent
 MIXING_BYTES = 600_000
-"""Of heat maps on a page: later runs are left out beyond it, and named."""
+"""Largest size of the heat maps on a page. Runs beyond it are left out and listed by name."""
 
 
 def render(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
-    """The page as text.
+    """Return the page as text.
 
     Args:
-        reload_seconds: the page loads itself again after so long (a report of runs that go on).
+        reload_seconds: seconds after which the page reloads itself, for a report of unfinished runs; None: never.
     """
     drawn, grouped = charts(runs), groups(runs)
     maps, left_out = _mixing(runs)
@@ -43,7 +43,7 @@ def render(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
     script = (HERE / "page.js").read_text()
     data = {"charts": [chart.as_json() for chart in drawn], "mixing": maps, "reloadSeconds": reload_seconds}
     return Template((HERE / "page.html").read_text()).substitute(
-        # The page may run this one script and load nothing: a hostile run name has nothing to gain.
+        # The page may run only this script and load nothing, so that a hostile run name can do no harm.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=(HERE / "page.css").read_text(),
         script=script,
@@ -60,13 +60,13 @@ def render(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
 
 
 def embed(data: Any) -> str:
-    """JSON that may stand inside a script element: it cannot end the element, whatever names are in it."""
+    """Return JSON that is safe inside a script element: it cannot end the element, whatever names it contains."""
     text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def report_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The data of the page: what ``--json`` prints."""
+    """Return the data of the page, which ``--json`` prints."""
     drawn: list[Chart] = charts(runs)
     facts = [
         {
@@ -91,7 +91,7 @@ def report_json(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities are no JSON: null."""
+    """Return the value with None for NaN and infinities, which JSON cannot express."""
     if isinstance(value, dict):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -137,12 +137,13 @@ def _problems(runs: Sequence[Run]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Text that may be broken after its commas, as the names of a sweep's runs have them."""
+    """Return escaped text in which a line may break after a comma, for the names of a sweep's runs."""
     return escape(text).replace(",", ",<wbr>")
 
 
 def _mixing(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Heat maps as bytes (0 to 255 of the largest weight), base64, row by row; and the runs there is no room for."""
+    """Return the heat maps, and the names of the runs for which there is no room. A map is base64 of one byte per
+    weight, row by row, where 255 stands for the largest weight."""
     maps: list[dict[str, Any]] = []
     left_out, used = [], 0
     for run in runs:
@@ -166,5 +167,5 @@ def _mixing_section(maps: list[dict[str, Any]], left_out: list[str]) -> str:
     if not maps and not left_out:
         return ""
     text = "<p>Which layers use which shared ranks: |d| of each layer (row) and each rank of the pool (column).</p>"
-    more = f"<p>No room on this page for: {escape(', '.join(left_out))}.</p>" if left_out else ""
+    more = f"<p>There is no room on this page for {escape(', '.join(left_out))}.</p>" if left_out else ""
     return f'{text}<div id="heatmaps"></div>{more}'

@@ -1,4 +1,4 @@
-"""Run directories as they are found: finished, under way, or broken. What cannot be read is said, never raised."""
+"""Read run directories, whether finished, in progress or damaged. Unreadable parts are reported, never raised."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from ..io.run_dir import RunDirectory
 from ..merging.source import find_adapter
 
 RECENT = 10
-"""Steps over which the loss at the end of a run is averaged: that of one batch says little."""
+"""Number of steps over which the loss at the end of a run is averaged, because the loss of one batch says little."""
 PARTS = ("recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "checkpoints", "evaluation")
-"""What makes a directory a run, complete or not."""
+"""Files and directories any of which makes a directory a run, complete or not."""
 LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits")
+"""Words in the names of scores of which a lower value is better."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number that a model of a run got."""
+    """One evaluation result of a run: the value of one metric at one step."""
 
     suite: str
     metric: str
@@ -47,21 +48,21 @@ class Run:
     name: str
     path: Path
     recipe: dict[str, Any]
-    """Flat: ``{"adapter.r": 8, ...}``; empty when there is none."""
+    """The recipe with flat keys, ``{"adapter.r": 8, ...}``; empty when there is none."""
     metrics: list[dict[str, Any]]
-    """Lines of ``metrics.jsonl`` by step: the finite numbers in them, and ``eval_*``."""
+    """Lines of ``metrics.jsonl`` by step, with their finite numbers and ``eval_*``."""
     summary: dict[str, Any]
-    """Empty until the run is complete."""
+    """The summary; empty until the run is complete."""
     scores: list[Score]
-    """By step; those of the finished adapter last."""
+    """Scores by step; those of the finished adapter come last."""
     mixing: dict[str, Tensor]
-    """|d| of the shared ranks by kind (layers, pool ranks); empty for other methods than RaSA."""
+    """|d| of the shared ranks by kind (layers, pool ranks); empty for methods other than RaSA."""
     problems: list[str] = field(default_factory=list)
-    """What is missing or damaged, a sentence each."""
+    """Missing or damaged parts, one sentence each."""
 
     @property
     def state(self) -> str:
-        """``complete``, ``step 40 of 188``, ``not started``."""
+        """``complete``, ``step 40 of 188`` or ``no steps yet``."""
         if self.summary:
             return "complete"
         if not self.metrics:
@@ -71,6 +72,7 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
+        """Steps of the complete run, computed from the epochs if need be; None where unknown."""
         known = self.fact("steps") or number(self.recipe.get("training.max_steps"))
         if known:
             return int(known)
@@ -79,22 +81,22 @@ class Run:
         return round(last["step"] / epoch * epochs) if epochs and epoch else None
 
     def fact(self, key: str) -> float | None:
-        """A number of the summary."""
+        """Return a number from the summary; None where it has none."""
         return number(self.summary.get(key))
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss of the last steps; the summary's when there are no lines."""
+        """Mean training loss of the last steps; the summary's loss when there are no metrics."""
         losses = [row["loss"] for row in self.metrics[-RECENT:] if row.get("loss") is not None]
         return sum(losses) / len(losses) if losses else self.fact("loss")
 
     def total(self, key: str) -> float | None:
-        """Sum of a column of the metrics; the summary's value when there are no lines."""
+        """Return the sum of a column of the metrics; the summary's value when there are no metrics."""
         values = [row[key] for row in self.metrics if key in row]
         return sum(values) if values else self.fact(key)
 
     def best_and_last(self) -> dict[str, tuple[float, float]]:
-        """(BEST over the checkpoints, LAST) of each score."""
+        """Return (BEST over the checkpoints, LAST) of each score."""
         found: dict[str, list[float]] = {}
         for score in self.scores:
             found.setdefault(score.key, []).append(score.value)
@@ -102,17 +104,18 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite number: files may hold anything."""
+    """Return ``value`` if it is a finite number, else None, because files may hold anything."""
     numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if numeric else None
 
 
 def lower_is_better(name: str) -> bool:
+    """Whether a lower value of this score is better."""
     return any(word in name.lower() for word in LOWER_IS_BETTER)
 
 
 def headlines(runs: Iterable[Run]) -> list[str]:
-    """The first score of each suite: what tables show. The others are only drawn."""
+    """Return the first score of each suite, which tables show. Other scores are only drawn."""
     first: dict[str, str] = {}
     for score in (score for run in runs for score in run.scores):
         first.setdefault(score.suite, score.key)
@@ -120,33 +123,34 @@ def headlines(runs: Iterable[Run]) -> list[str]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Each path that is a run, and the runs directly below each that is none (a sweep's ``output_dir``). Files are
-    passed over where there are directories as well: a pattern such as ``runs/*`` matches both.
+    """Return each path that is a run, and the runs directly below each path (such as a sweep's ``output_dir``). Files
+    are skipped if there are directories as well, because a pattern such as ``runs/*`` matches both.
 
     Raises:
-        UserError: a path that does not exist, or that neither is nor holds a run.
+        UserError: a path does not exist, or neither is nor holds a run.
     """
     found: list[Path] = []
     directories = [path for path in paths if not path.is_file()]
     for path in directories or paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no run: there is no such directory")
+            raise UserError(f"{path} is not a run: there is no such directory")
         inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]
         if not _is_run(path) and not inside:
-            raise UserError(f"{path} is no run and holds none: a run directory has one of {', '.join(PARTS)}")
+            raise UserError(f"{path} is not a run and holds none: a run directory has one of {', '.join(PARTS)}")
         found += [path] if _is_run(path) else []
         found += [child for child in inside if child.name not in PARTS]
     return list(dict.fromkeys(found))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """All runs, named by what tells their paths apart."""
+    """Return all runs, named by the shortest path endings that differ."""
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def read_run(path: Path, name: str) -> Run:
+    """Return the run in a directory. Missing and damaged parts are listed in ``Run.problems``."""
     directory, problems = RunDirectory(path), list[str]()
-    recipe = flatten(_mapping(directory.recipe, problems, "what was trained is not known"))
+    recipe = flatten(_mapping(directory.recipe, problems, "it is not known what was trained"))
     metrics = _metrics(directory.metrics, problems)
     summary = _mapping(directory.summary, [] if not directory.summary.exists() else problems, "")
     if not summary:
@@ -160,7 +164,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"adapter": {"r": 8}}`` -> ``{"adapter.r": 8}``."""
+    """Return a nested mapping with flat keys: ``{"adapter": {"r": 8}}`` -> ``{"adapter.r": 8}``."""
     if not isinstance(value, dict):
         return {prefix: value}
     parts = [flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
@@ -172,7 +176,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[bool, float, str]]:
-    """Order of names with numbers in them: ``r=8`` before ``r=16``."""
+    """Return a sort key that orders numbers in names by value: ``r=8`` before ``r=16``."""
     words: list[tuple[bool, float, str]] = []
     for part in path.name.replace("=", " = ").replace(",", " , ").split():
         try:
@@ -183,7 +187,7 @@ def _natural(path: Path) -> list[tuple[bool, float, str]]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
+    """Return the shortest endings of the paths that all differ."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -193,7 +197,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
-    """A YAML or JSON file with a mapping; {} and a problem when it is none."""
+    """Return the mapping in a YAML or JSON file. If there is none, return {} and add a problem."""
     because = f": {consequence}" if consequence else ""
     try:
         text = path.read_text()
@@ -205,7 +209,7 @@ def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, Any
         problems.append(f"{path.name} cannot be read ({' '.join(str(error).split())[:120]}){because}")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{path.name} holds no mapping{because}")
+        problems.append(f"{path.name} does not hold a mapping{because}")
         return {}
     return value
 
@@ -233,7 +237,7 @@ def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Mixing weights and configuration of the final adapter or the newest checkpoint."""
+    """Return mixing weights and configuration of the final adapter or the newest checkpoint."""
     try:
         saved = read_adapter(find_adapter(path))
     except UserError as error:
@@ -249,9 +253,9 @@ def _scores(path: Path, metrics: list[dict[str, Any]], problems: list[str]) -> l
             if key.startswith("eval_"):
                 found += [(row["step"], s) for s in _numbers(key.removeprefix("eval_"), value, row)]
     for file in sorted((path / "evaluation").glob("*/*.json")):
-        result = _mapping(file, problems, f"of the evaluation {file.parent.name}")
+        result = _mapping(file, problems, f"it belongs to the evaluation {file.parent.name}")
         step = number(result.get("step"))
-        # what has no step is the finished adapter: it comes last
+        # a result without a step belongs to the finished adapter and comes last
         order = math.inf if file.stem == "adapter" or step is None else step
         if not isinstance(result.get("metrics"), dict):
             problems += [f"evaluation/{file.parent.name}/{file.name} has no metrics"] if result else []

@@ -1,4 +1,4 @@
-"""The tables of a report, as plain values: a cell is what is shown and what it is sorted by."""
+"""Build the tables of a report as plain values: a cell has a text to show and a value to sort by."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ from .runs import Run, headlines, lower_is_better, number
 
 @dataclass(frozen=True)
 class Cell:
+    """A cell of a table."""
+
     text: str
     value: float | str | None = None
-    """For sorting, and for CSV; None (unknown) comes last."""
+    """Value for sorting and for CSV; None (unknown) comes last."""
 
 
 @dataclass(frozen=True)
 class Column:
+    """A column of a table."""
+
     title: str
     hint: str = ""
+    """Explanation of the title, shown as a tooltip."""
     number: bool = True
+    """Whether the cells are numbers."""
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table; the first cell of a row is the row's heading."""
+
     columns: list[Column]
     rows: list[list[Cell]]
 
@@ -38,6 +46,7 @@ class Table:
         return asdict(self)
 
     def csv(self) -> str:
+        """Return the table as CSV."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(column.title for column in self.columns)
@@ -49,40 +58,44 @@ UNKNOWN = Cell("–")
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row a run; two columns (BEST, LAST) for the first score of each suite."""
+    """Return a table with one row per run and two columns (BEST, LAST) for the first score of each suite."""
     scores = headlines(runs)
     columns = [
         Column("run", number=False),
         Column("state", number=False),
         Column("method", number=False),
-        Column("r", "ranks a layer"),
-        Column("k", "of those, shared"),
+        Column("r", "number of ranks per layer"),
+        Column("k", "number of these ranks that are shared"),
         Column("loss", "training loss, mean of the last 10 steps"),
     ]
     validated = any("validation_loss" in row for run in runs for row in run.metrics)
-    columns += [Column("validation", "validation loss, last")] if validated else []
+    columns += [Column("validation", "last validation loss")] if validated else []
     for key in scores:
         way = "lowest" if lower_is_better(key) else "highest"
-        columns += [Column(f"{key} BEST", f"{way} over the checkpoints"), Column(f"{key} LAST", "of the finished run")]
+        columns += [
+            Column(f"{key} BEST", f"{way} over the checkpoints"),
+            Column(f"{key} LAST", "value of the finished run"),
+        ]
     columns += [
-        Column("trained", "trainable parameters"),
+        Column("trained", "number of trainable parameters"),
         Column("rank", "largest effective rank of an update"),
         Column("steps"),
         Column("tokens"),
         Column("time"),
-        Column("memory", "peak of the first worker"),
+        Column("memory", "peak memory of the first worker"),
     ]
     return Table(columns, [_run_row(run, scores, validated) for run in runs])
 
 
 def groups_table(groups: Sequence[Group]) -> Table | None:
-    """Mean and standard deviation over the seeds whose run is complete; None when no recipe was run with two."""
+    """Return a table of mean and standard deviation over the complete runs of each group; None when every group has
+    only one run."""
     if all(len(group.runs) < 2 for group in groups):
         return None
     scores = headlines(run for group in groups for run in group.runs)
     columns = [
         Column("runs", number=False),
-        Column("seeds", "complete runs"),
+        Column("seeds", "number of complete runs"),
         Column("loss", "mean ± standard deviation"),
     ]
     columns += [Column(f"{key} {which}", "mean ± standard deviation") for key in scores for which in ("BEST", "LAST")]
@@ -99,7 +112,7 @@ def groups_table(groups: Sequence[Group]) -> Table | None:
 
 
 def differences_table(runs: Sequence[Run]) -> Table | None:
-    """The recipe keys that are not the same in all runs; None when there are none."""
+    """Return a table of the recipe keys that differ between runs; None when there are none."""
     known = [run for run in runs if run.recipe]
     keys = list(dict.fromkeys(key for run in known for key in run.recipe))
     differing = [

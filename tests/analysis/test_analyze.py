@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rasa_train.analysis.capacity import capacity
+from rasa_train.analysis.capacity import Descent, capacity
 from rasa_train.analysis.updates import KindUpdates, of_adapter, of_models, random_updates
 from rasa_train.merging.merged import merge
 from tests.conftest import Cli
@@ -109,7 +109,7 @@ def test_errors_fall_for_any_shape(L: int, b: int, a: int, r: int, data: st.Data
     k = data.draw(st.integers(0, r))
     start = data.draw(st.sampled_from(["rasa", "theorem", "random"]))
     updates = random_updates(L, b, a, data.draw(st.none() | st.integers(1, 6)), seed)["random"]()
-    found = capacity(updates, r, [k], sweeps=3, start=start, seed=seed)
+    found = capacity(updates, r, [k], Descent(3, start, seed))
     slack = 1e-9 * found.norm2
     errors = found.e_rasa[k]
     assert all(after <= before + slack for before, after in pairwise(errors))
@@ -166,14 +166,17 @@ def test_subspace(pair: tuple[Path, Path], cli: Cli) -> None:
 
 
 WRONG = {
-    "nothing": (["reconstruct"], "give an adapter or run"),
-    "both": (["reconstruct", "one", "--random", "2,3,4"], "give an adapter or run"),
+    "nothing": (["reconstruct"], "give either an adapter or run"),
+    "both": (["reconstruct", "one", "--random", "2,3,4"], "give either an adapter or run"),
     "random": (["reconstruct", "--random", "2,3"], "--random must be L,B,A"),
     "k": (["reconstruct", "one", "--k", "9"], r"--k must be numbers in \[0, r=8\]"),
-    "kind": (["reconstruct", "one", "--kind", "q_porj"], "no such kind; there are self_attn.q_proj"),
+    "kind": (["reconstruct", "one", "--kind", "q_porj"], "no such kind; the kinds are self_attn.q_proj"),
     "no adapter": (["spectrum", "nowhere"], "nowhere does not exist"),
-    "no model": (["spectrum", "base", "nowhere"], "nowhere is no model"),
-    "beyond the rank": (["subspace", "one", "two", "-i", "7"], r"-i must be in \[1, 6\], the numerical rank of"),
+    "no model": (["spectrum", "base", "nowhere"], "nowhere is not a model"),
+    "beyond the rank": (
+        ["subspace", "one", "two", "-i", "7"],
+        r"-i must be in \[1, 6\], where 6 is the numerical rank of",
+    ),
     "itself": (["subspace", "one"], "--layers M,N"),
     "layers": (["subspace", "one", "--layers", "0,7"], "has layers 0 to 2, got 7"),
     "layer numbers": (["subspace", "one", "--layers", "x"], "two layer numbers"),

@@ -69,8 +69,8 @@ def test_json_of_the_counters(cli: Cli, tiny_llama: Path) -> None:
     [
         (("--shape", "llama-9000"), "linears-1024, llama-3.1-8b"),
         (("--engines", "ours,theirs"), "there is no theirs"),
-        (("--methods", "nonsense"), "there is no nonsense; there are lora, mora, rasa, vera"),
-        (("--engines", "paper", "--methods", "lora"), "none of these engines has one of these methods"),
+        (("--methods", "nonsense"), "there is no nonsense; the names are lora, mora, rasa, vera"),
+        (("--engines", "paper", "--methods", "lora"), "none of these engines computes one of these methods"),
         (("--tokens", "10"), "'--tokens': Input should be greater than or equal to 64"),
         (("--counters", "--shape", "linears-1024"), "--shape llama-3.1-8b"),
         (("--data",), "--data needs --tokenizer"),

@@ -13,7 +13,7 @@ import torch
 from rasa_train.data.encode import prompt_text
 from rasa_train.errors import Stopped
 from rasa_train.evaluate import results
-from rasa_train.evaluate.generate import SampleFile, generate, response_budget
+from rasa_train.evaluate.generate import Generation, SampleFile, generate, response_budget
 from rasa_train.evaluate.load import Plan, find_subjects, load_lm, wrap
 from rasa_train.evaluate.suites import Suite, load_suite
 from rasa_train.models.config import ModelConfig
@@ -58,7 +58,7 @@ class AlwaysStop(StopSignal):
 
 
 def answers(lm: Any, suite: Suite, n: int, batch_tokens: int) -> list[list[str]]:
-    return generate(lm, suite, suite.questions[:n], SampleFile(None, {}), batch_tokens=batch_tokens)
+    return generate(lm, suite, suite.questions[:n], SampleFile(None, {}), Generation(batch_tokens))
 
 
 def test_greedy_responses_do_not_depend_on_the_batch(lm: Any, suite: Suite) -> None:
@@ -79,15 +79,15 @@ def test_a_response_is_that_of_transformers(lm: Any, suite: Suite) -> None:
 def test_interrupted_and_resumed_is_uninterrupted(lm: Any, suite: Suite, tmp_path: Path) -> None:
     path, header = tmp_path / "samples.jsonl", {"protocol": 1}
     file = SampleFile(path, header)
-    with pytest.raises(Stopped, match="of 6 responses are kept"):
-        generate(lm, suite, suite.questions[:6], file, batch_tokens=400, stop=AlwaysStop(file, 2))
+    with pytest.raises(Stopped, match="of 6 responses are saved"):
+        generate(lm, suite, suite.questions[:6], file, Generation(400, stop=AlwaysStop(file, 2)))
     kept = len(file.responses)
     assert 2 <= kept < 6
     with path.open("a") as torn:
         torn.write('{"index": 5, "sample": 0, "resp')
     again = SampleFile(path, header)
     assert len(again.responses) == kept
-    assert generate(lm, suite, suite.questions[:6], again, batch_tokens=400) == answers(lm, suite, 6, 400)
+    assert generate(lm, suite, suite.questions[:6], again, Generation(400)) == answers(lm, suite, 6, 400)
     assert len(path.read_text().splitlines()) == 7
 
 
@@ -106,10 +106,10 @@ def test_a_real_model_and_real_questions(name: str, questions: str, tmp_path: Pa
     assert answers(real, suite, 6, 4_000) == alone and any(response != alone[0] for response in alone)
     file = SampleFile(tmp_path / "samples.jsonl", {})
     with pytest.raises(Stopped):
-        generate(real, suite, suite.questions[:6], file, batch_tokens=1, stop=AlwaysStop(file, 3))
+        generate(real, suite, suite.questions[:6], file, Generation(1, stop=AlwaysStop(file, 3)))
     assert 0 < len(file.responses) < 6
     resumed = SampleFile(tmp_path / "samples.jsonl", {})
-    assert generate(real, suite, suite.questions[:6], resumed, batch_tokens=4_000) == alone
+    assert generate(real, suite, suite.questions[:6], resumed, Generation(4_000)) == alone
 
 
 def test_sampled_responses_resume_as_well(lm: Any, tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_sampled_responses_resume_as_well(lm: Any, tmp_path: Path) -> None:
     assert len(whole[0]) == 20
     file = SampleFile(tmp_path / "s.jsonl", {})
     with pytest.raises(Stopped):
-        generate(lm, code, code.questions, file, batch_tokens=1000, stop=AlwaysStop(file, 1))
+        generate(lm, code, code.questions, file, Generation(1000, stop=AlwaysStop(file, 1)))
     assert len(file.responses) == 10
-    assert generate(lm, code, code.questions, SampleFile(tmp_path / "s.jsonl", {}), batch_tokens=1000) == whole
+    assert generate(lm, code, code.questions, SampleFile(tmp_path / "s.jsonl", {}), Generation(1000)) == whole
 
 
 def test_room_for_a_response(suite: Suite) -> None:
@@ -260,16 +260,16 @@ def test_a_run_its_checkpoints_and_training_evaluate(cli: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{demo}", "--suite", "maths"), "--suite must be of math, gsm8k, code, forgetting"),
+        (("{demo}", "--suite", "maths"), "--suite must name suites out of math, gsm8k, code, forgetting"),
         (("{demo}", "--suite", "math"), "--data PATH, a file or a directory"),
         (("{demo}", "--suite", "forgetting"), "give a directory with hellaswag.jsonl"),
         (("{demo}", "--suite", "math", "--data", "nowhere"), "--data: nowhere does not exist"),
         (("{tiny}", "--suite", "gsm8k", "--data", "demo"), "has no tokenizer"),
-        (("./nowhere", "--suite", "gsm8k", "--data", "demo"), "is no run, adapter or model"),
+        (("./nowhere", "--suite", "gsm8k", "--data", "demo"), "is not a run, an adapter or a model"),
         (("{demo}", "--all-checkpoints"), "--all-checkpoints needs the directory of a run"),
         (("{demo}", "--backend", "vllm", "--suite", "gsm8k", "--data", "demo"), "--backend vllm needs vLLM"),
-        ((), "give either RUN_OR_MODEL, or --score"),
-        (("--score", "nowhere.jsonl"), "--score: no file nowhere.jsonl"),
+        ((), "give either RUN_OR_MODEL or --score"),
+        (("--score", "nowhere.jsonl"), "--score: nowhere.jsonl is not a file"),
     ],
 )
 def test_bad_input(cli: Any, tiny_llama: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -23,6 +23,7 @@ from rasa_train.cli.merge import app
 from rasa_train.io import atomic_dir as output
 from rasa_train.io.base_fingerprint import base_samples
 from rasa_train.merging.merged import merge
+from rasa_train.merging.options import Writing
 
 from .conftest import load, save_adapter, save_base
 
@@ -72,7 +73,7 @@ def test_plain_output_says_what_a_person_needs(case, tmp_path):
 def test_who_reads_the_lora_of_fused_experts_is_said(case, tmp_path):
     _, adapter, _ = case("mixtral")
     code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora")
-    assert code == 0 and "rank 10" in stdout and "from 0.19 on; vLLM only for" in stdout
+    assert code == 0 and "rank 10" in stdout and "from version 0.19 on, and vLLM reads it only for" in stdout
 
 
 def test_a_run_without_a_final_adapter_says_which_checkpoint_it_took(case, tmp_path):
@@ -381,7 +382,7 @@ def test_killed_in_the_middle(case, tmp_path, there):
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
     assert (out / "old").exists() if there else not out.exists()
     (tmp_path / ".outer.partial-1").mkdir()  # another output's: not ours to remove
-    merge(adapter, out, overwrite=True)
+    merge(adapter, out, writing=Writing(overwrite=True))
     assert load(out).config.hidden_size == 32 and not (out / "old").exists()
     assert [p.name for p in tmp_path.glob(".*")] == [".outer.partial-1"]
 
@@ -494,7 +495,7 @@ def test_killed_between_the_two_renames_of_a_replacement(case, tmp_path):
     _, adapter, _ = case()
     merge(adapter, tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.replaced-123")
-    merge(adapter, tmp_path / "out", overwrite=True)
+    merge(adapter, tmp_path / "out", writing=Writing(overwrite=True))
     assert (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.glob(".*"))
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rasa_train.errors import UserError
 from rasa_train.lowrank.reconstruct import Reconstruction
-from rasa_train.merging import extract
+from rasa_train.merging import Fit, extract
 from rasa_train.merging import extract as function
 from rasa_train.merging.merged import merge
 
@@ -50,7 +50,7 @@ def updates(base: Path, tuned: Path, kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_the_errors_are_those_of_what_is_written(tmp_path, k):
     base, tuned = finetuned(tmp_path, shards="20KB")
-    report = extract(str(tuned), str(base), tmp_path / "out", r=3, k=k, sweeps=30, targets=TARGETS)
+    report = extract(str(tuned), str(base), tmp_path / "out", Fit(r=3, k=k, sweeps=30, targets=TARGETS))
     merge(tmp_path / "out", tmp_path / "merged")
     assert report.kinds.keys() == KINDS
     for kind, row in report.kinds.items():
@@ -74,7 +74,7 @@ def test_lora_and_transposed_weights(tmp_path):
                 p += 0.1 * torch.randn(p.shape[0], 2) @ torch.randn(2, p.shape[1])
 
     base, tuned = finetuned(tmp_path, "gpt2", change=change)
-    report = extract(str(tuned), str(base), tmp_path / "out", method="lora", r=2, targets=["c_attn"])
+    report = extract(str(tuned), str(base), tmp_path / "out", Fit(method="lora", r=2, targets=["c_attn"]))
     assert report.total().error < 1e-9 * report.total().norm2 and report.others_changed == []
     merge(tmp_path / "out", tmp_path / "merged")
     want, got = (load_file(d / "model.safetensors") for d in (tuned, tmp_path / "merged"))
@@ -87,9 +87,9 @@ def test_large_kinds_are_cut_first_and_stay_below_lora(tmp_path, monkeypatch):
     module = __import__("sys").modules[function.__module__]
     monkeypatch.setattr(module, "DENSE", 0)
     monkeypatch.setattr(module, "KEPT", 2)
-    cut = extract(str(tuned), str(base), tmp_path / "cut", r=3, k=1, sweeps=30, targets=TARGETS)
+    cut = extract(str(tuned), str(base), tmp_path / "cut", Fit(r=3, k=1, sweeps=30, targets=TARGETS))
     monkeypatch.setattr(module, "DENSE", 1 << 28)
-    whole = extract(str(tuned), str(base), tmp_path / "whole", r=3, k=1, sweeps=30, targets=TARGETS)
+    whole = extract(str(tuned), str(base), tmp_path / "whole", Fit(r=3, k=1, sweeps=30, targets=TARGETS))
     for kind in KINDS:
         assert_close(cut.kinds[kind].lora_error, whole.kinds[kind].lora_error, rtol=1e-4, atol=0.0)
         assert_close(cut.kinds[kind].norm2, whole.kinds[kind].norm2, rtol=1e-5, atol=0.0)
@@ -102,13 +102,13 @@ def test_large_kinds_are_cut_first_and_stay_below_lora(tmp_path, monkeypatch):
     real = module.reconstruct
     monkeypatch.setattr(module, "DENSE", 0)
     monkeypatch.setattr(module, "reconstruct", misled)
-    safe = extract(str(tuned), str(base), tmp_path / "safe", r=3, k=1, targets=TARGETS)
+    safe = extract(str(tuned), str(base), tmp_path / "safe", Fit(r=3, k=1, targets=TARGETS))
     assert all(row.error <= row.lora_error * (1 + 1e-5) for row in safe.kinds.values())
 
 
 def test_two_architectures(tmp_path):
     base, _ = save_base(tmp_path / "base"), save_base(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(UserError, match=r"gpt2 is no fine-tuned .*q_proj\.weight is absent"):
+    with pytest.raises(UserError, match=r"gpt2 is not a fine-tuned .*q_proj\.weight is absent"):
         extract(str(tmp_path / "gpt2"), str(base), tmp_path / "out")
     save_base(tmp_path / "tied", "tied")
     with pytest.raises(UserError, match=r"k_proj\.weight is \(32, 32\), not \(16, 32\)"):
@@ -128,5 +128,5 @@ def test_weights_that_cannot_be_read(tmp_path):
         changed = {n: t for n, t in {**weights, name: value}.items() if t is not None}
         save_file(changed, tuned / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=says):
-            extract(str(tuned), str(base), tmp_path / "out", targets=TARGETS)
+            extract(str(tuned), str(base), tmp_path / "out", Fit(targets=TARGETS))
     assert not (tmp_path / "out").exists()

@@ -206,7 +206,7 @@ def test_an_update_that_depends_on_the_weight_gets_it(case, tmp_path, monkeypatc
     _, adapter, expected = case(kind, method="scaled")
     merge(adapter, tmp_path / "out")
     assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"'scaled' is no product of low-rank factors: use --format merged"):
+    with pytest.raises(UserError, match=r"'scaled' is not a product of low-rank factors: use --format merged"):
         export_lora(adapter, tmp_path / "lora")
 
 

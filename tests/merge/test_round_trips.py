@@ -28,11 +28,11 @@ RANKS = {
 }  # fmt: skip
 """The largest rank of a site in the LoRA that each factor method becomes."""
 REFUSED = {
-    "mora": "'mora' is no product of low-rank factors: use --format merged",
-    "dora": "'dora' is no product of low-rank factors: use --format merged",
-    "bitfit": "'bitfit' is no product of low-rank factors: use --format merged",
-    "full": "the adapter has base parameters (lm_head.weight, ...), which no LoRA can hold: use --format merged",
-    "peft": "the adapter has base parameters (model.layers.0.mlp.down_proj.weight, ...), which no LoRA can hold",
+    "mora": "'mora' is not a product of low-rank factors: use --format merged",
+    "dora": "'dora' is not a product of low-rank factors: use --format merged",
+    "bitfit": "'bitfit' is not a product of low-rank factors: use --format merged",
+    "full": "the adapter has base parameters (lm_head.weight, ...), which a LoRA cannot hold: use --format merged",
+    "peft": "the adapter has base parameters (model.layers.0.mlp.down_proj.weight, ...), which a LoRA cannot hold",
 }
 """What ``--format lora`` says to the others."""
 IN_PEFT = ("lora", "dora", "vera")

@@ -36,5 +36,5 @@ def test_rounding_is_named_and_a_wrong_merge_refused(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     weights = load_file(tmp_path / "out" / "model.safetensors")
     save_file(weights | {name: weights[name].flip(0)}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="is not the adapted model"):
+    with pytest.raises(UserError, match="does not equal the adapted model"):
         verify(tmp_path / "adapter", tmp_path / "out", exact=True)

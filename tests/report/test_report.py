@@ -135,7 +135,7 @@ def test_runs_are_found_and_named_by_what_tells_them_apart(make_run: MakeRun, tm
     assert {path.name for path in find_runs([*(tmp_path / "sweep").iterdir()])} == {"r=8", "r=16"}, "as sweep/* does"
     with pytest.raises(UserError, match="no such directory"):
         find_runs([tmp_path / "sweep" / "note.json"])
-    with pytest.raises(UserError, match="is no run and holds none"):
+    with pytest.raises(UserError, match="is not a run and holds none"):
         find_runs([tmp_path / "x"])
     with pytest.raises(UserError, match="no such directory"):
         find_runs([tmp_path / "y"])
