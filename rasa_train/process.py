@@ -33,7 +33,7 @@ def peak_memory_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    others = ("torch", "transformers", "accelerate", "lion-pytorch")
+    others = ("torch", "transformers", "accelerate")
     return {"rasa_train": __version__, **{name: version_of(name) or "unknown" for name in others}}
 
 

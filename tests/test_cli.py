@@ -133,7 +133,7 @@ def test_check_with_everything(recipe: Path, cli: Cli, monkeypatch: pytest.Monke
     shown = cli("train", recipe, "--check", check=True).stdout
     assert "ready to train" in shown and not any(line.endswith(" ") for line in shown.splitlines())
     (versions,) = [line for line in shown.splitlines() if line.startswith("versions")]
-    assert facts["versions"]["lion-pytorch"] in versions, "whole lines where it is not a terminal"
+    assert facts["versions"]["accelerate"] in versions, "whole lines where it is not a terminal"
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     in_terminal = re.sub(r"\x1b\[[0-9;]*m", "", cli("train", recipe, "--check", check=True).stdout)

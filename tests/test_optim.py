@@ -39,6 +39,26 @@ def test_lion_is_lion_pytorch_to_the_bit(weight_decay: float) -> None:
     )
 
 
+@pytest.mark.parametrize("config", [LionW(lr=1e-2), AdamW(lr=1e-2)], ids=lambda c: c.name)
+def test_groups_have_rates_of_their_own(config: LionW | AdamW) -> None:
+    """A group with factor 4 moves as one that was given four times the rate."""
+    grouped = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    single = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    together = make_optimizer(config, {1.0: grouped[:1], 4.0: grouped[1:]})
+    apart = [make_optimizer(config, [p]) for p in single]
+    for step in range(3):
+        lr = 1e-2 / (step + 1)
+        for p in (*grouped, *single):
+            p.grad = torch.tensor([1.0, -2.0, 0.5])
+        set_lr(together, lr)
+        for optimizer, factor in zip(apart, (1.0, 4.0), strict=True):
+            set_lr(optimizer, lr * factor)
+            optimizer.step()
+        together.step()
+    assert all(torch.equal(p, q) for p, q in zip(grouped, single, strict=True))
+    assert not torch.equal(grouped[0], grouped[1])
+
+
 @pytest.mark.gpu
 def test_adamw_on_a_gpu_is_fused_and_resumes() -> None:
     """The fused kernel against torch's loop over tensors on the CPU, its state carried over in the middle."""

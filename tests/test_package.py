@@ -146,5 +146,5 @@ def test_the_wheel_holds_recipes_and_the_demo(tmp_path: Path) -> None:
 def test_a_package_without_metadata_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder on the import path is enough to run from, so a missing version must not end a run."""
     assert version_of("pytest") and version_of("no-such-package-at-all") is None
-    monkeypatch.setattr(process, "version_of", lambda package: None if package == "lion-pytorch" else "1")
-    assert process.versions()["lion-pytorch"] == "unknown" and process.versions()["torch"] == "1"
+    monkeypatch.setattr(process, "version_of", lambda package: None if package == "accelerate" else "1")
+    assert process.versions()["accelerate"] == "unknown" and process.versions()["torch"] == "1"

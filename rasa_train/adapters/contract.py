@@ -163,6 +163,11 @@ class Method(BaseModel, ABC):
         fp32, computed with under autocast, and saved and merged by their own name."""
         return False
 
+    def lr_factor(self, name: str) -> float:
+        """Return the learning rate of a trained tensor over that of the recipe, by the tensor's name in the adapter's
+        file: ``model.layers.0.self_attn.q_proj.B``. LoRA+ (arXiv 2402.12354) would return 16 for every B."""
+        return 1.0
+
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A term added to the loss of every step (AdaLoRA's orthogonality), or None."""
         return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
@@ -56,7 +56,7 @@ class Lion(torch.optim.Optimizer):
     AT_ONCE = 64
     """Tensors updated together: bounds the memory of the updates where tensors are large."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: LionW) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config: LionW) -> None:
         super().__init__(parameters, {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay})
         self.peak_lr = config.lr
 
@@ -83,12 +83,21 @@ class Lion(torch.optim.Optimizer):
         torch._foreach_add_(averages, grads, alpha=1.0 - beta2)
 
 
-def make_optimizer(config: LionW | AdamW, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: LionW | AdamW, parameters: Iterable[nn.Parameter] | Mapping[float, Iterable[nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """Make the optimizer that ``config`` describes.
+
+    Args:
+        parameters: the trained parameters; or groups of them, by the factor of their learning rate (see ``set_lr``).
+    """
+    by_factor = parameters if isinstance(parameters, Mapping) else {1.0: parameters}
+    groups = [{"params": list(members), "lr_factor": factor} for factor, members in by_factor.items()]
+    trained = [p for group in groups for p in cast("list[nn.Parameter]", group["params"])]
     if isinstance(config, LionW):
-        return Lion(parameters, config)
-    trained = list(parameters)
+        return Lion(groups, config)
     return torch.optim.AdamW(
-        trained,
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

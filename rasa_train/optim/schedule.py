@@ -43,5 +43,6 @@ def lr_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of a step: of each group ``lr`` times the group's ``lr_factor``, if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)

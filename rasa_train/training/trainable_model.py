@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,9 +83,17 @@ class TrainableModel:
         """Let the engine place and divide the model, and make the optimizer of what is trained."""
         self.shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(self.module).items()}
         self.ranks = effective_ranks(self.module)
-        self.engine.prepare(self.module, partial(make_optimizer, self.recipe.training.optimizer))
+        self.engine.prepare(self.module, self._make_optimizer)
         self.parameters, self.adapters = trainable(self.module), adapters(self.module)
         self.groups = [] if self.engine.sharded or self.recipe.training.compile else groups(self.module)
+
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimizer of ``parameters``, in groups where the method wants several learning rates."""
+        names = {id(parameter): name for name, parameter in trainable(self.module).items()}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault(self.recipe.adapter.lr_factor(names[id(parameter)]), []).append(parameter)
+        return make_optimizer(self.recipe.training.optimizer, groups)
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Compute the loss of a micro-batch: fp32, a sum over its targets."""

@@ -13,7 +13,7 @@ import torch
 from .measure import BF16, DEVICE, ON_GPU, TINY, Check, Values, milliseconds, random, rounded, synchronize
 
 PACKAGES = (
-    "torch", "triton", "transformers", "accelerate", "peft", "pydantic", "lion-pytorch", "liger-kernel", "bitsandbytes",
+    "torch", "triton", "transformers", "accelerate", "peft", "pydantic", "liger-kernel", "bitsandbytes",
     "deepspeed", "datasets", "numpy",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / ".whl"
 PINNED = (
-    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "lion-pytorch", "bitsandbytes"),
+    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "bitsandbytes"),
     *("typer", "annotated-doc", "shellingham", "rich", "pygments", "markdown-it-py", "mdurl"),
 )
 """What a machine with torch, transformers, accelerate and triton lacks, or has in too old a version: at the versions of
