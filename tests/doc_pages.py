@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from rasa_train import METHODS, Method, register
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -119,3 +125,31 @@ def commands(line: str, where: str) -> list[Command]:
         if words:
             found.append(Command(where, tuple(words), line.partition(" #")[0].strip(), output, not before))
     return found
+
+
+# -- the method of docs/EXTENDING.md ---------------------------------------------------------------------------------
+
+
+def own_method_source() -> str:
+    (found,) = [block.text for block in blocks(ROOT / "docs" / "EXTENDING.md") if block.language == "python"]
+    return found + "\n"
+
+
+@contextmanager
+def own_method(directory: Path) -> Iterator[type[Method]]:
+    """Write ``lora_fa.py`` and register its method for the time of the block."""
+    file = directory / "lora_fa.py"
+    file.write_text(own_method_source())
+    spec = importlib.util.spec_from_file_location("lora_fa", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    name = module.LoRAFA.model_fields["method"].default
+    try:
+        yield register(module.LoRAFA)
+    finally:
+        METHODS.registered.pop(name, None)
+        for watcher in METHODS.watchers:
+            watcher()
+        del sys.modules[spec.name]

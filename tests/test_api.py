@@ -22,6 +22,7 @@ from rasa_train.adapters import inject
 from rasa_train.adapters.shared_input import packed
 from rasa_train.adapters.state import groups, trainable
 from tests.conftest import Cli
+from tests.doc_pages import ROOT, blocks
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 METHODS = [LoRA(r=4, alpha=8), RaSA(r=4, k=1, alpha=8), VeRA(r=8), MoRA(r=4), DoRA(r=4)]
@@ -231,6 +232,23 @@ def test_experts_are_merged_back(tmp_path: Path) -> None:
     merge(ours)
     assert [(name, type(module)) for name, module in model.named_modules()] == kinds
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/API.md, one after the other, with what they leave to the reader."""
+    from accelerate import Accelerator
+
+    monkeypatch.chdir(tmp_path)
+    page: dict[str, Any] = {"name": str(tiny_llama), "batches": [{"input_ids": IDS, "labels": IDS}] * 2}
+    page["accelerator"] = Accelerator(cpu=True)
+    found = [block for block in blocks(ROOT / "docs" / "API.md") if block.language == "python"]
+    for block in found:
+        exec(block.text, page)
+    assert len(found) == 4 and len(page["mixing"]) == 21 and len(page["factors"]) == 7 * 2 * 4
+    loss_of(page["model"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    untouched = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert not torch.equal(merged(IDS).logits, untouched(IDS).logits)
 
 
 def test_what_cannot_be_done_is_said(model: PreTrainedModel, tmp_path: Path) -> None:

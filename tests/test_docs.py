@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rasa_train.recipe.load import _all_keys, load_recipe
 from rasa_train.recipe.schema import Recipe
 from rasa_train.recipe.shipped import configs_dir
 from tests.conftest import Cli
-from tests.doc_pages import PAGES, ROOT, Command, blocks, commands_of, links, name_of, spans
+from tests.doc_pages import PAGES, ROOT, Command, blocks, commands_of, links, name_of, own_method, spans
 from tests.recipe.test_paper import MODELS
 
 OURS = ["train", "merge", "eval", "analyze", "report", "bench"]
@@ -59,10 +60,15 @@ ELSEWHERE = {
 FOREIGN_PACKAGES = {"gguf", "liger-kernel", "sentencepiece"}
 FOREIGN_FLAGS = {"--security-opt", "--outtype", "--lora-modules"}
 """What the pages name of docker, of llama.cpp's converter and of vLLM."""
-OF_THE_READER = "rasa_train/adapters/lora_fa.py"
-"""A file that docs/EXTENDING.md has the reader write (tests/adapters/test_extending.py)."""
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands of docs/EXTENDING.md name a method of the reader's own (tests/adapters/test_extending.py)."""
+    with own_method(tmp_path_factory.mktemp("own")):
+        yield
 
 
 def is_ours(command: Command) -> bool:
@@ -297,7 +303,11 @@ def read_json(text: str, tmp_path: Path) -> None:
         json.loads(part)
 
 
-READ = {"yaml": read_yaml, "python": read_python, "json": read_json}
+def read_toml(text: str, tmp_path: Path) -> None:
+    tomllib.loads(text)
+
+
+READ = {"yaml": read_yaml, "python": read_python, "json": read_json, "toml": read_toml}
 OTHER = [block for page in PAGES for block in blocks(page) if block.language in READ]
 
 
@@ -344,7 +354,7 @@ def test_what_the_text_names_is_there(page: Path, options: set[str]) -> None:
         if match := re.fullmatch(r"((?:model|adapter|data|training|distributed|tracking)\.[a-z_.]+)(?:[:=].*)?", span):
             close = difflib.get_close_matches(match[1], keys, n=1)
             assert match[1] in keys, f"{name_of(page)}: {span}; is it {close}?"
-        if re.fullmatch(r"(?:rasa_train|tests|scripts|docs|configs|examples)/[\w./-]*", span) and span != OF_THE_READER:
+        if re.fullmatch(r"(?:rasa_train|tests|scripts|docs|configs|examples)/[\w./-]*", span):
             assert (ROOT / span).exists(), f"{name_of(page)}: {span}"
 
 
