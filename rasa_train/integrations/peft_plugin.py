@@ -229,6 +229,9 @@ class MoraModel(_Tuner):
 
 
 def _register() -> None:
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        # Before, PEFT trains and saves what its own methods are made of, whatever is registered.
+        raise ImportError("rasa_train.peft needs PEFT 0.21 or newer: pip install 'peft>=0.21'")
     # PEFT's own ``register_peft_method`` takes only the names in its enumeration; members of that equal their names.
     for name, config, model in (("RASA", RasaConfig, RasaModel), ("MORA", MoraConfig, MoraModel)):
         PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
