@@ -3,14 +3,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.12
 # Without compiling all modules, which takes a minute: those that are imported are compiled then.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-gpu test-slow test-matrix test-faults bench gpu-check gpu-check-wheels check format clean fuzz docs \
-	lock licences sbom audit
+.PHONY: help setup demo test test-gpu test-oldest test-slow test-matrix test-faults bench gpu-check gpu-check-wheels check format clean \
+	fuzz docs lock licences sbom audit
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +39,9 @@ test: $(VENV)/ready ## the test suite: on the CPU, GPUs hidden; then, where ther
 
 test-gpu: $(VENV)/ready ## the tests that need a GPU
 	RASA_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-oldest: $(OLDEST)/ready ## the test suite with the oldest versions that pyproject.toml allows (gigabytes: torch for CUDA)
+	$(OLDEST)/bin/python -m pytest -n 2 -m 'not slow and not gpu'
 
 test-slow: $(VENV)/ready ## what takes minutes, but for what test-matrix, test-faults and fuzz run
 	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/distributed --ignore tests/faults --ignore tests/test_fuzz.py
@@ -79,6 +84,17 @@ $(TOOLS)/ready: Makefile
 	@$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	@touch $@
 
+# What is named in pyproject.toml at its lower bound, what that needs in turn at its newest. The command of the wanted
+# Python is run, not only looked for: a shim may be there without a Python behind it. pytablewriter (of lm-eval) has
+# old versions without upper bounds, to which uv would go back for the sake of newer packages elsewhere.
+$(OLDEST)/ready: pyproject.toml | $(TOOLS)/ready
+	@echo "setting up $(OLDEST) (ten minutes the first time)"
+	@$(TOOLS)/bin/uv venv --quiet --clear --no-python-downloads --python \
+		$$($(OLDEST_PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON)) $(OLDEST)
+	@DS_BUILD_OPS=0 $(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--editable '.[dev]' 'pytablewriter>=1.2'
+	@touch $@
+
 lock: $(TOOLS)/ready ## pin every dependency of every extra with its hashes: requirements.lock
 	$(TOOLS)/bin/uv pip compile pyproject.toml -c constraints.txt --all-extras --universal --python-version 3.11 \
 		--generate-hashes --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
@@ -93,4 +109,4 @@ audit: $(TOOLS)/ready ## known vulnerabilities of what requirements.lock pins (a
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) $(TOOLS) .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(TOOLS) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache build dist

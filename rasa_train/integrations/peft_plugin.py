@@ -233,6 +233,9 @@ class MoraModel(_Tuner):
 
 
 def _register() -> None:
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        # Older versions train and save only the tensors of PEFT's own methods, whatever is registered.
+        raise ImportError("rasa_train.peft needs PEFT 0.21 or newer: pip install 'peft>=0.21'")
     # PEFT's own ``register_peft_method`` accepts only names in PEFT's enumeration; its members equal their names.
     for name, config, model in (("RASA", RasaConfig, RasaModel), ("MORA", MoraConfig, MoraModel)):
         PEFT_TYPE_TO_CONFIG_MAPPING[name] = config

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -86,6 +87,10 @@ class Fp8(Narrow):
         return self._scaled(*to_fp8(dy), self.columns, self.column_scales)
 
     def _scaled(self, left: Tensor, left_scales: Tensor, right: Tensor, scales: Tensor) -> Tensor:
+        if not left.is_cuda and not _takes_row_scales(left.device):
+            one = torch.ones((), device=left.device)
+            result = torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+            return result.mul_(left_scales).mul_(scales.t()).to(self.dtype)
         out = self.dtype if self.dtype != torch.float32 else torch.bfloat16
         # Sums within a product have the matrix units' own precision (about 14 bits), which is finer than the operands
         # and twice as fast on Hopper; the flag has no effect on other devices.
@@ -93,6 +98,18 @@ class Fp8(Narrow):
             left, right.t(), scale_a=left_scales, scale_b=scales.t(), out_dtype=out, use_fast_accum=left.is_cuda
         )
         return result.to(self.dtype)
+
+
+@cache
+def _takes_row_scales(device: torch.device) -> bool:
+    """Return whether torch's fp8 product takes a scale for each row on ``device``. It does on GPUs; on the CPU,
+    torch 2.11 takes one scale for a whole matrix."""
+    rows, scales = torch.zeros(16, 16, dtype=FP8, device=device), torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(rows, rows.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Nf4(Narrow):

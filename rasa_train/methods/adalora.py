@@ -28,7 +28,7 @@ TRIPLET = ("P", "Lambda", "Q")
 
 
 def _half_more(data: dict[str, Any]) -> int:
-    return math.ceil(1.5 * int(data["r"]))
+    return math.ceil(1.5 * int(data.get("r", 1)))  # pydantic 2.11 asks for the default even where it refused r
 
 
 class AdaLoRA(Method):

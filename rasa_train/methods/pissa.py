@@ -21,7 +21,7 @@ from .olora import StartedAdapter, check_rank
 
 
 def _r(data: dict[str, Any]) -> float:
-    return float(data["r"])
+    return float(data.get("r", 1))  # pydantic 2.11 asks for the default even where it refused r
 
 
 class PiSSA(Method):

@@ -166,15 +166,19 @@ def test_bfloat16_is_as_near_to_fp32_as_the_plain_path(method: str) -> None:
     exact = tiny("llama", torch.float32, method)
     model = tiny("llama", torch.bfloat16, method)
     with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
-            theirs.copy_(mine)  # the same rounded base
+        # The same rounded base, and what PiSSA keeps of it: torch 2.11 draws other numbers in bf16 than in fp32.
+        for of in (nn.Module.parameters, nn.Module.buffers):
+            for mine, theirs in zip(of(model), of(exact), strict=True):
+                theirs.copy_(mine)
     losses(exact), losses(model)
     wanted, plain = flat(gradients(exact)), flat(gradients(model))
     with packed(groups(model)):
         losses(model)
     fast = flat(gradients(model))
     assert fast.dtype == torch.float32
-    assert (fast - wanted).norm() < 1.2 * (plain - wanted).norm() < 0.1 * wanted.norm()
+    # Which of two roundings is nearer is chance: for 12 seeds and each method, fast errors were 0.6 to 1.6 times the
+    # plain ones, with torch 2.13 and (all but PiSSA, not measured) with 2.11.
+    assert (fast - wanted).norm() < 2 * (plain - wanted).norm() < 0.1 * wanted.norm()
 
 
 @pytest.mark.parametrize("method", ["lora", "rasa", "vera", "mora"])
