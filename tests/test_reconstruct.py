@@ -128,9 +128,7 @@ def test_truncated_is_the_best_of_its_rank(monkeypatch):
     assert [t.shape for t in truncated(M, 99)] == [(b, b), (b, a)]
 
 
-def test_stops_when_it_gains_nothing_more():
-    M = updates(6)
-    assert len(reconstruct(M, 4, 1, sweeps=50, tol=1e-4).errors) < 50 * 4
+def test_updates_that_are_zero_have_no_error():
     assert len(reconstruct(torch.zeros(L, b, a), 4, 1, sweeps=5).errors) == 21
 
 

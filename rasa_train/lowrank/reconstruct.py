@@ -68,7 +68,6 @@ def reconstruct(
     sweeps: int = 50,
     start: Start = "rasa",
     seed: int = 0,
-    tol: float = 0.0,
 ) -> Reconstruction:
     """Fit RaSA(r, k) to the updates of the layers of one kind.
 
@@ -81,7 +80,6 @@ def reconstruct(
         start: ``rasa``: B_S = 0, as at the start of training; ``theorem``: LoRA's best point in RaSA's form;
             ``random``; ``best``: the better of the first two, so never worse than LoRA.
         seed: seed of the random parts of a start.
-        tol: stop after a sweep that lowers E by less than ``tol`` times sum ||M_i||^2.
     Raises:
         ValueError: the shapes do not fit, or k is not in [0, r].
     """
@@ -90,7 +88,7 @@ def reconstruct(
         raise ValueError(f"k must be in [0, r={r}], got {k}")
     svd = [stack.top(i, r, seed=seed) for i in range(stack.L)]
     starts: list[Start] = ["rasa", "theorem"] if start == "best" else [start]
-    runs = [_Descent(stack, r, k, svd, name, seed).run(sweeps, tol) for name in starts]
+    runs = [_Descent(stack, r, k, svd, name, seed).run(sweeps) for name in starts]
     return min(runs, key=lambda run: run.error)
 
 
@@ -224,19 +222,16 @@ class _Descent:
             self.pairs = [(B * 0, A) for B, A in self.pairs]
         self.errors: list[float] = []
 
-    def run(self, sweeps: int, tol: float) -> Reconstruction:
+    def run(self, sweeps: int) -> Reconstruction:
         inner = [self._shared_part(i) for i in range(self.stack.L)]
         self.errors.append(sum(self._without(i) + self._pool_part(i, inner[i]) for i in range(self.stack.L)))
         for _ in range(sweeps if self.k else 0):
-            before = self.errors[-1]
             if self.private:
                 self._private_step()
             rest = sum(self._without(i) for i in range(self.stack.L))
             self._B_S_step(rest)
             self._A_S_step(rest)
             self._d_step(rest)
-            if before - self.errors[-1] < tol * float(self.norm2.sum()):
-                break
         B, A = (torch.stack(parts) for parts in zip(*self.pairs, strict=True))
         return Reconstruction(
             float(self.norm2.sum()), self.e_lora, self.errors, self.start, B, A, self.B_S, self.A_S, self.d
