@@ -18,9 +18,9 @@ from torch import nn
 
 from .adapters import inject
 from .adapters.contract import Method
-from .adapters.fold import fold_all
+from .adapters.fold import detach, fold_all
 from .adapters.packed_forward import PackedForward
-from .adapters.saved import load_tensors, read_adapter, write_adapter
+from .adapters.saved import SavedAdapter, load_tensors, read_adapter, write_adapter
 from .adapters.state import saved_tensors
 from .errors import UserError
 from .io.base_fingerprint import base_samples
@@ -41,7 +41,8 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
     Args:
         model: a transformers model with repeated decoder layers, with its weights.
         method: the hyper-parameters, for example ``RaSA(r=8, k=1, alpha=8)`` or
-            ``LoRA(r=8, alpha=16, dropout=0.05)``.
+            ``LoRA(r=8, alpha=16, dropout=0.05)``. Where ``init_from`` names an adapter directory, the adapters start
+            with the values stored there.
     Returns:
         The model itself, changed in place.
     Raises:
@@ -50,11 +51,14 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
     """
     if hasattr(model, ADAPTED):
         raise UserError("the model already has adapters: call merge(model) first, which folds them into its weights")
+    start = read_adapter(method.init_from) if method.init_from else None
     adapted, _ = inject.adapt(model, method)
     if adapted is not model:
         raise UserError(
             f"adapt: the method {method.method!r} wraps the model in one of another library; use that library directly"
         )
+    if start is not None:
+        _load(model, start)
     setattr(model, ADAPTED, (method, PackedForward(model)))
     return model
 
@@ -98,9 +102,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         UserError: the directory holds no adapter, the adapter is damaged, or it does not fit the model.
     """
     saved = read_adapter(directory)
-    adapt(model, saved.method)
-    load_tensors(model, saved.tensors, origin=str(directory))
-    return model
+    return adapt(model, saved.method.model_copy(update={"init_from": str(directory)}))
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -118,6 +120,15 @@ def merge(model: nn.Module) -> nn.Module:
     fold_all(model)
     delattr(model, ADAPTED)
     return model
+
+
+def _load(model: nn.Module, saved: SavedAdapter) -> None:
+    """Load the values of a saved adapter. An adapter that does not fit leaves the model without adapters."""
+    try:
+        load_tensors(model, saved.tensors, origin=str(saved.directory))
+    except UserError:
+        detach(model)
+        raise
 
 
 def _adapted(model: nn.Module) -> tuple[Method, PackedForward]:

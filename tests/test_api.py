@@ -251,6 +251,22 @@ def test_the_page_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not torch.equal(merged(IDS).logits, untouched(IDS).logits)
 
 
+def test_an_adapter_to_start_from(model: PreTrainedModel, tmp_path: Path, tiny_llama: Path) -> None:
+    """``init_from`` gives the values; one that does not fit leaves the model as it was."""
+    ours = adapted(model, LoRA(r=4, alpha=8)).eval()
+    save_adapter(ours, tmp_path / "adapter")
+    again = adapt(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), LoRA(r=4, alpha=8, init_from=str(tmp_path / "adapter"))
+    )
+    torch.testing.assert_close(again.eval()(IDS).logits, ours(IDS).logits)
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    before = {name: type(module) for name, module in other.named_modules()}
+    with pytest.raises(UserError, match="does not fit"):
+        adapt(other, LoRA(r=2, alpha=8, init_from=str(tmp_path / "adapter")))
+    assert {name: type(module) for name, module in other.named_modules()} == before
+    adapt(other, LoRA(r=2))
+
+
 def test_what_cannot_be_done_is_said(model: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapters"):
         merge(model)

@@ -35,6 +35,11 @@ def fold_all(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     for adapter in adapters(model).values():
         fold(adapter.site, adapter, parameters)
+    detach(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove the adapters of a model, and put back the modules that they replaced. The weights stay as they are."""
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             model.set_submodule(path, module.unwrapped())

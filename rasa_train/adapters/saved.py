@@ -254,7 +254,10 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
 
 def _method(directory: Path, name: str, fields: dict[str, Any]) -> Method:
     if name not in METHODS:
-        raise UserError(f"{directory / CONFIG}: method must be one of {', '.join(METHODS)}, got {name!r}")
+        raise UserError(
+            f"{directory / CONFIG}: method must be one of {', '.join(METHODS)}, got {name!r}. Name the file or module "
+            "of a method of your own in RASA_TRAIN_METHODS"
+        )
     try:
         return METHODS[name].model_validate(fields)
     except ValidationError as error:
