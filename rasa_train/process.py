@@ -8,8 +8,6 @@ import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
 from . import __version__
 
 
@@ -25,6 +23,8 @@ def rank() -> int:
 
 def peak_memory_bytes() -> int:
     """Return the peak memory of this worker in bytes: on the GPU if there is one, else of the process."""
+    import torch  # here, so that what only asks for cores or versions need not load it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
@@ -48,5 +48,12 @@ def version_of(package: str) -> str | None:
 
 def here() -> str:
     """Return where this worker runs: its host and, if there is one, its GPU."""
+    import torch
+
     gpu = f" GPU {os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else ""
     return f"{socket.gethostname()}{gpu}"
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -51,11 +51,6 @@ class KindUpdates:
         B, A = (self.stack, self.stack) if isinstance(self.stack, Tensor) else self.stack
         return B.shape[1], A.shape[2]
 
-    @property
-    def largest_rank(self) -> int:
-        """Largest rank that an update of these shapes can have."""
-        return min(*self.shape, *([] if isinstance(self.stack, Tensor) else [self.stack[0].shape[2]]))
-
 
 Updates = dict[str, Callable[[], KindUpdates]]
 """Functions by kind, each of which reads the updates of its kind."""

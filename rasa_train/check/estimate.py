@@ -18,7 +18,6 @@ from ..kernels.linear_cross_entropy import CHUNK
 from ..models.families import decoder_layers, has_plain_head
 from ..models.load import count_parameters, meta_model
 from ..models.padding_free import check_packable
-from ..optim.optimizers import LionW
 from ..recipe.schema import Recipe
 from ..training.memory_search import MOST
 
@@ -77,7 +76,7 @@ def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_ep
     if steps is None or every is None:
         return None
     adapter = sum(_bytes(tensor) for tensor in saved_tensors(model).values())
-    moments = 1 if isinstance(training.optimizer, LionW) else 2
+    moments = training.optimizer.moments
     state = moments * 4 * sum(p.numel() for p in trainable(model).values())
     number = math.ceil(steps / every)
     kept = number if training.keep_last is None else min(number, training.keep_last + 1)
@@ -124,7 +123,7 @@ def memory(
     trained = sum(p.numel() for p in trainable(model).values())
     adapter = trained - sum(of_base.values())
     base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
-    moments = 1 if isinstance(recipe.training.optimizer, LionW) else 2
+    moments = recipe.training.optimizer.moments
     if recipe.model.base == "nf4":  # 4 bits, and a scale of 8 bits for each 64 of them
         linears = sum(math.prod((*s.lead, *s.shape)) for s in sites if s.num_experts is None)
         base -= int(linears * (half - 0.5 - 1 / 64))

@@ -6,10 +6,8 @@ reasoning whose last line is ``The answer is: N``, so the answers are scored as 
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 
 # Name and pronoun. The model of the demo has seen these words, but not the questions.
 NAMES = [
@@ -230,13 +228,6 @@ def training_problems() -> list[dict[str, str]]:
 def held_out(n: int = HELD_OUT) -> list[dict[str, str]]:
     """Return the first ``n`` (at most 400) of the problems that ``training_problems`` does not contain."""
     return split(TRAINING, HELD_OUT, SEED)[1][:n]
-
-
-def write_jsonl(path: str | Path, problems: Iterable[dict[str, str]]) -> None:
-    """Write one JSON object per line."""
-    with open(path, "w", encoding="utf-8") as file:
-        for problem in problems:
-            file.write(json.dumps(problem, ensure_ascii=False) + "\n")
 
 
 def extract_answer(text: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import process
 from ..errors import UserError
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_meta
 from .columns import Columns, Row, find_columns
@@ -209,8 +210,7 @@ def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk
 def _worker_count(config: DataConfig) -> int:
     if config.num_workers != "auto":
         return config.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return min(process.cores(), 16)
 
 
 def _encode(

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .columns import Row
 from .row_files import ROWS, file_rows
 
@@ -215,7 +215,7 @@ class HubSource:
         except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
             raise SourceMissing(
                 f"data.dataset: {self.name!r} is no local file, no built-in name ({', '.join(BUILT_IN)}) and "
-                f"no set of the hub that you may read ({_first_line(error)}). Check the spelling; for a "
+                f"no set of the hub that you may read ({first_line(error)}). Check the spelling; for a "
                 "private or gated set, log in with `hf auth login`",
                 key="data.dataset",
             ) from error
@@ -256,10 +256,6 @@ def _hub_answers(name: str, revision: str | None) -> bool:
     except Exception:  # the HTTP library's own network errors share no narrower base
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _digest(paths: Any) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
 import re
 import resource
 import signal
@@ -30,6 +29,7 @@ from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
 from typing import Any
 
+from .. import process
 from ..errors import UserError
 
 MARKER = "The answer is: "
@@ -161,7 +161,7 @@ class Checker:
 
     def __init__(self, workers: int | None = None, seconds: float = SECONDS) -> None:
         needs_math()
-        self.workers, self.seconds = workers or min(len(os.sched_getaffinity(0)), 16), seconds
+        self.workers, self.seconds = workers or min(process.cores(), 16), seconds
         self._idle: list[_Comparer] = []
 
     def __enter__(self) -> Checker:

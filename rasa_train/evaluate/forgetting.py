@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .suites import DEFINITIONS, digest, needs_harness
 
 TASKS = {
@@ -48,7 +48,7 @@ def load_tasks(data: str | None) -> dict[str, Any]:
         raise UserError(
             f"the questions of suite forgetting ({', '.join(TASKS)}) cannot be loaded: load them once with a network "
             f"connection, or give a directory with {', '.join(f'{task}.jsonl' for task in TASKS)} by --data\n"
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
     return {name.removeprefix(LOCAL): task for name, task in tasks.items()}
 
@@ -129,7 +129,3 @@ def _definition(task: str, path: Path | None, theirs: Path) -> dict[str, Any]:
     source = DEFINITIONS / f"{LOCAL}{task}.yaml" if ready_made else theirs / TASKS[task]
     files = {"data_files": {split: str(path) for split in ("train", "validation", "test")}}
     return dict(load_yaml(source)) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

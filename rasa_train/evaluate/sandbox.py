@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import process
 from ..errors import UserError
 from .jail import SETUP_FAILED, STARTED, WRITABLE
 
@@ -113,7 +114,7 @@ class Sandbox:
 
     def run_all(self, programs: Iterable[str], workers: int | None = None) -> Iterator[Verdict]:
         """Yield verdicts in the order of the programs, running ``workers`` at a time (default: one per core)."""
-        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(workers or process.cores()) as pool:
             yield from pool.map(self.run, programs)
 
     def _judge(self, process: subprocess.Popen[bytes], read: int, nonce: str, request: bytes) -> Verdict:

@@ -15,7 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from .checkpoint_files import INDEX, SINGLE
+
 TENSORS, VALUES = 8, 64
 """Number of tensors that are sampled, and number of values taken from a row."""
 

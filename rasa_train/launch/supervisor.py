@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from .. import process
 from ..distributed import network
 from ..errors import Stopped, UserError
 from ..io.atomic import write_text
@@ -189,8 +190,7 @@ def _forward(job: Path) -> Any:
 
 def default_threads(per_node: int) -> None:
     """Divide the cores among the workers; torch would give all cores to every worker."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // max(per_node, 1), 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(process.cores() // max(per_node, 1), 1)))
 
 
 def _outcomes(job: Path) -> list[dict[str, Any]]:

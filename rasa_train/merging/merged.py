@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, process
 from ..adapters.saved import CONFIG
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
@@ -181,7 +181,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
     if threads == 1:
         return [write(file) for file in folding.checkpoint.files]
     # Each thread of the pool gets its share of torch's threads: with more, the files would wait for each other.
-    before, share = torch.get_num_threads(), max((os.cpu_count() or 1) // threads, 1)
+    before, share = torch.get_num_threads(), max(process.cores() // threads, 1)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,)) as pool:
         futures = [pool.submit(write, file) for file in folding.checkpoint.files]
         try:
@@ -204,7 +204,7 @@ class _StoppedError(Exception):
 
 def _threads(folding: Folding) -> int:
     fit = MEMORY // (BYTES_A_VALUE * max(folding.largest, 1))
-    return int(max(1, min(os.cpu_count() or 1, len(folding.checkpoint.files), fit)))
+    return int(max(1, min(process.cores(), len(folding.checkpoint.files), fit)))
 
 
 def _key(

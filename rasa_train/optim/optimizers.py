@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
@@ -19,6 +19,8 @@ class _Config(BaseModel):
 class LionW(_Config):
     """Lion with decoupled weight decay (Chen et al. 2023, arXiv 2302.06675): every step moves every entry by lr."""
 
+    moments: ClassVar[int] = 1
+    """Number of running averages per trained value, which the optimizer holds in fp32."""
     name: Literal["lionw"] = "lionw"
     lr: PositiveFloat = 5.0e-4
     """Peak learning rate (paper: 5e-4 for LoRA and RaSA, 3e-4 for MoRA, 5e-3 for VeRA)."""
@@ -31,6 +33,8 @@ class LionW(_Config):
 class AdamW(_Config):
     """AdamW (Loshchilov & Hutter 2019)."""
 
+    moments: ClassVar[int] = 2
+    """Number of running averages per trained value, which the optimizer holds in fp32."""
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 2.0e-4
     """Peak learning rate."""

@@ -15,7 +15,7 @@ import torch
 
 from ..data.batching import Limit
 from ..data.cache import TokenDataset
-from ..errors import DeviceLost, UserError
+from ..errors import DeviceLost, UserError, first_line
 from ..io.atomic import write_json
 from ..io.run_dir import RunDirectory
 
@@ -156,8 +156,7 @@ def explained(directory: RunDirectory) -> Iterator[None]:
             raise
         raise unwritable(directory, error) from None
     except torch.AcceleratorError as error:
-        said = (str(error).strip().splitlines() or ["no message"])[0]
-        raise DeviceLost(f"the GPU failed: {said}. {saved_at(directory)}") from error
+        raise DeviceLost(f"the GPU failed: {first_line(error)}. {saved_at(directory)}") from error
 
 
 def unwritable(directory: RunDirectory, error: OSError) -> UserError:

@@ -17,7 +17,6 @@ from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
 from ..distributed import collectives
 from ..models.layers import checkpoint_layers
-from ..optim.optimizers import LionW
 from ..recipe.schema import Recipe, TrainingConfig
 from . import memory_search
 from .trainable_model import TrainableModel
@@ -139,8 +138,7 @@ def memory_suffices(model: TrainableModel, train: TokenDataset, limit: Limit) ->
     number = limit.examples or max(1, int((ends <= (limit.tokens or 0)).sum()))
     batch = batch_of(train, by_length[:number], training.flat, device)
     rules = {name: tensor.clone() for name, tensor in model.rule_state.items()}
-    moments = 1 if isinstance(training.optimizer, LionW) else 2
-    size = moments * sum(p.nbytes for p in model.parameters.values())  # fp32, as the optimizer's state is
+    size = training.optimizer.moments * sum(p.nbytes for p in model.parameters.values())  # fp32, as its state is
     spare = int(memory_search.MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
     def attempt() -> None:  # a function, so that none of its tensors is held afterwards

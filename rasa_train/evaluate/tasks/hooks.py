@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 
-# Absolute: lm-eval loads this file by its path, outside of the package.
 from rasa_train.data.encode import prompt_text
 from rasa_train.evaluate.answers import Checker
 from rasa_train.evaluate.passk import mean_pass_at_k
