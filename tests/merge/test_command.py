@@ -364,7 +364,7 @@ def killed_merge(adapter, out):
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = multiprocessing.get_context("fork").Process(
-        target=merge, args=(adapter, out), kwargs={"progress": progress, "overwrite": True}
+        target=merge, args=(adapter, out), kwargs={"writing": Writing(True, progress)}
     )
     process.start()
     process.join(60)

@@ -253,7 +253,7 @@ def test_command_with_wrong_input(cli: Cli, make_run: MakeRun) -> None:
     run = make_run("run")
     for arguments, words in (
         (["nowhere"], "no such directory"),
-        ([run, "--live", "--json"], "leave one of them out"),
+        ([run, "--live", "--json"], "give only one of them"),
         ([run, "--output", "/proc/none/r.html"], "cannot be written"),
     ):
         done = cli("report", *arguments)
