@@ -39,6 +39,7 @@ TOO_LARGE = {
     r"rasa-eval (?!.*--data demo)": "questions of the hub",
     r"rasa-train .*--nproc 8|rasa-train .*--nnodes|rasa-train configs/|rasa-train \w+8b": "a --check takes its place",
     r"rasa-train .*--sweep(?!.*--print)": "a --print takes its place",
+    r"runs/lora_fa": "minutes; tests/adapters/test_extending.py runs both commands, one after the other",
     r"--install-completion": "writes into the home directory; tests/test_shipped.py asks what a shell asks",
 }
 """Our commands that are parsed but not run as they stand, and why."""
