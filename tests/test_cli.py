@@ -54,12 +54,12 @@ def test_help_loads_nothing_heavy(name: str) -> None:
     [
         (("train",), "RECIPE is missing"),
         (("train", "r.yaml", "--nproc", "b"), "--nproc must be a number of processes or auto, got 'b'"),
-        (("train", "--nonsense"), "No such option: --nonsense"),
+        (("train", "--nonsense"), "--nonsense"),
         (("merge", "run"), "Missing option '--output'"),
         (("bench", "--rounds", "many"), "'--rounds'"),
         (("eval", "run", "--suite"), "'--suite'"),
         (("report",), "Missing argument"),
-        (("analyze", "reconstruct", "--x"), "No such option: --x"),
+        (("analyze", "reconstruct", "--x"), "--x"),
     ],
 )
 def test_wrong_options_are_said_in_one_line(command: tuple[str, ...], says: str, cli: Cli) -> None:

@@ -117,7 +117,7 @@ def test_verdicts_come_in_the_order_of_the_programs(sandbox: Sandbox) -> None:
 def test_works_for_an_ordinary_user(sandbox: Sandbox, tmp_path: Path) -> None:
     code = tmp_path / "rasa_train"
     shutil.copytree(PACKAGE / "rasa_train/evaluate", code / "evaluate", ignore=shutil.ignore_patterns("*.pyc"))
-    for name in ("__init__.py", "errors.py"):
+    for name in ("__init__.py", "errors.py", "process.py"):
         shutil.copy(PACKAGE / "rasa_train" / name, code)
     script = (
         "from rasa_train.evaluate.sandbox import Limits, Sandbox\n"
