@@ -49,9 +49,12 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
         UserError: the model already has adapters, a target matches nothing, or the method wraps the model in a model
             of another library (``peft``: use that library directly).
     """
+    return _adapt(model, method, read_adapter(method.init_from) if method.init_from else None)
+
+
+def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None) -> nn.Module:
     if hasattr(model, ADAPTED):
         raise UserError("the model already has adapters: call merge(model) first, which folds them into its weights")
-    start = read_adapter(method.init_from) if method.init_from else None
     adapted, _ = inject.adapt(model, method)
     if adapted is not model:
         raise UserError(
@@ -102,7 +105,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         UserError: the directory holds no adapter, the adapter is damaged, or it does not fit the model.
     """
     saved = read_adapter(directory)
-    return adapt(model, saved.method.model_copy(update={"init_from": str(directory)}))
+    return _adapt(model, saved.method, saved)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -73,13 +73,14 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
     chosen = [e for e in chosen if verdicts[e.label].passed]
 
     if tokens is None:
-        tokens = _tokens(base, chosen, protocol.own_stacks, device)
+        with _base_fits(shape, tokens):
+            tokens = _tokens(base, chosen, protocol.own_stacks, device)
     sizes = lengths(workload, tokens)
     problem = _problem(base, sizes, padded=workload == "padded", dtype=protocol.dtype, device=device)
     contest = Contest(problem, protocol, device)
-    for engine in chosen:
-        contest.enter(engine)
     with _base_fits(shape, tokens):
+        for engine in chosen:
+            contest.enter(engine)
         rows = [{**row, **_errors(verdicts[label])} for label, row in contest.rows().items()]
     return {
         "rows": rows,
@@ -110,22 +111,25 @@ class Contest:
     def enter(self, engine: Engine) -> None:
         """Build an engine and measure the memory of a step."""
         print(f"building {_title(engine)}", file=sys.stderr)
-        build = partial(_ready, self.problem, engine, self.protocol.own_stacks)
         try:
-            if self.device.type == "cuda":
-                ran, grown = _gpu_peak(build, self.device)
-                peak: int | None = self._held + grown
-            else:
-                own = peak_in_own_process(partial(_twice, build))
-                ran, peak = build(), None if own is None else self._held + own
-        except torch.OutOfMemoryError:
-            self._drop(engine.label, "building it")
+            self._build(engine)
             return
+        except torch.OutOfMemoryError:
+            pass  # its traceback holds tensors, so the engine is dropped when the exception is gone
+        self._drop(engine.label, "building it")
+
+    def _build(self, engine: Engine) -> None:
+        build = partial(_ready, self.problem, engine, self.protocol.own_stacks)
+        if self.device.type == "cuda":
+            ran, grown = _gpu_peak(build, self.device)
+            peak: int | None = self._held + grown
+        else:
+            own = peak_in_own_process(partial(_twice, build))
+            ran, peak = build(), None if own is None else self._held + own
         self._ready[engine.label], self._peaks[engine.label] = ran, peak
 
     def _drop(self, label: Label, doing: str) -> None:
-        """Drop an engine that ran out of memory. Must be called outside the ``except`` block, since the exception holds
-        tensors."""
+        """Drop an engine that ran out of memory, and free what it holds."""
         if label == BASE:
             raise torch.OutOfMemoryError("the frozen base alone does not fit")
         print(f"{' '.join(filter(None, label))} does not fit", file=sys.stderr)
@@ -138,11 +142,10 @@ class Contest:
         """Time the engines. Returns a row of results for each engine that fits in memory."""
         protocol = self.protocol
         print(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
-        works = {label: ran.step for label, ran in self._ready.items()}
-        settle = {label: ran.settle for label, ran in self._ready.items()}
         times = interleaved(
-            works,
-            settle,
+            self._ready,
+            lambda label: self._ready[label].step(),
+            lambda label: self._ready[label].settle(),
             warmup=protocol.warmup,
             rounds=protocol.rounds,
             device=self.device,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -31,27 +32,27 @@ def seconds(work: Work, device: torch.device) -> float:
 
 
 def interleaved(
-    works: Mapping[Key, Work],
-    settle: Mapping[Key, Work],
+    keys: Iterable[Key],
+    work: Callable[[Key], object],
+    settle: Callable[[Key], object],
     *,
     warmup: int,
     rounds: int,
     device: torch.device,
     dropped: Callable[[Key], None],
 ) -> dict[Key, list[float]]:
-    """Time each piece of work once in every round, in this order. Returns the seconds of each, one per round.
+    """Time ``work`` for each key once in every round, in the order of the keys. Returns the seconds, one per round.
 
     Args:
-        settle: called after each run; its time is not counted.
+        settle: called with the key after each run; its time is not counted.
         warmup: number of rounds that are not counted.
-        dropped: called with the key of a piece of work that runs out of memory. It is not run again, and its times are
-            left out.
+        dropped: called with a key whose work runs out of memory. The work is not run again, and its times are left out.
     """
-    times: dict[Key, list[float]] = {key: [] for key in works}
+    times: dict[Key, list[float]] = {key: [] for key in keys}
     for number in range(warmup + rounds):
         for key in list(times):
-            took = _seconds_if_it_fits(works[key], device)
-            settle[key]()
+            took = _seconds_if_it_fits(partial(work, key), device)
+            settle(key)
             if took is None:
                 del times[key]
                 dropped(key)

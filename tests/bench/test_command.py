@@ -122,12 +122,18 @@ def test_an_engine_that_runs_out_of_memory_is_named(
     assert "does not fit: paper rasa: out of memory" in table(result)
 
 
-def test_a_base_that_does_not_fit_is_said(cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(self: LlamaModel, **_: object) -> None:
+@pytest.mark.parametrize("when", ["building it", "in a step"])
+def test_a_base_that_does_not_fit_is_said(
+    when: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.gate, "check", lambda *_: run.gate.Verdict(0.0, 0.0, 1.0))
-    monkeypatch.setattr(LlamaModel, "forward", no_room)
+    if when == "building it":
+        monkeypatch.setattr(run, "_ready", no_room)
+    else:
+        monkeypatch.setattr(LlamaModel, "forward", no_room)
     monkeypatch.setattr(run, "peak_in_own_process", lambda work: None)
     done = cli("bench", "--shape", tiny_llama, "--tokens", 256, "--engines", "base")
     assert done.returncode == 2 and done.stderr.endswith("does not fit in memory with 256 tokens; try --tokens 128\n")
@@ -161,9 +167,10 @@ def test_lengths_are_fixed_and_add_up() -> None:
 
 def test_engines_take_turns() -> None:
     order: list[str] = []
-    works = {name: lambda name=name: order.append(name) for name in "ab"}
-    settle = {name: lambda name=name: order.append(name.upper()) for name in "ab"}
-    times = interleaved(works, settle, warmup=1, rounds=2, device=torch.device("cpu"), dropped=order.append)
+    settle = lambda name: order.append(name.upper())  # noqa: E731
+    times = interleaved(
+        "ab", order.append, settle, warmup=1, rounds=2, device=torch.device("cpu"), dropped=order.append
+    )
     assert "".join(order) == "aAbB" * 3 and {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
 
 
