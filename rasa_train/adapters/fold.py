@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .contract import Adapter
 from .experts import AdaptedExperts
@@ -19,13 +19,9 @@ def fold(site: Site, adapter: Adapter, parameters: dict[str, nn.Parameter]) -> N
     Args:
         parameters: parameters of the model, by name. The site's weight and bias are changed in place.
     """
-    weight: Tensor = parameters[site.weight]
-    rows = weight
-    if site.rows is not None:
-        rows = weight[..., slice(*site.rows)] if site.transposed else weight[..., slice(*site.rows), :]
-    W = (rows.mT if site.transposed else rows).float()
-    merged = W + adapter.delta(W if adapter.needs_weight else None)
-    rows.copy_(merged.mT if site.transposed else merged)
+    held = site.view(parameters[site.weight])
+    W = held.float()
+    held.copy_(W + adapter.delta(W if adapter.needs_weight else None))
     if site.bias and (bias := adapter.delta_bias()) is not None:
         parameters[f"{site.path}.bias"].add_(bias)
 

@@ -84,8 +84,7 @@ def _place(model: nn.Module, site: Site, adapter: Adapter) -> None:
     parameter = model.get_parameter(site.weight)
     adapter.to(parameter.device)
     if adapter.needs_weight and not parameter.is_meta:
-        weight = parameter.detach() if site.rows is None else parameter.detach()[:, slice(*site.rows)]
-        adapter.start(weight.t().float() if site.transposed else weight.float())
+        adapter.start(site.view(parameter.detach()).float())
     path, _, name = site.path.rpartition(".")
     if site.num_experts is None:
         parent = model.get_submodule(path)

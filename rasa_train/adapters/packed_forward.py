@@ -55,15 +55,15 @@ class PackedForward:
             return
         self.open = True
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        values = tuple((p.data_ptr(), p._version) for p in parameters)
-        if not trains and values == self._packed_at:
+        values = None if trains else tuple((p.data_ptr(), p._version) for p in parameters)
+        if values is not None and values == self._packed_at:
             return
         frozen: dict[Any, Tensor] = {}
         for group in self.groups:
             group.packed = pack(group.members, frozen)
             if group.packed is not None and trains:
                 group.packed.flat.join()
-        self._packed_at = None if trains else values
+        self._packed_at = values
 
     def _end(self) -> None:
         self.open = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -37,6 +39,11 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         return (self.out_features, self.in_features)
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Return the view of the base parameter (or of a tensor with its layout) that is W (*lead, out, in)."""
+        whole = parameter.mT if self.transposed else parameter
+        return whole if self.rows is None else whole[..., slice(*self.rows), :]
 
 
 def by_kind(sites: Iterable[Site]) -> dict[str, list[Site]]:

@@ -14,7 +14,7 @@ from ..adapters.saved import read_adapter
 from ..adapters.site import Site, by_kind
 from ..adapters.sites import find_sites
 from ..errors import UserError
-from ..merging.parameters import Weights, check_finetuned, of_site
+from ..merging.parameters import Weights, check_finetuned
 from ..merging.source import find_adapter, find_base, load
 from ..methods.rasa import RaSAAdapter
 from ..models.config import ModelConfig
@@ -87,7 +87,7 @@ def of_adapter(path: Path, base: str | None = None) -> Updates:
 
     if source.replaced:
         sites = [site for site in find_sites(source.model) if site.weight in source.replaced]
-        return _dense(sites, lambda site: of_site(site, source.replaced[site.weight]).float() - weight(site), weight)
+        return _dense(sites, lambda site: site.view(source.replaced[site.weight]).float() - weight(site), weight)
     factored = [site for site in source.sites if isinstance(source.adapters[site.path], FactorAdapter)]
     found = {
         _kind(key): _factor_reader(group[0].kind, group, source.adapters, weight)

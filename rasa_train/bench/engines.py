@@ -31,8 +31,6 @@ Label = tuple[str, str | None]
 NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
 """Possible values of ``Engine.name``."""
 BASE: Label = ("base", None)
-METHODS = {"lora", "rasa", "vera", "mora"}
-"""Possible names of an engine's method."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,11 @@ class Choice:
         Raises:
             UserError: a name is unknown, or none of the engines has one of the methods.
         """
-        choice = cls(_known("--engines", names, NAMES), _known("--methods", methods, METHODS))
+        every = engines(64, 0.0)
+        known = {engine.method.method for engine in every if engine.method is not None}
+        choice = cls(_known("--engines", names, NAMES), _known("--methods", methods, known))
         others = (choice.engines or NAMES) - {"base"}
-        if others and len(choice.of(engines(64, 0.0))) == 1:
+        if others and len(choice.of(every)) == 1:
             raise UserError(
                 f"--engines {names} --methods {methods}: none of these engines computes one of these methods"
             )

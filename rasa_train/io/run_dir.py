@@ -92,7 +92,7 @@ class RunDirectory:
         something else."""
         if not self.recipe.exists():
             return
-        old, new = (_flatten(yaml.safe_load(text)) for text in (self.recipe.read_text(), recipe_yaml))
+        old, new = (flatten(yaml.safe_load(text)) for text in (self.recipe.read_text(), recipe_yaml))
         harmless = set(HARMLESS)
         if new.get("training.loss_average") == "micro_batch":
             harmless.remove("training.micro_batch_size")
@@ -134,8 +134,9 @@ def _step(line: str) -> int | None:
         return None
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping with flat keys: ``{"adapter": {"r": 8}}`` -> ``{"adapter.r": 8}``."""
     if not isinstance(value, dict):
         return {prefix: value}
-    items = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+    items = [flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
     return {key: v for item in items for key, v in item.items()}

@@ -206,18 +206,16 @@ class Folding:
             for name in self.sources[parameter]:
                 self.pieces[name].of(W).copy_(self.stored[name].read())
         if len(sites) == 1 and sites[0].rows is None:
-            return self._delta(sites[0], W)
+            delta = self._delta(sites[0], W)
+            return delta.mT if sites[0].transposed else delta
         update = torch.zeros(shape)
         for site in sites:
-            _rows(site, update).add_(self._delta(site, W))
+            site.view(update).add_(self._delta(site, W))
         return update
 
     def _delta(self, site: Site, W: Tensor | None) -> Tensor:
-        """Return dW of one site in the layout of the parameter: transposed where the parameter is transposed."""
-        rows = None if W is None else _rows(site, W)
-        weight = rows if rows is None or not site.transposed else rows.mT
-        delta = self.source.adapters[site.path].delta(weight)
-        return delta.mT if site.transposed else delta
+        """Return dW of one site (*lead, out, in). ``W`` is the parameter that holds the site's weight."""
+        return self.source.adapters[site.path].delta(None if W is None else site.view(W))
 
     def _finite(self, name: str, values: Tensor) -> Tensor:
         # aminmax propagates NaN and infinities, and is forty times faster than isfinite
@@ -289,14 +287,6 @@ class Folding:
             return tensor.start
         together = (self.stored[name] for name in self.sources[piece.parameter])
         return min(other.start for other in together if other.path == tensor.path)
-
-
-def _rows(site: Site, t: Tensor) -> Tensor:
-    """Return the site's output rows of its parameter (or of a tensor with the parameter's layout), as stored."""
-    if site.rows is None:
-        return t
-    start, end = site.rows
-    return t[..., start:end] if site.transposed else t[..., start:end, :]
 
 
 def _width(entry: tuple[str, str, tuple[int, ...], int]) -> int:

@@ -57,14 +57,7 @@ class Weights:
 
     def weight(self, site: Site) -> Tensor:
         """Return W of a site (*lead, out, in), fp32."""
-        return of_site(site, self.read(site.weight))
-
-
-def of_site(site: Site, parameter: Tensor) -> Tensor:
-    """Return the part of a parameter that is the site's W (*lead, out, in)."""
-    if site.transposed:
-        parameter = parameter.mT
-    return parameter if site.rows is None else parameter[..., slice(*site.rows), :]
+        return site.view(self.read(site.weight))
 
 
 def check_finetuned(base: Weights, tuned: Weights, sites: Iterable[Site]) -> None:

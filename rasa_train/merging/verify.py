@@ -126,8 +126,7 @@ def _adapted(source: Source, adapter: Adapters) -> nn.Module:
     for site in source.sites:
         if site.num_experts is not None:
             raise UserError(f"--verify does not support a sum of adapters of fused experts ({site.path})")
-        linear, weight = model.get_submodule(site.path), model.get_parameter(site.weight)
-        weight = weight.t() if site.transposed else weight  # type: ignore[assignment]
+        linear, weight = model.get_submodule(site.path), site.view(model.get_parameter(site.weight))
         linear.register_forward_hook(_adding(source.adapters[site.path], weight))
     return model
 

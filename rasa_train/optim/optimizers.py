@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
@@ -96,8 +96,7 @@ def make_optimizer(
         parameters: the trained parameters; or groups of them, by the factor of their learning rate (see ``set_lr``).
     """
     by_factor = parameters if isinstance(parameters, Mapping) else {1.0: parameters}
-    groups = [{"params": list(members), "lr_factor": factor} for factor, members in by_factor.items()]
-    trained = [p for group in groups for p in cast("list[nn.Parameter]", group["params"])]
+    groups: list[dict[str, Any]] = [{"params": list(ps), "lr_factor": factor} for factor, ps in by_factor.items()]
     if isinstance(config, LionW):
         return Lion(groups, config)
     return torch.optim.AdamW(
@@ -106,7 +105,5 @@ def make_optimizer(
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True
-        if trained and all(p.is_cuda for p in trained)
-        else None,  # fused: a few kernels per step; None: torch's choice
+        fused=all(p.is_cuda for group in groups for p in group["params"]) or None,  # None leaves the choice to torch
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.saved import CONFIG, read_adapter
 from ..analysis.mixing import mixing_weights
 from ..errors import UserError
-from ..io.run_dir import RunDirectory
+from ..io.run_dir import RunDirectory, flatten
 from ..merging.source import find_adapter
 
 RECENT = 10
@@ -161,14 +161,6 @@ def read_run(path: Path, name: str) -> Run:
     if run.metrics and [row["step"] for row in metrics] != list(range(1, len(metrics) + 1)):
         problems.append("metrics.jsonl lacks steps")
     return run
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping with flat keys: ``{"adapter": {"r": 8}}`` -> ``{"adapter.r": 8}``."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = [flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-    return {key: inner for part in parts for key, inner in part.items()}
 
 
 def _is_run(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class TrainableModel:
             self._loss = with_offload(self._loss)
         if training.compile:
             compile_layers(self.module)
-        if self.trains_base and recipe.model.dtype != "float32":
+        if is_mixed(recipe, self.module):
             self.module.forward = autocast(recipe, self.module)(self.module.forward)
 
     def prepare(self) -> None:
@@ -99,24 +99,20 @@ class TrainableModel:
         """Compute the loss of a micro-batch: fp32, a sum over its targets."""
         return self._loss(self.engine.model, batch)
 
-    @contextmanager
-    def packed(self) -> Iterator[None]:
+    def packed(self) -> AbstractContextManager[None]:
         """Pack the factors once, on entry, for all micro-batches inside. The gradients of trained tensors are complete
         at the end."""
-        with packed(self.groups):
-            yield
+        return packed(self.groups)
 
     @contextmanager
     def generation_mode(self) -> Iterator[None]:
         """Let the module return logits and attend to padded sequences inside, as generation needs."""
-        with ExitStack() as modes:
-            for mode in (
-                next_token.with_logits(self.module),
-                padding_free.padded(self.module),
-                autocast(self.recipe, self.module),  # a second autocast, because none can be entered twice
-                self.packed(),
-            ):
-                modes.enter_context(mode)
+        with (
+            next_token.with_logits(self.module),
+            padding_free.padded(self.module),
+            autocast(self.recipe, self.module),  # a second autocast, because none can be entered twice
+            self.packed(),
+        ):
             yield
 
     @property
@@ -156,6 +152,12 @@ def trains_base(recipe: Recipe, module: nn.Module) -> bool:
     return any(map(recipe.adapter.trains, dict(module.named_parameters())))
 
 
+def is_mixed(recipe: Recipe, module: nn.Module) -> bool:
+    """Whether base weights are trained in a low precision: they are held in fp32, and computed with in a narrower
+    dtype."""
+    return recipe.model.dtype != "float32" and trains_base(recipe, module)
+
+
 def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
     """Return the autocast of a model whose base weights are trained in a low precision: these weights are held in
     fp32, and the computation is in ``model.dtype``. For any other model the autocast changes nothing.
@@ -163,7 +165,7 @@ def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
     Its cache is off, because it would keep the low-precision copies of the first step's weights for the whole run.
     """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    enabled = recipe.model.dtype != "float32" and trains_base(recipe, module)
+    enabled = is_mixed(recipe, module)
     return torch.autocast(kind, torch_dtype(recipe.model) if enabled else None, enabled=enabled, cache_enabled=False)
 
 

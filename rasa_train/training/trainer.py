@@ -9,11 +9,14 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, NotRequired, TypedDict
 
+from torch import Tensor
+
 from .. import process
 from ..adapters.inject import narrow_base
 from ..adapters.saved import load_tensors, read_adapter
 from ..adapters.state import effective_ranks
 from ..data.ahead import ahead
+from ..data.batching import Limit
 from ..data.prepare import PreparedData, prepare
 from ..distributed import collectives, preflight, rendezvous
 from ..distributed.choose import make_engine
@@ -181,7 +184,7 @@ class Trainer:
             "seconds": seconds,
         }
 
-    def _gradients(self, step: int, work: Step, rules: dict[str, Any]) -> float:
+    def _gradients(self, step: int, work: Step, rules: dict[str, Tensor]) -> float:
         """Compute the gradients of a step, with less and less at once while memory runs out. Returns the loss."""
         batch, fitting = work.batch, self.room.usual
         if fitting != self.limit:  # planned with a limit that has turned out to be too large
@@ -195,7 +198,7 @@ class Trainer:
         self.room.finished(step + 1, fitting)
         return loss
 
-    def _again(self, work: Step, limit: Any) -> Step:
+    def _again(self, work: Step, limit: Limit) -> Step:
         return step_of(work.batch, self.data.train, limit, self.training.flat, self.accelerator)
 
     def _due(self, every: int | str) -> bool:
