@@ -68,7 +68,7 @@ def check(engine: Engine, device: torch.device) -> Verdict:
     parameters = trainable(exact)
     give(values, parameters)
     expected = float(Contender(exact, parameters, problem.loss(exact), []).step())
-    pairs = [(_gradient(ran.parameters[name]), _gradient(parameter)) for name, parameter in parameters.items()]
+    pairs = [(gradient(ran.parameters[name]), gradient(parameter)) for name, parameter in parameters.items()]
     return Verdict(
         loss_error=abs(loss / expected - 1),
         gradient_error=max((float((mine - right).norm() / right.norm()) for mine, right in pairs), default=0.0),
@@ -98,6 +98,7 @@ class Merged(nn.Module):
         return F.linear(x, self.weight + self.adapter.delta(self.weight), self.bias)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter as a vector in fp32."""
     assert parameter.grad is not None
     return parameter.grad.float().flatten()

@@ -144,8 +144,6 @@ class Contest:
         print(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
         times = interleaved(
             self._ready,
-            lambda label: self._ready[label].step(),
-            lambda label: self._ready[label].settle(),
             warmup=protocol.warmup,
             rounds=protocol.rounds,
             device=self.device,

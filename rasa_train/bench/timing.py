@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Hashable, Iterable
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -31,28 +30,31 @@ def seconds(work: Work, device: torch.device) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+class Timed(Protocol):
+    """Something whose steps are timed."""
+
+    def step(self) -> object:
+        """The work that is timed."""
+
+    def settle(self) -> object:
+        """What is done after each step; its time is not counted."""
+
+
 def interleaved(
-    keys: Iterable[Key],
-    work: Callable[[Key], object],
-    settle: Callable[[Key], object],
-    *,
-    warmup: int,
-    rounds: int,
-    device: torch.device,
-    dropped: Callable[[Key], None],
+    contenders: Mapping[Key, Timed], *, warmup: int, rounds: int, device: torch.device, dropped: Callable[[Key], None]
 ) -> dict[Key, list[float]]:
-    """Time ``work`` for each key once in every round, in the order of the keys. Returns the seconds, one per round.
+    """Time a step of each contender once in every round, in their order. Returns the seconds, one per round.
 
     Args:
-        settle: called with the key after each run; its time is not counted.
         warmup: number of rounds that are not counted.
-        dropped: called with a key whose work runs out of memory. The work is not run again, and its times are left out.
+        dropped: called with the key of a contender that runs out of memory. The contender takes no more turns, and
+            its times are left out; ``dropped`` may remove it from ``contenders``.
     """
-    times: dict[Key, list[float]] = {key: [] for key in keys}
+    times: dict[Key, list[float]] = {key: [] for key in contenders}
     for number in range(warmup + rounds):
         for key in list(times):
-            took = _seconds_if_it_fits(partial(work, key), device)
-            settle(key)
+            took = _seconds_if_it_fits(contenders[key].step, device)
+            contenders[key].settle()
             if took is None:
                 del times[key]
                 dropped(key)

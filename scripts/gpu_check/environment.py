@@ -6,9 +6,10 @@ import os
 import platform
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from rasa_train.process import version_of
 
 from .measure import BF16, DEVICE, ON_GPU, TINY, Check, Values, milliseconds, random, rounded, synchronize
 
@@ -21,11 +22,7 @@ PACKAGES = (
 def versions() -> Values:
     """Return the versions of packages, and what is known of the card and its driver."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+    found |= {name: version_of(name) for name in PACKAGES}
     if not ON_GPU:
         return {"device": "cpu", "versions": found, "cpus": os.cpu_count()}
     card = torch.cuda.get_device_properties(0)

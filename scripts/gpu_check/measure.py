@@ -46,10 +46,6 @@ class Wrong(Exception):
         self.values = values
 
 
-class NeedsGpu(Exception):
-    """It turned out that this torch cannot do something without a GPU."""
-
-
 def hold(condition: bool, why: str, values: Values) -> Values:
     """The values, if the condition holds; raises ``Wrong`` otherwise."""
     if not condition:
@@ -82,8 +78,6 @@ def outcome_of(check: Check) -> dict[str, Any]:
         return {"outcome": NOT_INSTALLED, "why": f"{check.package} is not installed"}
     try:
         return {"outcome": OK, "values": check.run()}
-    except NeedsGpu as reason:
-        return {"outcome": NEEDS_GPU, "why": str(reason)}
     except Wrong as wrong:
         return {"outcome": FAILED, "values": wrong.values, "why": str(wrong)}
     except Exception as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -80,7 +79,7 @@ def method(name: str) -> Values:
         give(given, parameters)
         together = groups(model) if kind == "fast" else []
         loss = float(Contender(model, parameters, problem.loss(model), together).step())
-        pairs = [(gradient(p), gradient(expected[n])) for n, p in parameters.items()]
+        pairs = [(gate.gradient(p), gate.gradient(expected[n])) for n, p in parameters.items()]
         values[kind] = {
             "loss_error": rounded(abs(loss / exact_loss - 1)),
             "gradient_error": rounded(max(error(a, b) for a, b in pairs)),
@@ -88,12 +87,6 @@ def method(name: str) -> Values:
         }
     fine = all(v["loss_error"] < LOSS_ERROR and v["gradient_error"] < GRADIENT_ERROR for v in values.values())
     return hold(fine, "loss or gradients are not those of the method in fp32", values)
-
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient in fp32, as a vector."""
-    assert parameter.grad is not None
-    return parameter.grad.float().flatten()
 
 
 def dropout() -> Values:
@@ -122,20 +115,10 @@ def dropped_gradients(seed: int, *, recompute: bool = False, offload: bool = Fal
     loss = problem.loss(model)
     torch.manual_seed(seed)
     with packed(groups(model)):
-        with host_memory(model, offload):
+        with offloaded(model, DEVICE.type) if offload else nullcontext():
             value = loss()
         value.backward()  # type: ignore[no-untyped-call]
-    return torch.cat([gradient(p) for p in parameters.values()])
-
-
-@contextmanager
-def host_memory(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep activations in host memory inside, if that is wanted."""
-    if not wanted:
-        yield
-        return
-    with offloaded(model, DEVICE.type):
-        yield
+    return torch.cat([gate.gradient(p) for p in parameters.values()])
 
 
 def experts() -> Values:

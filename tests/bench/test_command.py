@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -167,10 +168,14 @@ def test_lengths_are_fixed_and_add_up() -> None:
 
 def test_engines_take_turns() -> None:
     order: list[str] = []
-    settle = lambda name: order.append(name.upper())  # noqa: E731
-    times = interleaved(
-        "ab", order.append, settle, warmup=1, rounds=2, device=torch.device("cpu"), dropped=order.append
-    )
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.step = partial(order.append, name)
+            self.settle = partial(order.append, name.upper())
+
+    contenders = {name: Noted(name) for name in "ab"}
+    times = interleaved(contenders, warmup=1, rounds=2, device=torch.device("cpu"), dropped=order.append)
     assert "".join(order) == "aAbB" * 3 and {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
 
 
