@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..adapters.inject import adapt
 from ..adapters.site import Site
 from ..adapters.state import adapters, saved_tensors, trainable
 from ..data.prepare import PreparedData
+from ..distributed.config import STRATEGIES, Capabilities, Strategy
 from ..kernels.linear_cross_entropy import CHUNK
 from ..models.families import decoder_layers, has_plain_head
 from ..models.load import count_parameters, meta_model
@@ -21,7 +23,6 @@ from ..models.padding_free import check_packable
 from ..recipe.schema import Recipe
 from ..training.memory_search import MOST
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 USABLE = 0.9
 """Share of a GPU's memory that a worker may fill: the rest is for CUDA itself, NCCL's buffers and fragments."""
 
@@ -93,7 +94,7 @@ def _memory_facts(
     by_tokens = training.flat and wanted == "auto"
     tokens = max(training.micro_batch_tokens or MOST, longest) if by_tokens else size * longest
 
-    def parts(strategy: str) -> dict[str, int]:
+    def parts(strategy: Strategy) -> dict[str, int]:
         return memory(recipe, model, sites, strategy, workers, tokens=tokens)
 
     totals = {strategy: parts(strategy)["total"] for strategy in STRATEGIES}
@@ -110,7 +111,7 @@ def _memory_facts(
 
 
 def memory(
-    recipe: Recipe, model: PreTrainedModel, sites: list[Site], strategy: str, workers: int, *, tokens: int
+    recipe: Recipe, model: PreTrainedModel, sites: list[Site], strategy: Strategy, workers: int, *, tokens: int
 ) -> dict[str, int]:
     """Estimate one worker's GPU memory in bytes, by part. Most parts are counted and exact. ``activations`` and
     ``logits`` come from a model of the largest micro-batch, of ``tokens`` tokens with padding: the activations that
@@ -127,22 +128,20 @@ def memory(
     if recipe.model.base == "nf4":  # 4 bits, and a scale of 8 bits for each 64 of them
         linears = sum(math.prod((*s.lead, *s.shape)) for s in sites if s.num_experts is None)
         base -= int(linears * (half - 0.5 - 1 / 64))
-    masters = strategy.startswith("zero")  # DeepSpeed steps on a copy of its own
-
-    share = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[strategy] if workers > 1 else 0
+    capabilities = STRATEGIES[strategy]
 
     def divided(size: int, from_stage: int) -> int:
-        return math.ceil(size / workers) if share >= from_stage else size
+        return math.ceil(size / workers) if capabilities.stage >= from_stage else size
 
     offload = recipe.distributed.offload if strategy == recipe.distributed.strategy else "none"
     parts = {
         "base_weights": 0 if offload == "all" else divided(base, 3),
-        "adapter_parameters": adapter * 4 if strategy == "zero3" else divided(adapter * 4, 3),
+        "adapter_parameters": divided(adapter * 4, 3) if capabilities.divides_adapter else adapter * 4,
         "gradients": divided(trained * 4, 2),
-        "optimizer_state": 0 if offload != "none" else divided(trained * 4 * (moments + masters), 1),
+        "optimizer_state": 0 if offload != "none" else divided(trained * 4 * (moments + capabilities.own_masters), 1),
     }
-    if share == 3 or offload == "all":
-        parts["gathered_weights"] = _gathered(model, strategy)
+    if capabilities.divides_weights and (workers > 1 or offload == "all"):
+        parts["gathered_weights"] = _gathered(model, capabilities)
     per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * half
     layers = config.num_hidden_layers
     wanted = recipe.training.activation_checkpointing
@@ -157,13 +156,13 @@ def memory(
     return parts
 
 
-def _gathered(model: nn.Module, strategy: str) -> int:
+def _gathered(model: nn.Module, capabilities: Capabilities) -> int:
     """Return the bytes of the weights that are whole at one time: those of a layer, of the next layer, which is fetched
     meanwhile, and of the parameters outside the layers (FSDP: all of them; ZeRO-3: one of them)."""
     layers = [[p for p in layer.parameters()] for layer in decoder_layers(model)]
     inside = {id(p) for layer in layers for p in layer}
     outside = [_bytes(p) for p in model.parameters() if id(p) not in inside]
-    rest = sum(outside) if strategy == "fsdp" else max(outside, default=0)
+    rest = sum(outside) if capabilities.gathers_the_rest_at_once else max(outside, default=0)
     return 2 * max(sum(map(_bytes, layer)) for layer in layers) + rest
 
 
@@ -171,7 +170,7 @@ def _bytes(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def advice(recipe: Recipe, totals: dict[str, int], workers: int) -> list[str]:
+def advice(recipe: Recipe, totals: Mapping[Strategy, int], workers: int) -> list[str]:
     """Return advice on the strategy for the GPU named in the recipe, or else for this machine's; empty without one."""
     size = recipe.distributed.gpu_memory_gib
     if size is None and torch.cuda.is_available():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: DistributedConfig, accelerator: Accelerator, max_grad_norm: float | None) -> Engine:
-    """Return the engine of ``config.strategy``. One worker has nothing to divide, unless it is to use host memory."""
-    if config.strategy == "ddp" or (accelerator.num_processes == 1 and config.offload == "none"):
+    """Return the engine of ``config.strategy``, or that of ddp if there is nothing to divide."""
+    if not config.capabilities(accelerator.num_processes).stage:
         return DataParallel(config, accelerator, max_grad_norm)
     return (FullyShard if config.strategy == "fsdp" else Zero)(config, accelerator, max_grad_norm)

@@ -19,8 +19,6 @@ BUCKET = 64 << 20
 class DataParallel(Engine):
     """Engine whose workers each hold everything and average gradients. One process is the case of one worker."""
 
-    sharded = False
-
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     ) -> None:

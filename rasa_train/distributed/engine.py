@@ -26,18 +26,22 @@ class Engine(ABC):
     """One way to share a model among workers. Call ``prepare`` once, then for each step: ``backward`` for every
     micro-batch, ``step``, ``zero_grad``."""
 
-    sharded: ClassVar[bool]
-    """Whether workers hold parts of the trained tensors, or wait for each other in the forward pass."""
     first_reads: ClassVar[bool] = False
     """Whether only the first worker has values before ``prepare``; until then the others' are on the meta device."""
 
     def __init__(self, config: DistributedConfig, accelerator: Accelerator, max_grad_norm: float | None) -> None:
         self.config, self.accelerator = config, accelerator
+        self.capabilities = config.capabilities(accelerator.num_processes)
         self.max_grad_norm = max_grad_norm or math.inf
         self.model: nn.Module
         """The model that is called with a batch; set by ``prepare``."""
         self.optimizer: torch.optim.Optimizer
         """The optimizer whose learning rate is set; made by ``prepare``."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether workers hold parts of the trained tensors, or wait for each other in the forward pass."""
+        return self.capabilities.stage > 0
 
     @property
     def reads(self) -> bool:

@@ -28,7 +28,6 @@ class FullyShard(Engine):
     of the model than its own part and one layer.
     """
 
-    sharded = True
     first_reads = True
 
     def prepare(

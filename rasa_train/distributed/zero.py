@@ -24,22 +24,20 @@ class Zero(Engine):
     """DeepSpeed's ZeRO. DeepSpeed runs without its own mixed precision: base weights keep their dtype and adapters are
     fp32, as everywhere else, so what DeepSpeed divides is the fp32 state that is saved."""
 
-    sharded = True
-
-    @property
-    def stage(self) -> int:
-        return int(self.config.strategy.removeprefix("zero"))
-
     def _deepspeed_config(self, trained: int = 0, largest: int = 0) -> dict[str, Any]:
         """Return DeepSpeed's settings for ``trained`` elements in all, ``largest`` in one tensor of the adapter."""
         bucket = min(max(trained, 1), 500_000_000)  # elements; DeepSpeed allocates it whole
-        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        zero: dict[str, Any] = {
+            "stage": self.capabilities.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        }
         host = {"device": "cpu", "pin_memory": self.accelerator.device.type == "cuda"}
         if self.config.offload != "none":
             zero["offload_optimizer"] = host
         if self.config.offload == "all":
             zero["offload_param"] = host
-        if self.stage == 3:
+        if self.capabilities.divides_weights:
             resident = self.config.resident_size
             zero["stage3_param_persistence_threshold"] = max(largest, 100_000) + 1 if resident is None else resident
         return {
@@ -54,7 +52,7 @@ class Zero(Engine):
 
     @contextmanager
     def loading(self, dtype: torch.dtype, *, divide: bool) -> Iterator[None]:
-        self._divided = divide and self.stage == 3
+        self._divided = divide and self.capabilities.divides_weights
         if not self._divided:
             yield
             return
@@ -86,8 +84,8 @@ class Zero(Engine):
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(parameters), config=config)
         self.model = self.engine = engine
         self.optimizer = engine.optimizer.optimizer
-        assert engine.zero_optimization_stage() == self.stage and engine.dp_world_size == world_size()
-        if self.stage == 3:
+        assert engine.zero_optimization_stage() == self.capabilities.stage and engine.dp_world_size == world_size()
+        if self.capabilities.divides_weights:
             assert all(_divided(p) for p in model.parameters())
 
     def synchronizing(self, last: bool) -> AbstractContextManager[None]:
@@ -131,13 +129,17 @@ class Zero(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         zero = self.engine.optimizer
-        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if self.capabilities.divides_weights
+            else zero.single_partition_of_fp32_groups
+        )
         example = next(iter(states.values()), {})
         for flat in flats:
             for key, tensor in example.items():
                 empty = torch.zeros_like(flat.data) if tensor.dim() > 0 else tensor.clone()
                 self.optimizer.state[flat][key] = placed_state(self.optimizer, flat, empty)
-        if self.stage < 3:
+        if not self.capabilities.divides_weights:
             zero._lazy_init_hp_params_optimizer_state()
         for parameter, state in states.items():
             for key, tensor in state.items():

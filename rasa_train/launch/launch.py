@@ -103,7 +103,8 @@ def _check_input(recipe: Recipe) -> PreparedData:
 def _check_strategy(recipe: Recipe, workers: int) -> None:
     """Raise ``UserError`` if the method does not work with the strategy, or the model without padding."""
     method, strategy = recipe.adapter, recipe.distributed.strategy
-    divided = strategy != "ddp" and (workers > 1 or recipe.distributed.offload != "none")
+    capabilities = recipe.distributed.capabilities(workers)
+    divided = capabilities.stage > 0
     if recipe.training.flat:
         from ..models.padding_free import check_packable
 
@@ -119,7 +120,7 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
             f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
             key="model.base",
         )
-    if recipe.training.activation_offload and divided and strategy in ("zero3", "fsdp"):
+    if recipe.training.activation_offload and capabilities.divides_weights:
         raise UserError(
             f"training.activation_offload must be false for distributed.strategy: {strategy}, which replaces the "
             "weights at each layer; it works with ddp, zero1 and zero2",

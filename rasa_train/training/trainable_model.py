@@ -59,7 +59,7 @@ class TrainableModel:
         """
         self.recipe, self.engine = recipe, engine
         training = recipe.training
-        divide = recipe.distributed.strategy == "zero3" and not needs_whole_base(recipe)
+        divide = engine.capabilities.divides_as_it_loads and not needs_whole_base(recipe)
         with engine.loading(torch_dtype(recipe.model), divide=divide):
             base = read_base(recipe, engine)
         if training.flat:
