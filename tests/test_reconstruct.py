@@ -47,6 +47,14 @@ def test_every_half_step_lowers_the_error(start, k):
     assert result.B.shape == (L, b, 4 - k) and result.A_S.shape == (L * k, a) and result.d.shape == (L, L * k)
 
 
+def test_error_of_a_pool_with_more_ranks_than_the_matrices():
+    """Six shared ranks for matrices of rank 3: their factors grow large and cancel, and the fit is exact."""
+    M = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    result = reconstruct(M, 3, 3, sweeps=3, start="rasa")
+    assert_close(result.error, error(M, result), rtol=1e-3, atol=1e-12)
+    assert all(0 <= value < 1e-8 for value in result.errors[2:])
+
+
 @pytest.mark.parametrize("k", range(5))
 def test_theorem_3_1(k):
     M = updates(1)

@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from .contract import Adapter, linear
 from .site import Site
 
-OTHER_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_proj"), "down_proj": ("w2",)}
-"""Other names of the experts' linears: Mixtral's names, and the name of the fused parameter."""
-
 
 class AdaptedExperts(nn.Module):
     """Frozen experts with adapters: for each token the sum over its experts e, with weight p_e, of

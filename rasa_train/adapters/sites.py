@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..models.families import ROUTERS
-from .experts import OTHER_NAMES, expert_sites, is_fused, is_supported
+from ..models.families import EXPERT_NAMES, ROUTERS, layer_lists
+from .experts import expert_sites, is_fused, is_supported
 from .site import Site
 
 
@@ -55,17 +55,14 @@ def _check_experts(model: nn.Module) -> None:
 
 
 def _all_linears(model: nn.Module) -> Iterator[Site]:
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
-    ]
-    outermost = [p for p, _ in lists if not any(p.startswith(q + ".") for q, _ in lists)]
-    for list_path, layers in lists:
-        if list_path not in outermost:
-            continue
+    lists = {
+        path: layers
+        for path, layers in layer_lists(model).items()
+        if any(isinstance(module, nn.Linear | Conv1D) for module in layers.modules())
+    }
+    for list_path, layers in lists.items():
         # Encoder and decoder of one model must not share pools, so the kind then starts with the path of the list.
-        prefix = "" if len(outermost) == 1 else list_path + "."
+        prefix = "" if len(lists) == 1 else list_path + "."
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
                 path, kind = f"{list_path}.{index}.{name}", prefix + name
@@ -96,7 +93,7 @@ def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -
 def _names(site: Site) -> list[str]:
     """Return the kind of a site and, for a site of experts, its other names."""
     parent, _, name = site.kind.rpartition(".")
-    others = () if site.num_experts is None else OTHER_NAMES[name]
+    others = () if site.num_experts is None else EXPERT_NAMES[name]
     return [site.kind, *(f"{parent}.{other}" for other in others)]
 
 

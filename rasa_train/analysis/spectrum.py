@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lowrank.product_svd import product_svd
+
 Update = Tensor | tuple[Tensor, Tensor]
 """dW (out, in), or factors (B (out, q), A (q, in)) with dW = B A."""
 
@@ -66,17 +68,12 @@ def singular_values(update: Update) -> Tensor:
 
 @torch.no_grad()
 def directions(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading singular triples (U (out, rank), s, V (in, rank)), fp64; those of factors by QR."""
+    """Return the leading singular triples (U (out, rank), s, V (in, rank)), fp64."""
     if isinstance(update, Tensor):
         U, s, Vh = torch.linalg.svd(update.double(), full_matrices=False)
         return U[:, :rank], s[:rank], Vh[:rank].mT
-    B, A = (factor.double() for factor in update)
-    if B.shape[1] > min(B.shape[0], A.shape[1]):
-        return directions(B @ A, rank)
-    Q, R = torch.linalg.qr(B)
-    P, S = torch.linalg.qr(A.mT)
-    U, s, Vh = torch.linalg.svd(R @ S.mT)
-    return Q @ U[:, :rank], s[:rank], P @ Vh[:rank].mT
+    U, s, V = product_svd(*update)
+    return U[:, :rank], s[:rank], V[:, :rank]
 
 
 def numerical_rank(s: Tensor, update: Update) -> int:

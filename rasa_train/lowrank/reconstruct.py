@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .product_svd import product_svd
+
 EXACT = 768
 """Side of the largest matrix that is decomposed whole. For larger matrices the leading singular vectors are found by
 subspace iteration from the vectors of the previous sweep: well below full accuracy, but E still descends."""
@@ -139,6 +141,10 @@ class Stack:
         Y = Y.to(self.dtype)
         return (self.A[i].to(self.dtype).mT @ (Y if self.B is None else self.B[i].to(self.dtype).mT @ Y)).double()
 
+    def matrix(self, i: int) -> Tensor:
+        """Return M_i (b, a) itself, in fp64."""
+        return self.A[i].double() if self.B is None else self.B[i].double() @ self.A[i].double()
+
     def norm2(self, i: int) -> float:
         if self.B is None:
             return float(torch.linalg.vector_norm(self.A[i], dtype=torch.float64) ** 2)
@@ -158,12 +164,10 @@ class Stack:
             left, right = [self.B[i].double()], [self.A[i].double()]
             if minus is not None:
                 left, right = [*left, -minus[0]], [*right, minus[1]]
-            Q, R = torch.linalg.qr(torch.cat(left, 1))
-            P, S = torch.linalg.qr(torch.cat(right).mT)
-            U, s, Vh = torch.linalg.svd(R @ S.mT)
-            return _padded(Q @ U[:, :rank], s[:rank], P @ Vh[:rank].mT, rank)
+            U, s, V = product_svd(torch.cat(left, 1), torch.cat(right))
+            return _padded(U[:, :rank], s[:rank], V[:, :rank], rank)
         if min(self.b, self.a) <= EXACT:
-            N = self.A[i].double() if self.B is None else self.B[i].double() @ self.A[i].double()
+            N = self.matrix(i)
             U, s, Vh = torch.linalg.svd(N if minus is None else N - minus[0] @ minus[1], full_matrices=False)
             return _padded(U[:, :rank], s[:rank], Vh[:rank].mT, rank)
         return self._iterate(i, rank, minus, warm, seed)
@@ -224,7 +228,7 @@ class _Descent:
 
     def run(self, sweeps: int) -> Reconstruction:
         inner = [self._shared_part(i) for i in range(self.stack.L)]
-        self.errors.append(sum(self._without(i) + self._pool_part(i, inner[i]) for i in range(self.stack.L)))
+        self._note(sum(self._without(i) + self._pool_part(i, inner[i]) for i in range(self.stack.L)))
         for _ in range(sweeps if self.k else 0):
             if self.private:
                 self._private_step()
@@ -250,7 +254,7 @@ class _Descent:
             U, s, V = self.stack.top(i, self.private, pool, warm)
             self.pairs[i] = U * s, V.mT
             error += float(self.norm2[i]) + self._pool_part(i, inner) - float((s**2).sum())
-        self.errors.append(error)
+        self._note(error)
 
     def _B_S_step(self, rest: float) -> None:
         """Solve the normal equations (24) for B_S; the right-hand side is sum_i N_i A_S^T D_i."""
@@ -259,7 +263,7 @@ class _Descent:
             B, A = self.pairs[i]
             rhs += (self.stack.left(i, self.A_S.mT) - B @ (A @ self.A_S.mT)) * self.d[i]
         self.B_S = rhs @ pinv((self.A_S @ self.A_S.mT) * (self.d.mT @ self.d))
-        self.errors.append(rest - float((self.B_S * rhs).sum()))
+        self._note(rest - float((self.B_S * rhs).sum()))
 
     def _A_S_step(self, rest: float) -> None:
         """Solve the normal equations (25) for A_S."""
@@ -268,13 +272,23 @@ class _Descent:
             B, A = self.pairs[i]
             rhs += self.d[i, :, None] * (self.stack.right(i, self.B_S).mT - (self.B_S.mT @ B) @ A)
         self.A_S = pinv((self.B_S.mT @ self.B_S) * (self.d.mT @ self.d)) @ rhs
-        self.errors.append(rest - float((self.A_S * rhs).sum()))
+        self._note(rest - float((self.A_S * rhs).sum()))
 
     def _d_step(self, rest: float) -> None:
         """Solve (26) for d with one Gram matrix for all layers; the right-hand side is diag(B_S^T N_i A_S^T)."""
         rhs = torch.stack([self._shared_part(i) for i in range(self.stack.L)])
         self.d = rhs @ pinv((self.B_S.mT @ self.B_S) * (self.A_S @ self.A_S.mT))
-        self.errors.append(rest - float((self.d * rhs).sum()))
+        self._note(rest - float((self.d * rhs).sum()))
+
+    def _note(self, error: float) -> None:
+        """Append E after a half-step. If there are more shared ranks than the matrices have, the factors grow large
+        and cancel. The sum that gave ``error`` then cancels too, so E is computed from the matrices instead."""
+        if self.d.shape[1] > min(self.stack.a, self.stack.b):
+            residuals = (
+                self.stack.matrix(i) - B @ A - (self.B_S * self.d[i]) @ self.A_S for i, (B, A) in enumerate(self.pairs)
+            )
+            error = sum(float(torch.linalg.vector_norm(residual) ** 2) for residual in residuals)
+        self.errors.append(error)
 
     # -- parts of E --------------------------------------------------------------------------------------------
 

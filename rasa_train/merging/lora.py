@@ -27,6 +27,7 @@ from ..adapters.site import Site
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import tensor_bytes, write_tensors
+from ..lowrank.product_svd import product_svd
 from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, Source, open_source
 
@@ -145,12 +146,10 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
     Returns:
         A' (*lead, rank, in), B' (*lead, out, rank) in fp32, norm(B A - B' A')^2 and norm(B A)^2.
     """
-    Q, R = torch.linalg.qr(B.double())
-    P, S = torch.linalg.qr(A.double().mT)
-    U, s, Vh = torch.linalg.svd(R @ S.mT)
+    U, s, V = product_svd(B, A)
     root, lost = s[..., :rank].sqrt(), float((s[..., rank:] ** 2).sum())
-    A = root.unsqueeze(-1) * (Vh[..., :rank, :] @ P.mT)
-    B = Q @ U[..., :rank] * root.unsqueeze(-2)
+    A = root.unsqueeze(-1) * V[..., :rank].mT
+    B = U[..., :rank] * root.unsqueeze(-2)
     return A.float(), B.float(), lost, float((s**2).sum())
 
 

@@ -6,12 +6,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated layers of the model: the longest ModuleList that is not inside another one (lists of experts
-    are inside a layer)."""
+def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the lists of repeated layers, by path: each ModuleList that is not inside another one (lists of experts
+    are inside a layer). A model with an encoder and a decoder has two."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [list(m) for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
-    return max(outermost, key=len)
+    return {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated layers of the decoder: the longest of the model's lists."""
+    return max(map(list, layer_lists(model).values()), key=len)
 
 
 # fmt: off
@@ -29,6 +33,10 @@ def has_plain_head(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     return model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+EXPERT_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_proj"), "down_proj": ("w2",)}
+"""Other names of the linears of fused experts: Mixtral's names, and the name of the fused parameter."""
 
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
