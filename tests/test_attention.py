@@ -19,7 +19,7 @@ from rasa_train.kernels import varlen_attention
 from rasa_train.kernels.varlen_attention import NAME
 from rasa_train.models.families import PLAIN_HEADS
 from rasa_train.models.padding_free import check_packable, use_varlen
-from rasa_train.objectives.next_token import install
+from rasa_train.objectives.next_token import NextToken
 
 from .test_loss import assert_same_gradients, examples, reference
 from .tiny_models import tiny_model
@@ -37,7 +37,7 @@ def test_packed_is_unpacked(kind: str, checkpointing: bool) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    loss_of = install(model)
+    loss_of = NextToken().install(model)
     some = examples(5, 17, 9, 1)
     loss, expected = loss_of(model, with_targets(flatten(some) or {})), reference(own, some)
     assert model.config._attn_implementation == NAME

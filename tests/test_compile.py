@@ -14,7 +14,7 @@ from rasa_train.adapters.registry import METHODS
 from rasa_train.data.batching import collate, flatten, with_targets
 from rasa_train.models.layers import compile_layers
 from rasa_train.models.padding_free import use_varlen
-from rasa_train.objectives.next_token import install
+from rasa_train.objectives.next_token import NextToken
 
 from .test_loss import assert_same_gradients, examples
 from .tiny_models import tiny_model
@@ -38,7 +38,7 @@ def graphs(method: str, backend: str, *, flat: bool, checkpointing: bool = False
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     eager = copy.deepcopy(model)
-    losses = [install(m) for m in (model, eager)]
+    losses = [NextToken().install(m) for m in (model, eager)]
     compile_layers(model, backend)
     found = []
     for lengths in LENGTHS:

@@ -15,7 +15,7 @@ from rasa_train.data.batching import collate, flatten, with_targets
 from rasa_train.data.encode import Example
 from rasa_train.kernels.linear_cross_entropy import linear_cross_entropy
 from rasa_train.models.families import PLAIN_HEADS, has_plain_head
-from rasa_train.objectives.next_token import LossHead, from_logits, install
+from rasa_train.objectives.next_token import LossHead, NextToken, from_logits
 
 from .tiny_models import VOCABULARY, tiny_model
 
@@ -62,7 +62,7 @@ def test_loss_and_gradients_of_an_architecture(kind: str) -> None:
     model = tiny_model(kind)
     own = copy.deepcopy(model)
     assert has_plain_head(model) == (kind not in OTHERS)
-    loss_of = install(model)
+    loss_of = NextToken().install(model)
     assert isinstance(model.get_output_embeddings(), LossHead) == (kind not in OTHERS)
     some = examples(5, 17, 9)
     batch = with_targets(collate(some, pad_token_id=0) or {})
@@ -80,7 +80,7 @@ def test_a_row_of_own_logits_is_computed_where_it_is_supervised() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
     batch = with_targets(collate([example], pad_token_id=0) or {})
     expected = float(from_logits(model, batch))
-    loss = install(model)(model, batch)
+    loss = NextToken().install(model)(model, batch)
     assert float(loss) == pytest.approx(expected, rel=1e-6) and rows[-1] == len(batch["targets"]) == 7
 
 
@@ -156,6 +156,6 @@ def test_a_row_without_targets_is_connected() -> None:
     model = tiny_model("llama")
     batch = with_targets(flatten([Example(np.zeros(8, np.int32), np.full(8, -100, np.int32))]) or {})
     batch = {n: batch[n] for n in ("input_ids", "position_ids", "positions", "targets")}
-    loss = install(model)(model, batch)
+    loss = NextToken().install(model)(model, batch)
     loss.backward()
     assert float(loss) == 0.0 and gradients(model).keys() == dict(model.named_parameters()).keys()

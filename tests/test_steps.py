@@ -82,7 +82,8 @@ def test_steps_are_those_that_are_left(tiny_llama: Path, token_rows: Path, accel
     """Resumed in the middle of an epoch, the batches are those of an undisturbed run."""
     what = recipe(tiny_llama, token_rows, batching="packed")
     train = prepare(what.data, None).train
-    plan = partial(plan_steps, what, train, Limit(tokens=40), accelerator)
+    model = TrainableModel(what, make_engine(what.distributed, accelerator, 1.0))
+    plan = partial(plan_steps, model, train, Limit(tokens=40))
     whole, rest = list(plan(range(10), 5)), list(plan(range(7, 10), 5))
     for a, b in zip(whole[7:], rest, strict=True):
         assert (a.batch == b.batch).all() and len(a.tensors) == len(a.mine) == a.micro_batches > 1

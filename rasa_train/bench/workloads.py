@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.batching import collate, flatten, with_targets
+from ..data.batching import collate
 from ..data.encode import IGNORE, Example
 from ..models.padding_free import use_varlen
-from ..objectives.next_token import install
+from ..objectives.next_token import NextToken
 from ..training.micro_batches import on_device
 from .shapes import LinearStack
 
@@ -86,15 +86,15 @@ def examples(sizes: list[int], vocabulary: int) -> list[Example]:
 
 def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Problem:
     """Return the training loss of a model on sequences of these sizes: end to end in one row (``flat``), or padded."""
-    made = examples(sizes, base.config.vocab_size)
+    made, objective = examples(sizes, base.config.vocab_size), NextToken()
     stock = on_device(collate(made, pad_token_id=0) or {}, base.device)
-    batch = on_device(with_targets((flatten(made) if flat else collate(made, pad_token_id=0)) or {}), base.device)
+    batch = on_device(objective.tensors(made, flat=flat), base.device)
     supervised = len(batch["targets"])
 
     def loss(model: nn.Module) -> Loss:
         if flat and isinstance(model, PreTrainedModel):
             use_varlen(model)
-        losses = install(model)
+        losses = objective.install(model)
         return lambda: losses(model, batch) / supervised
 
     def stock_loss(model: nn.Module) -> Loss:

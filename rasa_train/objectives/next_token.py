@@ -8,51 +8,61 @@ around that call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data.batching import collate, flatten, with_targets
+from ..data.cache import TokenDataset
+from ..data.encode import Example
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..models.families import has_plain_head
-
-Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
-
-
-def install(model: nn.Module) -> Loss:
-    """Make ``model(**batch)`` return the loss of a batch (see ``data.batching``): fp32, a sum over its ``targets``.
-
-    Returns a function that takes the model, or the wrapper that a strategy has put around it, and a batch. A model that
-    another library (PEFT) has wrapped is left unchanged: its loss is computed outside the model, from its logits.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return from_logits
-    if has_plain_head(model):
-        model.set_output_embeddings(LossHead(model.get_output_embeddings()))
-        model.forward = partial(_chunked, model)
-    else:
-        model.forward = partial(_of_own_logits, model.forward)
-    return lambda model, batch: model(**batch)
+from .contract import Loss, Objective
 
 
-@contextmanager
-def with_logits(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` return logits again inside the block, so that it can generate."""
-    forward = model.__dict__.pop("forward", None)
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
-        model.set_output_embeddings(head.base)
-    try:
-        yield
-    finally:
+class NextToken(Objective):
+    """The objective of causal language models. Its targets are the supervised tokens."""
+
+    def tensors(self, examples: Sequence[Example], *, flat: bool) -> dict[str, Any]:
+        return with_targets((flatten(examples) if flat else collate(examples, pad_token_id=0)) or {})
+
+    def install(self, model: nn.Module) -> Loss:
+        """Make ``model(**batch)`` return the loss of a batch, in fp32.
+
+        A model that another library (PEFT) has wrapped is left unchanged: its loss is computed outside the model, from
+        its logits.
+        """
+        if not isinstance(model, PreTrainedModel):
+            return from_logits
+        if has_plain_head(model):
+            model.set_output_embeddings(LossHead(model.get_output_embeddings()))
+            model.forward = partial(_chunked, model)
+        else:
+            model.forward = partial(_of_own_logits, model.forward)
+        return lambda model, batch: model(**batch)
+
+    @contextmanager
+    def with_logits(self, model: nn.Module) -> Iterator[None]:
+        forward = model.__dict__.pop("forward", None)
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
-            model.set_output_embeddings(head)
-        if forward is not None:
-            model.__dict__["forward"] = forward
+            model.set_output_embeddings(head.base)
+        try:
+            yield
+        finally:
+            if isinstance(model, PreTrainedModel) and isinstance(head, LossHead):
+                model.set_output_embeddings(head)
+            if forward is not None:
+                model.__dict__["forward"] = forward
+
+    def targets(self, dataset: TokenDataset, indices: np.ndarray | slice = slice(None)) -> int:
+        return int(dataset.supervised[indices].sum())
 
 
 def from_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -6,23 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batching import Limit, collate, flatten, plan_epoch, with_targets
+from ..data.batching import Limit, plan_epoch
 from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
 from ..distributed import collectives
 from ..models.layers import checkpoint_layers
-from ..recipe.schema import Recipe, TrainingConfig
+from ..recipe.schema import TrainingConfig
 from . import memory_search
 from .trainable_model import TrainableModel
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,10 @@ class Step:
 
 
 def plan_steps(
-    recipe: Recipe, train: TokenDataset, limit: Limit, accelerator: Accelerator, steps: range, steps_per_epoch: int
+    model: TrainableModel, train: TokenDataset, limit: Limit, steps: range, steps_per_epoch: int
 ) -> Iterator[Step]:
     """Yield this worker's part of each of the ``steps``, with its tensors."""
-    training, epoch_now, batches = recipe.training, -1, list[np.ndarray]()
+    training, epoch_now, batches = model.recipe.training, -1, list[np.ndarray]()
     for step in steps:
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != epoch_now:
@@ -53,29 +50,30 @@ def plan_steps(
                     train.lengths,
                     batching=training.batching,
                     batch_size=training.batch_size,
-                    seed=recipe.seed,
+                    seed=model.recipe.seed,
                     epoch=epoch,
                 ),
             )
-        yield step_of(batches[position], train, limit, training.flat, accelerator)
+        yield step_of(model, train, batches[position], limit)
 
 
-def step_of(batch: np.ndarray, train: TokenDataset, limit: Limit, flat: bool, accelerator: Accelerator) -> Step:
+def step_of(model: TrainableModel, train: TokenDataset, batch: np.ndarray, limit: Limit) -> Step:
     """Return this worker's part of a global batch."""
+    accelerator = model.engine.accelerator
     divided = limit.split(batch, train.lengths, accelerator.num_processes)
     mine = divided[accelerator.process_index]
-    tensors = [batch_of(train, indices, flat, accelerator.device) for indices in mine]
+    tensors = [batch_of(model, train, indices) for indices in mine]
     return Step(batch, mine, tensors, sum(len(m) > 0 for worker in divided for m in worker))
 
 
-def batch_of(dataset: TokenDataset, indices: np.ndarray, flat: bool, device: torch.device) -> dict[str, Any]:
-    """Make the tensors of these examples: right-padded, or one row (``flat``); in pinned memory if they go to a GPU.
+def batch_of(model: TrainableModel, dataset: TokenDataset, indices: np.ndarray) -> dict[str, Any]:
+    """Make the tensors of these examples for the objective, in pinned memory if they go to a GPU.
 
     If there are no examples (the worker has less to do than others), the result is one unsupervised sequence, so that
     every worker calls the model equally often."""
     nothing = [Example(np.zeros(8, np.int32), np.full(8, IGNORE, np.int32))]
     examples = [dataset[i] for i in indices] or nothing
-    batch = with_targets((flatten(examples) if flat else collate(examples, pad_token_id=0)) or {})
+    batch, device = model.objective.tensors(examples, flat=model.recipe.training.flat), model.engine.accelerator.device
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):  # a new thread uses the first GPU, even if this worker has another
@@ -136,7 +134,7 @@ def memory_suffices(model: TrainableModel, train: TokenDataset, limit: Limit) ->
     by_length = np.argsort(-train.lengths, kind="stable")
     ends = np.cumsum(train.lengths[by_length])
     number = limit.examples or max(1, int((ends <= (limit.tokens or 0)).sum()))
-    batch = batch_of(train, by_length[:number], training.flat, device)
+    batch = batch_of(model, train, by_length[:number])
     rules = {name: tensor.clone() for name, tensor in model.rule_state.items()}
     size = training.optimizer.moments * sum(p.nbytes for p in model.parameters.values())  # fp32, as its state is
     spare = int(memory_search.MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objectives.next_token import Loss
+from ..objectives.contract import Loss
 
 LEAST = 2**16
 """Size of a tensor in bytes below which moving it is not worth a copy."""

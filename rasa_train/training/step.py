@@ -19,7 +19,7 @@ from .trainable_model import TrainableModel
 
 def train_step(model: TrainableModel, train: TokenDataset, work: Step, step: int) -> float | None:
     """Compute the gradients of a global batch, accumulated over the micro-batches of this worker. Returns the mean loss
-    over the supervised tokens of the global batch; None if a worker ran out of memory.
+    over the targets of the global batch; None if a worker ran out of memory.
 
     Args:
         step: number of the step, from 0; dropout masks depend on it.
@@ -40,14 +40,14 @@ def train_step(model: TrainableModel, train: TokenDataset, work: Step, step: int
     # The loss is read here and not inside ``packed``: there the host would wait for the GPU before it queues the work
     # that ``packed`` does at its end.
     loss_sum, failed = collectives.sum_over_workers(engine.accelerator, [0.0 if mine is None else float(mine), failed])
-    return None if failed else loss_sum / int(train.supervised[work.batch].sum())
+    return None if failed else loss_sum / model.objective.targets(train, work.batch)
 
 
 def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int) -> Tensor:
     """Run forward and backward of this worker's micro-batches. Returns the sum of their losses: fp64, on the device."""
     engine, recipe = model.engine, model.recipe
     accelerator = engine.accelerator
-    total_tokens = int(train.supervised[work.batch].sum())
+    targets = model.objective.targets(train, work.batch)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for i, (indices, tensors) in enumerate(zip(work.mine, work.tensors, strict=True)):
         last = i + 1 == len(work.mine)
@@ -59,9 +59,9 @@ def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int
             loss = model.loss(on_device(tensors, accelerator.device))
             loss_sum += loss.detach()
             if recipe.training.loss_average == "tokens":
-                weight = 1.0 / total_tokens
+                weight = 1.0 / targets
             else:  # the mean of each micro-batch, then the mean of these
-                weight = 1.0 / (max(int(train.supervised[indices].sum()), 1) * work.micro_batches)
+                weight = 1.0 / (max(model.objective.targets(train, indices), 1) * work.micro_batches)
             loss = loss * weight * accelerator.num_processes  # engines average gradients; the sum is wanted
             if last and (penalty := recipe.adapter.penalty(model.adapters)) is not None:
                 loss = loss + penalty
@@ -71,14 +71,13 @@ def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int
 
 @torch.no_grad()
 def validate(model: TrainableModel, dataset: TokenDataset, limit: Limit) -> float:
-    """Return the mean loss over the supervised tokens of a held-out set."""
-    engine, flat = model.engine, model.recipe.training.flat
-    accelerator = engine.accelerator
+    """Return the mean loss over the targets of a held-out set."""
+    engine, accelerator = model.engine, model.engine.accelerator
     engine.model.eval()
     everything = np.argsort(-dataset.lengths, kind="stable")
     mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
     device = accelerator.device
-    with closing(ahead(batch_of(dataset, indices, flat, device) for indices in mine)) as batches:
+    with closing(ahead(batch_of(model, dataset, indices) for indices in mine)) as batches:
         loss = sum(float(model.loss(on_device(batch, device))) for batch in batches)
     engine.release()
-    return collectives.sum_over_workers(accelerator, [loss])[0] / int(dataset.supervised.sum())
+    return collectives.sum_over_workers(accelerator, [loss])[0] / model.objective.targets(dataset)

@@ -23,7 +23,8 @@ from ..models.config import torch_dtype
 from ..models.families import decoder_layers
 from ..models.layers import checkpoint_layers, compile_layers
 from ..models.load import empty_model, load_model, meta_model
-from ..objectives import next_token
+from ..objectives.contract import Objective
+from ..objectives.next_token import NextToken
 from ..optim.optimizers import make_optimizer
 from ..recipe.schema import Recipe
 from .offload import with_offload
@@ -71,7 +72,8 @@ class TrainableModel:
                 checkpoint_layers(base, checkpointing)
         torch.manual_seed(recipe.seed)
         self.module, self.sites = adapt(base, recipe.adapter)
-        self._loss = next_token.install(self.module)
+        self.objective: Objective = NextToken()
+        self._loss = self.objective.install(self.module)
         if training.activation_offload:
             self._loss = with_offload(self._loss)
         if training.compile:
@@ -108,7 +110,7 @@ class TrainableModel:
     def generation_mode(self) -> Iterator[None]:
         """Let the module return logits and attend to padded sequences inside, as generation needs."""
         with (
-            next_token.with_logits(self.module),
+            self.objective.with_logits(self.module),
             padding_free.padded(self.module),
             autocast(self.recipe, self.module),  # a second autocast, because none can be entered twice
             self.packed(),

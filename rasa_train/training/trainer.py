@@ -148,7 +148,7 @@ class Trainer:
         self.room = fault_handling.Room(self.limit, self.say)
         self.watch = fault_handling.Watch(self.training.max_skipped, self.say)
         left = range(self.progress.step, self.total_steps)
-        planned = plan_steps(self.recipe, self.data.train, self.limit, self.accelerator, left, self.steps_per_epoch)
+        planned = plan_steps(self.model, self.data.train, self.limit, left, self.steps_per_epoch)
         work = self._exits.enter_context(closing(ahead(planned)))
         return enumerate(work, self.progress.step)
 
@@ -199,7 +199,7 @@ class Trainer:
         return loss
 
     def _again(self, work: Step, limit: Limit) -> Step:
-        return step_of(work.batch, self.data.train, limit, self.training.flat, self.accelerator)
+        return step_of(self.model, self.data.train, work.batch, limit)
 
     def _due(self, every: int | str) -> bool:
         """Whether work that is done after every ``every`` steps, or after every epoch, is due after the current step.
