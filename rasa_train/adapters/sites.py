@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..models.families import EXPERT_NAMES, ROUTERS, layer_lists
+from ..models.families import EXPERT_NAMES, is_router, layer_lists
 from .experts import expert_sites, is_fused, is_supported
 from .site import Site
 
@@ -32,9 +32,7 @@ def find_sites(
             f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name"
         )
     selected = (
-        [s for s in sites if not _named(s, ROUTERS)]
-        if targets == "all-linear"
-        else _matching(sites, targets, "targets")
+        [s for s in sites if not is_router(s.kind)] if targets == "all-linear" else _matching(sites, targets, "targets")
     )
     if exclude:
         excluded = set(_matching(sites, exclude, "exclude"))
@@ -95,10 +93,6 @@ def _names(site: Site) -> list[str]:
     parent, _, name = site.kind.rpartition(".")
     others = () if site.num_experts is None else EXPERT_NAMES[name]
     return [site.kind, *(f"{parent}.{other}" for other in others)]
-
-
-def _named(site: Site, names: set[str]) -> bool:
-    return site.kind.rpartition(".")[2] in names
 
 
 def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Site]:

@@ -40,7 +40,12 @@ EXPERT_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_
 
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""Names of the router of a mixture of experts, which ``all-linear`` does not adapt."""
+"""Names of the router of a mixture of experts, or of the module around it."""
+
+
+def is_router(kind: str) -> bool:
+    """Whether a kind of linear belongs to a router, which ``all-linear`` does not adapt."""
+    return not ROUTERS.isdisjoint(kind.split("."))
 
 
 SHARED_INPUTS = (

@@ -35,6 +35,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 4, "v_head_dim": 8,
     },
+    "gemma4_text": {  # its router is a linear in a module, and has scales of its own
+        **SMALL, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8,
+        "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    },
 }  # fmt: skip
 IDS = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 METHODS = pytest.mark.parametrize("method", [LoRA(r=4), RaSA(r=4, k=1), DoRA(r=4)], ids=lambda m: m.method)
