@@ -190,6 +190,7 @@ def test_what_a_strategy_cannot_do(home: Path, cli: Cli) -> None:
     assert cli("train", recipe, "--nproc", "some").returncode == 2
 
 
+@pytest.mark.slow  # test_covering keeps both in host memory on two workers, always
 def test_host_memory_of_one_process(home: Path) -> None:
     """One process divides nothing, but may keep weights and optimizer state in host memory. stdout stays clean."""
     options = ["--nproc", "1", "--json", "distributed.strategy=zero3", "distributed.offload=all", "output_dir=host"]
@@ -270,6 +271,7 @@ def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
+@pytest.mark.slow  # test_covering compares the adapters' files themselves, always
 def test_zero3_adapter_merges_like_one_process(home: Path, cli: Cli) -> None:
     """Trained on a base that was divided as it was read; merged it gives the logits of the run on one process."""
     import torch

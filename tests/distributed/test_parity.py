@@ -171,20 +171,27 @@ def test_covering(base: Case, tiny_mixtral: Path, group: Group, tmp_path: Path) 
     assert max(first) - min(first) < 1e-6, first
 
 
-def test_packed(base: Case, group: Group, tmp_path: Path) -> None:
-    """One row without padding, by a number of sequences and by a budget of tokens, with a trained head as well."""
-    cases = [
-        case(base, "rasa", "ddp", False, 2, "adamw"),
-        case(base, "rasa", "zero3", True, 2, "adamw"),
-        case(base, "lora", "fsdp", True, 2, "adamw"),
-        case(base, "full", "zero3", False, 1, "adamw"),
-    ]
-    for many in cases:
-        many["training"] |= {"batching": "packed", "max_steps": 8}
-    for many in cases[:2]:
-        del many["training"]["micro_batch_size"]
-        many["training"]["micro_batch_tokens"] = 40
-    assert_equal(compare(cases, group, tmp_path))
+@pytest.mark.parametrize(
+    ("tokens", "cases"),
+    [
+        pytest.param(40, [("rasa", "ddp", False, 2, "adamw"), ("rasa", "zero3", True, 2, "adamw")], id="tokens"),
+        pytest.param(
+            None,
+            [("lora", "fsdp", True, 2, "adamw"), ("full", "zero3", False, 1, "adamw")],
+            id="sequences",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_packed(tokens: int | None, cases: list[Any], base: Case, group: Group, tmp_path: Path) -> None:
+    """One row without padding, by a budget of tokens and by a number of sequences, with a trained head as well."""
+    many = [case(base, *parts) for parts in cases]
+    for one in many:
+        one["training"] |= {"batching": "packed", "max_steps": 8}
+        if tokens:
+            del one["training"]["micro_batch_size"]
+            one["training"]["micro_batch_tokens"] = tokens
+    assert_equal(compare(many, group, tmp_path))
 
 
 def test_full_fine_tuning_across_strategies(base: Case, group: Group, tmp_path: Path) -> None:
