@@ -339,8 +339,8 @@ def test_keep_last_and_tensorboard(recipe: Path, cli: Cli) -> None:
         "training.activation_offload=true",
         "training.optimizer={name: adamw, lr: 3.0e-3}",
         "training.compile=true",
-        "model.base=fp8",
-        "model.base=nf4",
+        "model.quantization=fp8",
+        "model.quantization=nf4",
     ],
 )
 def test_every_way_to_train_on_a_gpu(setting: str, cli: Cli, tmp_path: Path) -> None:
