@@ -37,11 +37,22 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+def _directories(incomplete: str) -> list[str]:
+    """Return what a shell offers for ADAPTER_OR_RUN, beside the verbs."""
+    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
+    return [f"{path}/" for path in sorted(parent.glob("*")) if path.is_dir() and str(path).startswith(incomplete)]
+
+
 @app.command("merge", cls=Command)
 def merge(
     output: Output,
     adapter: Annotated[
-        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or the output_dir of a run.")
+        Path | None,
+        typer.Argument(
+            metavar="ADAPTER_OR_RUN",
+            help="Adapter directory, or the output_dir of a run.",
+            autocompletion=_directories,
+        ),
     ] = None,
     adapters: Annotated[
         list[str] | None,
