@@ -317,6 +317,7 @@ def test_a_run_of_an_older_version(recipe: Path, cli: Cli, tmp_path: Path) -> No
     for command in (("merge", "run", "--output", "merged"), ("report", "run")):
         done = cli(*command, check=True)
         assert done.stderr == ""
+    assert cli("train", "run/recipe.yaml", check=True).stderr == ""
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
     (tmp_path / "run" / "summary.json").unlink()
     done = cli("train", recipe, steps, check=True)

@@ -56,11 +56,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         UserError: the recipe is wrong; the message has the key, the value, what is allowed, and the line.
     """
-    layers = _file_layers(_find(str(path)), ())
-    layers.append(_override_layer(overrides))
-    merged, notices = _Layer({}, {}), []
+    file = _find(str(path))
+    layers = [*_file_layers(file, ()), _override_layer(overrides)]
+    notices = [rename(layer.values, layer.locations) for layer in layers]
+    merged = _Layer({}, {})
     for layer in layers:
-        notices += rename(layer.values, layer.locations)
         _merge(merged, layer)
     _refuse_secrets(merged.values, (), merged.locations)
     try:
@@ -69,7 +69,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise UserError("\n".join(_messages(error, merged.locations, str(path)))) from None
     except UserError as error:  # from a section that checks several keys together
         raise explain(error, merged.locations) from None
-    return LoadedRecipe(recipe, merged.locations, notices)
+    if file.absolute() == Path(recipe.output_dir, "recipe.yaml").absolute():
+        del notices[:-1]  # nobody wrote that file: an older version left it in the run's directory
+    return LoadedRecipe(recipe, merged.locations, [line for lines in notices for line in lines])
 
 
 def copy_recipe(name: str, destination: str | None = None) -> Path:
