@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from rasa_train.cli.errors import Group
 from tests.conftest import Cli
 
 SHAPE = {
@@ -75,6 +78,15 @@ def test_wrong_options_are_said_in_one_line(command: tuple[str, ...], says: str,
     done = cli(*command)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr and not done.stdout
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_unknown_verb_is_said_in_one_line() -> None:
+    app = typer.Typer(cls=Group)
+    app.command("add")(lambda: None)
+    app.command("sum")(lambda: None)
+    done = CliRunner().invoke(app, ["ad"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: No such command 'ad'"), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -220,7 +232,7 @@ def test_a_verb_wins_against_a_file_of_its_name(recipe: Path, tmp_path: Path, cl
     [
         (("train",), ["run ", "check", "list", "copy", "schema", "rasa-train demo"], ["--nproc", "--check"]),
         (("train", "run"), ["--nproc", "--fresh", "Several workers"], ["--list", "--copy", "--schema"]),
-        (("train", "demo"), ["--nproc", "[RECIPE]"], ["--schema"]),
+        (("train", "demo"), ["--nproc", "RECIPE"], ["--schema"]),
         (("train", "check"), ["--json", "--nproc"], ["--fresh", "--rdzv"]),
         (("train", "list"), ["--json"], ["--nproc"]),
         (("train", "copy"), ["RECIPE", "DESTINATION"], ["--json"]),

@@ -63,6 +63,7 @@ class DefaultVerb(Group):
         completes = not args and extra.get("resilient_parsing")  # the first word, which may become a verb
         if completes or (args and args[0] in known):
             return super().make_context(info_name, args, parent, **extra)
+        # The context of the default itself, so that its help and its errors do not name a verb that nobody wrote.
         return self.default.make_context(info_name, args, parent, **{**self.context_settings, **extra})
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
