@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "RECIPE.md"
 HEAD = """\
 # Recipe reference
 
-Every key of a recipe, made from its schema by `make docs`. `rasa-train --schema` prints the same as a JSON schema, for
+Every key of a recipe, made from its schema by `make docs`. `rasa-train schema` prints the same as a JSON schema, for
 editors. A key that is not listed here is refused, with its line and the nearest key that exists.
 
 A default of "-" means that the key must be given, "derived" that it follows from other keys, as the text says. On the

@@ -1,8 +1,8 @@
-"""Write configs/measured.json, the parameters and the memory of each shipped recipe, for ``rasa-train --list``.
+"""Write configs/measured.json, the parameters and the memory of each shipped recipe, for ``rasa-train list``.
 
     python scripts/measure_recipes.py
 
-The figures are those of ``rasa-train RECIPE --check``, computed from the shapes of the models without their weights.
+The figures are those of ``rasa-train check RECIPE``, computed from the shapes of the models without their weights.
 There is one worker, or there are 8, as many as the paper's machine has GPUs, where the recipe's strategy divides the
 base among workers.
 """

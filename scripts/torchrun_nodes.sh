@@ -8,7 +8,7 @@
 # exit code 75 after a stop (torchrun's own is 1). LAUNCHER=torchrun starts the same workers with torchrun itself.
 #
 # 8 x A100-40G hold a 7-8B base on every GPU (ddp). 70B and Mixtral need it divided (distributed.strategy=zero3): see
-# the arithmetic in slurm.sbatch, and `rasa-train RECIPE --check --nproc 8 --nnodes 8 distributed.gpu_memory_gib=40`.
+# the arithmetic in slurm.sbatch, and `rasa-train check RECIPE --nproc 8 --nnodes 8 distributed.gpu_memory_gib=40`.
 set -euo pipefail
 : "${NODES:?number of machines}" "${NODE_RANK:?rank of this machine, from 0}" "${HEAD:?HOST:PORT of machine 0}"
 GPUS=${GPUS:-auto}

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from rasa_train.cli.errors import Group
 from tests.conftest import Cli
 
 SHAPE = {
@@ -55,7 +58,16 @@ def test_help_loads_nothing_heavy(name: str) -> None:
         (("train",), "RECIPE is missing"),
         (("train", "r.yaml", "--nproc", "b"), "--nproc must be a number of processes or auto, got 'b'"),
         (("train", "--nonsense"), "--nonsense"),
+        (("train", "run"), "RECIPE is missing"),
+        (("train", "check"), "RECIPE is missing"),
+        (("train", "check", "r.yaml", "--fresh"), "--fresh"),
+        (("train", "list", "demo"), "demo"),
+        (("train", "copy", "demo", "a", "b"), "b"),
+        (("train", "--copy", "demo", "a", "b"), "--copy takes a recipe and one destination"),
+        (("merge",), "Missing option '--output'"),
         (("merge", "run"), "Missing option '--output'"),
+        (("merge", "extract", "tuned", "--output", "out"), "Missing option '--base'"),
+        (("merge", "run", "--output", "out", "--extract", "tuned"), "--extract FINETUNED makes an adapter"),
         (("bench", "--rounds", "many"), "'--rounds'"),
         (("eval", "run", "--suite"), "'--suite'"),
         (("report",), "Missing argument"),
@@ -66,6 +78,15 @@ def test_wrong_options_are_said_in_one_line(command: tuple[str, ...], says: str,
     done = cli(*command)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr and not done.stdout
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_unknown_verb_is_said_in_one_line() -> None:
+    app = typer.Typer(cls=Group)
+    app.command("add")(lambda: None)
+    app.command("sum")(lambda: None)
+    done = CliRunner().invoke(app, ["ad"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: No such command 'ad'"), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -124,13 +145,13 @@ def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path:
 
 
 def test_check_with_everything(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = json.loads(cli("train", recipe, "--check", "--json", "training.epochs=2", "training.max_steps=null").stdout)
+    facts = json.loads(cli("train", "check", recipe, "--json", "training.epochs=2", "training.max_steps=null").stdout)
     assert (facts["method"], facts["examples"], facts["optimizer_steps"]) == ("rasa", 40, 4)
     assert facts["dropped_examples"] == 0 and facts["problems"] == []
     assert facts["median_example"] <= facts["longest_example"] and facts["truncated_examples"] == 0
     assert 0 < facts["seconds_estimate"] < 60 and not (recipe.parent / "run").exists(), "tried elsewhere"
     assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
-    shown = cli("train", recipe, "--check", check=True).stdout
+    shown = cli("train", "check", recipe, check=True).stdout
     assert "ready to train" in shown and not any(line.endswith(" ") for line in shown.splitlines())
     (versions,) = [line for line in shown.splitlines() if line.startswith("versions")]
     assert facts["versions"]["accelerate"] in versions, "whole lines where it is not a terminal"
@@ -158,8 +179,76 @@ def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: 
 
 
 def test_schema(cli: Cli) -> None:
-    schema = json.loads(cli("train", "--schema", check=True).stdout)
+    schema = json.loads(cli("train", "schema", check=True).stdout)
     assert {"model", "adapter", "data", "training", "output_dir"} <= schema["properties"].keys()
+    model = schema["$defs"]["ModelConfig"]["properties"]
+    assert model["quantization"]["enum"] == ["none", "fp8", "nf4"] and "base" not in model
+
+
+def process(*arguments: object, cwd: Path, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: ``process("train", "list", cwd=...)``, in a terminal of 80 columns."""
+    root = str(Path(__file__).resolve().parents[1])
+    return subprocess.run(
+        [sys.executable, "-m", f"rasa_train.cli.{arguments[0]}", *map(str, arguments[1:])],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": str(columns), "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("flag", ["--list", "--schema", "--check"])
+def test_flags_are_aliases_of_the_verbs(flag: str, recipe: Path, cli: Cli) -> None:
+    verb = (flag[2:], *([recipe] if flag == "--check" else []), *(["--json"] if flag != "--schema" else []))
+    alias = [*verb[1:], flag] if flag == "--check" else [flag, *verb[1:]]
+    first, second = cli("train", *verb, check=True), cli("train", *alias, check=True)
+    same = [json.loads(done.stdout) for done in (first, second)]
+    for facts in same:
+        facts.pop("seconds_estimate", None)  # measured
+        facts.pop("disk_bytes_free", None)
+    assert same[0].keys() == same[1].keys()
+    if flag != "--check":
+        assert same[0] == same[1] and first.stderr == second.stderr == ""
+
+
+def test_a_verb_wins_against_a_file_of_its_name(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    recipe.rename(tmp_path / "list")
+    (tmp_path / "check").mkdir()
+    assert "math_llama8b_r8" in process("train", "list", cwd=tmp_path).stdout
+    done = process("train", "run", "list", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 1, done.stderr
+    assert "run is complete" in cli("train", "./list", check=True).stdout
+    assert json.loads(cli("train", "check", "list", "--json", check=True).stdout)["optimizer_steps"] == 1
+    printed = cli("train", "run", "list", "--sweep", "seed=1,2", "--print", check=True).stdout
+    assert [line.split()[:3] for line in printed.splitlines()] == [
+        ["rasa-train", "./list", f"seed={seed}"] for seed in (1, 2)
+    ], "so do the processes of a sweep"
+    done = cli("merge", "./extract", "--output", "out")
+    assert done.returncode == 2 and "extract does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "names", "does_not_name"),
+    [
+        (("train",), ["run ", "check", "list", "copy", "schema", "rasa-train demo"], ["--nproc", "--check"]),
+        (("train", "run"), ["--nproc", "--fresh", "Several workers"], ["--list", "--copy", "--schema"]),
+        (("train", "demo"), ["--nproc", "RECIPE"], ["--schema"]),
+        (("train", "check"), ["--json", "--nproc"], ["--fresh", "--rdzv"]),
+        (("train", "list"), ["--json"], ["--nproc"]),
+        (("train", "copy"), ["RECIPE", "DESTINATION"], ["--json"]),
+        (("train", "schema"), ["JSON schema"], ["--json"]),
+        (("merge",), ["ADAPTER_OR_RUN", "--output", "rasa-merge extract --help"], ["--extract", "--sweeps", "--k "]),
+        (("merge", "extract"), ["FINETUNED", "--base", "--sweeps", "--overwrite"], ["--format", "--verify"]),
+    ],
+)
+def test_help_fits_a_terminal_and_shows_what_belongs_to_it(
+    page: tuple[str, ...], names: list[str], does_not_name: list[str], tmp_path: Path
+) -> None:
+    done = process(*page, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert all(name in done.stdout for name in names), done.stdout
+    assert not any(name in done.stdout for name in does_not_name), done.stdout
 
 
 ROW = '{"input_ids": [1, 5, 6, 2]}\n'
@@ -245,8 +334,9 @@ def test_copy_a_shipped_recipe(tmp_path: Path, cli: Cli) -> None:
     from rasa_train.recipe.load import load_recipe
     from rasa_train.recipe.shipped import configs_dir
 
-    assert cli("train", "--copy", "math_llama8b_r8", "mine.yaml", check=True).stdout == "mine.yaml\n"
+    assert cli("train", "copy", "math_llama8b_r8", "mine.yaml", check=True).stdout == "mine.yaml\n"
     assert (tmp_path / "mine.yaml").read_text() == (configs_dir() / "math_llama8b_r8.yaml").read_text()
     assert load_recipe("mine.yaml").recipe == load_recipe("math_llama8b_r8").recipe
     again = cli("train", "--copy", "demo", "mine.yaml")
     assert again.returncode == 2 and "mine.yaml exists" in again.stderr
+    assert cli("train", "copy", "demo", check=True).stdout == "demo.yaml\n" and (tmp_path / "demo.yaml").is_file()

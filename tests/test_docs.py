@@ -2,7 +2,7 @@
 recipe, key, flag, file and link that the pages name is there.
 
 A command runs in a directory that has what the pages name: runs, models, recipes (``workplace``). What this machine is
-too small for keeps its recipe and flags and becomes a ``--check``, or is parsed alone: ``TOO_LARGE`` is the whole list.
+too small for keeps its recipe and flags and becomes a check, or is parsed alone: ``TOO_LARGE`` is the whole list.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ TOO_LARGE = {
     r"rasa-bench(?!.*--counters)": "minutes, or a GPU",
     r"rasa-bench --counters": "its figures have tests of their own",
     r"rasa-eval (?!.*--data demo)": "questions of the hub",
-    r"rasa-train .*--nproc 8|rasa-train .*--nnodes|rasa-train configs/|rasa-train \w+8b": "a --check takes its place",
+    r"rasa-train .*--nproc 8|rasa-train .*--nnodes|rasa-train configs/|rasa-train \w+8b": "a check takes its place",
     r"rasa-train .*--sweep(?!.*--print)": "a --print takes its place",
     r"runs/lora_fa": "minutes; tests/adapters/test_extending.py runs both commands, one after the other",
     r"--install-completion": "writes into the home directory; tests/test_shipped.py asks what a shell asks",
 }
 """Our commands that are parsed but not run as they stand, and why."""
-SLOW = r"reconstruct|--plots|--extract|--figures"
+SLOW = r"reconstruct|--plots|rasa-merge extract|--figures"
 """What takes more than a few seconds of a core."""
 ELSEWHERE = {
     "git": "clone of a repository whose address the reader knows",
@@ -162,7 +162,7 @@ def test_our_commands_do_what_the_page_says(
     assert "Traceback" not in done.stderr
     if "--json" in arguments:
         json.loads(done.stdout)
-    assert all(output.exists() for output in outputs(arguments) if not {"--check", "--print"} & set(arguments))
+    assert all(output.exists() for output in outputs(arguments) if not {"check", "--check", "--print"} & set(arguments))
 
 
 def outputs(arguments: list[str]) -> list[Path]:
@@ -174,20 +174,20 @@ def outputs(arguments: list[str]) -> list[Path]:
 
 
 def affordable(arguments: list[str], large: str | None) -> list[str]:
-    """The same command on what this machine can do: a few steps, or with ``--check``, on the shape of its model."""
-    flags = {"--schema", "--list", "--copy", "--print", "--check"}
+    """The same command on what this machine can do: a few steps, or a check, on the shape of its model."""
+    verb = arguments[0] if arguments[0] in ("check", "list", "copy", "schema") else "run"
     if large and "--sweep" in arguments:
         return [*arguments, "--print"]
-    if "--copy" in arguments and len(arguments) > 2:
+    if verb == "copy" and len(arguments) > 2:
         Path(arguments[-1]).unlink(missing_ok=True)
-    if not flags & set(arguments) and not large:
+    if verb == "run" and not large and "--print" not in arguments:
         return [*arguments, "training.max_steps=1", "data.fraction=0.005"]
-    if not large and "--check" not in arguments:
+    if verb != "check" and not large:
         return arguments
     recipe, overrides = recipe_and_overrides(arguments)
     model = load_recipe(*found_recipe(recipe), overrides).recipe.model.name
     shape = [f"model.name={shape_directory(model)}"] if model in MODELS else []
-    return [*arguments, *(["--check"] if "--check" not in arguments else []), *shape]
+    return [*arguments, *(["--check"] if verb == "run" else []), *shape]
 
 
 def shape_directory(model: str) -> Path:
@@ -213,17 +213,15 @@ def parse(program: str, arguments: list[str]) -> dict[str, Any]:
     command = typer.main.get_command(module.app)
     arguments = [a.replace("$RANK", "0") for a in arguments if a != "--install-completion"]
     context = command.make_context(program, list(arguments))
-    if isinstance(command, typer.core.TyperGroup):
+    if context.command is command and isinstance(command, typer.core.TyperGroup):  # not the verb that may be left out
         _, found, rest = command.resolve_command(context, arguments)
         assert found is not None
         context = found.make_context(program, rest)
     values: dict[str, Any] = context.params
-    if program == "rasa-train" and values["recipe"] is not None and not values["copy"]:
+    if program == "rasa-train" and values.get("recipe") is not None:
         for path in found_recipe(values["recipe"]):
-            swept = [sweep.partition(",")[0] for sweep in values["sweep"] or []]
-            load_recipe(path, [*(values["overrides"] or []), *swept])
-    elif program == "rasa-train" and values["copy"]:
-        load_recipe(values["recipe"])
+            swept = [sweep.partition(",")[0] for sweep in values.get("sweep") or []]
+            load_recipe(path, [*(values.get("overrides") or []), *swept])
     return values
 
 

@@ -120,14 +120,14 @@ def test_adapters_beside_it(method: str, base: Base) -> None:
 
 def test_trained_weights_stay_as_they_are() -> None:
     model, _ = adapt(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)), METHODS["full"]())
-    with pytest.raises(UserError, match=r"model\.base: nf4 needs frozen linears"):
+    with pytest.raises(UserError, match=r"model\.quantization: nf4 needs frozen linears"):
         narrow_base(model, "nf4", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("base", BOTH)
 def test_train_and_merge(base: Base, cli: Cli, tiny_llama: Path, token_rows: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        f"model: {{name: {tiny_llama}, base: {base}}}\nadapter: {{method: rasa, r: 4, k: 1}}\n"
+        f"model: {{name: {tiny_llama}, quantization: {base}}}\nadapter: {{method: rasa, r: 4, k: 1}}\n"
         f"data: {{dataset: {token_rows}}}\ntraining: {{max_steps: 3, batch_size: 8}}\noutput_dir: run\n"
     )
     cli("train", "r.yaml", check=True)
@@ -136,4 +136,4 @@ def test_train_and_merge(base: Base, cli: Cli, tiny_llama: Path, token_rows: Pat
     done = cli("merge", "run", "--output", "merged", "--json", check=True)
     assert json.loads(done.stdout)["adapted"] > 0, "the base's own weights are merged"
     refused = cli("train", "r.yaml", "training.compile=true", "output_dir=other")
-    assert refused.returncode == 2 and f"model.base: {base} works with" in refused.stderr
+    assert refused.returncode == 2 and f"model.quantization: {base} works with" in refused.stderr

@@ -1,4 +1,4 @@
-"""``rasa-train --list`` and completion: every shipped recipe, with the figures of the paper and of ``--check``."""
+"""``rasa-train list`` and completion: every shipped recipe, with the figures of the paper and of ``--check``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = {row["name"]: row for row in shipped.measured()}
 
 def test_every_recipe_is_listed_and_fits_a_terminal(cli: Cli) -> None:
     assert list(ROWS) == shipped.runnable() and len(ROWS) > 70
-    lines = cli("train", "--list", check=True).stdout.splitlines()
+    lines = cli("train", "list", check=True).stdout.splitlines()
     assert max(map(len, lines)) == 80 and [line.split()[0] for line in lines[1 : 1 + len(ROWS)]] == list(ROWS)
     assert json.loads(cli("train", "--list", "--json", check=True).stdout) == {"recipes": list(ROWS.values())}
     (row,) = [line.split() for line in lines if line.startswith("math_llama8b_r8 ")]
@@ -70,7 +70,7 @@ def test_all_figures_are_those_of_check(name: str, cli: Cli) -> None:
 def test_the_list_loads_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from rasa_train.cli.train import app\n"
-        "assert CliRunner().invoke(app, ['--list']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['list']).exit_code == 0\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -78,9 +78,11 @@ def test_the_list_loads_nothing_heavy() -> None:
 
 def complete(words: str, directory: Path) -> list[str]:
     """What bash would offer for the last word, asked as its completion script asks."""
-    code = "import sys; sys.argv[0] = 'rasa-train'; from rasa_train.cli.train import app; app(prog_name='rasa-train')"
+    program = words.split()[0]
+    module = program.replace("rasa-", "rasa_train.cli.")
+    code = f"import sys; sys.argv[0] = '{program}'; from {module} import app; app(prog_name='{program}')"
     asked = {
-        "_RASA_TRAIN_COMPLETE": "complete_bash",
+        f"_{program.replace('-', '_').upper()}_COMPLETE": "complete_bash",
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
@@ -99,9 +101,22 @@ def test_a_shell_completes_recipes_files_and_flags(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "more").mkdir()
-    assert set(complete("rasa-train ", tmp_path)) == {"mine.yaml", "more/", *shipped.runnable()}
-    assert complete("rasa-train math_llama8b_r", tmp_path) == [f"math_llama8b_r{r}" for r in (16, 32, 8)]
-    assert complete("rasa-train paper/math_mix", tmp_path) == [
-        f"paper/math_mixtral8x7b_{m}_r4" for m in ("lora", "rasa")
-    ]
-    assert "--check" in complete("rasa-train demo --ch", tmp_path)
+    recipes, verbs = {"mine.yaml", "more/", *shipped.runnable()}, {"run", "check", "list", "copy", "schema"}
+    assert set(complete("rasa-train ", tmp_path)) == recipes | verbs and not recipes & verbs
+    for form in ("", "run ", "check ", "copy "):
+        assert not form or set(complete(f"rasa-train {form}", tmp_path)) == recipes
+        assert complete(f"rasa-train {form}math_llama8b_r", tmp_path) == [f"math_llama8b_r{r}" for r in (16, 32, 8)]
+        assert complete(f"rasa-train {form}paper/math_mix", tmp_path) == [
+            f"paper/math_mixtral8x7b_{m}_r4" for m in ("lora", "rasa")
+        ]
+    assert complete("rasa-train demo --ch", tmp_path) == complete("rasa-train --ch", tmp_path) == ["--check"]
+    assert complete("rasa-train --check math_llama8b_r", tmp_path) == [f"math_llama8b_r{r}" for r in (16, 32, 8)]
+    assert "--nproc" in complete("rasa-train check demo --", tmp_path)
+
+
+def test_a_shell_completes_what_is_merged(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    assert set(complete("rasa-merge ", tmp_path)) == {"merge", "extract", "more/"}
+    assert set(complete("rasa-merge m", tmp_path)) == {"merge", "more/"}
+    assert "--sweeps" in complete("rasa-merge extract --", tmp_path)
+    assert "--sweeps" not in complete("rasa-merge --", tmp_path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import Cli
@@ -298,6 +301,36 @@ def test_a_changed_recipe_is_refused_with_the_difference(recipe: Path, cli: Cli)
     assert harmless.returncode == 0
 
 
+def test_a_run_of_an_older_version(recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    """Its recipe has a key under a former name, and lacks keys that are newer: it goes on, and no command complains."""
+    steps = "training.max_steps=2"
+    cli("train", recipe, steps, check=True)
+    stored = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    older = copy.deepcopy(stored)
+    older["model"]["base"] = {"none": "bf16"}[older["model"].pop("quantization")]
+    del older["training"]["loss_average"], older["data"]["supervise"]
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(older))
+    assert "is complete" in cli("train", recipe, steps, check=True).stdout
+    refused = cli("train", recipe, steps, "training.loss_average=micro_batch", "model.quantization=nf4")
+    assert refused.returncode == 2 and "training.loss_average: tokens -> micro_batch" in refused.stderr
+    assert "model.quantization: none -> nf4" in refused.stderr and "data.supervise" not in refused.stderr
+    for command in (("merge", "run", "--output", "merged"), ("report", "run")):
+        done = cli(*command, check=True)
+        assert done.stderr == ""
+    assert cli("train", "run/recipe.yaml", check=True).stderr == ""
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    (tmp_path / "run" / "summary.json").unlink()
+    done = cli("train", recipe, steps, check=True)
+    assert "model.base" not in done.stderr
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == stored
+
+
+def test_a_notice_is_shown_once(recipe: Path, cli: Cli) -> None:
+    done = cli("train", recipe, "model.base=bf16", "training.max_steps=1", "--json", check=True)
+    assert done.stderr.count("note: command line: model.base is now model.quantization; bf16 is now none\n") == 1
+    assert json.loads(done.stdout)["steps"] == 1
+
+
 def test_init_from_a_finished_run(recipe: Path, cli: Cli) -> None:
     cli("train", recipe, "training.max_steps=5", check=True)
     cli(
@@ -339,8 +372,8 @@ def test_keep_last_and_tensorboard(recipe: Path, cli: Cli) -> None:
         "training.activation_offload=true",
         "training.optimizer={name: adamw, lr: 3.0e-3}",
         "training.compile=true",
-        "model.base=fp8",
-        "model.base=nf4",
+        "model.quantization=fp8",
+        "model.quantization=nf4",
     ],
 )
 def test_every_way_to_train_on_a_gpu(setting: str, cli: Cli, tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
     """
     linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     if not linears or any(module.weight.requires_grad for module in linears):
-        raise UserError(f"model.base: {base} needs frozen linears with adapters beside them", key="model.base")
+        raise UserError(
+            f"model.quantization: {base} needs frozen linears with adapters beside them", key="model.quantization"
+        )
     norm2 = error2 = 0.0
     for module in linears:
         W = module.weight.detach().to(device)

@@ -125,7 +125,7 @@ def memory(
     adapter = trained - sum(of_base.values())
     base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
     moments = recipe.training.optimizer.moments
-    if recipe.model.base == "nf4":  # 4 bits, and a scale of 8 bits for each 64 of them
+    if recipe.model.quantization == "nf4":  # 4 bits, and a scale of 8 bits for each 64 of them
         linears = sum(math.prod((*s.lead, *s.shape)) for s in sites if s.num_experts is None)
         base -= int(linears * (half - 0.5 - 1 / 64))
     capabilities = STRATEGIES[strategy]

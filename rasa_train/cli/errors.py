@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import Stopped, UserError
 
@@ -18,15 +18,67 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 """Exception for a command line that cannot be read. It comes from typer: newer versions carry a copy of click."""
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except USAGE_ERROR as error:
+        print(f"error: {error.format_message().rstrip('.')} (--help lists the options)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
 class Command(TyperCommand):
     """A command that reports wrong options in one line, as it reports all other errors."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with _in_one_line():
             return super().make_context(*args, **kwargs)
-        except USAGE_ERROR as error:
-            print(f"error: {error.format_message().rstrip('.')} (--help lists the options)", file=sys.stderr)
-            sys.exit(USER_ERROR)
+
+
+class Group(TyperGroup):
+    """A command with verbs, which reports wrong options and unknown verbs in one line."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_one_line():
+            return super().resolve_command(*args, **kwargs)
+
+
+class DefaultVerb(Group):
+    """A command whose first verb may be left out: ``rasa-train RECIPE`` is ``rasa-train run RECIPE``.
+
+    A verb stands first and wins against a file of the same name, which ``./NAME`` and the first verb reach.
+    """
+
+    @property
+    def default(self) -> Any:
+        return next(iter(self.commands.values()))
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        own = self.get_params(self.context_class(self, **self.context_settings))  # --help and those of completion
+        known = {*self.commands, *(option for parameter in own for option in parameter.opts)}
+        completes = not args and extra.get("resilient_parsing")  # the first word, which may become a verb
+        if completes or (args and args[0] in known):
+            return super().make_context(info_name, args, parent, **extra)
+        # The context of the default itself, so that its help and its errors do not name a verb that nobody wrote.
+        return self.default.make_context(info_name, args, parent, **{**self.context_settings, **extra})
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [self.subcommand_metavar or ""]  # the options come last, and most belong to the verbs
+
+    def invoke(self, ctx: Any) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Offer the verbs, and what may stand first without one: options and the first argument of the default."""
+        found = super().shell_complete(ctx, incomplete)
+        with self.default.make_context(ctx.info_name, [], resilient_parsing=True) as bare:
+            found += self.default.shell_complete(bare, incomplete)
+            arguments = [p for p in self.default.params if p.param_type_name == "argument"]
+            return found if incomplete.startswith("-") else found + arguments[0].shell_complete(bare, incomplete)
 
 
 @contextmanager

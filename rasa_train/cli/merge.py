@@ -13,25 +13,47 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .errors import Command, user_errors
+from .errors import Command, DefaultVerb, user_errors
 
 if TYPE_CHECKING:
-    from ..merging.extract import ExtractReport, Fit
+    from ..merging.extract import ExtractReport
     from ..merging.lora import ExportReport
     from ..merging.merged import MergeReport
     from ..merging.options import Base
     from ..merging.verify import VerifyReport
 
-app = typer.Typer(pretty_exceptions_enable=False)
-EXTRACT = "Extract an adapter"
+app = typer.Typer(cls=DefaultVerb, pretty_exceptions_enable=False, add_help_option=False)
+"""Help without a verb is that of ``merge``, which names the other."""
+
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory to write, which must be new or empty.")]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME", help="Write a model card for this hub repository and list what --upload would upload."
+    ),
+]
+Upload = Annotated[bool, typer.Option("--upload", help="With --push: upload the output to a private repository.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that holds files.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-@app.command(cls=Command)
+def _directories(incomplete: str) -> list[str]:
+    """Return what a shell offers for ADAPTER_OR_RUN, beside the verbs."""
+    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
+    return [f"{path}/" for path in sorted(parent.glob("*")) if path.is_dir() and str(path).startswith(incomplete)]
+
+
+@app.command("merge", cls=Command)
 def merge(
+    output: Output,
     adapter: Annotated[
-        Path | None, typer.Argument(metavar="ADAPTER_OR_RUN", help="Adapter directory, or the output_dir of a run.")
+        Path | None,
+        typer.Argument(
+            metavar="ADAPTER_OR_RUN",
+            help="Adapter directory, or the output_dir of a run.",
+            autocompletion=_directories,
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Directory to write, which must be new or empty.")] = ...,  # type: ignore[assignment]
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,7 +61,8 @@ def merge(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Hub id or directory of the base model. (default: the adapter's)")
+        str | None,
+        typer.Option(metavar="MODEL", help="Hub id or directory of the base model. (default: the adapter's)"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     any_base: Annotated[
@@ -57,87 +80,97 @@ def merge(
         typer.Option(help="Dtype of the merged checkpoint. (default: the base's)"),
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank of an exported LoRA; the truncation error is reported.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Largest rank of an exported LoRA; the truncation error is reported."),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of files written at a time. (default: as many as cores and memory allow)"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of files written at a time. (default: as many as cores and memory allow)",
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run the adapted and the merged model on a few prompts and compare them.")
     ] = False,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME", help="Write a model card for this hub repository and list what --upload would upload."
-        ),
-    ] = None,
-    upload: Annotated[
-        bool, typer.Option("--upload", help="With --push: upload the output to a private repository.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output directory that holds files.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    finetuned: Annotated[
-        str | None,
-        typer.Option(
-            "--extract",
-            metavar="FINETUNED",
-            help="Fine-tuned checkpoint to extract an adapter from; needs --base.",
-            rich_help_panel=EXTRACT,
-        ),
-    ] = None,
-    method: Annotated[
-        Literal["rasa", "lora"], typer.Option(help="Method of the extracted adapter.", rich_help_panel=EXTRACT)
-    ] = "rasa",
-    r: Annotated[int, typer.Option(min=1, help="Number of ranks per layer.", rich_help_panel=EXTRACT)] = 8,
-    k: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Number of shared ranks per layer, for RaSA. (default: r // 8, at least 1)",
-            rich_help_panel=EXTRACT,
-        ),
-    ] = None,
-    sweeps: Annotated[
-        int, typer.Option(min=0, help="Number of sweeps of the coordinate descent.", rich_help_panel=EXTRACT)
-    ] = 50,
-    targets: Annotated[
-        str,
-        typer.Option(help="Linears to adapt: names separated by commas, or all-linear.", rich_help_panel=EXTRACT),
-    ] = "all-linear",
+    push: Push = None,
+    upload: Upload = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    finetuned: Annotated[str | None, typer.Option("--extract", hidden=True)] = None,
+    method: Annotated[Literal["rasa", "lora"], typer.Option(hidden=True)] = "rasa",
+    r: Annotated[int, typer.Option(min=1, hidden=True)] = 8,
+    k: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
+    sweeps: Annotated[int, typer.Option(min=0, hidden=True)] = 50,
+    targets: Annotated[str, typer.Option(hidden=True)] = "all-linear",
 ) -> None:
-    """Fold an adapter into its base model and write an ordinary Hugging Face checkpoint."""
+    """Fold an adapter into its base model and write an ordinary Hugging Face checkpoint.
+
+        rasa-merge runs/demo --output merged
+
+    To make an adapter of a fine-tuned checkpoint, see rasa-merge extract --help.
+    """
     with user_errors():
-        report: MergeReport | ExportReport | ExtractReport
         if upload and push is None:
-            raise UserError("--upload needs --push OWNER/NAME")
+            raise UserError(ALONE)
         if finetuned is not None:
             if adapter is not None or adapters or base is None:
                 raise UserError("--extract FINETUNED makes an adapter: give --base MODEL, and no adapter")
-            from ..merging.extract import Fit
+            return extract(finetuned, base, output, method, r, k, sweeps, targets, push, upload, overwrite, as_json)
+        wanted = _Format(format, dtype, max_rank, threads)
+        _check(wanted, verify)
+        given, run = _given(adapter, adapters)
+        from ..merging.options import Base
 
-            names = targets.split(",") if targets != "all-linear" else targets
-            report = _extract(finetuned, base, output, Fit(method, r, k, sweeps, names), overwrite)
-            run, verified = Path(finetuned), None
-        else:
-            wanted = _Format(format, dtype, max_rank, threads)
-            _check(wanted, verify)
-            given, run = _given(adapter, adapters)
-            from ..merging.options import Base
+        where = Base(base, revision, any_base)
+        report = _write(given, output, wanted, where, overwrite)
+        verified = _verify(given, report, run, where) if verify else None
+        _finish(report, verified, run, push, upload, as_json)
 
-            where = Base(base, revision, any_base)
-            report = _write(given, output, wanted, where, overwrite)
-            verified = _verify(given, report, run, where) if verify else None
-        facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
-        if push is not None:
-            from ..merging.hub import push as push_directory
-            from ..merging.hub import write_card
 
-            write_card(output, run, facts)
-            print(push_directory(output, push, upload=upload), file=sys.stderr if as_json else sys.stdout)
-        print(json.dumps(facts) if as_json else _describe(report, verified))
+@app.command("extract", cls=Command)
+def extract(
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Hub id or directory of the fine-tuned model.")],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Hub id or directory of the model that was fine-tuned.")],
+    output: Output,
+    method: Annotated[Literal["rasa", "lora"], typer.Option(help="Method of the extracted adapter.")] = "rasa",
+    r: Annotated[int, typer.Option(metavar="N", min=1, help="Number of ranks per layer.")] = 8,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Number of shared ranks per layer, for RaSA. (default: r // 8, at least 1)"
+        ),
+    ] = None,
+    sweeps: Annotated[int, typer.Option(metavar="N", min=0, help="Number of sweeps of the coordinate descent.")] = 50,
+    targets: Annotated[
+        str, typer.Option(metavar="NAMES", help="Linears to adapt: names separated by commas, or all-linear.")
+    ] = "all-linear",
+    push: Push = None,
+    upload: Upload = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter of a fine-tuned checkpoint: the RaSA or LoRA that is nearest to what fine-tuning changed.
+
+    rasa-merge extract tuned-model --base base-model --output adapter
+    """
+    with user_errors():
+        if upload and push is None:
+            raise UserError(ALONE)
+        if k is not None and (k > r or method == "lora"):
+            raise UserError(
+                f"--k must be in [0, --r={r}], and is for --method rasa only; got {k} with --method {method}"
+            )
+        from .. import merging
+
+        fit = merging.Fit(method, r, k, sweeps, targets.split(",") if targets != "all-linear" else targets)
+        with _bar() as progress:
+            report = merging.extract(finetuned, base, output, fit, writing=merging.Writing(overwrite, progress))
+        _finish(report, None, Path(finetuned), push, upload, as_json)
+
+
+ALONE = "--upload needs --push OWNER/NAME"
 
 
 def main() -> None:
@@ -218,15 +251,22 @@ def _verify(given: Any, report: Any, run: Path, base: Base) -> VerifyReport:
     return verify(given, report.output, base=base, template=template, exact=report.rounding == 0.0)
 
 
-def _extract(finetuned: str, base: str, output: Path, fit: Fit, overwrite: bool) -> ExtractReport:
-    if fit.k is not None and (fit.k > fit.r or fit.method == "lora"):
-        raise UserError(
-            f"--k must be in [0, --r={fit.r}], and is for --method rasa only; got {fit.k} with --method {fit.method}"
-        )
-    from ..merging import Writing, extract
+def _finish(
+    report: MergeReport | ExportReport | ExtractReport,
+    verified: VerifyReport | None,
+    run: Path,
+    push: str | None,
+    upload: bool,
+    as_json: bool,
+) -> None:
+    """Write the card of a hub repository and upload the output, if asked for, and print what was made."""
+    facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
+    if push is not None:
+        from ..merging import hub
 
-    with _bar() as progress:
-        return extract(finetuned, base, output, fit, writing=Writing(overwrite, progress))
+        hub.write_card(Path(report.output), run, facts)
+        print(hub.push(Path(report.output), push, upload=upload), file=sys.stderr if as_json else sys.stdout)
+    print(json.dumps(facts) if as_json else _describe(report, verified))
 
 
 def _describe(report: MergeReport | ExportReport | ExtractReport, verified: VerifyReport | None) -> str:

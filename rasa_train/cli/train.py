@@ -1,4 +1,4 @@
-"""The command ``rasa-train``: train as a recipe says."""
+"""The command ``rasa-train``: train as a recipe says, and what helps to write a recipe."""
 
 from __future__ import annotations
 
@@ -12,67 +12,102 @@ import typer
 
 from ..errors import UserError
 from ..recipe import shipped
-from .errors import Command, user_errors
+from .errors import Command, DefaultVerb, user_errors
 
 app = typer.Typer(
+    cls=DefaultVerb,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="[COMMAND] [RECIPE] [section.key=value]... [OPTIONS]",
+    help="""Fine-tune a language model with RaSA, LoRA or a relative, as a recipe says.
+
+    Without a command, rasa-train RECIPE trains:
+
+        rasa-train demo adapter.r=16 training.epochs=2 output_dir=runs/a
+
+    rasa-train run --help lists the options of training.
+    """,
 )
 
 
 def _recipes(incomplete: str) -> list[str]:
-    """Return what a shell offers after ``rasa-train``: shipped recipes, and existing YAML files and directories."""
+    """Return what a shell offers for RECIPE: shipped recipes, and existing YAML files and directories."""
     parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
     near = sorted(parent.glob("*")) if parent.is_dir() else []
     files = [f"{path}/" if path.is_dir() else str(path) for path in near if path.is_dir() or path.suffix == ".yaml"]
     return [name for name in (*files, *shipped.runnable()) if name.startswith(incomplete)]
 
 
-@app.command(cls=Command)
-def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes)
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values to replace in the recipe.")
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Print what the run would be, and do not train.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")] = False,
+MISSING = "RECIPE is missing, for example: rasa-train configs/demo.yaml (--help lists the options)"
+WORKERS, SWEEPS = "Several workers", "Several runs"
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="section.key=value", help="Values to replace in the recipe.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+Nproc = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto", help="Number of workers on this machine; auto: one per GPU.", rich_help_panel=WORKERS
+    ),
+]
+Nnodes = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Number of machines; run the same command on each.", rich_help_panel=WORKERS),
+]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=V1,V2,...",
+        help="Start a run for each value, below output_dir (repeat for a grid).",
+        rich_help_panel=SWEEPS,
+    ),
+]
+
+
+@app.command("run", cls=Command)
+def run(
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    check_only: Annotated[bool, typer.Option("--check", help="Do not train: the same as rasa-train check.")] = False,
+    as_json: AsJson = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in output_dir and start over.")] = False,
-    nproc: Annotated[
-        str, typer.Option("--nproc", metavar="N|auto", help="Number of workers on this machine; auto: one per GPU.")
-    ] = "auto",
-    nnodes: Annotated[
-        int, typer.Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
-    ] = 1,
-    node_rank: Annotated[int | None, typer.Option("--node-rank", help="Which machine this is, from 0.")] = None,
+    nproc: Nproc = "auto",
+    nnodes: Nnodes = 1,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Which machine this is, from 0.", rich_help_panel=WORKERS),
+    ] = None,
     rdzv: Annotated[
-        str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: node 0 and a free port.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Where the machines meet: node 0 and a free port.", rich_help_panel=WORKERS
+        ),
     ] = None,
     max_restarts: Annotated[
         int,
         typer.Option(
-            "--max-restarts", min=0, help="Number of restarts from the last checkpoint after a worker has died."
+            metavar="N",
+            min=0,
+            help="Number of restarts from the last checkpoint after a worker has died.",
+            rich_help_panel=WORKERS,
         ),
     ] = 0,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sweep", metavar="KEY=V1,V2,...", help="Start a run for each value, below output_dir (repeat for a grid)."
-        ),
-    ] = None,
+    sweep: Sweep = None,
     print_commands: Annotated[
-        bool, typer.Option("--print", help="With --sweep: print the command of each run instead of running it.")
+        bool,
+        typer.Option(
+            "--print", help="With --sweep: print the command of each run instead of running it.", rich_help_panel=SWEEPS
+        ),
     ] = False,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the shipped RECIPE to the file or directory that follows it (or here).")
-    ] = False,
-    list_recipes: Annotated[
-        bool, typer.Option("--list", help="List the shipped recipes with parameters and memory of each.")
-    ] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+    copy_recipe: Annotated[bool, typer.Option("--copy", hidden=True)] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", hidden=True)] = False,
+    print_schema: Annotated[bool, typer.Option("--schema", hidden=True)] = False,
 ) -> None:
-    """Fine-tune a language model with RaSA, LoRA or a relative, as RECIPE says.
+    """Train as RECIPE says; the word run may be left out.
 
     Running the same command again resumes an interrupted run.
 
@@ -80,28 +115,21 @@ def train(
     """
     with user_errors():
         if list_recipes:
-            print(json.dumps({"recipes": shipped.measured()}) if as_json else shipped.table())
-            return
-        if schema:
-            from ..recipe.schema import Recipe
-
-            print(json.dumps(Recipe.model_json_schema(), indent=2))
-            return
+            return list_(as_json)
+        if print_schema:
+            return schema()
         if recipe is None:
-            raise UserError("RECIPE is missing, for example: rasa-train configs/demo.yaml (--help lists the options)")
-        if copy:
-            from ..recipe.load import copy_recipe
-
+            raise UserError(MISSING)
+        if copy_recipe:
             if len(overrides or []) > 1:
                 raise UserError("--copy takes a recipe and one destination")
-            print(copy_recipe(recipe, overrides[0] if overrides else None))
-            return
+            return copy(recipe, *overrides or [])
         if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
             raise UserError(f"--nproc must be a number of processes or auto, got {nproc!r}")
         from ..recipe.load import load_recipe
 
         if sweep or print_commands:
-            given = {"--check": check, "--fresh": fresh}
+            given = {"--check": check_only, "--fresh": fresh}
             flags = [flag for flag, on in given.items() if on]
             valued = {"--nproc": (nproc, "auto"), "--max-restarts": (max_restarts, 0)}
             flags += [f"{name}={value}" for name, (value, default) in valued.items() if value != default]
@@ -109,19 +137,24 @@ def train(
                 raise UserError(
                     "--sweep starts its runs on one machine; --print gives the command of each, for a queue"
                 )
+            if recipe in {verb.name for verb in app.registered_commands}:
+                recipe = f"./{recipe}"  # the commands of the runs must not take the file for a verb
             sys.exit(_sweep(recipe, overrides or [], sweep or [], flags, print_commands, as_json))
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine: it reports what all of them see
         try:
             loaded = load_recipe(recipe, overrides or [])
         except UserError:
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                sys.exit(2)  # the first worker of this machine reports it
+            if not first:
+                sys.exit(2)
             raise
+        for notice in loaded.notices if first else ():
+            print(notice, file=sys.stderr)
         try:
             from ..launch.launch import launch, number
             from ..launch.supervisor import Workers, WorkersFailed
 
             workers = Workers("auto" if nproc == "auto" else int(nproc), nnodes, node_rank, rdzv, max_restarts)
-            if check:
+            if check_only:
                 _check(loaded.recipe, number(workers), as_json)
                 return
             try:
@@ -133,6 +166,57 @@ def train(
             raise loaded.explain(error) from None
         if finished.summary is not None:
             _finish(loaded.recipe.output_dir, finished.summary, finished.was_complete, as_json)
+
+
+@app.command("check", cls=Command)
+def check(
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    nproc: Nproc = "auto",
+    nnodes: Nnodes = 1,
+    sweep: Sweep = None,
+) -> None:
+    """Print what a run would be: parameters, steps, memory, time.
+
+    Nothing is trained, and nothing is written. The exit code is 2 if the run cannot be made here.
+
+        rasa-train check math_llama8b_r8 --nproc 8
+    """
+    run(recipe, overrides, check_only=True, as_json=as_json, nproc=nproc, nnodes=nnodes, sweep=sweep)
+
+
+@app.command("list", cls=Command)
+def list_(as_json: AsJson = False) -> None:
+    """List the shipped recipes with parameters and memory of each."""
+    print(json.dumps({"recipes": shipped.measured()}) if as_json else shipped.table())
+
+
+@app.command("copy", cls=Command)
+def copy(
+    recipe: RecipeName = None,
+    destination: Annotated[
+        str | None, typer.Argument(metavar="DESTINATION", help="File or directory to write. (default: here)")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe, to start one of your own.
+
+    rasa-train copy math_llama8b_r8 my.yaml
+    """
+    with user_errors():
+        if recipe is None:
+            raise UserError(MISSING)
+        from ..recipe.load import copy_recipe
+
+        print(copy_recipe(recipe, destination))
+
+
+@app.command("schema", cls=Command)
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from ..recipe.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 def _finish(output_dir: str, summary: dict[str, Any], was_complete: bool, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,12 @@ class RunDirectory:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def check_same_run(self, recipe_yaml: str) -> None:
+    def check_same_run(self, recipe_yaml: str, completed: Callable[[str], str]) -> None:
         """Raise ``UserError`` with the differences if the run in this directory was started from a recipe that computes
-        something else."""
+        something else. ``completed`` writes out what the recipe of an older version leaves to defaults."""
         if not self.recipe.exists():
             return
-        old, new = (flatten(yaml.safe_load(text)) for text in (self.recipe.read_text(), recipe_yaml))
+        old, new = (flatten(yaml.safe_load(text)) for text in (completed(self.recipe.read_text()), recipe_yaml))
         harmless = set(HARMLESS)
         if new.get("training.loss_average") == "micro_batch":
             harmless.remove("training.micro_batch_size")

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 
-Base = Literal["bf16", "fp8", "nf4"]
+Base = Literal["fp8", "nf4"]
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 
@@ -66,8 +66,8 @@ class Fp8(Narrow):
         super().__init__(weight)
         if any(size % 16 for size in weight.shape):
             raise UserError(
-                f"model.base: fp8 needs linears whose sides are multiples of 16, got {tuple(weight.shape)}",
-                key="model.base",
+                f"model.quantization: fp8 needs linears whose sides are multiples of 16, got {tuple(weight.shape)}",
+                key="model.quantization",
             )
         for name, matrix in (("row", weight), ("column", weight.t().contiguous())):
             narrow, scales = to_fp8(matrix)
@@ -182,12 +182,14 @@ def narrow(weight: Tensor, base: Base) -> Narrow:
     """
     if base == "nf4" and find_spec("bitsandbytes") is None:
         raise UserError(
-            "model.base: nf4 needs bitsandbytes; install it with `pip install bitsandbytes`", key="model.base"
+            "model.quantization: nf4 needs bitsandbytes; install it with `pip install bitsandbytes`",
+            key="model.quantization",
         )
     if base == "fp8" and weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
         name = torch.cuda.get_device_name(weight.device)
         raise UserError(
-            f"model.base: fp8 needs a GPU with 8-bit matrix units (Ada, Hopper), got {name}", key="model.base"
+            f"model.quantization: fp8 needs a GPU with 8-bit matrix units (Ada, Hopper), got {name}",
+            key="model.quantization",
         )
     return Fp8(weight) if base == "fp8" else Nf4(weight)
 

@@ -22,7 +22,7 @@ from ..errors import DeviceLost, Stopped, UserError, WorkerLost
 from ..io.atomic import write_text
 from ..io.run_dir import RunDirectory
 from ..models.load import load_config, load_tokenizer, meta_model
-from ..recipe.load import dump_recipe
+from ..recipe.load import completed, dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_and_watch
@@ -79,7 +79,7 @@ def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedD
     """Set up the directory for this run, and prepare its data. Returns None if the run is complete. Wrong input is
     reported here, before the old run is deleted and before the weights are loaded."""
     if not fresh:
-        directory.check_same_run(dump_recipe(recipe))
+        directory.check_same_run(dump_recipe(recipe), completed)
         if directory.summary.exists():
             return None
     data = _check_input(recipe)
@@ -115,10 +115,11 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
                 "padding_free: false",
                 key="training.batching",
             )
-    if recipe.model.base != "bf16" and (divided or recipe.training.compile):
+    if recipe.model.quantization != "none" and (divided or recipe.training.compile):
         raise UserError(
-            f"model.base: {recipe.model.base} works with distributed.strategy: ddp and without training.compile",
-            key="model.base",
+            f"model.quantization: {recipe.model.quantization} works with distributed.strategy: ddp and without "
+            "training.compile",
+            key="model.quantization",
         )
     if recipe.training.activation_offload and capabilities.divides_weights:
         raise UserError(

@@ -23,11 +23,11 @@ class ModelConfig(BaseModel):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype in which the frozen base is held and computes. Adapter parameters are always fp32."""
-    base: Base = "bf16"
-    """Format in which the frozen linears with adapters are held. ``bf16``: the format that ``dtype`` names (fp32 if
-    ``dtype`` is ``float32``). ``fp8``: for speed, on GPUs with 8-bit matrix units. ``nf4``: 4 bits, for GPUs with
-    little memory (needs bitsandbytes). Adapters are trained in the same way with every base, and merging reads the
-    original weights. ``fp8`` and ``nf4`` need ``distributed.strategy: ddp``."""
+    quantization: Literal["none", Base] = "none"
+    """Format in which the frozen linears with adapters are held. ``none``: that of ``dtype``. ``fp8``: for speed, on
+    GPUs with 8-bit matrix units. ``nf4``: 4 bits, for GPUs with little memory (needs bitsandbytes). Adapters are
+    trained in the same way with every format, and merging reads the original weights. ``fp8`` and ``nf4`` need
+    ``distributed.strategy: ddp``."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; ``auto`` is the choice of transformers (sdpa where the model supports it)."""
     tokenizer: str | None = None

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from ..adapters.registry import METHODS
 from ..errors import UserError
+from .renamed import rename
 from .schema import Recipe
 from .shipped import configs_dir
-from .yaml_lines import Key, Location, parse, parse_file, short
+from .yaml_lines import Key, Location, nearest, parse, parse_file, short
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class LoadedRecipe:
 
     recipe: Recipe
     locations: dict[Key, Location] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    """What the user should know about the recipe, one line each."""
 
     def explain(self, error: UserError) -> UserError:
         """Return the same error with the place of its key in the recipe."""
@@ -40,7 +43,7 @@ class _Layer:
 
 def explain(error: UserError, locations: dict[Key, Location]) -> UserError:
     """Return ``error`` with the place where its key was written, if it has a key."""
-    location = _nearest(locations, tuple(error.key.split("."))) if error.key else None
+    location = nearest(locations, tuple(error.key.split("."))) if error.key else None
     return UserError(f"{error}\n  at {location}", key=error.key) if location else error
 
 
@@ -53,8 +56,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         UserError: the recipe is wrong; the message has the key, the value, what is allowed, and the line.
     """
-    layers = _file_layers(_find(str(path)), ())
-    layers.append(_override_layer(overrides))
+    file = _find(str(path))
+    layers = [*_file_layers(file, ()), _override_layer(overrides)]
+    notices = [rename(layer.values, layer.locations) for layer in layers]
     merged = _Layer({}, {})
     for layer in layers:
         _merge(merged, layer)
@@ -65,7 +69,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise UserError("\n".join(_messages(error, merged.locations, str(path)))) from None
     except UserError as error:  # from a section that checks several keys together
         raise explain(error, merged.locations) from None
-    return LoadedRecipe(recipe, merged.locations)
+    if file.absolute() == Path(recipe.output_dir, "recipe.yaml").absolute():
+        del notices[:-1]  # nobody wrote that file: an older version left it in the run's directory
+    return LoadedRecipe(recipe, merged.locations, [line for lines in notices for line in lines])
 
 
 def copy_recipe(name: str, destination: str | None = None) -> Path:
@@ -81,7 +87,9 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
         with target.open("x", encoding="utf-8") as file:
             file.write(source.read_text(encoding="utf-8"))
     except FileExistsError:
-        raise UserError(f"{target} exists and is not replaced; give another name: --copy {name} DEST") from None
+        raise UserError(
+            f"{target} exists and is not replaced; give another name: rasa-train copy {name} DEST"
+        ) from None
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     return target
@@ -90,6 +98,16 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, with every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def completed(stored: str) -> str:
+    """Return the recipe of a run's directory as this version would write it: a key that is absent has its default. A
+    recipe that this version cannot read is returned as it is."""
+    try:
+        rename(values := yaml.safe_load(stored), {})
+        return dump_recipe(Recipe.model_validate(values))
+    except (AttributeError, UserError, ValidationError):
+        return stored
 
 
 # -- layers ----------------------------------------------------------------------------------------------
@@ -212,7 +230,7 @@ def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> Non
         for i, inner in enumerate(value):
             _refuse_secrets(inner, (*key, i), locations)
     elif isinstance(value, str) and _SECRET.search(value):
-        at = _nearest(locations, key)
+        at = nearest(locations, key)
         where = f"\n  at {at.source}" + (f":{at.line}" if at.line else "") if at else ""
         raise UserError(
             f"{'.'.join(map(str, key))} holds a password or token, and a recipe is copied into its run directory: "
@@ -267,12 +285,6 @@ def _resolve(loc: Sequence[str | int]) -> tuple[Key, type[BaseModel] | None]:
     return tuple(key), section
 
 
-def _nearest(locations: dict[Key, Location], key: Key) -> Location | None:
-    while key and key not in locations:
-        key = key[:-1]
-    return locations.get(key)
-
-
 def _messages(error: ValidationError, locations: dict[Key, Location], source: str) -> list[str]:
     messages: dict[Key, str] = {}
     for item in error.errors(include_url=False):
@@ -285,7 +297,7 @@ def _messages(error: ValidationError, locations: dict[Key, Location], source: st
         if len(messages) == MOST_ERRORS:
             return [*messages.values(), "and more"]
         dotted = ".".join(map(str, key))
-        location = _nearest(locations, key)
+        location = nearest(locations, key)
         where = f"\n  at {location}" if location else f"\n  in {source}"
         messages[key] = short(_sentence(item, dotted, key, section), 1_000) + where
     return list(messages.values())

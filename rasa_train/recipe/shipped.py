@@ -1,4 +1,4 @@
-"""The shipped recipes and the measurements of them, for ``rasa-train --list`` and the completion of a shell."""
+"""The shipped recipes and the measurements of them, for ``rasa-train list`` and the completion of a shell."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def table() -> str:
         lines.append(_line(row["name"], row["method"], model, ranks, _count(row["trainable_parameters"]), memory))
     notes = [
         "",
-        "GiB: memory of one GPU as `rasa-train RECIPE --check` estimates it; x8: of each",
+        "GiB: memory of one GPU as `rasa-train check RECIPE` estimates it; x8: of each",
         "of 8 GPUs that share the base. To start a recipe of your own, copy one:",
-        "`rasa-train --copy demo my.yaml`.",
+        "`rasa-train copy demo my.yaml`.",
     ]
     return "\n".join(lines + notes)
 

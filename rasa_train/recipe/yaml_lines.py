@@ -32,6 +32,13 @@ class Location:
         return f"{self.source}:{self.line}: {self.text}" if self.line else f"{self.source}: {self.text}"
 
 
+def nearest(locations: dict[Key, Location], key: Key) -> Location | None:
+    """Return the place of ``key``, or of the section around it that has one."""
+    while key and key not in locations:
+        key = key[:-1]
+    return locations.get(key)
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader whose floats need no dot (YAML 1.1 reads ``5e-4`` as a string)."""
 

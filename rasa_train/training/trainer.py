@@ -116,8 +116,8 @@ class Trainer:
 
     def _narrow_base(self) -> float | None:
         """Hold the frozen base in fewer bits, if the recipe says so. Returns the relative difference this makes."""
-        base, dtype = self.recipe.model.base, self.recipe.model.dtype
-        if base == "bf16":
+        base, dtype = self.recipe.model.quantization, self.recipe.model.dtype
+        if base == "none":
             return None
         difference = narrow_base(self.model.module, base, self.accelerator.device)
         self.say(f"the base is held in {base}; its linears differ by {difference:.2%} from {dtype}")

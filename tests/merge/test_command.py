@@ -333,9 +333,8 @@ def read_only_disk(tmp_path):
 
 def test_a_disk_that_is_read_only(case, tmp_path, read_only_disk):
     base, adapter, _ = case()
-    for more in ((), ("--format", "lora"), ("--extract", base, "--base", base, "--r", 2)):
-        given = (adapter,) if "--extract" not in more else ()
-        assert "Read-only file system" in refused(tmp_path, *given, "--output", read_only_disk / "out", *more)
+    for words in ((adapter,), (adapter, "--format", "lora"), ("extract", base, "--base", base, "--r", 2)):
+        assert "Read-only file system" in refused(tmp_path, *words, "--output", read_only_disk / "out")
 
 
 @pytest.fixture
@@ -462,9 +461,10 @@ def test_options_that_do_not_go_together(case, tmp_path):
     assert "ADAPTER_OR_RUN" in refused(tmp_path, adapter, *out, "--adapter", adapter)
     assert "must be a number" in refused(tmp_path, *out, "--adapter", f"{adapter}:much")
     assert "--base" in refused(tmp_path, *out, "--extract", tmp_path / "base")
-    assert "in [0, --r=2]" in refused(
-        tmp_path, *out, "--extract", tmp_path / "base", "--base", tmp_path / "base", "--r", 2, "--k", 3
-    )
+    for form in ("--extract", "extract"):
+        extract = (form, tmp_path / "base", "--base", tmp_path / "base", *out)
+        assert "in [0, --r=2]" in refused(tmp_path, *extract, "--r", 2, "--k", 3)
+        assert "--upload needs --push" in refused(tmp_path, *extract, "--upload")
 
 
 def test_sums_proofs_and_cards(case, tmp_path):
@@ -482,11 +482,14 @@ def test_sums_proofs_and_cards(case, tmp_path):
 def test_extraction_prints_both_errors(case, tmp_path):
     base, adapter, _ = case()
     merge(adapter, tmp_path / "tuned")
-    arguments = ("--extract", tmp_path / "tuned", "--base", base, "--r", 4, "--k", 1, "--sweeps", 5)
-    code, stdout, _ = run(*arguments, "--output", tmp_path / "out")
+    arguments = (tmp_path / "tuned", "--base", base, "--r", 4, "--k", 1, "--sweeps", 5)
+    code, stdout, _ = run("extract", *arguments, "--output", tmp_path / "out")
     assert code == 0 and "rasa r=4 k=1" in stdout and "lora r=4" in stdout and "mlp.up_proj" in stdout
-    code, stdout, _ = run(*arguments, "--output", tmp_path / "json", "--json")
+    code, stdout, stderr = run("--extract", *arguments, "--output", tmp_path / "json", "--json", "--push", "me/model")
     total = json.loads(stdout)["total"]
+    assert code == 0 and "not uploaded" in stderr and (tmp_path / "json" / "README.md").exists()
+    adapters = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("out", "json")]
+    assert adapters[0] == adapters[1]
     assert 0 <= total["error"] <= total["lora_error"] < total["norm2"]
     assert read_adapter(tmp_path / "out").base_tensors == base_samples(str(base))
 

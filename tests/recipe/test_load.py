@@ -10,7 +10,7 @@ import yaml
 
 from rasa_train.adapters.registry import METHODS
 from rasa_train.errors import UserError
-from rasa_train.recipe.load import dump_recipe, load_recipe
+from rasa_train.recipe.load import completed, dump_recipe, load_recipe
 from rasa_train.recipe.schema import Recipe
 from rasa_train.recipe.shipped import configs_dir
 from rasa_train.recipe.yaml_lines import parse
@@ -209,3 +209,52 @@ def test_all_shipped_recipes_were_seen() -> None:
                 changed = {"adapter", "output_dir"}
                 assert rasa.model_dump(exclude=changed) == lora.model_dump(exclude=changed)
     assert yaml.safe_load((configs_dir() / "math_llama8b_r8.yaml").read_text())
+
+
+# -- a key under its former name -----------------------------------------------------------------------------
+
+RENAMED = "model.base is now model.quantization; bf16 is now none"
+
+
+@pytest.mark.parametrize(("former", "value"), [("bf16", "none"), ("fp8", "fp8"), ("nf4", "nf4")])
+def test_the_former_name_works_with_a_notice(former: str, value: str, recipe: Path) -> None:
+    given = load_recipe(recipe, [f"model.base={former}"])
+    assert given.recipe.model.quantization == value and given.notices == [f"note: command line: {RENAMED}"]
+    recipe.write_text(GOOD.replace("{name: some/model}", f"\n  name: some/model\n  base: {former}"))
+    written = load_recipe(recipe)
+    assert written.recipe == given.recipe and written.notices == [f"note: {recipe}:3: {RENAMED}"]
+    assert "base:" not in dump_recipe(written.recipe) and load_recipe(recipe, ["model.quantization=nf4"]).recipe.model
+    assert f"at {recipe}:3: base: {former}" in str(written.explain(UserError("no", key="model.quantization")))
+
+
+def test_a_wrong_value_under_the_former_name(recipe: Path) -> None:
+    recipe.write_text(GOOD.replace("{name: some/model}", "{name: some/model, base: int8}"))
+    message = error_of(recipe)
+    assert "model.quantization must be 'none', 'fp8' or 'nf4', got 'int8'" in message and f"{recipe}:1" in message
+    assert "got 'bf16'" in error_of(recipe, "model.quantization=bf16")
+
+
+def test_both_names_are_an_error_with_both_places(recipe: Path) -> None:
+    message = error_of(recipe, "model.base=nf4", "model.quantization=nf4")
+    assert "command line: model.base=nf4" in message and "command line: model.quantization=nf4" in message
+    recipe.write_text(GOOD.replace("{name: some/model}", "\n  name: m\n  base: nf4\n  quantization: nf4"))
+    message = error_of(recipe)
+    assert f"{recipe}:3: base: nf4" in message and f"{recipe}:4: quantization: nf4" in message
+
+
+def test_what_is_written_above_a_former_name_wins(recipe: Path) -> None:
+    """As everywhere: the command line over a file, a file over the one that it extends, whatever the key is called."""
+    recipe.write_text(GOOD.replace("{name: some/model}", "{name: some/model, base: nf4}"))
+    assert load_recipe(recipe, ["model.quantization=none"]).recipe.model.quantization == "none"
+    recipe.write_text(GOOD.replace("{name: some/model}", "{name: some/model, quantization: nf4}"))
+    assert load_recipe(recipe, ["model.base=bf16"]).recipe.model.quantization == "none"
+
+
+def test_a_stored_recipe_is_completed(recipe: Path) -> None:
+    loaded = load_recipe(recipe).recipe
+    stored = yaml.safe_load(dump_recipe(loaded))
+    stored["model"]["base"] = {"none": "bf16"}[stored["model"].pop("quantization")]
+    del stored["training"]["loss_average"], stored["adapter"]["dropout"], stored["tracking"]
+    assert completed(yaml.safe_dump(stored)) == dump_recipe(loaded)
+    for unknown in ("seed: 7\n", "[]\n", "null\n", yaml.safe_dump(stored | {"model": {"name": 1}})):
+        assert completed(unknown) == unknown
