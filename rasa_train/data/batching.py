@@ -3,7 +3,7 @@ padding)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,13 +34,6 @@ class Limit:
             )
         assert self.examples
         return split_batch(indices, lengths, micro_batch_size=self.examples, num_workers=num_workers)
-
-
-class HasTargets(Protocol):
-    """Anything that knows the number of targets of each of its examples, as ``TokenDataset`` does."""
-
-    @property
-    def supervised(self) -> np.ndarray: ...
 
 
 def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -219,11 +212,6 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     positions = (following != IGNORE).nonzero().squeeze(1)
     return {**batch, "positions": positions, "targets": following[positions]}
-
-
-def supervised_tokens(dataset: HasTargets, indices: np.ndarray) -> int:
-    """Return the number of tokens that carry loss in these examples: the divisor of a global batch's loss."""
-    return int(dataset.supervised[indices].sum(dtype=np.int64))
 
 
 def _longest_first(indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
