@@ -121,10 +121,8 @@ class Built(NamedTuple):
 
 
 class PeftConfig(TypedDict, total=False):
-    """A configuration as PEFT, its fork in the reference implementation or ``rasa_train.peft`` writes it.
-
-    A file may hold anything: what is read from it is validated as the fields of a method.
-    """
+    """PEFT's ``adapter_config.json``, with the keys that this package reads or writes. A file may hold anything: the
+    fields of a method that are made from it are validated."""
 
     peft_type: str
     task_type: str
@@ -135,7 +133,6 @@ class PeftConfig(TypedDict, total=False):
     fan_in_fan_out: bool
     inference_mode: bool
     r: int
-    # LoRA and DoRA
     lora_alpha: float
     lora_dropout: float
     bias: str
@@ -144,12 +141,10 @@ class PeftConfig(TypedDict, total=False):
     init_lora_weights: bool | str
     rank_pattern: Mapping[str, int] | None
     alpha_pattern: Mapping[str, float] | None
-    # VeRA
     d_initial: float
     vera_dropout: float
     projection_prng_key: int
     save_projection: bool
-    # VB-LoRA
     num_vectors: int
     vector_length: int
     topk: int
@@ -157,7 +152,6 @@ class PeftConfig(TypedDict, total=False):
     init_vector_bank_bound: float
     init_logits_std: float
     save_only_topk_weights: bool
-    # the reference implementation
     rasa_k: int
     rasa_alpha: float
     rasa_dropout: float

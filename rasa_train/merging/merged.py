@@ -29,20 +29,7 @@ from .folding import QUANTISED, Folding, Tally, dtype_name
 from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, open_source
 
-WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".ckpt",
-    ".npz",
-}
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".npz"}
 """Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
 SMALL = 200_000_000
 """Bytes. A larger file beside a model is not a tokenizer and is not copied."""
