@@ -174,8 +174,8 @@ def test_the_data_is_checked_once(recipe: Path, cli: Cli, monkeypatch: pytest.Mo
     from rasa_train.data import prepare
 
     seen: list[Path] = []
-    read_meta = prepare.read_meta
-    monkeypatch.setattr(prepare, "read_meta", lambda path, key: seen.append(path) or read_meta(path, key))
+    read_stats = prepare.read_stats
+    monkeypatch.setattr(prepare, "read_stats", lambda path, key: seen.append(path) or read_stats(path, key))
     cli("train", recipe, "training.max_steps=1", check=True)
     assert len(seen) == 1
 

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,46 @@ class Built(NamedTuple):
     pools: dict[str, nn.Module]
 
 
+class PeftConfig(TypedDict, total=False):
+    """PEFT's ``adapter_config.json``, with the keys that this package reads or writes. A file may hold anything: the
+    fields of a method that are made from it are validated."""
+
+    peft_type: str
+    task_type: str
+    base_model_name_or_path: str | None
+    revision: str | None
+    target_modules: str | list[str] | None
+    target_parameters: list[str] | None
+    fan_in_fan_out: bool
+    inference_mode: bool
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    bias: str
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+    rank_pattern: Mapping[str, int] | None
+    alpha_pattern: Mapping[str, float] | None
+    d_initial: float
+    vera_dropout: float
+    projection_prng_key: int
+    save_projection: bool
+    num_vectors: int
+    vector_length: int
+    topk: int
+    vblora_dropout: float
+    init_vector_bank_bound: float
+    init_logits_std: float
+    save_only_topk_weights: bool
+    rasa_k: int
+    rasa_alpha: float
+    rasa_dropout: float
+    use_mora: bool
+    mora_type: int
+    mora_dropout: float
+
+
 class Method(BaseModel, ABC):
     """Validated hyper-parameters of one method; the section ``adapter:`` of a recipe."""
 
@@ -180,7 +220,7 @@ class Method(BaseModel, ABC):
     # -- files of other libraries ------------------------------------------------------------------------
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         """Return this method's fields from a PEFT-style ``adapter_config.json``, or None if the file is of another
         method."""
         return None
@@ -195,7 +235,7 @@ class Method(BaseModel, ABC):
     """Keys of a PEFT config that change the meaning of the tensors and that ``convert_peft`` handles."""
 
     @classmethod
-    def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert_peft(cls, config: PeftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert PEFT's tensors, given in fp32 and by this package's names, to the meaning that the fields of
         ``from_peft`` have."""
         return dict(tensors)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .contract import Method
+from .contract import Method, PeftConfig
 from .registry import METHODS
 from .state import saved_tensors
 
@@ -111,7 +111,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     config = _read_config(directory)
     if config.get("format") == "rasa_train":
         return _read_ours(directory, config)
-    if "peft_type" in config:
+    if _is_peft(config):
         return _read_peft(directory, config)
     raise UserError(
         f"{directory / CONFIG} is not a config of rasa_train or of PEFT: it has no `format` and no `peft_type`"
@@ -184,7 +184,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> dict[str, object]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not an adapter: there is no such directory")
     path = directory / CONFIG
@@ -199,19 +199,27 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_ours(directory: Path, config: dict[str, Any]) -> SavedAdapter:
+def _is_peft(config: dict[str, object]) -> TypeGuard[PeftConfig]:
+    return "peft_type" in config
+
+
+def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
     config.pop("format")
     base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
-    base_tensors = config.pop("base_tensors", {})
+    base_tensors = config.pop("base_tensors", None) or {}
+    if not isinstance(base_model, str | None) or not isinstance(base_revision, str | None):
+        raise UserError(f"{directory / CONFIG}: base_model and base_revision must be text")
+    if not isinstance(base_tensors, dict):
+        raise UserError(f"{directory / CONFIG}: base_tensors must be an object")
     method = _method(directory, str(config.get("method")), config)
     return SavedAdapter(
         directory, method, read_safetensors(directory / TENSORS), base_model, base_revision, base_tensors
     )
 
 
-def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
+def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items())
     try:
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
@@ -220,7 +228,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
     if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported")
     if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key) and key not in cls.reads_peft]:
-        values = ", ".join(f"{key}={config[key]!r}" for key in unsupported)
+        values = ", ".join(f"{key}={config.get(key)!r}" for key in unsupported)
         raise UserError(f"{directory / CONFIG}: {values} is not supported: the result would be another adapter")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
@@ -252,7 +260,7 @@ def _read_peft(directory: Path, config: dict[str, Any]) -> SavedAdapter:
     )
 
 
-def _method(directory: Path, name: str, fields: dict[str, Any]) -> Method:
+def _method(directory: Path, name: str, fields: dict[str, object]) -> Method:
     if name not in METHODS:
         raise UserError(
             f"{directory / CONFIG}: method must be one of {', '.join(METHODS)}, got {name!r}. Name the file or module "

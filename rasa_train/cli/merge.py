@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -260,7 +260,7 @@ def _finish(
     as_json: bool,
 ) -> None:
     """Write the card of a hub repository and upload the output, if asked for, and print what was made."""
-    facts = report.as_json() | ({"verify": verified.as_json()} if verified else {})
+    facts = asdict(report) | ({"verify": asdict(verified)} if verified else {})
     if push is not None:
         from ..merging import hub
 
@@ -316,7 +316,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
 
 def _error_table(report: ExtractReport) -> list[str]:
     """Return a table of the squared errors over the squared norm of the update, for each kind and all kinds."""
-    rows = {**report.kinds, "all": report.total()}
+    rows = {**report.kinds, "all": report.total}
     width = max(map(len, rows))
     name = report.method if report.method == "lora" else f"rasa r={report.r} k={report.k}"
     lines = [f"{'':{width}}  {name:>14}  {f'lora r={report.r}':>10}   (share of the squared update that is left)"]

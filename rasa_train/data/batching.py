@@ -1,9 +1,9 @@
 """Batches: which examples form a step, which worker computes them, and their tensors (padded rows, or one row without
 padding)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,13 +34,6 @@ class Limit:
             )
         assert self.examples
         return split_batch(indices, lengths, micro_batch_size=self.examples, num_workers=num_workers)
-
-
-class HasTargets(Protocol):
-    """Anything that knows the number of targets of each of its examples, as ``TokenDataset`` does."""
-
-    @property
-    def supervised(self) -> np.ndarray: ...
 
 
 def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -177,7 +170,7 @@ def collate(
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict[str, Any] | None:
+def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict[str, torch.Tensor | int] | None:
     """Put examples one after the other in one row. Returns None for no examples. The tokens that fill the row up form a
     sequence of their own.
 
@@ -212,18 +205,15 @@ def flatten(examples: Sequence[Example], *, pad_to_multiple_of: int = 8) -> dict
     }
 
 
-def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+def with_targets(batch: Mapping[str, torch.Tensor | int]) -> dict[str, torch.Tensor | int]:
     """Return ``batch`` with ``positions`` and ``targets`` instead of ``labels``: the positions, in the flattened batch,
     of the tokens whose successor is supervised, and these successors; int64, shape (supervised tokens,)."""
-    labels = batch.pop("labels")
+    labels = batch["labels"]
+    assert isinstance(labels, torch.Tensor)
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     positions = (following != IGNORE).nonzero().squeeze(1)
-    return {**batch, "positions": positions, "targets": following[positions]}
-
-
-def supervised_tokens(dataset: HasTargets, indices: np.ndarray) -> int:
-    """Return the number of tokens that carry loss in these examples: the divisor of a global batch's loss."""
-    return int(dataset.supervised[indices].sum(dtype=np.int64))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return {**inputs, "positions": positions, "targets": following[positions]}
 
 
 def _longest_first(indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from ..errors import UserError
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 Kind = Literal["pair", "messages", "tokens"]
 
 # Known pairs of (query column, response column), in the order in which they are looked for.
@@ -18,6 +18,13 @@ _PAIRS = (
     ("question", "answer"),
     ("problem", "solution"),
 )
+
+
+class Message(TypedDict):
+    """A message of a conversation, which goes to the chat template with all its keys."""
+
+    role: str
+    content: NotRequired[object]
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def _present(row: Row, name: str, where: str) -> None:
         )
 
 
-def _value(row: Row, name: str, wanted: type[str] | type[list[Any]], where: str) -> Any:
+def _value(row: Row, name: str, wanted: type[str] | type[list[object]], where: str) -> Any:
     _present(row, name, where)
     value = row[name]
     if isinstance(value, wanted):
@@ -116,16 +123,16 @@ def _value(row: Row, name: str, wanted: type[str] | type[list[Any]], where: str)
     )
 
 
-def _messages(row: Row, name: str, where: str) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = _value(row, name, list, where)
+def _messages(row: Row, name: str, where: str) -> list[Message]:
+    messages: list[Message] = _value(row, name, list, where)
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(
                 f"{where}: {name}[{i}] must be an object with a text `role` and a `content`, got {_kind_of(message)}",
                 key="data.dataset",
             )
-        if isinstance(message.get("content"), str):
-            _check_unicode(message["content"], f"{name}[{i}].content", where)
+        if isinstance(content := message.get("content"), str):
+            _check_unicode(content, f"{name}[{i}].content", where)
     if not messages:
         raise UserError(f"{where}: column {name!r} is an empty conversation; remove this row", key="data.dataset")
     return messages
@@ -145,7 +152,7 @@ def _check_unicode(text: str, name: str, where: str) -> None:
         ) from None
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     if value is None:
         return "null"
     shown = repr(value)

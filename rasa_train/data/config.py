@@ -17,23 +17,17 @@ class ValidationConfig(BaseModel):
         UserError: neither or both of ``dataset`` and ``size`` are given.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    dataset: str | None = Field(
-        default=None,
-        description="Dataset of the held-out examples: a built-in name, a hub id, or a local file or directory, as for "
-        "data.dataset.",
-    )
-    split: str = Field(
-        default="train",
-        description="Split of `dataset`; only hub sets and directories have several. The default is the hub's name "
-        "for the first split.",
-    )
-    size: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="Held-out examples taken from the training examples instead, by a shuffle with seed 42: an integer "
-        "is a number of examples, a number below 1 is a share of them.",
-    )
+    dataset: str | None = None
+    """Dataset of the held-out examples: a built-in name, a hub id, or a local file or directory, as for
+    data.dataset."""
+    split: str = "train"
+    """Split of ``dataset``; only hub sets and directories have several. The default is the hub's name for the first
+    split."""
+    size: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    """Held-out examples taken from the training examples instead, by a shuffle with seed 42: an integer is a number of
+    examples, a number below 1 is a share of them."""
 
     @model_validator(mode="after")
     def _exactly_one_form(self) -> Self:
@@ -54,65 +48,42 @@ class DataConfig(BaseModel):
             template, columns that name neither a query and response nor messages).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    dataset: str = Field(
-        min_length=1,
-        description="Dataset to train on: a built-in name (metamathqa, magicoder, demo), a hub id, a local "
-        ".jsonl/.json/.parquet file (.gz too, except parquet), a directory of such files, or a directory written by "
-        "datasets.save_to_disk.",
-    )
-    subset: str | None = Field(default=None, description="Name of the configuration, for a hub set that has several.")
-    split: str = Field(
-        default="train",
-        description="Split of a hub set or directory; a single local file is one split, whatever this name is. The "
-        "default is the hub's name for the first split.",
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a hub set. The default is the hub's main branch."
-    )
-    columns: dict[str, str] | None = Field(
-        default=None,
-        description="Columns of the file that hold each part of an example: {query: ..., response: ...} or "
-        "{messages: ...}. By default those of the built-in set, or else recognised from the first row.",
-    )
-    template: Template = Field(
-        default="alpaca",
-        description="Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: "
-        "the query and then the response, with nothing else.",
-    )
-    supervise: Supervise = Field(
-        default="response",
-        description="Tokens that carry loss. response: the tokens of the response and the end token; paper: all "
-        "tokens but those of the question, as in the reference implementation; all: every token.",
-    )
-    max_length: PositiveInt = Field(
-        default=4096, description="Length of the longest example, in tokens. The paper's scripts use the default."
-    )
-    over_length: Literal["truncate", "drop"] = Field(
-        default="truncate",
-        description="What happens to an example longer than max_length. truncate: it is cut on the right, as in the "
-        "paper's scripts, and loses its end token; drop: it is left out.",
-    )
-    fraction: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Share of the training examples that is used: the first ones of a shuffle with seed 42 (the "
-        "paper's data scaling uses 0.25 and 0.5). The default uses all, as in the paper's main tables.",
-    )
-    validation: ValidationConfig | None = Field(
-        default=None, description="Held-out examples. By default there are none, as in the paper."
-    )
-    num_workers: PositiveInt | Literal["auto"] = Field(
-        default="auto",
-        description="Number of processes that tokenise a large set. auto: one for each usable core, but at most 16.",
-    )
-    cache_dir: str | None = Field(
-        default=None,
-        description="Directory of the tokenised sets. The default is $RASA_TRAIN_CACHE, else "
-        "$XDG_CACHE_HOME/rasa_train, else ~/.cache/rasa_train.",
-    )
+    dataset: str = Field(min_length=1)
+    """Dataset to train on: a built-in name (metamathqa, magicoder, demo), a hub id, a local .jsonl/.json/.parquet file
+    (.gz too, except parquet), a directory of such files, or a directory written by datasets.save_to_disk."""
+    subset: str | None = None
+    """Name of the configuration, for a hub set that has several."""
+    split: str = "train"
+    """Split of a hub set or directory; a single local file is one split, whatever this name is. The default is the
+    hub's name for the first split."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub set. The default is the hub's main branch."""
+    columns: dict[str, str] | None = None
+    """Columns of the file that hold each part of an example: {query: ..., response: ...} or {messages: ...}. By default
+    those of the built-in set, or else recognised from the first row."""
+    template: Template = "alpaca"
+    """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
+    the response, with nothing else."""
+    supervise: Supervise = "response"
+    """Tokens that carry loss. response: the tokens of the response and the end token; paper: all tokens but those of
+    the question, as in the reference implementation; all: every token."""
+    max_length: PositiveInt = 4096
+    """Length of the longest example, in tokens. The paper's scripts use the default."""
+    over_length: Literal["truncate", "drop"] = "truncate"
+    """What happens to an example longer than max_length. truncate: it is cut on the right, as in the paper's scripts,
+    and loses its end token; drop: it is left out."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training examples that is used: the first ones of a shuffle with seed 42 (the paper's data scaling
+    uses 0.25 and 0.5). The default uses all, as in the paper's main tables."""
+    validation: ValidationConfig | None = None
+    """Held-out examples. By default there are none, as in the paper."""
+    num_workers: PositiveInt | Literal["auto"] = "auto"
+    """Number of processes that tokenise a large set. auto: one for each usable core, but at most 16."""
+    cache_dir: str | None = None
+    """Directory of the tokenised sets. The default is $RASA_TRAIN_CACHE, else $XDG_CACHE_HOME/rasa_train, else
+    ~/.cache/rasa_train."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

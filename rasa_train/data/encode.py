@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .columns import Kind
+from .columns import Kind, Message
 from .config import DataConfig
 
 IGNORE = -100
@@ -225,12 +225,12 @@ class Encoder:
             ids, begins, ends = next(self._tokenise([text]))
             yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
 
-    def _marked_chat(self, messages: list[dict[str, Any]], where: str) -> Example:
+    def _marked_chat(self, messages: list[Message], where: str) -> Example:
         """Encode with a template that marks what the assistant writes: {% generation %} ... {% endgeneration %}."""
         out = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
 
-    def _turns(self, messages: list[dict[str, Any]], text: str, where: str) -> list[Span]:
+    def _turns(self, messages: list[Message], text: str, where: str) -> list[Span]:
         """Return the characters of the assistant's turns: each from the end of the text before (with the header that
         asks for an answer) to the end of the turn. This is right only if each of these texts is the beginning of the
         next.
@@ -251,7 +251,7 @@ class Encoder:
             spans.append((len(before), len(upto)))
         return spans
 
-    def _render(self, messages: list[dict[str, Any]], where: str, tokenize: bool = False, **options: Any) -> Any:
+    def _render(self, messages: list[Message], where: str, tokenize: bool = False, **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
         except Exception as error:  # a template may raise anything: an error of its own, or of a missing key
@@ -287,7 +287,7 @@ def _question_spans(text: str) -> list[Span]:
     return spans
 
 
-def _pair(messages: list[dict[str, Any]], where: str) -> tuple[str, str]:
+def _pair(messages: list[Message], where: str) -> tuple[str, str]:
     roles = [message["role"] for message in messages]
     contents: list[Any] = [message.get("content") for message in messages]
     if roles != ["user", "assistant"] or not all(isinstance(content, str) for content in contents):

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import process
 from ..errors import UserError
-from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_meta
+from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .columns import Columns, Row, find_columns
 from .config import DataConfig
 from .encode import Encoded, Encoder, plain_backend
@@ -129,9 +129,8 @@ class _Maker:
         key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
         directory = root / "tokens" / key[:32]
-        meta = read_meta(directory, key)
-        if meta is not None:
-            return TokenDataset(directory), Stats(**meta["stats"]), key
+        if (known := read_stats(directory, key)) is not None:
+            return TokenDataset(directory), Stats(**known), key
         try:
             with CacheWriter(directory) as writer:
                 stats = self._write(source, dataset, columns, writer)

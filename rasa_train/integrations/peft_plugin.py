@@ -148,7 +148,7 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
     """Builds the adapters of all layers at once, because layers share pools; the tuner itself holds each pool, once."""
 
     tuner_layer_cls = AdaptedLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     method: ClassVar[type[Method]]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -179,7 +179,7 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
         fields = self.method.from_peft(config.to_dict())
         assert fields is not None
         sites = [site for site in self._sites() if self._check_target_module_exists(config, site.path)]
-        built = self.method(**fields).build(sites)
+        built = self.method.model_validate(fields).build(sites)
         if "rasa_train_pools" not in self._modules:
             self.rasa_train_pools = nn.ModuleDict()
         pools = nn.ModuleDict(built.pools).to(next(self.model.parameters()).device)

@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,13 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 CHUNK = 16 << 20
 """Number of bytes copied at a time."""
+
+
+class Index(TypedDict):
+    """The content of the file that says which file holds which tensor."""
+
+    metadata: NotRequired[dict[str, object] | None]
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +91,8 @@ class Checkpoint:
     """Tensors of each file, in the order of their offsets."""
     metadata: dict[str, dict[str, str]]
     """``__metadata__`` of each file."""
-    index: dict[str, Any] | None
-    """The content of the index file; None for a model in a single file."""
+    index: Index | None
+    """None for a model in a single file."""
 
     @property
     def tensors(self) -> dict[str, Stored]:
@@ -116,11 +124,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> Index:
     """Read the index of a model in several files. Raises ``UserError`` if the index is damaged or names files in
     another directory."""
     try:
-        index: dict[str, Any] = json.loads(path.read_text())
+        index: Index = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -169,7 +177,7 @@ def write_tensors(
     Returns:
         Size of the file in bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
     ends, end = [], 0
     for name, dtype, shape, nbytes in tensors:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
@@ -192,7 +200,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(values)  # type: ignore[arg-type]
 
 
-def _check_index(checkpoint: Checkpoint, index: dict[str, Any]) -> None:
+def _check_index(checkpoint: Checkpoint, index: Index) -> None:
     path, listed = checkpoint.directory / INDEX, index["weight_map"]
     for file, tensors in checkpoint.files.items():
         for tensor in tensors:
@@ -206,7 +214,7 @@ def _check_index(checkpoint: Checkpoint, index: dict[str, Any]) -> None:
         )
 
 
-def _read_into(file: Any, start: int, data: memoryview) -> None:
+def _read_into(file: FileIO, start: int, data: memoryview) -> None:
     file.seek(start)
     done = 0
     while done < len(data):

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -116,13 +115,13 @@ class RunDirectory:
         kept = [line for line in self.metrics.read_text().splitlines() if (step := _step(line)) and step <= last_step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
-    def last_metrics(self) -> dict[str, Any]:
+    def last_metrics(self) -> dict[str, object]:
         """Return the line of the last step, with the last loss that is a number and the number of ``skipped_steps``."""
-        rows: list[dict[str, Any]] = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
         loss = next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None)
-        return rows[-1] | {"loss": loss, "skipped_steps": sum(row.get("skipped", 0) for row in rows)}
+        return {**rows[-1], "loss": loss, "skipped_steps": sum(row.get("skipped", 0) for row in rows)}
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: Mapping[str, object]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -134,7 +133,7 @@ def _step(line: str) -> int | None:
         return None
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
     """Return a nested mapping with flat keys: ``{"adapter": {"r": 8}}`` -> ``{"adapter.r": 8}``."""
     if not isinstance(value, dict):
         return {prefix: value}

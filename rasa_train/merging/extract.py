@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -94,14 +94,8 @@ class ExtractReport:
     bytes: int
     """Size of the adapter's tensor file."""
     seconds: float
-
-    def total(self) -> KindReport:
-        """Return the sums over all kinds."""
-        rows = list(self.kinds.values())
-        return KindReport(*(sum(getattr(row, name) for row in rows) for name in ("norm2", "error", "lora_error")))
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"total": asdict(self.total())}
+    total: KindReport
+    """The sums over all kinds."""
 
 
 def extract(
@@ -142,6 +136,7 @@ def extract(
         nbytes = (partial / TENSORS).stat().st_size
         facts = {name: asdict(report) for name, report in kinds.items()}
         (partial / "extraction.json").write_text(json.dumps({"finetuned": finetuned, "kinds": facts}, indent=2) + "\n")
+    rows = [astuple(report) for report in kinds.values()]
     return ExtractReport(
         output=str(output),
         method=fit.method,
@@ -153,6 +148,7 @@ def extract(
         others_changed=_changed_beside(before, after, {site.weight for site in sites}),
         bytes=nbytes,
         seconds=round(time.perf_counter() - start, 3),
+        total=KindReport(*(sum(column) for column in zip(*rows, strict=True))),
     )
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.contract import FactorAdapter
+from ..adapters.contract import FactorAdapter, PeftConfig
 from ..adapters.saved import CONFIG, PEFT_TENSORS
 from ..adapters.site import Site
 from ..errors import UserError
@@ -75,9 +75,6 @@ class ExportReport:
     """Value for vLLM's ``--max-lora-rank``, or None when vLLM does not accept a rank this large."""
     fused_experts: bool = False
     """Whether fused expert weights are adapted, which not every program that reads LoRA supports."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def export_lora(
@@ -248,11 +245,11 @@ def _write_factors(
     return write_tensors(path, entries, write), math.sqrt(lost2 / norm2) if norm2 else 0.0
 
 
-def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -> dict[str, Any]:
+def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -> PeftConfig:
     r = max(ranks.values())
     # alpha = rank everywhere: the scale is 1 for programs that read the patterns and for those that do not.
     pattern = {name: rank for name, rank in ranks.items() if rank != r}
-    config: dict[str, Any] = {
+    config: PeftConfig = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source.base,
@@ -268,7 +265,9 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
     if fused := {target.name for target in targets if target.fused}:
         kinds = {f"{t.sites[0].kind.rpartition('.')[0]}.{t.name.rpartition('.')[2]}" for t in targets if t.fused}
         config["target_parameters"] = _shortest([kinds], fused, [name for name, _ in source.model.named_parameters()])
-    return config | ({"rank_pattern": pattern, "alpha_pattern": pattern} if pattern else {})
+    if pattern:
+        config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
+    return config
 
 
 def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:

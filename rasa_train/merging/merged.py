@@ -13,11 +13,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,20 +29,7 @@ from .folding import QUANTISED, Folding, Tally, dtype_name
 from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, open_source
 
-WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".ckpt",
-    ".npz",
-}
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".npz"}
 """Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
 SMALL = 200_000_000
 """Bytes. A larger file beside a model is not a tokenizer and is not copied."""
@@ -77,9 +63,6 @@ class MergeReport:
     rounding: float | None
     """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that is lost by rounding to
     the output's dtype. 0 for fp32; None when the update is zero."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def merge(
@@ -207,9 +190,7 @@ def _threads(folding: Folding) -> int:
     return int(max(1, min(process.cores(), len(folding.checkpoint.files), fit)))
 
 
-def _key(
-    base: Path, files: Sequence[str] | Mapping[str, Any], origins: Sequence[Path], dtype: torch.dtype | None, label: str
-) -> str:
+def _key(base: Path, files: Iterable[str], origins: Sequence[Path], dtype: torch.dtype | None, label: str) -> str:
     """Return a hash of everything that determines the files of a merge: names, sizes and modification times of the
     inputs, the dtype of the output, the method, and the version of this package."""
     paths = [base / file for file in files] + [path for origin in origins for path in sorted(origin.iterdir())]
@@ -229,7 +210,7 @@ def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
     return tick
 
 
-def _read_config(base_dir: Path) -> dict[str, Any]:
+def _read_config(base_dir: Path) -> dict[str, object]:
     try:
         config = json.loads((base_dir / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -239,9 +220,8 @@ def _read_config(base_dir: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _set_dtype(config: Mapping[str, Any], dtype: str) -> None:
+def _set_dtype(config: dict[str, object], dtype: str) -> None:
     """Set the new dtype in the contents of a ``config.json``, nested configs included."""
-    assert isinstance(config, dict)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             config[key] = dtype

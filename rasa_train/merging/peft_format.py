@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from ..adapters.contract import Method
+from ..adapters.contract import Method, PeftConfig
 from ..adapters.saved import CONFIG, PEFT_TENSORS, read_adapter
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
@@ -75,8 +74,9 @@ def export_peft(
     )
 
 
-def _format(method: Method) -> tuple[dict[str, Any], dict[str, str]]:
+def _format(method: Method) -> tuple[PeftConfig, dict[str, str]]:
     """Return PEFT's configuration, and PEFT's name of each of the adapter's tensors by our name."""
+    config: PeftConfig
     if isinstance(method, LoRA | DoRA):
         config = {"peft_type": "LORA", "r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
         names = {"A": "lora_A.weight", "B": "lora_B.weight"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,6 @@ class VerifyReport:
     """Mean next-token loss of the adapted model on the prompts."""
     loss_difference: float
     """Loss of the merged model minus loss of the adapted model."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def verify(

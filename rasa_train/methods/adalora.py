@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -27,17 +27,14 @@ from ..kernels.low_rank import Factors
 TRIPLET = ("P", "Lambda", "Q")
 
 
-def _half_more(data: dict[str, Any]) -> int:
-    return math.ceil(1.5 * int(data.get("r", 1)))  # pydantic 2.11 asks for the default even where it refused r
-
-
 class AdaLoRA(Method):
     """Adaptive budget allocation: P, Lambda and Q are trained in every site."""
 
     method: Literal["adalora"] = "adalora"
     r: PositiveInt = 8
     """Average number of triplets per site at the end."""
-    init_r: PositiveInt = Field(default_factory=_half_more)
+    # pydantic 2.11 asks for the default even where it refused r
+    init_r: PositiveInt = Field(default_factory=lambda data: math.ceil(1.5 * int(data.get("r", 1))))
     """Number of triplets per site at the start, at least r. Default: 1.5 r (the paper's recommendation)."""
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / init_r, however many triplets are left. The default is our choice: LoRA's

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ..adapters.contract import Adapter, Built, Method, kaiming_uniform, linear, zeros
+from ..adapters.contract import Adapter, Built, Method, PeftConfig, kaiming_uniform, linear, zeros
 from ..adapters.site import Site
 
 
@@ -34,7 +33,7 @@ class DoRA(Method):
         return Built({site.path: DoRAAdapter(site, self) for site in sites}, {})
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         if config.get("peft_type") != "LORA" or not config.get("use_dora") or config.get("use_mora"):
             return None
         r, alpha = config["r"], config["lora_alpha"]

@@ -39,7 +39,7 @@ class Peft(Method):
     corresponding keys of ``config``."""
 
     method: Literal["peft"] = "peft"
-    config: dict[str, Any]
+    config: dict[str, object]
     """PEFT's configuration: ``peft_type`` and the keys of that type, as in PEFT's documentation. ``task_type`` is
     always CAUSAL_LM."""
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ..adapters.contract import Built, FactorAdapter, Method, kaiming_uniform, zeros
+from ..adapters.contract import Built, FactorAdapter, Method, PeftConfig, kaiming_uniform, zeros
 from ..adapters.experts import peft_linears, peft_parameter
 from ..adapters.site import Site
 from ..kernels.low_rank import Factors
+
+T = TypeVar("T")
 
 
 class LoRA(Method):
@@ -37,7 +39,7 @@ class LoRA(Method):
         return Built({site.path: LoRAAdapter(site, self) for site in sites}, {})
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         if config.get("peft_type") != "LORA" or config.get("use_mora") or config.get("use_dora"):
             return None
         r = max([config["r"], *(config.get("rank_pattern") or {}).values()])
@@ -58,12 +60,12 @@ class LoRA(Method):
     reads_peft = frozenset({"rank_pattern", "alpha_pattern", "target_parameters"})
 
     @classmethod
-    def convert_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert_peft(cls, config: PeftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert to one rank and one scale for all sites: missing ranks of a site become zeros, and its own scale is
         multiplied into its B. The pair of a fused expert weight becomes one pair for each of its linears."""
         fields = cls.from_peft(config)
         assert fields is not None
-        widest = cls(**fields)
+        widest = cls.model_validate(fields)
         converted: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             path, _, side = name.rpartition(".")
@@ -78,7 +80,7 @@ class LoRA(Method):
         return converted
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _of_pattern(patterns: Mapping[str, T] | None, path: str, default: T) -> T:
     """Return the value that PEFT uses for a module: that of the first pattern that its path ends with or equals."""
     found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path))
     return next(found, default)

@@ -21,15 +21,14 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from ..adapters.block_adapter import BlockAdapter
-from ..adapters.contract import Adapter, Built, Method, linear, zeros
+from ..adapters.contract import Adapter, Built, Method, PeftConfig, linear, zeros
 from ..adapters.site import Site
 from ..errors import UserError
 from ..kernels.block_diagonal import tile, wrap
@@ -68,7 +67,7 @@ class MoRA(Method):
         return Built(dict(rotating), {})
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         """Return the fields for files of the reference implementation's fork of PEFT and of the plug-in
         (``rasa_train.peft``)."""
         if config.get("peft_type") == "MORA":

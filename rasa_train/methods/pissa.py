@@ -9,7 +9,7 @@ form, with W - s B0 A0 as the base, it would remove principal directions of W at
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -20,17 +20,14 @@ from ..adapters.site import Site
 from .olora import StartedAdapter, check_rank
 
 
-def _r(data: dict[str, Any]) -> float:
-    return float(data.get("r", 1))  # pydantic 2.11 asks for the default even where it refused r
-
-
 class PiSSA(Method):
     """Principal singular values and vectors adaptation: A (r x in) and B (out x r) are trained in every site."""
 
     method: Literal["pissa"] = "pissa"
     r: PositiveInt = 8
     """Rank of A and of B (the paper: 128). The update itself has rank up to 2r."""
-    alpha: PositiveFloat = Field(default_factory=_r)
+    # pydantic 2.11 asks for the default even where it refused r
+    alpha: PositiveFloat = Field(default_factory=lambda data: float(data.get("r", 1)))
     """The update is scaled by alpha / r. Default: r, so that the scale is 1 (the authors' scripts)."""
     niter: NonNegativeInt | None = None
     """Number of subspace iterations of a randomized SVD, which is much faster on large weights (16 is accurate).

@@ -15,7 +15,6 @@ the start of d (Eq. 6): alpha / (2 (r-k)) for the private part, alpha / (2 L k) 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
 
-from ..adapters.contract import Adapter, Built, FactorAdapter, Method, kaiming_uniform, zeros
+from ..adapters.contract import Adapter, Built, FactorAdapter, Method, PeftConfig, kaiming_uniform, zeros
 from ..adapters.site import Site, by_kind
 from ..kernels.low_rank import Factors
 
@@ -70,11 +69,11 @@ class RaSA(Method):
         return Built({site.path: adapters[site.path] for site in sites}, pools)
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         if config.get("peft_type") != "RASA":
             return None
-        names = {"r": "r", "k": "rasa_k", "alpha": "rasa_alpha", "dropout": "rasa_dropout"}
-        return {ours: config[theirs] for ours, theirs in names.items()}
+        r, k, alpha, dropout = config["r"], config["rasa_k"], config["rasa_alpha"], config["rasa_dropout"]
+        return {"r": r, "k": k, "alpha": alpha, "dropout": dropout}
 
     @classmethod
     def rename_peft(cls, key: str) -> str | None:

@@ -14,15 +14,14 @@ separate learning rates for the bank and the logits.) All logits are saved, so t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from ..adapters.contract import Built, FactorAdapter, Method
+from ..adapters.contract import Built, FactorAdapter, Method, PeftConfig
 from ..adapters.site import Site
 from ..errors import UserError
 from ..kernels.low_rank import Factors
@@ -66,15 +65,18 @@ class VBLoRA(Method):
         return Built({site.path: VBLoRAAdapter(site, self, pool) for site in sites}, {"vb_lora": pool})
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         if config.get("peft_type") != "VBLORA":
             return None
         if config.get("save_only_topk_weights"):
             raise UserError(
                 "the VB-LoRA adapter cannot be read: it was saved with save_only_topk_weights, so its logits are lost"
             )
-        same = {name: config[name] for name in ("r", "num_vectors", "vector_length", "topk")}
-        return same | {
+        return {
+            "r": config["r"],
+            "num_vectors": config["num_vectors"],
+            "vector_length": config["vector_length"],
+            "topk": config["topk"],
             "dropout": config["vblora_dropout"],
             "bank_bound": config["init_vector_bank_bound"],
             "logits_std": config["init_logits_std"],

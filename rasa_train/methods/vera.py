@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from ..adapters.contract import Built, FactorAdapter, Method, full, zeros
+from ..adapters.contract import Built, FactorAdapter, Method, PeftConfig, full, zeros
 from ..adapters.site import Site
 from ..kernels.low_rank import Factors
 
@@ -45,7 +44,7 @@ class VeRA(Method):
         return Built({site.path: VeRAAdapter(site, self, pool) for site in sites}, {"vera": pool})
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
         if config.get("peft_type") != "VERA":
             return None
         return {

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -60,7 +61,7 @@ class Lion(torch.optim.Optimizer):
     AT_ONCE = 64
     """Number of tensors updated together; it bounds the memory of the updates where tensors are large."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], config: LionW) -> None:
+    def __init__(self, parameters: ParamsT, config: LionW) -> None:
         super().__init__(parameters, {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay})
         self.peak_lr = config.lr
 
@@ -72,16 +73,16 @@ class Lion(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
             for at in range(0, len(trained), self.AT_ONCE):
-                self._update(trained[at : at + self.AT_ONCE], group)
+                self._update(trained[at : at + self.AT_ONCE], group["lr"], group["betas"], group["weight_decay"])
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+    def _update(self, parameters: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        beta1, beta2 = betas
         grads = [p.grad for p in parameters if p.grad is not None]
         averages = [self.state[p]["exp_avg"] for p in parameters]
         updates = torch._foreach_mul(averages, beta1)
         torch._foreach_add_(updates, grads, alpha=1.0 - beta1)
         torch._foreach_sign_(updates)
-        torch._foreach_mul_(parameters, 1.0 - lr * (group["weight_decay"] / self.peak_lr))
+        torch._foreach_mul_(parameters, 1.0 - lr * (weight_decay / self.peak_lr))
         torch._foreach_add_(parameters, updates, alpha=-lr)
         torch._foreach_mul_(averages, beta2)
         torch._foreach_add_(averages, grads, alpha=1.0 - beta2)
@@ -95,8 +96,9 @@ def make_optimizer(
     Args:
         parameters: the trained parameters; or groups of them, by the factor of their learning rate (see ``set_lr``).
     """
-    by_factor = parameters if isinstance(parameters, Mapping) else {1.0: parameters}
-    groups: list[dict[str, Any]] = [{"params": list(ps), "lr_factor": factor} for factor, ps in by_factor.items()]
+    given = parameters if isinstance(parameters, Mapping) else {1.0: parameters}
+    by_factor = {factor: list(ps) for factor, ps in given.items()}
+    groups = [{"params": ps, "lr_factor": factor} for factor, ps in by_factor.items()]
     if isinstance(config, LionW):
         return Lion(groups, config)
     return torch.optim.AdamW(
@@ -105,5 +107,5 @@ def make_optimizer(
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=all(p.is_cuda for group in groups for p in group["params"]) or None,  # None leaves the choice to torch
+        fused=all(p.is_cuda for ps in by_factor.values() for p in ps) or None,  # None leaves the choice to torch
     )

@@ -75,7 +75,7 @@ def test_lora_and_transposed_weights(tmp_path):
 
     base, tuned = finetuned(tmp_path, "gpt2", change=change)
     report = extract(str(tuned), str(base), tmp_path / "out", Fit(method="lora", r=2, targets=["c_attn"]))
-    assert report.total().error < 1e-9 * report.total().norm2 and report.others_changed == []
+    assert report.total.error < 1e-9 * report.total.norm2 and report.others_changed == []
     merge(tmp_path / "out", tmp_path / "merged")
     want, got = (load_file(d / "model.safetensors") for d in (tuned, tmp_path / "merged"))
     for name in want:
