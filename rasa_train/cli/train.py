@@ -6,13 +6,17 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
 from ..recipe import shipped
 from .errors import Command, user_errors
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+    from ..training.summary import Summary
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -135,7 +139,7 @@ def train(
             _finish(loaded.recipe.output_dir, finished.summary, finished.was_complete, as_json)
 
 
-def _finish(output_dir: str, summary: dict[str, Any], was_complete: bool, as_json: bool) -> None:
+def _finish(output_dir: str, summary: Summary, was_complete: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
     elif was_complete:
@@ -173,7 +177,7 @@ def _sweep(
     return failed[0].exit_code if failed else 0
 
 
-def _check(recipe: Any, workers: int, as_json: bool) -> None:
+def _check(recipe: Recipe, workers: int, as_json: bool) -> None:
     from ..check.check import check
 
     result = check(recipe, workers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,24 +56,6 @@ class TrainingEvaluation:
                 )
         self.say(f"{self.name}: {HEADLINE[self.name]} {metrics[HEADLINE[self.name]]:.1%}")
         return metrics[HEADLINE[self.name]]
-
-
-def best_of(metrics: Path) -> dict[str, Any] | None:
-    """Return the best and the last of the ``eval_SUITE`` values in a run's metrics; None if there are none."""
-    import json
-
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    scored = [(row, key) for row in rows for key in row if key.startswith("eval_")]
-    if not scored:
-        return None
-    key = scored[-1][1]
-    own = [{"step": row["step"], "epoch": row["epoch"], "value": row[key]} for row, name in scored if name == key]
-    return {
-        "suite": key.removeprefix("eval_"),
-        "metric": HEADLINE[key.removeprefix("eval_")],
-        "best": max(own, key=lambda point: point["value"]),
-        "last": own[-1],
-    }
 
 
 def _tokenizer(config: ModelConfig) -> Any:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -29,35 +28,12 @@ from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from . import checkpoint, fault_handling
 from .checkpoint import Progress
-from .evaluation import TrainingEvaluation, best_of
+from .evaluation import TrainingEvaluation
 from .micro_batches import Step, fit, plan_steps, step_of
-from .reporter import Reporter
+from .reporter import MetricsRow, Reporter
 from .step import train_step, validate
+from .summary import Summary, best_of
 from .trainable_model import TrainableModel
-
-
-class MetricsRow(TypedDict):
-    """A line of ``metrics.jsonl``: one optimizer step."""
-
-    step: int
-    """Number of optimizer steps done, from 1."""
-    epoch: float
-    """Number of passes over the data done so far."""
-    loss: float | None
-    """Mean over the supervised tokens of the global batch; None for a skipped step."""
-    lr: float
-    grad_norm: float | None
-    """L2 norm of all gradients before clipping; None for a skipped step."""
-    skipped: int
-    """1 for a step that changed nothing because its loss or a gradient was not finite, else 0."""
-    tokens: int
-    supervised_tokens: int
-    tokens_per_second: float
-    peak_memory_bytes: int
-    """Most memory that this worker has held so far."""
-    seconds: float
-    validation_loss: NotRequired[float]
-    """Mean over the supervised tokens of the held-out set, where it was measured."""
 
 
 class Trainer:
@@ -272,20 +248,19 @@ class Trainer:
             saved = fault_handling.saved_at(self.directory)
             self.say(f"the adapter is written; the last checkpoint is not. {saved}")
 
-    def finish(self) -> dict[str, Any]:
-        """Write the summary and close the trackers. Returns the summary; it is empty on all workers but the first."""
-        summary: dict[str, Any] = {}
-        if self.first:
-            summary = self._summary()
+    def finish(self) -> Summary | None:
+        """Write the summary and close the trackers. Returns the summary; None on all workers but the first."""
+        summary = self._summary() if self.first else None
+        if summary:
             write_json(self.directory.summary, summary)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
         return summary
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> Summary:
         last = self.directory.last_metrics()
-        summary = {
+        summary: Summary = {
             "method": self.recipe.adapter.method,
             "trainable_parameters": self.model.trained,
             "effective_rank": self.model.ranks,
