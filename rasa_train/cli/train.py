@@ -182,7 +182,7 @@ def _check(recipe: Recipe, workers: int, as_json: bool) -> None:
 
     result = check(recipe, workers)
     if as_json:
-        print(json.dumps(result.facts))
+        print(json.dumps(result.as_json()))
     else:
         result.show()
     if result.shortages:
