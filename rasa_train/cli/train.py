@@ -16,7 +16,7 @@ from .errors import Command, user_errors
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..training.summary import Summary
+    from ..training.trainer import Summary
 
 app = typer.Typer(
     pretty_exceptions_enable=False,

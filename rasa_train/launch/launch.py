@@ -28,7 +28,7 @@ from ..stop import StopSignal
 from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_and_watch
 
 if TYPE_CHECKING:
-    from ..training.summary import Summary
+    from ..training.trainer import Summary
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         WorkersFailed: a worker died.
     """
     workers = workers or Workers()
-    if workers.nodes == 1 and _join_slurm():
-        return _as_one_of_many(recipe, fresh)
-    if workers.nodes == 1 and process.world_size() > 1:
+    if workers.nodes == 1 and (_join_slurm() or process.world_size() > 1):
         return _as_one_of_many(recipe, fresh)
     per_node = _per_node(workers)
     if workers.nodes > 1:

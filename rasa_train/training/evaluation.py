@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from ..evaluate.generate import SampleFile
 from ..evaluate.load import wrap
 from ..evaluate.run import Evaluation, Options
 from ..evaluate.suites import HEADLINE
-from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from ..recipe.schema import Recipe
 
@@ -39,7 +39,12 @@ class TrainingEvaluation:
                 key="training.evaluate",
             )
         self.name, self.every, self.say = config.suite, config.every, say
-        self.tokenizer = _tokenizer(recipe.model)
+        self.tokenizer = load_tokenizer(recipe.model)
+        if self.tokenizer is None:
+            raise UserError(
+                "training.evaluate needs a tokenizer, and the model has none: set model.tokenizer",
+                key="training.evaluate",
+            )
         options = Options((config.suite,), config.data, config.limit)
         self.evaluation = Evaluation(options, say, lambda title: lambda progress: None)
 
@@ -58,13 +63,20 @@ class TrainingEvaluation:
         return metrics[HEADLINE[self.name]]
 
 
-def _tokenizer(config: ModelConfig) -> Any:
-    tokenizer = load_tokenizer(config)
-    if tokenizer is None:
-        raise UserError(
-            "training.evaluate needs a tokenizer, and the model has none: set model.tokenizer", key="training.evaluate"
-        )
-    return tokenizer
+def best_of(metrics: Path) -> dict[str, object] | None:
+    """Return the best and the last of the ``eval_SUITE`` values in a run's metrics; None if there are none."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    scored = [(row, key) for row in rows for key in row if key.startswith("eval_")]
+    if not scored:
+        return None
+    key = scored[-1][1]
+    own = [{"step": row["step"], "epoch": row["epoch"], "value": row[key]} for row, name in scored if name == key]
+    return {
+        "suite": key.removeprefix("eval_"),
+        "metric": HEADLINE[key.removeprefix("eval_")],
+        "best": max(own, key=lambda point: point["value"]),
+        "last": own[-1],
+    }
 
 
 @contextmanager

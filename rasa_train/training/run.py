@@ -6,8 +6,7 @@ from ..data.prepare import PreparedData
 from ..errors import Stopped
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
-from .summary import Summary
-from .trainer import Trainer
+from .trainer import Summary, Trainer
 
 
 def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> Summary | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -28,12 +29,36 @@ from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from . import checkpoint, fault_handling
 from .checkpoint import Progress
-from .evaluation import TrainingEvaluation
+from .evaluation import TrainingEvaluation, best_of
 from .micro_batches import Step, fit, plan_steps, step_of
 from .reporter import MetricsRow, Reporter
 from .step import train_step, validate
-from .summary import Summary, best_of
 from .trainable_model import TrainableModel
+
+
+class Summary(TypedDict):
+    """The content of ``summary.json``."""
+
+    method: str
+    trainable_parameters: int
+    effective_rank: dict[str, int]
+    steps: int
+    epochs: float
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    loss: float | None
+    """Loss of the last step that was not skipped; None if all were."""
+    skipped_steps: int
+    validation_loss: float | None
+    peak_memory_bytes: int
+    strategy: str
+    versions: dict[str, str]
+    workers: int
+    base_difference: NotRequired[float]
+    """Relative difference that ``model.base`` makes, if it holds the base in fewer bits."""
+    evaluation: NotRequired[dict[str, object] | None]
 
 
 class Trainer:
