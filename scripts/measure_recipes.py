@@ -56,10 +56,10 @@ def measure(name: str) -> dict[str, Any]:
         "model": model if model in SHAPES else "demo",
         "r": ranks.get("r"),
         "k": ranks.get("k"),
-        "trainable_parameters": facts["trainable_parameters"],
-        "strategy": facts["strategy"],
+        "trainable_parameters": facts.trainable_parameters,
+        "strategy": facts.strategy,
         "workers": workers,
-        "memory_bytes": facts["memory_bytes"]["total"],
+        "memory_bytes": facts.memory_bytes["total"],
     }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from ..lowrank.reconstruct import Start, reconstruct
 from .updates import KindUpdates
@@ -42,16 +41,8 @@ class Capacity:
         last = {0: self.e_lora} | {k: errors[-1] for k, errors in self.e_rasa.items() if k}
         return min(last, key=lambda k: (last[k], k))
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "layers": self.layers,
-            "shape": list(self.shape),
-            "norm2": self.norm2,
-            "e_lora": self.e_lora,
-            "e_rasa": {str(k): errors for k, errors in self.e_rasa.items()},
-            "best_k": self.best_k,
-        }
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "best_k": self.best_k}
 
 
 def capacity(

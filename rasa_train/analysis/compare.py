@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
@@ -40,10 +39,9 @@ class Comparison:
     amplification: Amplification | None
     """Amplification of the first update; None if it was not asked for."""
 
-    def as_json(self) -> dict[str, Any]:
-        amplified = self.amplification.as_json() if self.amplification else None
+    def as_json(self) -> dict[str, object]:
         grid = [[None if value != value else value for value in row] for row in self.grid.tolist()]
-        return {"name": self.name, "phi": self.phi, "random": self.random, "grid": grid, "amplification": amplified}
+        return {**asdict(self), "grid": grid}
 
 
 def compare(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,9 +29,6 @@ class Spectrum:
     """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli 2007, "effective rank")."""
     singular_values: list[float]
     """The singular values up to the numerical rank, largest first."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()

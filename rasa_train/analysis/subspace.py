@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,9 +65,6 @@ class Amplification:
     """The same norm with random orthonormal vectors."""
     factor: float
     """update_norm / projection."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()

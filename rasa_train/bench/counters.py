@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
     return results
 
 
-def _product(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _product(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """Return the result of ``func``, or an empty tensor of its shape if ``func`` multiplies matrices."""
     name = func.overloadpacket.__name__
     if "out" in kwargs and name in ("mm", "addmm", "bmm"):
@@ -172,7 +172,7 @@ def _moves_nothing(func: Any) -> bool:
     return func.is_view or name in ("_unsafe_view", "detach", "lift_fresh") or "empty" in name
 
 
-def _overwrites(func: Any, kwargs: dict[str, Any]) -> bool:
+def _overwrites(func: Any, kwargs: Mapping[str, object]) -> bool:
     """Whether the first tensor is written without being read."""
     name = func.overloadpacket.__name__
     return name in ("zero_", "fill_", "copy_", "bernoulli_") or (

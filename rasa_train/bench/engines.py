@@ -33,6 +33,10 @@ NAMES = {"base", "paper", "peft", "peft-tuned", "per-linear", "ours"}
 BASE: Label = ("base", None)
 
 
+def title(label: Label) -> str:
+    return " ".join(filter(None, label))
+
+
 @dataclass(frozen=True)
 class Engine:
     """An implementation of a method, which can be compared with others."""

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from collections.abc import Mapping
+
+from .engines import title
+from .run import Comparison, Counters
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the table of a result of ``run.compare``."""
-    workload = result["workload"]
+def table(result: Comparison) -> str:
+    """Return the table of a comparison."""
+    protocol = result.protocol
     lines = [
-        f"{result['shape']}, {workload['name']}: {workload['sequences']} sequences, {workload['tokens']:,} tokens, "
-        f"{result['dtype']}, dropout {result['dropout']}; {result['device']}; median of {result['rounds']} rounds",
+        f"{result.shape}, {result.workload}: {len(result.sizes)} sequences, {sum(result.sizes):,} tokens, "
+        f"{str(protocol.dtype).removeprefix('torch.')}, dropout {protocol.dropout}; {result.device}; "
+        f"median of {protocol.rounds} rounds",
         "",
         f"{'engine':<12}{'method':<8}{'ms/step':>9}{'range':>16}{'over base':>11}{'tokens/s':>11}{'peak MiB':>10}",
     ]
-    for row in result["rows"]:
-        low, high = (1e3 * seconds for seconds in row["seconds_range"])
-        peak = row["peak_memory_bytes"]
+    for (engine, method), timing in result.timings.items():
+        low, high = (1e3 * seconds for seconds in timing.seconds_range)
+        peak = timing.peak_memory_bytes
         lines.append(
-            f"{row['engine']:<12}{row['method'] or '-':<8}{1e3 * row['seconds_per_step']:>9.1f}"
-            f"{f'{low:.1f}-{high:.1f}':>16}{row['over_base']:>11.3f}{row['tokens_per_second']:>11,.0f}"
+            f"{engine:<12}{method or '-':<8}{1e3 * timing.seconds_per_step:>9.1f}{f'{low:.1f}-{high:.1f}':>16}"
+            f"{timing.over_base:>11.3f}{timing.tokens_per_second:>11,.0f}"
             f"{'?' if peak is None else f'{peak / 2**20:,.0f}':>10}"
         )
-    profiled = [row for row in result["rows"] if "seconds_by_operation" in row]
-    for row in profiled:
-        longest = list(row["seconds_by_operation"].items())[:LONGEST]
-        rest = sum(row["seconds_by_operation"].values()) - sum(took for _, took in longest)
-        parts = [f"{name.removeprefix('aten::')[:24]} {1e3 * took:.0f}" for name, took in longest]
-        title = f"{row['engine']} {row['method'] or ''}".strip()
-        lines += ["", f"{title}, ms by operation:", *_lines([*parts, f"others {1e3 * rest:.0f}"])]
-    lines += [""] if profiled else []
-    for row in result["failed"]:
+    for label, took in result.profiles.items():
+        longest = list(took.items())[:LONGEST]
+        rest = sum(took.values()) - sum(seconds for _, seconds in longest)
+        parts = [f"{name.removeprefix('aten::')[:24]} {1e3 * seconds:.0f}" for name, seconds in longest]
+        lines += ["", f"{title(label)}, ms by operation:", *_lines([*parts, f"others {1e3 * rest:.0f}"])]
+    lines += [""] if result.profiles else []
+    for label, verdict in result.failed.items():
         lines.append(
-            f"NOT TIMED: {row['engine']} {row['method']} is wrong: its loss is off by {row['loss_error']:.1e}, its "
-            f"gradients by {row['gradient_error']:.1e} (cosine {row['gradient_cosine']:.4f})"
+            f"NOT TIMED: {title(label)} is wrong: its loss is off by {verdict.loss_error:.1e}, its gradients by "
+            f"{verdict.gradient_error:.1e} (cosine {verdict.gradient_cosine:.4f})"
         )
-    lines += [f"does not fit: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["does_not_fit"]]
-    lines += [f"not run: {row['engine']} {row['method'] or ''}: {row['why']}" for row in result["skipped"]]
+    lines += [f"does not fit: {title(label)}: {why}" for label, why in result.misfits.items()]
+    lines += [f"not run: {title(label)}: {why}" for label, why in result.skipped.items()]
     return "\n".join(lines)
 
 
@@ -49,22 +51,22 @@ def _lines(parts: list[str]) -> list[str]:
     return textwrap.wrap(", ".join(parts), 78, initial_indent="  ", subsequent_indent="  ")
 
 
-def counters_table(result: dict[str, Any]) -> str:
-    """Return the table of a result of ``run.count_all``."""
+def counters_table(result: Counters) -> str:
+    """Return the table of what was counted."""
     lines = [
-        f"{result['shape']}, dropout {result['dropout']}",
+        f"{result.shape}, dropout {result.dropout}",
         "",
         f"{'engine':<12}{'method':<8}{'adapter KB/token/layer':>24}{'ops/micro-batch':>17}{'packing ops/step':>18}",
     ]
     lines += [
-        f"{row['engine']:<12}{row['method'] or '-':<8}{row['bytes_per_token_and_layer'] / 1e3:>24.1f}"
-        f"{row['dispatched_ops']:>17,}{row['packing_ops']:>18,}"
-        for row in result["rows"]
+        f"{engine:<12}{method or '-':<8}{counted.bytes_per_token_and_layer / 1e3:>24.1f}{counted.dispatched_ops:>17,}"
+        f"{counted.packing_ops:>18,}"
+        for (engine, method), counted in result.counts.items()
     ]
     return "\n".join(lines)
 
 
-def data_table(result: dict[str, Any]) -> str:
+def data_table(result: Mapping[str, float]) -> str:
     """Return the text of a result of ``data.measure``."""
     mib = 2**20
     return "\n".join(

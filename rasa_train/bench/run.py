@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +18,15 @@ from ..errors import UserError
 from ..process import version_of, versions
 from ..training.memory_search import MARGIN
 from . import gate
-from .counters import count
-from .engines import BASE, Choice, Contender, Engine, Label, contender, engines, give, values_for
+from .counters import Count, count
+from .engines import BASE, Choice, Contender, Engine, Label, contender, engines, give, title, values_for
 from .room import MOST_TOKENS, most_tokens
 from .shapes import LINEARS, LinearStack, architecture, random_model
 from .timing import by_operation, interleaved, peak_in_own_process
 from .workloads import Problem, describe, language_model, lengths, linears
+
+CPU = "cpu, one thread"
+"""Name of the processor as a device."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,62 @@ class Protocol:
     """Whether a step of each engine is run under torch's profiler afterwards."""
 
 
-def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, device: torch.device) -> dict[str, Any]:
-    """Time engines on the same tokens. Returns the object that ``rasa-bench --json`` prints.
+@dataclass(frozen=True)
+class Timing:
+    """Cost of a step of one engine."""
 
-    An engine that runs out of memory is listed in ``does_not_fit``, and the others continue.
+    seconds_per_step: float
+    seconds_range: tuple[float, float]
+    over_base: float
+    """Median, over the rounds, of the time over that of the frozen base."""
+    tokens_per_second: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The engines of a comparison, by label: what the gate found, the timings, and why some have none."""
+
+    shape: str
+    workload: str
+    sizes: list[int]
+    protocol: Protocol
+    device: str
+    verdicts: dict[Label, gate.Verdict]
+    timings: dict[Label, Timing]
+    profiles: dict[Label, dict[str, float]]
+    """Seconds by operation, the longest first, if they were asked for."""
+    skipped: dict[Label, str]
+    misfits: dict[Label, str]
+    """Reasons of the engines that ran out of memory."""
+
+    @property
+    def failed(self) -> dict[Label, gate.Verdict]:
+        return {label: verdict for label, verdict in self.verdicts.items() if not verdict.passed}
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "rows": [
+                {**_names(label), **vars(timing), **profile, **vars(self.verdicts[label])}
+                for label, timing in self.timings.items()
+                for profile in [{"seconds_by_operation": self.profiles[label]} if self.profiles else {}]
+            ],
+            "failed": [{**_names(label), **vars(verdict)} for label, verdict in self.failed.items()],
+            "skipped": [{**_names(label), "why": why} for label, why in self.skipped.items()],
+            "does_not_fit": [{**_names(label), "why": why} for label, why in self.misfits.items()],
+            "shape": self.shape,
+            "workload": {"name": self.workload, **describe(self.sizes)},
+            "dtype": str(self.protocol.dtype).removeprefix("torch."),
+            "dropout": self.protocol.dropout,
+            "own_stacks": self.protocol.own_stacks,
+            "rounds": self.protocol.rounds,
+            "device": self.device,
+            **_date_and_versions(),
+        }
+
+
+def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, device: torch.device) -> Comparison:
+    """Time engines on the same tokens. When an engine runs out of memory, the others continue.
 
     Args:
         shape: ``linears-1024``, a name in ``SHAPES``, or a path.
@@ -64,12 +118,11 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
         base = _base(shape, protocol.dtype, device)
     width = base.width if isinstance(base, LinearStack) else base.config.hidden_size
     chosen = protocol.choice.of(engines(width, protocol.dropout))
-    skipped = [{**_names(e), "why": f"{e.needs} is not installed"} for e in chosen if e.missing]
+    skipped = {e.label: f"{e.needs} is not installed" for e in chosen if e.missing}
     chosen = [e for e in chosen if not e.missing]
 
     print("checking that each engine computes its method", file=sys.stderr)
     verdicts = {e.label: gate.check(e, device) for e in chosen}
-    failed = [{**_names(e), **vars(verdicts[e.label])} for e in chosen if not verdicts[e.label].passed]
     chosen = [e for e in chosen if verdicts[e.label].passed]
 
     if tokens is None:
@@ -81,20 +134,11 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
     with _base_fits(shape, tokens):
         for engine in chosen:
             contest.enter(engine)
-        rows = [{**row, **_errors(verdicts[label])} for label, row in contest.rows().items()]
-    return {
-        "rows": rows,
-        "failed": failed,
-        "skipped": skipped,
-        "does_not_fit": [{**_names_of(label), "why": why} for label, why in contest.misfits.items()],
-        "shape": shape,
-        "workload": {"name": workload, **describe(sizes)},
-        "dtype": str(protocol.dtype).removeprefix("torch."),
-        "dropout": protocol.dropout,
-        "own_stacks": protocol.own_stacks,
-        "rounds": protocol.rounds,
-        **machine(device),
-    }
+        timings = contest.timings()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
+    return Comparison(
+        shape, workload, sizes, protocol, where, verdicts, timings, contest.profiles, skipped, contest.misfits
+    )
 
 
 class Contest:
@@ -104,13 +148,14 @@ class Contest:
         self.problem, self.protocol, self.device = problem, protocol, device
         self.misfits: dict[Label, str] = {}
         """Reasons by label of the engines that ran out of memory."""
+        self.profiles: dict[Label, dict[str, float]] = {}
         self._held = _held(problem.base)
         self._ready: dict[Label, Contender] = {}
         self._peaks: dict[Label, int | None] = {}
 
     def enter(self, engine: Engine) -> None:
         """Build an engine and measure the memory of a step."""
-        print(f"building {_title(engine)}", file=sys.stderr)
+        print(f"building {title(engine.label)}", file=sys.stderr)
         try:
             self._build(engine)
             return
@@ -132,14 +177,14 @@ class Contest:
         """Drop an engine that ran out of memory, and free what it holds."""
         if label == BASE:
             raise torch.OutOfMemoryError("the frozen base alone does not fit")
-        print(f"{' '.join(filter(None, label))} does not fit", file=sys.stderr)
+        print(f"{title(label)} does not fit", file=sys.stderr)
         self.misfits[label] = f"out of memory {doing} with {self.problem.tokens:,} tokens"
         self._ready.pop(label, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def rows(self) -> dict[Label, dict[str, Any]]:
-        """Time the engines. Returns a row of results for each engine that fits in memory."""
+    def timings(self) -> dict[Label, Timing]:
+        """Time the engines. Returns a timing for each engine that fits in memory."""
         protocol = self.protocol
         print(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
         times = interleaved(
@@ -149,23 +194,19 @@ class Contest:
             device=self.device,
             dropped=lambda label: self._drop(label, "in a step"),
         )
+        for label in times if protocol.profile else ():
+            self.profiles[label] = by_operation(self._ready[label].step, self.device)
+            self._ready[label].settle()
         return {
-            label: {
-                **_names_of(label),
-                "seconds_per_step": statistics.median(took),
-                "seconds_range": [min(took), max(took)],
-                "over_base": statistics.median(a / b for a, b in zip(took, times[BASE], strict=True)),
-                "tokens_per_second": self.problem.tokens / statistics.median(took),
-                "peak_memory_bytes": self._peaks[label],
-                **(self._profile(label) if protocol.profile else {}),
-            }
+            label: Timing(
+                seconds_per_step=statistics.median(took),
+                seconds_range=(min(took), max(took)),
+                over_base=statistics.median(a / b for a, b in zip(took, times[BASE], strict=True)),
+                tokens_per_second=self.problem.tokens / statistics.median(took),
+                peak_memory_bytes=self._peaks[label],
+            )
             for label, took in times.items()
         }
-
-    def _profile(self, label: Label) -> dict[str, dict[str, float]]:
-        took = by_operation(self._ready[label].step, self.device)
-        self._ready[label].settle()
-        return {"seconds_by_operation": took}
 
 
 @contextmanager
@@ -188,12 +229,9 @@ def _tokens(base: nn.Module, chosen: list[Engine], own_stacks: bool, device: tor
     return most_tokens(base, chosen, own_stacks, room=free - int(MARGIN * total))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return device, date and versions of packages."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one thread"
+def _date_and_versions() -> dict[str, object]:
     optional = {package: version_of(package) for package in ("peft", "triton", "liger-kernel")}
-    date = datetime.now(UTC).date().isoformat()
-    return {"device": name, "date": date, "versions": {**versions(), **optional}}
+    return {"date": datetime.now(UTC).date().isoformat(), "versions": {**versions(), **optional}}
 
 
 def _base(shape: str, dtype: torch.dtype, device: torch.device) -> LinearStack | PreTrainedModel:
@@ -242,24 +280,25 @@ def _held(model: nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
-def _names(engine: Engine) -> dict[str, str | None]:
-    return _names_of(engine.label)
-
-
-def _names_of(label: Label) -> dict[str, str | None]:
+def _names(label: Label) -> dict[str, object]:
     return {"engine": label[0], "method": label[1]}
 
 
-def _errors(verdict: gate.Verdict) -> dict[str, float]:
-    return {name: getattr(verdict, name) for name in ("loss_error", "gradient_error", "gradient_cosine")}
+@dataclass(frozen=True)
+class Counters:
+    """Counts of the engines on a model of a shape."""
+
+    shape: str
+    dropout: float
+    counts: dict[Label, Count]
+
+    def as_json(self) -> dict[str, object]:
+        rows = [{**_names(label), **vars(counted)} for label, counted in self.counts.items()]
+        return {"rows": rows, "shape": self.shape, "dropout": self.dropout, "device": CPU, **_date_and_versions()}
 
 
-def _title(engine: Engine) -> str:
-    return " ".join(filter(None, engine.label))
-
-
-def count_all(shape: str, dropout: float, choice: Choice) -> dict[str, Any]:
-    """Count bytes and operations of the chosen engines. Returns what ``rasa-bench --counters --json`` prints.
+def count_all(shape: str, dropout: float, choice: Choice) -> Counters:
+    """Count bytes and operations of the chosen engines.
 
     Raises:
         UserError: counting does not support the shape.
@@ -268,6 +307,4 @@ def count_all(shape: str, dropout: float, choice: Choice) -> dict[str, Any]:
         raise UserError(f"--counters counts a whole model, not {LINEARS}; try --shape llama-3.1-8b", key="--shape")
     config = architecture(shape)
     labels = [engine.label for engine in choice.of(engines(config.hidden_size, dropout))]
-    counted = count(config, dropout, labels)
-    rows = [{**_names_of(label), **vars(c)} for label, c in counted.items()]
-    return {"rows": rows, "shape": shape, "dropout": dropout, **machine(torch.device("cpu"))}
+    return Counters(shape, dropout, count(config, dropout, labels))

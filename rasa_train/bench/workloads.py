@@ -89,7 +89,7 @@ def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Pr
     made, objective = examples(sizes, base.config.vocab_size), NextToken()
     stock = on_device(collate(made, pad_token_id=0) or {}, base.device)
     batch = on_device(objective.tensors(made, flat=flat), base.device)
-    supervised = len(batch["targets"])
+    supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in made)
 
     def loss(model: nn.Module) -> Loss:
         if flat and isinstance(model, PreTrainedModel):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,23 +18,37 @@ from ..models.load import has_weights, load_tokenizer
 from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
-from .estimate import USABLE, plan
+from .estimate import USABLE, Estimate, plan
 
 
 @dataclass
 class CheckResult:
-    """Result of a check. ``facts`` is the JSON object; ``samples`` are decoded examples as (text, supervised) pieces;
-    ``shortages`` are the ``problems`` other than missing data or weights, which another machine may have."""
+    """Everything that is known without training."""
 
-    facts: dict[str, Any]
-    problems: list[str] = field(default_factory=list)
-    shortages: list[str] = field(default_factory=list)
-    samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+    estimate: Estimate
+    disk_bytes_free: int
+    devices: list[trial_run.Device]
+    seconds_estimate: float | None
+    problems: list[str]
+    shortages: list[str]
+    """The ``problems`` other than missing data or weights, which another machine may have."""
+    samples: list[list[tuple[str, bool]]]
+    """Decoded examples as (text, supervised) pieces."""
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            **asdict(self.estimate),
+            "disk_bytes_free": self.disk_bytes_free,
+            "devices": [device._asdict() for device in self.devices],
+            "versions": process.versions(),
+            "seconds_estimate": self.seconds_estimate,
+            "problems": self.problems,
+        }
 
     def show(self) -> None:
         console = Console(highlight=False)
         whole = not console.is_terminal  # lines for other programs are neither cut nor padded
-        rows = _lines(self.facts)
+        rows = _lines(self.estimate)
         if whole:
             width = max(len(name) for name, _ in rows)
             console.print(*(f"{name:<{width}} {value}" for name, value in rows), sep="\n", markup=False, soft_wrap=True)
@@ -49,7 +62,7 @@ class CheckResult:
             marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
             console.print(marked, markup=False, soft_wrap=whole)
         console.print()
-        for topic, fine, words in _topics(self.facts):
+        for topic, fine, words in _topics(self):
             line = f"{'ok ' if fine else '-- '} {topic}: {words}"
             console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
         for problem in self.problems:
@@ -69,7 +82,7 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
     tokenizer: Tokenizer | None = None
     if not has_weights(recipe.model):
         problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
-    facts_of_model = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
+    estimate = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
         data = prepare(recipe.data, tokenizer)
@@ -79,61 +92,53 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
         if tokenizer is not None or has_weights(recipe.model):
             raise
         problems.append(str(error))
-    facts = plan(recipe, data, workers) if data else facts_of_model
-    facts |= {
-        "disk_bytes_free": trial_run.disk_free(Path(recipe.output_dir)),
-        "devices": trial_run.devices(),
-        "versions": process.versions(),
-        "seconds_estimate": None,
-    }
-    problems += (shortages := _shortages(facts))
-    if data and not problems and workers == 1:
-        facts["seconds_estimate"] = trial_run.seconds(recipe, data, facts["total_parameters"], facts["optimizer_steps"])
-    facts["problems"] = problems
+    if data:
+        estimate = plan(recipe, data, workers)
+    free, devices, seconds = trial_run.disk_free(Path(recipe.output_dir)), trial_run.devices(), None
+    problems += (shortages := _shortages(estimate, free, devices))
+    if data and estimate.optimizer_steps and not problems and workers == 1:
+        seconds = trial_run.seconds(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(facts, problems, shortages, samples)
+    return CheckResult(estimate, free, devices, seconds, problems, shortages, samples)
 
 
-def _shortages(facts: dict[str, Any]) -> list[str]:
+def _shortages(estimate: Estimate, free: int, devices: list[trial_run.Device]) -> list[str]:
     """Return what this machine has too little of. Memory counts only on a GPU: without one, another machine trains."""
-    found = []
-    needed, free = facts["disk_bytes_needed"], facts["disk_bytes_free"]
+    found, needed, total = [], estimate.disk_bytes_needed, estimate.memory_bytes["total"]
     if needed is not None and needed > free:
         found.append(
             f"output_dir: checkpoints need {_size(needed)}, but the disk has {_size(free)} free; make room, or set "
             "training.keep_last"
         )
-    least = min(facts["devices"], key=lambda device: int(device["memory_bytes"]))
-    total = facts["memory_bytes"]["total"]
-    if least["name"] != "cpu" and total > USABLE * least["memory_bytes"]:
+    least = min(devices, key=lambda device: device.memory_bytes)
+    if least.name != "cpu" and total > USABLE * least.memory_bytes:
         found.append(
-            f"memory: each worker needs {_size(total)}, but {least['name']} has {_size(least['memory_bytes'])}; try "
+            f"memory: each worker needs {_size(total)}, but {least.name} has {_size(least.memory_bytes)}; try "
             "training.activation_checkpointing: auto, or another distributed.strategy"
         )
     return found
 
 
-def _topics(facts: dict[str, Any]) -> list[tuple[str, bool, str]]:
+def _topics(result: CheckResult) -> list[tuple[str, bool, str]]:
     """Return (topic, whether it is fine, a few words about it) for each topic."""
-    problems, seconds, needed = facts["problems"], facts["seconds_estimate"], facts["disk_bytes_needed"]
-    device, median = facts["devices"][0], facts["median_example"]
-    data = "not here" if median is None else f"median {median:,.0f}, longest {facts['longest_example']:,} tokens"
-    total = _size(facts["memory_bytes"]["total"])
-    steps = facts["optimizer_steps"]
-    model = f"{sum(facts['sites'].values())} linears adapted, {facts['trainable_parameters']:,} parameters trained"
+    facts, problems, seconds, device = result.estimate, result.problems, result.seconds_estimate, result.devices[0]
+    steps, median, needed = facts.optimizer_steps, facts.median_example, facts.disk_bytes_needed
+    data = "not here" if median is None else f"median {median:,.0f}, longest {facts.longest_example:,} tokens"
+    total = _size(facts.memory_bytes["total"])
+    model = f"{sum(facts.sites.values())} linears adapted, {facts.trainable_parameters:,} parameters trained"
     return [
-        ("recipe", True, f"{facts['method']}, {'?' if steps is None else f'{steps:,}'} steps"),
+        ("recipe", True, f"{facts.method}, {'?' if steps is None else f'{steps:,}'} steps"),
         ("data", median is not None, data),
         ("model", not any(p.startswith("model.") for p in problems), model),
         (
             "memory",
             not any(p.startswith("memory:") for p in problems),
-            f"{total} of {_size(device['memory_bytes'])} ({device['name']} x {len(facts['devices'])})",
+            f"{total} of {_size(device.memory_bytes)} ({device.name} x {len(result.devices)})",
         ),
         (
             "disk",
             not any(p.startswith("output_dir:") for p in problems),
-            f"{'?' if needed is None else _size(needed)} of {_size(facts['disk_bytes_free'])} free",
+            f"{'?' if needed is None else _size(needed)} of {_size(result.disk_bytes_free)} free",
         ),
         ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
     ]
@@ -155,36 +160,36 @@ def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[
     return pieces
 
 
-def _lines(facts: dict[str, Any]) -> Sequence[tuple[str, str]]:
-    kinds = [f"{kind} x {n} (rank {facts['effective_rank'][kind]})" for kind, n in facts["sites"].items()]
-    share = f"{facts['trainable_share']:.3%} of {facts['total_parameters']:,}"
+def _lines(facts: Estimate) -> Sequence[tuple[str, str]]:
+    kinds = [f"{kind} x {n} (rank {facts.effective_rank[kind]})" for kind, n in facts.sites.items()]
+    share = f"{facts.trainable_share:.3%} of {facts.total_parameters:,}"
     unknown = "unknown without the data"
 
-    def number(name: str) -> str:
-        return unknown if facts[name] is None else f"{facts[name]:,}"
+    def number(value: int | None) -> str:
+        return unknown if value is None else f"{value:,}"
 
-    size, tokens = facts["micro_batch_size"], facts["micro_batch_tokens"]
-    at_once = f"at most {size} sequences of {facts['longest']:,} tokens" if size else f"{tokens:,} tokens at a time"
+    size, tokens = facts.micro_batch_size, facts.micro_batch_tokens
+    at_once = f"at most {size} sequences of {facts.longest:,} tokens" if size else f"{tokens:,} tokens at a time"
     return [
-        ("method", facts["method"]),
-        ("trained", f"{facts['trainable_parameters']:,} parameters ({share})"),
+        ("method", facts.method),
+        ("trained", f"{facts.trainable_parameters:,} parameters ({share})"),
         *[("adapted" if i == 0 else "", kind) for i, kind in enumerate(kinds)],
-        ("examples", number("examples")),
-        ("dropped", number("dropped_examples")),
-        ("truncated", number("truncated_examples")),
-        ("tokens", number("tokens")),
-        ("supervised", number("supervised_tokens")),
-        ("steps", number("optimizer_steps")),
-        ("workers", f"{facts['workers']} ({facts['strategy']})"),
+        ("examples", number(facts.examples)),
+        ("dropped", number(facts.dropped_examples)),
+        ("truncated", number(facts.truncated_examples)),
+        ("tokens", number(facts.tokens)),
+        ("supervised", number(facts.supervised_tokens)),
+        ("steps", number(facts.optimizer_steps)),
+        ("workers", f"{facts.workers} ({facts.strategy})"),
         *[
             ("memory" if i == 0 else "", f"{part.replace('_', ' '):<20}{_size(size):>12}")
-            for i, (part, size) in enumerate(facts["memory_bytes"].items())
+            for i, (part, size) in enumerate(facts.memory_bytes.items())
         ],
         ("", f"each worker, {at_once}"),
         *[
             ("strategies" if i == 0 else "", f"{strategy:<20}{_size(size):>12}")
-            for i, (strategy, size) in enumerate(facts["memory_bytes_by_strategy"].items())
+            for i, (strategy, size) in enumerate(facts.memory_bytes_by_strategy.items())
         ],
-        *[("advice" if i == 0 else "", line) for i, line in enumerate(facts["advice"])],
-        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+        *[("advice" if i == 0 else "", line) for i, line in enumerate(facts.advice)],
+        ("versions", ", ".join(f"{name} {version}" for name, version in process.versions().items())),
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..adapters.inject import adapt
 from ..adapters.site import Site
-from ..adapters.state import adapters, saved_tensors, trainable
+from ..adapters.state import adapters, effective_ranks, saved_tensors, trainable
 from ..data.prepare import PreparedData
 from ..distributed.config import STRATEGIES, Capabilities, Strategy
 from ..kernels.linear_cross_entropy import CHUNK
@@ -27,8 +28,44 @@ USABLE = 0.9
 """Share of a GPU's memory that a worker may fill: the rest is for CUDA itself, NCCL's buffers and fragments."""
 
 
-def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[str, Any]:
-    """Return the facts of a run; None for a fact that cannot be known without the data.
+@dataclass(frozen=True)
+class Estimate:
+    """Facts about a run before it starts. None stands for a fact that cannot be known without the data."""
+
+    method: str
+    trainable_parameters: int
+    total_parameters: int
+    trainable_share: float
+    effective_rank: dict[str, int]
+    """Largest effective rank of each kind."""
+    sites: dict[str, int]
+    """Number of adapted linears of each kind."""
+    steps_per_epoch: int | None
+    optimizer_steps: int | None
+    examples: int | None
+    validation_examples: int | None
+    dropped_examples: int | None
+    tokens: int | None
+    supervised_tokens: int | None
+    longest_example: int | None
+    median_example: float | None
+    truncated_examples: int | None
+    disk_bytes_needed: int | None
+    strategy: Strategy
+    workers: int
+    micro_batch_size: int | None
+    """None where micro-batches are limited by tokens alone."""
+    micro_batch_tokens: int
+    longest: int
+    """Most tokens of an example: those of ``longest_example``, or the recipe's limit."""
+    memory_bytes: dict[str, int]
+    """Memory of a worker by part, and their ``total``."""
+    memory_bytes_by_strategy: dict[Strategy, int]
+    advice: list[str]
+
+
+def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> Estimate:
+    """Return the facts of a run.
 
     Raises:
         UserError: the architecture is not available, or the adapter does not fit it.
@@ -43,31 +80,37 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> dict[st
     training = recipe.training
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size) if data else None
     steps = training.max_steps or (training.epochs * steps_per_epoch if steps_per_epoch else None)
-    kinds: dict[str, dict[str, int]] = {}
-    for adapter in adapters(model).values():
-        kind = kinds.setdefault(adapter.site.kind, {"sites": 0, "effective_rank": adapter.effective_rank})
-        kind["sites"] += 1
-        kind["effective_rank"] = max(kind["effective_rank"], adapter.effective_rank)
-    return {
-        "method": recipe.adapter.method,
-        "trainable_parameters": trained,
-        "total_parameters": total,
-        "trainable_share": trained / total,
-        "effective_rank": {kind: facts["effective_rank"] for kind, facts in kinds.items()},
-        "sites": {kind: facts["sites"] for kind, facts in kinds.items()},
-        "steps_per_epoch": steps_per_epoch,
-        "optimizer_steps": steps,
-        "examples": len(data.train) if data else None,
-        "validation_examples": len(data.validation) if data and data.validation else (0 if data else None),
-        "dropped_examples": data.stats.dropped_over_length + data.stats.dropped_unsupervised if data else None,
-        "tokens": int(data.train.lengths.sum()) if data else None,
-        "supervised_tokens": int(data.train.supervised.sum()) if data else None,
-        "longest_example": int(data.train.lengths.max()) if data else None,
-        "median_example": float(np.median(data.train.lengths)) if data else None,
-        "truncated_examples": data.stats.truncated if data else None,
-        "disk_bytes_needed": disk_bytes(recipe, model, steps, steps_per_epoch),
-        **_memory_facts(recipe, model, sites, data, workers),
-    }
+    longest = int(data.train.lengths.max()) if data else None
+    size, tokens = _micro_batch(recipe, longest or recipe.data.max_length, workers)
+    parts = {strategy: memory(recipe, model, sites, strategy, workers, tokens=tokens) for strategy in STRATEGIES}
+    totals = {strategy: found["total"] for strategy, found in parts.items()}
+    return Estimate(
+        method=recipe.adapter.method,
+        trainable_parameters=trained,
+        total_parameters=total,
+        trainable_share=trained / total,
+        effective_rank=effective_ranks(model),
+        sites=dict(Counter(adapter.site.kind for adapter in adapters(model).values())),
+        steps_per_epoch=steps_per_epoch,
+        optimizer_steps=steps,
+        examples=len(data.train) if data else None,
+        validation_examples=len(data.validation or ()) if data else None,
+        dropped_examples=data.stats.dropped_over_length + data.stats.dropped_unsupervised if data else None,
+        tokens=int(data.train.lengths.sum()) if data else None,
+        supervised_tokens=int(data.train.supervised.sum()) if data else None,
+        longest_example=longest,
+        median_example=float(np.median(data.train.lengths)) if data else None,
+        truncated_examples=data.stats.truncated if data else None,
+        disk_bytes_needed=disk_bytes(recipe, model, steps, steps_per_epoch),
+        strategy=recipe.distributed.strategy,
+        workers=workers,
+        micro_batch_size=size,
+        micro_batch_tokens=tokens,
+        longest=longest or recipe.data.max_length,
+        memory_bytes=parts[recipe.distributed.strategy],
+        memory_bytes_by_strategy=totals,
+        advice=advice(recipe, totals, workers),
+    )
 
 
 def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_epoch: int | None) -> int | None:
@@ -84,30 +127,14 @@ def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_ep
     return kept * (adapter + state) + adapter
 
 
-def _memory_facts(
-    recipe: Recipe, model: PreTrainedModel, sites: list[Site], data: PreparedData | None, workers: int
-) -> dict[str, Any]:
-    longest = int(data.train.lengths.max()) if data else recipe.data.max_length
-    training, most = recipe.training, math.ceil(recipe.training.batch_size / workers)
-    wanted = training.micro_batch_size
-    size = min(max(1, MOST // longest) if wanted == "auto" else wanted, most)
-    by_tokens = training.flat and wanted == "auto"
-    tokens = max(training.micro_batch_tokens or MOST, longest) if by_tokens else size * longest
-
-    def parts(strategy: Strategy) -> dict[str, int]:
-        return memory(recipe, model, sites, strategy, workers, tokens=tokens)
-
-    totals = {strategy: parts(strategy)["total"] for strategy in STRATEGIES}
-    return {
-        "strategy": recipe.distributed.strategy,
-        "workers": workers,
-        "micro_batch_size": None if by_tokens else size,
-        "micro_batch_tokens": tokens,
-        "longest": longest,
-        "memory_bytes": parts(recipe.distributed.strategy),
-        "memory_bytes_by_strategy": totals,
-        "advice": advice(recipe, totals, workers),
-    }
+def _micro_batch(recipe: Recipe, longest: int, workers: int) -> tuple[int | None, int]:
+    """Return the most sequences of a micro-batch, None where only tokens are limited, and its most tokens."""
+    wanted = recipe.training.micro_batch_size
+    if recipe.training.flat and wanted == "auto":
+        return None, max(recipe.training.micro_batch_tokens or MOST, longest)
+    size = max(1, MOST // longest) if wanted == "auto" else wanted
+    size = min(size, math.ceil(recipe.training.batch_size / workers))
+    return size, size * longest
 
 
 def memory(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -27,12 +26,19 @@ MOST_BYTES = 8 << 30
 """Most bytes of the base in a trial run; a larger base takes too long to read."""
 
 
-def devices() -> list[dict[str, Any]]:
-    """Return name and memory in bytes of each GPU, or of the machine if it has no GPU."""
+class Device(NamedTuple):
+    """A GPU, or the machine if it has no GPU."""
+
+    name: str
+    memory_bytes: int
+
+
+def devices() -> list[Device]:
+    """Return each GPU, or the machine if it has no GPU."""
     if not torch.cuda.is_available():
-        return [{"name": "cpu", "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}]
+        return [Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+    return [Device(gpu.name, gpu.total_memory) for gpu in found]
 
 
 def disk_free(path: Path) -> int:
@@ -61,6 +67,6 @@ def seconds(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> 
         changed = {"output_dir": directory, "training": recipe.training.model_copy(update=short)}
         tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
         run(tried, StopSignal(), PreparedData(data.train, None, data.stats, data.key))
-        last = json.loads(RunDirectory(directory).metrics.read_text().splitlines()[-1])
+        last = RunDirectory(directory).rows()[-1]
     per_step = float(data.train.lengths.mean()) * min(recipe.training.batch_size, len(data.train))
     return steps * per_step / float(last["tokens_per_second"])

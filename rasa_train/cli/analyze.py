@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +16,9 @@ from ..errors import UserError
 from .errors import Command, user_errors
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
     from ..analysis.updates import Updates
 
 app = typer.Typer(
@@ -129,34 +133,33 @@ def spectrum(
         from ..analysis.updates import chosen
 
         updates = chosen(_updates(source, None, base, 0), kind or [])
-        rows: list[dict[str, Any]] = []
+        rows = []
         with _bar(len(updates)) as tick:
             for read in updates.values():
                 found = read()
                 for i, name in enumerate(found.names):
-                    shares = found.energy(i)
-                    parts = {"private": shares.private, "shared": shares.shared} if shares else {}
-                    rows.append({"kind": found.kind, "name": name, **spectrum_of(found.layer(i)).as_json(), **parts})
+                    rows.append((found.kind, name, spectrum_of(found.layer(i)), found.energy(i)))
                 tick()
         mixing = _mixing(source)
         if plots is not None:
             from ..analysis.plots import heat_map, spectra
 
             lines: dict[str, list[list[float]]] = {}
-            for row in rows:
-                lines.setdefault(row["kind"], []).append(row["singular_values"])
+            for of_kind, _, s, _ in rows:
+                lines.setdefault(of_kind, []).append(s.singular_values)
             maps = {f"mixing-{name}": heat_map(d, name, "shared rank", "layer") for name, d in mixing.items()}
             _save(plots, {"spectra": spectra(lines), **maps})
         if as_json:
-            print(json.dumps({"layers": rows, "mixing": {name: d.tolist() for name, d in mixing.items()}}))
+            layers = [{"kind": k, "name": name, **asdict(s), **(asdict(e) if e else {})} for k, name, s, e in rows]
+            print(json.dumps({"layers": layers, "mixing": {name: d.tolist() for name, d in mixing.items()}}))
             return
-        shared = any("private" in row for row in rows)
+        shared = any(e for _, _, _, e in rows)
         columns = ["name", "norm", "largest", "rank", "stable", "entropy", *(["private", "shared"] if shared else [])]
         cells = [
-            [row["name"], f"{row['norm']:.3g}", f"{row['spectral_norm']:.3g}", str(row["numerical_rank"])]
-            + [f"{row['stable_rank']:.2f}", f"{row['entropy_rank']:.2f}"]
-            + ([f"{row.get(part, 0):.1%}" for part in ("private", "shared")] if shared else [])
-            for row in rows
+            [name, f"{s.norm:.3g}", f"{s.spectral_norm:.3g}", str(s.numerical_rank)]
+            + [f"{s.stable_rank:.2f}", f"{s.entropy_rank:.2f}"]
+            + ([f"{e.private if e else 0:.1%}", f"{e.shared if e else 0:.1%}"] if shared else [])
+            for _, name, s, e in rows
         ]
         _table("updates by layer: norms, and ranks by three measures", columns, cells)
 
@@ -241,7 +244,7 @@ def _updates(source: Sequence[str], random: str | None, base: str | None, seed: 
     return of_models(*source) if len(source) == 2 else of_adapter(Path(source[0]), base)
 
 
-def _mixing(source: Sequence[str]) -> dict[str, Any]:
+def _mixing(source: Sequence[str]) -> dict[str, Tensor]:
     from ..adapters.saved import read_adapter
     from ..analysis.mixing import mixing_weights
     from ..merging.source import find_adapter
@@ -267,7 +270,7 @@ def _layers(text: str | None) -> tuple[int, int] | None:
     return int(first), int(second)
 
 
-def _save(directory: Path, figures: dict[str, Any]) -> None:
+def _save(directory: Path, figures: Mapping[str, Figure]) -> None:
     from ..analysis.plots import save
 
     try:

@@ -100,8 +100,8 @@ def bench(
             from ..bench.report import counters_table
             from ..bench.run import count_all
 
-            result = count_all(shape or "llama-3.1-8b", dropout, Choice.read(engines, methods))
-            print(json.dumps(result) if as_json else counters_table(result))
+            counted = count_all(shape or "llama-3.1-8b", dropout, Choice.read(engines, methods))
+            print(json.dumps(counted.as_json()) if as_json else counters_table(counted))
             return
         if data:
             if tokenizer is None:
@@ -126,7 +126,7 @@ def bench(
         torch.set_num_threads(1)
         protocol = Protocol(_dtype(dtype, on_gpu), dropout, own_stacks, choice, warmup, rounds, profile)
         result = compare(shape or ("llama-3.1-8b" if on_gpu else LINEARS), workload, tokens, protocol, where)
-        print(json.dumps(result) if as_json else table(result))
+        print(json.dumps(result.as_json()) if as_json else table(result))
 
 
 @contextmanager

@@ -6,13 +6,17 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
 from ..recipe import shipped
 from .errors import Command, DefaultVerb, user_errors
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+    from ..training.trainer import Summary
 
 app = typer.Typer(
     cls=DefaultVerb,
@@ -219,13 +223,15 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _finish(output_dir: str, summary: dict[str, Any], was_complete: bool, as_json: bool) -> None:
+def _finish(output_dir: str, summary: Summary, was_complete: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
-    elif was_complete:
-        print(f"{output_dir} is complete ({summary['steps']} steps, loss {summary['loss']:.4f}); --fresh starts over")
+        return
+    loss = "unknown" if summary["loss"] is None else f"{summary['loss']:.4f}"  # every step may have been skipped
+    if was_complete:
+        print(f"{output_dir} is complete ({summary['steps']} steps, loss {loss}); --fresh starts over")
     else:
-        print(f"done: {summary['steps']} steps, loss {summary['loss']:.4f}; the adapter is in {output_dir}/adapter")
+        print(f"done: {summary['steps']} steps, loss {loss}; the adapter is in {output_dir}/adapter")
         print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 
 
@@ -257,12 +263,12 @@ def _sweep(
     return failed[0].exit_code if failed else 0
 
 
-def _check(recipe: Any, workers: int, as_json: bool) -> None:
+def _check(recipe: Recipe, workers: int, as_json: bool) -> None:
     from ..check.check import check
 
     result = check(recipe, workers)
     if as_json:
-        print(json.dumps(result.facts))
+        print(json.dumps(result.as_json()))
     else:
         result.show()
     if result.shortages:

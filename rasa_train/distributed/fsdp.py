@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,23 +35,22 @@ class FullyShard(Engine):
         self, model: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
         from torch.distributed.tensor import DTensor
 
         group_of_one()
         kind = self.accelerator.device.type
         self.mesh = init_device_mesh(kind, (self.accelerator.num_processes,))
-        options: dict[str, Any] = {"mesh": self.mesh}
-        if self.config.offload == "all" and kind == "cuda":
-            options["offload_policy"] = CPUOffloadPolicy()
+        offload = self.config.offload == "all" and kind == "cuda"
+        divide = partial(fully_shard, mesh=self.mesh, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
         for layer in decoder_layers(model):
             _fill_from_first(layer, self.accelerator)
-            fully_shard(layer, **options)
+            divide(layer)
         _fill_from_first(model, self.accelerator)
-        fully_shard(model, **options)
+        divide(model)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not whole, f"not divided among workers: {whole[:3]}"
-        if "offload_policy" not in options:
+        if not offload:
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(self.accelerator.device)
         self.model = model
@@ -108,7 +108,7 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
     have on the first worker, on the device of each. Tied parameters stay tied."""
     from torch.distributed.tensor import DTensor
 
-    places: list[tuple[dict[str, Any], str]] = [
+    places: list[tuple[dict[str, Tensor], str]] = [
         (tensors, name)
         for child in module.modules()
         for tensors in (vars(child)["_parameters"], vars(child)["_buffers"])

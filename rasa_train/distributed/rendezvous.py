@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ def join(timeout_seconds: int) -> list[str]:
     Raises:
         UserError: a worker did not come, or could not be connected to, within the time; the message names it.
     """
+    global _group
     if world_size() == 1:
         return [here()]
     if not _group:
@@ -56,16 +57,21 @@ def join(timeout_seconds: int) -> list[str]:
                 f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
                 key="distributed",
             ) from None
-        _group.update(store=store, places=where)
+        _group = _Group(store, where)
     return places()
 
 
-_group: dict[str, Any] = {}
+class _Group(NamedTuple):
+    store: Store
+    places: list[str]
+
+
+_group: _Group | None = None
 
 
 def places() -> list[str]:
     """Return where each worker is, by rank: its host and, if there is one, its GPU."""
-    return list(_group["places"]) if _group else [here()]
+    return list(_group.places) if _group else [here()]
 
 
 def _store(timeout: timedelta) -> Store:
@@ -114,9 +120,9 @@ def once(name: str, first: bool, work: Callable[[], str]) -> str:
         UserError: on the worker that does the work, if the input is wrong.
         SystemExit: with code 2, on the other workers in that case, so that the message is printed only once.
     """
-    store: Store | None = _group.get("store")
-    if store is None:
+    if _group is None:
         return work()
+    store = _group.store
     if first:
         try:
             answer = work()
@@ -159,15 +165,15 @@ def watching(timeout_seconds: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "store" not in _group or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if _group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        missing = _missing(_group["store"])
-        names = ", ".join(f"worker {worker} ({_group['places'][worker]})" for worker in missing)
+        missing = _missing(_group.store)
+        names = ", ".join(f"worker {worker} ({_group.places[worker]})" for worker in missing)
         what = f"{names} did not answer" if missing else "an exchange broke off, although all workers answer"
         why = ": dead, hanging, or out of reach" if missing else ""
         raise WorkerLost(
             f"{what} (distributed.timeout_seconds={timeout_seconds}){why}. "
-            f"Worker {rank()} ({_group['places'][rank()]}) got the error: {first_line(error)}",
+            f"Worker {rank()} ({_group.places[rank()]}) got the error: {first_line(error)}",
             missing,
         ) from None
 

@@ -24,10 +24,10 @@ class Zero(Engine):
     """DeepSpeed's ZeRO. DeepSpeed runs without its own mixed precision: base weights keep their dtype and adapters are
     fp32, as everywhere else, so what DeepSpeed divides is the fp32 state that is saved."""
 
-    def _deepspeed_config(self, trained: int = 0, largest: int = 0) -> dict[str, Any]:
+    def _deepspeed_config(self, trained: int = 0, largest: int = 0) -> dict[str, object]:
         """Return DeepSpeed's settings for ``trained`` elements in all, ``largest`` in one tensor of the adapter."""
         bucket = min(max(trained, 1), 500_000_000)  # elements; DeepSpeed allocates it whole
-        zero: dict[str, Any] = {
+        zero: dict[str, object] = {
             "stage": self.capabilities.stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,

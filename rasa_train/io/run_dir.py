@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -115,11 +116,9 @@ class RunDirectory:
         kept = [line for line in self.metrics.read_text().splitlines() if (step := _step(line)) and step <= last_step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
-    def last_metrics(self) -> dict[str, object]:
-        """Return the line of the last step, with the last loss that is a number and the number of ``skipped_steps``."""
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        loss = next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None)
-        return {**rows[-1], "loss": loss, "skipped_steps": sum(row.get("skipped", 0) for row in rows)}
+    def rows(self) -> list[Any]:
+        """Return the metrics that this run has written: the JSON object of each step."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
     def log(self, row: Mapping[str, object]) -> None:
         with self.metrics.open("a") as file:

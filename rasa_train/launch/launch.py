@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import process
 from ..adapters.contract import Method
@@ -27,12 +27,15 @@ from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_and_watch
 
+if TYPE_CHECKING:
+    from ..training.trainer import Summary
+
 
 @dataclass(frozen=True)
 class Finished:
     """Outcome of a launch. ``summary`` is the run's summary; None on a worker that does not report it."""
 
-    summary: dict[str, Any] | None
+    summary: Summary | None
     was_complete: bool = False
 
 
@@ -45,9 +48,7 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         WorkersFailed: a worker died.
     """
     workers = workers or Workers()
-    if workers.nodes == 1 and _join_slurm():
-        return _as_one_of_many(recipe, fresh)
-    if workers.nodes == 1 and process.world_size() > 1:
+    if workers.nodes == 1 and (_join_slurm() or process.world_size() > 1):
         return _as_one_of_many(recipe, fresh)
     per_node = _per_node(workers)
     if workers.nodes > 1:
@@ -141,8 +142,8 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
         )
 
 
-def _summary(directory: RunDirectory) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads(directory.summary.read_text())
+def _summary(directory: RunDirectory) -> Summary:
+    summary: Summary = json.loads(directory.summary.read_text())
     return summary
 
 
@@ -182,8 +183,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
         from ..training.run import run
 
         with StopSignal() as stop, rendezvous.watching(recipe.distributed.timeout_seconds):
-            summary = run(recipe, stop, *prepared)
-        return Finished(summary if first else None)
+            return Finished(run(recipe, stop, *prepared))
     except (WorkerLost, DeviceLost) as lost:
         raise WorkersFailed(f"{lost}\n{GOES_ON}") from None
     except (UserError, Stopped):

@@ -29,7 +29,7 @@ from ..io.atomic import write_text
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import say_interrupted, signals
-from .worker_process import OUTCOMES, RECIPE, STARTED, STOP, kill
+from .worker_process import OUTCOMES, RECIPE, STARTED, STOP, Outcome, kill
 
 GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
 
@@ -101,27 +101,28 @@ def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: 
     from torch.distributed.launcher.api import LaunchConfig
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported here, once
-    options: dict[str, Any] = {"rdzv_endpoint": "localhost:0", "rdzv_configs": {"join_timeout": timeout_seconds}}
+    options, address, run_id = {"join_timeout": timeout_seconds}, None, "rasa-train"
     if workers.rendezvous:
-        host = workers.rendezvous.rpartition(":")[0]
         address = _address_towards(workers.rendezvous)
-        options["rdzv_endpoint"], options["local_addr"] = workers.rendezvous, address
-        options["rdzv_configs"]["is_host"] = workers.node_rank == 0
+        options["is_host"] = workers.node_rank == 0
         # Without this setting gloo may offer 127.0.0.1 to the other nodes, which then wait for ever.
         interface = next((name for name, mine in network.addresses().items() if mine == address), None)
         if interface and not address.startswith("127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        options["run_id"] = f"rasa-train-{host}"
+        run_id += f"-{workers.rendezvous.rpartition(':')[0]}"
     return LaunchConfig(
         min_nodes=workers.nodes,
         max_nodes=workers.nodes,
         nproc_per_node=per_node,
+        run_id=run_id,
         rdzv_backend="c10d",
+        rdzv_endpoint=workers.rendezvous or "localhost:0",
+        rdzv_configs=options,
+        local_addr=address,
         max_restarts=workers.max_restarts,
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # the others are passed on by _forward
         logs_specs=DefaultLogsSpecs(log_dir=str(job / "logs")),
-        **{"run_id": "rasa-train", **options},
     )
 
 
@@ -135,7 +136,7 @@ def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[N
 
     def watch() -> None:
         while not over.wait(1.0) and job.exists():
-            lost = [outcome["time"] for outcome in _outcomes(job) if outcome["kind"] == "lost"]
+            lost = [outcome.ended for outcome in _outcomes(job) if outcome.kind == "lost"]
             began = max((path.stat().st_mtime for path in job.glob(f"{STARTED}*")), default=0.0)
             if lost and began < min(lost) < time.time() - patience:
                 _hang_up(str(workers.rendezvous))
@@ -193,19 +194,19 @@ def default_threads(per_node: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(process.cores() // max(per_node, 1), 1)))
 
 
-def _outcomes(job: Path) -> list[dict[str, Any]]:
+def _outcomes(job: Path) -> list[Outcome]:
     """Return what the workers of the last start reported, in the order in which they ended."""
-    found = [json.loads(path.read_text()) for path in (job / OUTCOMES).glob("*.json")]
-    last = max((outcome["restart"] for outcome in found), default=0)
-    return sorted((o for o in found if o["restart"] == last), key=lambda outcome: float(outcome["time"]))
+    found = [Outcome(**json.loads(path.read_text())) for path in (job / OUTCOMES).glob("*.json")]
+    last = max((outcome.restart for outcome in found), default=0)
+    return sorted((o for o in found if o.restart == last), key=lambda outcome: outcome.ended)
 
 
-def report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool, meeting: str | None) -> None:
+def report(outcomes: list[Outcome], failed: Any, stop_asked: bool, meeting: str | None) -> None:
     """Raise the one exception that says what went wrong, if anything did. ``failed`` is what ended the agent."""
-    by_kind = {outcome["kind"]: outcome for outcome in reversed(outcomes)}  # the first of each kind
+    by_kind = {outcome.kind: outcome for outcome in reversed(outcomes)}  # the first of each kind
     if user := by_kind.get("user error"):
-        raise UserError(user["message"], key=user["key"])
-    if stopped := [o["message"] for o in outcomes if o["kind"] == "stopped"]:
+        raise UserError(user.message, key=user.key)
+    if stopped := [o.message for o in outcomes if o.kind == "stopped"]:
         raise Stopped(min(stopped, key=lambda message: message.startswith("another")))
     failures = getattr(failed, "failures", {})  # none if node 0 is out of reach
     if failed is None or (not failures and set(by_kind) == {"done"}):
@@ -214,17 +215,15 @@ def report(outcomes: list[dict[str, Any]], failed: Any, stop_asked: bool, meetin
     killed = {r: f for r, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     rank, earliest = min(killed.items(), key=lambda item: float(item[1].timestamp), default=(None, None))
     # A worker that has lost another then kills it; the agent records that time in whole seconds.
-    if earliest is not None and not (lost and lost["time"] < earliest.timestamp + 1):
+    if earliest is not None and not (lost and lost.ended < earliest.timestamp + 1):
         name = signal.Signals(-earliest.exitcode).name
         when = time.strftime("%H:%M:%S", time.localtime(earliest.timestamp))
         hint = " Did the machine run out of memory?" if name == "SIGKILL" else ""
         raise WorkersFailed(f"worker {rank} was ended by {name} at {when}.{hint} {GOES_ON}")
     if first := by_kind.get("failed"):
-        raise WorkersFailed(
-            f"{first['trace']}worker {first['rank']} ({first['host']}) failed first: {first['message']}"
-        )
+        raise WorkersFailed(f"{first.trace}worker {first.rank} ({first.host}) failed first: {first.message}")
     if lost:
-        raise WorkersFailed(f"{lost['message']}\n{GOES_ON}")
+        raise WorkersFailed(f"{lost.message}\n{GOES_ON}")
     if stop_asked:
         raise Stopped("stopped before the first step was done; the same command goes on")
     if not failures:

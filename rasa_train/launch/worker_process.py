@@ -16,13 +16,32 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from .. import process
 from ..errors import Stopped, UserError, WorkerLost
 from ..stop import StopSignal
 
 RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
+
+
+@dataclass
+class Outcome:
+    """How a worker has ended, as it reports it to the launcher."""
+
+    kind: Literal["done", "stopped", "user error", "lost", "failed"]
+    restart: int
+    message: str = ""
+    key: str | None = None
+    """Key of a ``UserError``."""
+    lost: list[int] = field(default_factory=list)
+    """Ranks of the workers that this worker has lost."""
+    trace: str = ""
+    rank: int = field(default_factory=process.rank)
+    host: str = field(default_factory=socket.gethostname)
+    ended: float = field(default_factory=time.time)
 
 
 def main(job: Path) -> int:
@@ -30,12 +49,12 @@ def main(job: Path) -> int:
     _die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the launcher's result
     with StopSignal(job / STOP) as stop:
-        rank = os.environ.get("RANK", "0")
+        rank = process.rank()
         (job / f"{STARTED}{rank}").write_text(str(os.getpid()))
         if any('"user error"' in path.read_text() for path in (job / OUTCOMES).glob("*.json")):
             return 2  # a restart cannot help
         restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        if restart and rank == "0":
+        if restart and rank == 0:
             print(f"a worker has died; restart {restart}", file=sys.stderr)
         try:
             import yaml
@@ -47,26 +66,24 @@ def main(job: Path) -> int:
             recipe = Recipe.model_validate(yaml.safe_load((job / RECIPE).read_text()))
             with rendezvous.watching(recipe.distributed.timeout_seconds):
                 run(recipe, stop)
-            outcome: dict[str, Any] = {"kind": "done"}
+            outcome = Outcome("done", restart)
         except Stopped as stopped:
-            outcome = {"kind": "stopped", "message": str(stopped)}
+            outcome = Outcome("stopped", restart, str(stopped))
         except UserError as error:
-            outcome = {"kind": "user error", "message": str(error), "key": error.key}
+            outcome = Outcome("user error", restart, str(error), error.key)
         except WorkerLost as lost:
-            outcome = {"kind": "lost", "message": str(lost), "lost": lost.ranks}
+            outcome = Outcome("lost", restart, str(lost), lost=lost.ranks)
         except Exception as error:
             said = (str(error).strip().splitlines() or [""])[0]
             message = f"{type(error).__name__}: {said}"
-            outcome = {"kind": "failed", "message": message, "trace": traceback.format_exc()}
-    outcome |= {"rank": int(rank), "host": socket.gethostname(), "time": time.time()}
-    outcome["restart"] = restart
-    path = job / OUTCOMES / f"{outcome['restart']}-{rank}.json"
+            outcome = Outcome("failed", restart, message, trace=traceback.format_exc())
+    path = job / OUTCOMES / f"{restart}-{rank}.json"
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(outcome))
+    beside.write_text(json.dumps(asdict(outcome)))
     beside.replace(path)
     # A worker that hangs does not react to the agent's SIGTERM, and the agent would wait for it for half a minute.
-    kill(job / f"{STARTED}{lost_rank}" for lost_rank in outcome.get("lost", []))
-    return {"done": 0, "stopped": 0, "user error": 2, "lost": 1, "failed": 1}[outcome["kind"]]
+    kill(job / f"{STARTED}{lost_rank}" for lost_rank in outcome.lost)
+    return {"done": 0, "stopped": 0, "user error": 2, "lost": 1, "failed": 1}[outcome.kind]
 
 
 def kill(started: Iterable[Path]) -> None:

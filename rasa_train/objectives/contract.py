@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from ..data.cache import TokenDataset
 from ..data.encode import Example
 
-Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+Batch = Mapping[str, Tensor | int]
+"""The keyword arguments of a model for some examples: tensors, and the lengths that attention takes as numbers."""
+Loss = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, a sum over its targets, by the model or the wrapper that a strategy has put around it."""
 
 
@@ -21,7 +22,7 @@ class Objective(ABC):
     """A loss that is a sum over targets. A step divides the sum by the number of targets in its global batch."""
 
     @abstractmethod
-    def tensors(self, examples: Sequence[Example], *, flat: bool) -> dict[str, Any]:
+    def tensors(self, examples: Sequence[Example], *, flat: bool) -> Batch:
         """Make the tensors of a batch: right-padded, or one row (``flat``)."""
 
     @abstractmethod

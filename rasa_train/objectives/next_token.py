@@ -8,7 +8,7 @@ around that call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,13 +23,13 @@ from ..data.cache import TokenDataset
 from ..data.encode import Example
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..models.families import has_plain_head
-from .contract import Loss, Objective
+from .contract import Batch, Loss, Objective
 
 
 class NextToken(Objective):
     """The objective of causal language models. Its targets are the supervised tokens."""
 
-    def tensors(self, examples: Sequence[Example], *, flat: bool) -> dict[str, Any]:
+    def tensors(self, examples: Sequence[Example], *, flat: bool) -> Batch:
         return with_targets((flatten(examples) if flat else collate(examples, pad_token_id=0)) or {})
 
     def install(self, model: nn.Module) -> Loss:
@@ -65,10 +65,10 @@ class NextToken(Objective):
         return int(dataset.supervised[indices].sum())
 
 
-def from_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def from_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the same loss from all logits of a model that ``install`` has left unchanged."""
-    inputs = {name: value for name, value in batch.items() if name not in ("positions", "targets")}
-    return _of_own_logits(model, batch["positions"], batch["targets"], **inputs)
+    loss: Callable[..., Tensor] = partial(_of_own_logits, model)
+    return loss(**batch)
 
 
 class LossHead(nn.Module):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.torch import save_file
@@ -229,7 +229,7 @@ def damage(path: Path) -> str | None:
 
 def load_progress(path: Path, *, data_key: str) -> Progress:
     """Return the progress at a checkpoint. Raises ``UserError`` if its run used data with another ``data_key``."""
-    values: dict[str, Any] = json.loads((path / TRAINER).read_text())
+    values = json.loads((path / TRAINER).read_text())
     if values.pop("data_key") != data_key:
         raise UserError(
             f"{path}: this run was started on data that has changed since; choose another output_dir, or start over "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +13,6 @@ from ..evaluate.generate import SampleFile
 from ..evaluate.load import wrap
 from ..evaluate.run import Evaluation, Options
 from ..evaluate.suites import HEADLINE
-from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from ..recipe.schema import Recipe
 
@@ -40,7 +37,12 @@ class TrainingEvaluation:
                 key="training.evaluate",
             )
         self.name, self.every, self.say = config.suite, config.every, say
-        self.tokenizer = _tokenizer(recipe.model)
+        self.tokenizer = load_tokenizer(recipe.model)
+        if self.tokenizer is None:
+            raise UserError(
+                "training.evaluate needs a tokenizer, and the model has none: set model.tokenizer",
+                key="training.evaluate",
+            )
         options = Options((config.suite,), config.data, config.limit)
         self.evaluation = Evaluation(options, say, lambda title: lambda progress: None)
 
@@ -59,11 +61,8 @@ class TrainingEvaluation:
         return metrics[HEADLINE[self.name]]
 
 
-def best_of(metrics: Path) -> dict[str, Any] | None:
+def best_of(rows: list[Any]) -> dict[str, object] | None:
     """Return the best and the last of the ``eval_SUITE`` values in a run's metrics; None if there are none."""
-    import json
-
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     scored = [(row, key) for row in rows for key in row if key.startswith("eval_")]
     if not scored:
         return None
@@ -75,15 +74,6 @@ def best_of(metrics: Path) -> dict[str, Any] | None:
         "best": max(own, key=lambda point: point["value"]),
         "last": own[-1],
     }
-
-
-def _tokenizer(config: ModelConfig) -> Any:
-    tokenizer = load_tokenizer(config)
-    if tokenizer is None:
-        raise UserError(
-            "training.evaluate needs a tokenizer, and the model has none: set model.tokenizer", key="training.evaluate"
-        )
-    return tokenizer
 
 
 @contextmanager

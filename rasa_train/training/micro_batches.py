@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
 from ..distributed import collectives
 from ..models.layers import checkpoint_layers
+from ..objectives.contract import Batch
 from ..recipe.schema import TrainingConfig
 from . import memory_search
 from .trainable_model import TrainableModel
@@ -30,7 +30,7 @@ class Step:
     """Indices of the examples of the global batch."""
     mine: list[np.ndarray]
     """Indices of the examples of each micro-batch of this worker; empty where another worker has more to do."""
-    tensors: list[dict[str, Any]]
+    tensors: list[Batch]
     """Tensors of each micro-batch, in host memory (pinned for a GPU)."""
     micro_batches: int
     """Number of micro-batches of all workers that are not empty."""
@@ -66,7 +66,7 @@ def step_of(model: TrainableModel, train: TokenDataset, batch: np.ndarray, limit
     return Step(batch, mine, tensors, sum(len(m) > 0 for worker in divided for m in worker))
 
 
-def batch_of(model: TrainableModel, dataset: TokenDataset, indices: np.ndarray) -> dict[str, Any]:
+def batch_of(model: TrainableModel, dataset: TokenDataset, indices: np.ndarray) -> Batch:
     """Make the tensors of these examples for the objective, in pinned memory if they go to a GPU.
 
     If there are no examples (the worker has less to do than others), the result is one unsupervised sequence, so that
@@ -80,7 +80,7 @@ def batch_of(model: TrainableModel, dataset: TokenDataset, indices: np.ndarray) 
         return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(batch: Batch, device: torch.device) -> Batch:
     return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
 
 

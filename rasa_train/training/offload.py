@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..objectives.contract import Loss
+from ..objectives.contract import Batch, Loss
 
 LEAST = 2**16
 """Size of a tensor in bytes below which moving it is not worth a copy."""
@@ -25,7 +24,7 @@ class Moved:
 def with_offload(losses: Loss) -> Loss:
     """Return ``losses`` with the tensors that its backward pass needs held in host memory."""
 
-    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         with offloaded(model):
             return losses(model, batch)
 

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class MetricsRow(TypedDict):
+    """A line of ``metrics.jsonl``: one optimizer step."""
+
+    step: int
+    """Number of optimizer steps done, from 1."""
+    epoch: float
+    """Number of passes over the data done so far."""
+    loss: float | None
+    """Mean over the supervised tokens of the global batch; None for a skipped step."""
+    lr: float
+    grad_norm: float | None
+    """L2 norm of all gradients before clipping; None for a skipped step."""
+    skipped: int
+    """1 for a step that changed nothing because its loss or a gradient was not finite, else 0."""
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    """Most memory that this worker has held so far."""
+    seconds: float
+    validation_loss: NotRequired[float]
+    """Mean over the supervised tokens of the held-out set, where it was measured."""
 
 
 class Reporter:
@@ -51,8 +74,8 @@ class Reporter:
         """Print a message on a line of its own, above the bar."""
         self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Report that a step is done; ``row`` is its line of ``metrics.jsonl``."""
+    def step(self, row: MetricsRow) -> None:
+        """Report that a step is done."""
         step, loss, speed = (
             row["step"],
             math.nan if row["loss"] is None else row["loss"],

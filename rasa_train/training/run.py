@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..data.prepare import PreparedData
 from ..errors import Stopped
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
-from .trainer import Trainer
+from .trainer import Summary, Trainer
 
 
-def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> dict[str, Any]:
-    """Train as the recipe says, resuming the run in the run directory. Returns the content of ``summary.json``.
+def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> Summary | None:
+    """Train as the recipe says, resuming the run in the run directory. Returns the summary;
+    None on all workers but the first.
 
     Args:
         data: the prepared data of ``recipe.data``, for a caller that has it already.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from ..models.config import torch_dtype
 from ..models.families import decoder_layers
 from ..models.layers import checkpoint_layers, compile_layers
 from ..models.load import empty_model, load_model, meta_model
-from ..objectives.contract import Objective
+from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
 from ..optim.optimizers import make_optimizer
 from ..recipe.schema import Recipe
@@ -97,7 +96,7 @@ class TrainableModel:
             groups.setdefault(self.recipe.adapter.lr_factor(names[id(parameter)]), []).append(parameter)
         return make_optimizer(self.recipe.training.optimizer, groups)
 
-    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Compute the loss of a micro-batch: fp32, a sum over its targets."""
         return self._loss(self.engine.model, batch)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -31,33 +31,34 @@ from . import checkpoint, fault_handling
 from .checkpoint import Progress
 from .evaluation import TrainingEvaluation, best_of
 from .micro_batches import Step, fit, plan_steps, step_of
-from .reporter import Reporter
+from .reporter import MetricsRow, Reporter
 from .step import train_step, validate
 from .trainable_model import TrainableModel
 
 
-class MetricsRow(TypedDict):
-    """A line of ``metrics.jsonl``: one optimizer step."""
+class Summary(TypedDict):
+    """The content of ``summary.json``."""
 
-    step: int
-    """Number of optimizer steps done, from 1."""
-    epoch: float
-    """Number of passes over the data done so far."""
-    loss: float | None
-    """Mean over the supervised tokens of the global batch; None for a skipped step."""
-    lr: float
-    grad_norm: float | None
-    """L2 norm of all gradients before clipping; None for a skipped step."""
-    skipped: int
-    """1 for a step that changed nothing because its loss or a gradient was not finite, else 0."""
+    method: str
+    trainable_parameters: int
+    effective_rank: dict[str, int]
+    steps: int
+    epochs: float
+    examples: int
     tokens: int
     supervised_tokens: int
-    tokens_per_second: float
-    peak_memory_bytes: int
-    """Most memory that this worker has held so far."""
     seconds: float
-    validation_loss: NotRequired[float]
-    """Mean over the supervised tokens of the held-out set, where it was measured."""
+    loss: float | None
+    """Loss of the last step that was not skipped; None if all were."""
+    skipped_steps: int
+    validation_loss: float | None
+    peak_memory_bytes: int
+    strategy: str
+    versions: dict[str, str]
+    workers: int
+    base_difference: NotRequired[float]
+    """Relative difference that ``model.base`` makes, if it holds the base in fewer bits."""
+    evaluation: NotRequired[dict[str, object] | None]
 
 
 class Trainer:
@@ -272,20 +273,20 @@ class Trainer:
             saved = fault_handling.saved_at(self.directory)
             self.say(f"the adapter is written; the last checkpoint is not. {saved}")
 
-    def finish(self) -> dict[str, Any]:
-        """Write the summary and close the trackers. Returns the summary; it is empty on all workers but the first."""
-        summary: dict[str, Any] = {}
-        if self.first:
-            summary = self._summary()
+    def finish(self) -> Summary | None:
+        """Write the summary and close the trackers. Returns the summary; None on all workers but the first."""
+        summary = self._summary() if self.first else None
+        if summary:
             write_json(self.directory.summary, summary)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
         return summary
 
-    def _summary(self) -> dict[str, Any]:
-        last = self.directory.last_metrics()
-        summary = {
+    def _summary(self) -> Summary:
+        rows: list[MetricsRow] = self.directory.rows()
+        last = rows[-1]
+        summary: Summary = {
             "method": self.recipe.adapter.method,
             "trainable_parameters": self.model.trained,
             "effective_rank": self.model.ranks,
@@ -295,8 +296,8 @@ class Trainer:
             "tokens": self.progress.tokens,
             "supervised_tokens": self.progress.supervised_tokens,
             "seconds": self.progress.seconds,
-            "loss": last["loss"],
-            "skipped_steps": last["skipped_steps"],
+            "loss": next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None),
+            "skipped_steps": sum(row.get("skipped", 0) for row in rows),
             "validation_loss": last.get("validation_loss"),
             "peak_memory_bytes": last["peak_memory_bytes"],
             "strategy": self.recipe.distributed.strategy,
@@ -306,5 +307,5 @@ class Trainer:
         if self.base_difference is not None:
             summary["base_difference"] = self.base_difference
         if self.training.evaluate:
-            summary["evaluation"] = best_of(self.directory.metrics)
+            summary["evaluation"] = best_of(rows)
         return summary

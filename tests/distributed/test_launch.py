@@ -19,6 +19,7 @@ import pytest
 from rasa_train.distributed.preflight import slow_workers
 from rasa_train.launch.launch import first_host
 from rasa_train.launch.supervisor import WorkersFailed, report
+from rasa_train.launch.worker_process import Outcome
 from tests.conftest import Cli
 
 from .conftest import STEPS, adapter, command, difference, metrics, reach, start
@@ -75,8 +76,8 @@ def test_killed_worker_is_named(home: Path) -> None:
     assert "worker 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
 
 
-LOST = {"kind": "lost", "message": "worker 1 (b) did not answer", "rank": 0, "host": "a", "time": 1000.4}
-FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "rank": 1, "host": "b", "time": 997.0}
+LOST = Outcome("lost", 0, "worker 1 (b) did not answer", rank=0, host="a", ended=1000.4)
+FAILED = Outcome("failed", 0, "disk full", trace="Traceback\n", rank=1, host="b", ended=997.0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ FAILED = {"kind": "failed", "message": "disk full", "trace": "Traceback\n", "ran
         ([], {}, "node 0 does not answer at a:1"),
     ],
 )
-def test_the_cause_is_told(outcomes: list[dict[str, Any]], exits: dict[int, tuple[int, int]], told: str) -> None:
+def test_the_cause_is_told(outcomes: list[Outcome], exits: dict[int, tuple[int, int]], told: str) -> None:
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in exits.items()}
     with pytest.raises(WorkersFailed) as error:
         report(outcomes, SimpleNamespace(failures=failures), stop_asked=False, meeting="a:1")
