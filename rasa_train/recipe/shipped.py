@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 
 def configs_dir() -> Path:
@@ -23,12 +23,25 @@ def _place(name: str) -> tuple[int, str]:
     return (0 if name.startswith("demo") else 1 + name.count("/"), name)
 
 
-def measured() -> list[dict[str, Any]]:
-    """Return a row for each of ``runnable``, as ``scripts/measure_recipes.py`` wrote it: ``name``, ``method``,
-    ``model``, ``r`` and ``k`` (null if the method has none), ``trainable_parameters``, ``strategy``, and
-    ``memory_bytes`` of each of ``workers`` as ``--check`` estimates it for the longest example that the recipe allows.
-    """
-    rows: list[dict[str, Any]] = json.loads((configs_dir() / "measured.json").read_text(encoding="utf-8"))
+class Measured(TypedDict):
+    """The measurements of a shipped recipe."""
+
+    name: str
+    method: str
+    model: str
+    r: int | None
+    k: int | None
+    """None, as ``r`` is, if the method does not have it."""
+    trainable_parameters: int
+    strategy: str
+    workers: int
+    memory_bytes: int
+    """Memory of each worker as ``rasa-train check`` estimates it for the longest example that the recipe allows."""
+
+
+def measured() -> list[Measured]:
+    """Return a row for each of ``runnable``, as ``scripts/measure_recipes.py`` wrote it."""
+    rows: list[Measured] = json.loads((configs_dir() / "measured.json").read_text(encoding="utf-8"))
     return rows
 
 
@@ -37,7 +50,7 @@ def table() -> str:
     lines = [_line("recipe", "method", "base model", "r/k", "trained", "GiB")]
     for row in measured():
         model = row["model"].rpartition("/")[2].partition("-v0")[0]
-        ranks = "/".join(str(row[name]) for name in ("r", "k") if row[name] is not None) or "-"
+        ranks = "/".join(str(number) for number in (row["r"], row["k"]) if number is not None) or "-"
         memory = f"{row['memory_bytes'] / 2**30:.1f}" + (f" x{row['workers']}" if row["workers"] > 1 else "")
         lines.append(_line(row["name"], row["method"], model, ranks, _count(row["trainable_parameters"]), memory))
     notes = [

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import yaml
 
@@ -49,10 +48,10 @@ class Outcome:
 
     point: Point
     exit_code: int
-    result: dict[str, Any] | None
+    result: dict[str, object] | None
     """JSON that the run printed with ``--json``; None if it failed or was not asked for it."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         point = self.point
         return {
             "run": str(point.output_dir),

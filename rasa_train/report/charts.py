@@ -48,7 +48,7 @@ class Chart:
     categories: dict[str, list[str]] = field(default_factory=dict)
     """Names of the values 0, 1, 2, ... of an axis, by the name of the axis."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return asdict(self)
 
 

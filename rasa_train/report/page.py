@@ -65,7 +65,7 @@ def embed(data: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def report_json(runs: Sequence[Run]) -> dict[str, Any]:
+def report_json(runs: Sequence[Run]) -> dict[str, object]:
     """Return the data of the page, which ``--json`` prints."""
     drawn: list[Chart] = charts(runs)
     facts = [
@@ -86,7 +86,9 @@ def report_json(runs: Sequence[Run]) -> dict[str, Any]:
         for run in runs
     ]
     grouped = [{"name": group.name, "runs": [run.name for run in group.runs]} for group in groups(runs)]
-    result: dict[str, Any] = _finite({"runs": facts, "groups": grouped, "charts": [chart.as_json() for chart in drawn]})
+    result: dict[str, object] = _finite(
+        {"runs": facts, "groups": grouped, "charts": [chart.as_json() for chart in drawn]}
+    )
     return result
 
 
@@ -141,10 +143,10 @@ def _breakable(text: str) -> str:
     return escape(text).replace(",", ",<wbr>")
 
 
-def _mixing(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
+def _mixing(runs: Sequence[Run]) -> tuple[list[dict[str, object]], list[str]]:
     """Return the heat maps, and the names of the runs for which there is no room. A map is base64 of one byte per
     weight, row by row, where 255 stands for the largest weight."""
-    maps: list[dict[str, Any]] = []
+    maps: list[dict[str, object]] = []
     left_out, used = [], 0
     for run in runs:
         nbytes = sum(d.numel() for d in run.mixing.values()) * 4 // 3
@@ -156,14 +158,14 @@ def _mixing(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
     return maps, left_out
 
 
-def _heat_map(kind: str, d: Tensor) -> dict[str, Any]:
+def _heat_map(kind: str, d: Tensor) -> dict[str, object]:
     largest = float(d.max()) if d.numel() else 0.0
     levels = (d / (largest or 1.0) * 255).nan_to_num().round().clamp(0, 255).byte()
     values = base64.b64encode(levels.contiguous().numpy().tobytes()).decode()
     return {"kind": kind, "layers": d.shape[0], "ranks": d.shape[1], "largest": largest, "values": values}
 
 
-def _mixing_section(maps: list[dict[str, Any]], left_out: list[str]) -> str:
+def _mixing_section(maps: list[dict[str, object]], left_out: list[str]) -> str:
     if not maps and not left_out:
         return ""
     text = "<p>Which layers use which shared ranks: |d| of each layer (row) and each rank of the pool (column).</p>"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..analysis.mixing import mixing_weights
 from ..errors import UserError
 from ..io.run_dir import RunDirectory, flatten
 from ..merging.source import find_adapter
+from ..recipe.renamed import rename
 
 RECENT = 10
 """Number of steps over which the loss at the end of a run is averaged, because the loss of one batch says little."""
@@ -47,11 +48,11 @@ class Run:
 
     name: str
     path: Path
-    recipe: dict[str, Any]
+    recipe: Mapping[str, object]
     """The recipe with flat keys, ``{"adapter.r": 8, ...}``; empty when there is none."""
-    metrics: list[dict[str, Any]]
-    """Lines of ``metrics.jsonl`` by step, with their finite numbers and ``eval_*``."""
-    summary: dict[str, Any]
+    metrics: list[dict[str, float]]
+    """Lines of ``metrics.jsonl`` by step, with their finite numbers."""
+    summary: Mapping[str, object]
     """The summary; empty until the run is complete."""
     scores: list[Score]
     """Scores by step; those of the finished adapter come last."""
@@ -103,10 +104,11 @@ class Run:
         return {key: (min(v) if lower_is_better(key) else max(v), v[-1]) for key, v in found.items()}
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """Return ``value`` if it is a finite number, else None, because files may hold anything."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if numeric else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    return None
 
 
 def lower_is_better(name: str) -> bool:
@@ -150,14 +152,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, name: str) -> Run:
     """Return the run in a directory. Missing and damaged parts are listed in ``Run.problems``."""
     directory, problems = RunDirectory(path), list[str]()
-    recipe = flatten(_mapping(directory.recipe, problems, "it is not known what was trained"))
-    metrics = _metrics(directory.metrics, problems)
+    stored = _mapping(directory.recipe, problems, "it is not known what was trained")
+    with suppress(UserError):  # with both names of a key, both are shown
+        rename(stored, {})
+    recipe = flatten(stored)
+    metrics, measured = _metrics(directory.metrics, problems)
     summary = _mapping(directory.summary, [] if not directory.summary.exists() else problems, "")
     if not summary:
         problems.append("no summary.json: the run is not complete")
     mixing, config = _adapter(path, problems)
     recipe = recipe or {f"adapter.{key}": value for key, value in flatten(config).items()}
-    run = Run(name, path, recipe, metrics, summary, _scores(path, metrics, problems), mixing, problems)
+    run = Run(name, path, recipe, metrics, summary, _scores(path, measured, problems), mixing, problems)
     if run.metrics and [row["step"] for row in metrics] != list(range(1, len(metrics) + 1)):
         problems.append("metrics.jsonl lacks steps")
     return run
@@ -188,7 +193,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
+def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, object]:
     """Return the mapping in a YAML or JSON file. If there is none, return {} and add a problem."""
     because = f": {consequence}" if consequence else ""
     try:
@@ -206,29 +211,33 @@ def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, Any
     return value
 
 
-def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, float]], list[Score]]:
+    """Return the lines by step, and the scores that were measured while training."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         problems.append("metrics.jsonl is missing: there are no curves")
-        return []
-    rows: dict[int, dict[str, Any]] = {}
+        return [], []
+    rows: dict[int, dict[str, float]] = {}
+    scores: dict[int, list[Score]] = {}
     damaged = 0
     for line in lines:
         try:
             row = json.loads(line)
-            row = {key: v for key, v in row.items() if number(v) is not None or key.startswith("eval_")}
-            rows[int(row["step"])] = row
+            finite = {key: found for key, value in row.items() if (found := number(value)) is not None}
+            step = int(finite["step"])
+            scored = [(key.removeprefix("eval_"), value) for key, value in row.items() if key.startswith("eval_")]
+            rows[step], scores[step] = finite, [s for suite, value in scored for s in _numbers(suite, value, finite)]
         except (ValueError, KeyError, TypeError, AttributeError):
             damaged += 1
     if damaged:
         problems.append(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
     if not rows:
         problems.append("metrics.jsonl has no steps yet")
-    return [rows[step] for step in sorted(rows)]
+    return [rows[step] for step in sorted(rows)], [score for step in sorted(rows) for score in scores[step]]
 
 
-def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Return mixing weights and configuration of the final adapter or the newest checkpoint."""
     try:
         saved = read_adapter(find_adapter(path))
@@ -238,12 +247,9 @@ def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[s
     return mixing_weights(saved.tensors), saved.method.model_dump()
 
 
-def _scores(path: Path, metrics: list[dict[str, Any]], problems: list[str]) -> list[Score]:
-    found: list[tuple[float, Score]] = []
-    for row in metrics:
-        for key, value in row.items():
-            if key.startswith("eval_"):
-                found += [(row["step"], s) for s in _numbers(key.removeprefix("eval_"), value, row)]
+def _scores(path: Path, measured: list[Score], problems: list[str]) -> list[Score]:
+    """Return the ``measured`` scores and those in the directory ``evaluation``, by step."""
+    found: list[tuple[float, Score]] = [(score.step or 0.0, score) for score in measured]
     for file in sorted((path / "evaluation").glob("*/*.json")):
         result = _mapping(file, problems, f"it belongs to the evaluation {file.parent.name}")
         step = number(result.get("step"))
@@ -257,7 +263,7 @@ def _scores(path: Path, metrics: list[dict[str, Any]], problems: list[str]) -> l
     return [score for _, score in sorted(found, key=lambda item: item[0])]
 
 
-def _numbers(suite: str, value: Any, where: dict[str, Any]) -> Iterable[Score]:
+def _numbers(suite: str, value: object, where: Mapping[str, object]) -> Iterable[Score]:
     step, epoch = number(where.get("step")), number(where.get("epoch"))
     for metric, got in (value if isinstance(value, dict) else {"": value}).items():
         found = number(got)

@@ -42,7 +42,7 @@ class Table:
     columns: list[Column]
     rows: list[list[Cell]]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return asdict(self)
 
     def csv(self) -> str:
