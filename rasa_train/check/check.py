@@ -1,4 +1,4 @@
-"""``rasa-train --check``: what a recipe would do, printed for a person or as JSON."""
+"""``rasa-train check``: what a recipe would do, printed for a person or as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about a run before it starts: parameters, steps, memory. ``rasa-train --check`` prints them."""
+"""Facts about a run before it starts: parameters, steps, memory. ``rasa-train check`` prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resources and speed of this machine for a run, for ``rasa-train --check``."""
+"""Resources and speed of this machine for a run, for ``rasa-train check``."""
 
 from __future__ import annotations
 

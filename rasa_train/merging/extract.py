@@ -158,8 +158,8 @@ def _sites(before: Weights, after: Weights, targets: str | list[str]) -> list[Si
     check_finetuned(before, after, sites)
     if fused := [site for site in sites if site.num_experts is not None]:
         raise UserError(
-            f"{fused[0].path} is a fused expert weight, which --extract does not support: name other linears with "
-            "--targets"
+            f"{fused[0].path} is a fused expert weight, which rasa-merge extract does not support: name other linears "
+            "with --targets"
         )
     return sites
 

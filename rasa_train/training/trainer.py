@@ -57,7 +57,7 @@ class Summary(TypedDict):
     versions: dict[str, str]
     workers: int
     base_difference: NotRequired[float]
-    """Relative difference that ``model.base`` makes, if it holds the base in fewer bits."""
+    """Relative difference that ``model.quantization`` makes, if it holds the base in fewer bits."""
     evaluation: NotRequired[dict[str, object] | None]
 
 
