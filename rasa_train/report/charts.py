@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
@@ -47,9 +47,6 @@ class Chart:
     """Sentence below the title."""
     categories: dict[str, list[str]] = field(default_factory=dict)
     """Names of the values 0, 1, 2, ... of an axis, by the name of the axis."""
-
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ def _by_setting(title: str, key: str, grouped: Sequence[Group], setting: str, ax
     for group in grouped:
         for run in group.runs:
             value, best = run.recipe.get(setting), run.best_and_last().get(key)
-            if value is None or best is None or not run.summary:  # an unfinished run is not a result
+            if not isinstance(value, str | int | float) or best is None or not run.summary:  # unfinished, or damaged
                 continue
             hidden = {"seed", "output_dir", setting, "model.revision"}
             rest = {name: v for name, v in run.recipe.items() if name not in hidden}

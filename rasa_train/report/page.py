@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -41,7 +42,7 @@ def render(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
     ]
     sections = [section for section in sections if section[2]]
     script = (HERE / "page.js").read_text()
-    data = {"charts": [chart.as_json() for chart in drawn], "mixing": maps, "reloadSeconds": reload_seconds}
+    data = {"charts": [asdict(chart) for chart in drawn], "mixing": maps, "reloadSeconds": reload_seconds}
     return Template((HERE / "page.html").read_text()).substitute(
         # The page may run only this script and load nothing, so that a hostile run name can do no harm.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -87,7 +88,7 @@ def report_json(runs: Sequence[Run]) -> dict[str, object]:
     ]
     grouped = [{"name": group.name, "runs": [run.name for run in group.runs]} for group in groups(runs)]
     result: dict[str, object] = _finite(
-        {"runs": facts, "groups": grouped, "charts": [chart.as_json() for chart in drawn]}
+        {"runs": facts, "groups": grouped, "charts": [asdict(chart) for chart in drawn]}
     )
     return result
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -41,9 +41,6 @@ class Table:
 
     columns: list[Column]
     rows: list[list[Cell]]
-
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
 
     def csv(self) -> str:
         """Return the table as CSV."""

@@ -185,6 +185,10 @@ def test_accuracy_by_model(make_run: MakeRun, tmp_path: Path) -> None:
         make_run(f"runs/{name}", f"model.name=org/{name}")
     chart = next(c for c in charts(read_runs(find_runs([tmp_path / "runs"]))) if c.title.endswith("by model"))
     assert chart.categories["model"] == ["large", "small"] and chart.views[RUNS][0].x["model"] == [0, 1]
+    damaged = make_run("runs/other", "model.name=org/other") / "recipe.yaml"
+    damaged.write_text(damaged.read_text().replace("org/other", "[org, other]"))
+    chart = next(c for c in charts(read_runs(find_runs([tmp_path / "runs"]))) if c.title.endswith("by model"))
+    assert chart.categories["model"] == ["large", "small"], "a name that is a list is not drawn"
 
 
 def test_tables(sweep: Path) -> None:
