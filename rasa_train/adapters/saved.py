@@ -16,11 +16,11 @@ from typing import TypeGuard
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..io.checkpoint_files import opened
 from .contract import Method, PeftConfig
 from .registry import METHODS
 from .state import saved_tensors
@@ -176,12 +176,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         pickled = path.with_suffix(".bin")
         why = f"; {pickled.name} is a pickle, which is never opened" if pickled.is_file() else ""
         raise UserError(f"{path} does not exist{why}")
-    try:
-        path.open("rb").close()  # safe_open reports a file that it may not read as missing
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def _read_config(directory: Path) -> dict[str, object]:

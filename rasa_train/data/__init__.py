@@ -4,7 +4,8 @@ The path of the data: ``config.DataConfig`` -> ``sources`` (rows) -> ``columns``
 (text and loss mask) -> ``prepare`` (tokenised once, ``cache``) -> ``batching`` (which examples form a step,
 padded tensors).
 
-Only the configuration is imported here, because a recipe is validated without the rest.
+Only the configuration is imported here, which is all that a recipe needs. Of the other files only ``batching`` loads
+torch.
 """
 
 from .config import DataConfig, ValidationConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 
 def sum_over_workers(accelerator: Accelerator, values: list[float]) -> list[float]:
@@ -37,7 +39,7 @@ def stop_agreed(accelerator: Accelerator, reason: str) -> bool:
     return sum_over_workers(accelerator, [float(bool(reason))])[0] > 0
 
 
-def from_first(accelerator: Accelerator, value: Any) -> Any:
+def from_first(accelerator: Accelerator, value: T) -> T:
     """Return the first worker's ``value`` on every worker."""
     if accelerator.num_processes == 1:
         return value
@@ -46,10 +48,10 @@ def from_first(accelerator: Accelerator, value: Any) -> Any:
     return box[0]
 
 
-def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+def gather(accelerator: Accelerator, value: T) -> list[T]:
     """Return the ``value`` of each worker, by rank."""
     if accelerator.num_processes == 1:
         return [value]
-    every: list[Any] = [None] * accelerator.num_processes
+    every = [value] * accelerator.num_processes
     dist.all_gather_object(every, value)
     return every

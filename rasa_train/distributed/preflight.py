@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def same_everywhere(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raise ``UserError`` naming the workers whose ``facts`` (recipe, versions, weights) differ from the first's."""
-    every: list[dict[str, str]] = gather(accelerator, dict(facts))
+    every = gather(accelerator, dict(facts))
     where = places()
     different = [
         f"  {name}: {every[0][name]} on worker 0, {theirs[name]} on worker {worker} ({where[worker]})"
@@ -75,7 +75,7 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
             f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
             key="distributed",
         ) from None
-    times: list[tuple[float, float]] = gather(accelerator, (link, compute))
+    times = gather(accelerator, (link, compute))
     lines = [
         f"{workers} workers on {len({p.split()[0] for p in where})} host(s): "
         f"{size * 4 / 2**20:.1f} MiB of gradients are summed in {exchange * 1e3:.0f} ms"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -141,16 +141,23 @@ def read_index(path: Path) -> Index:
     return index
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file as ``safe_open`` does. Raises ``UserError`` if the file cannot be read or is damaged."""
+    try:
+        path.open("rb").close()  # safe_open reports a file that it may not read as missing
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
 def read_header(path: Path) -> tuple[list[Stored], dict[str, str]]:
     """Return the tensors and the metadata of one file. Raises ``UserError`` if the file is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the base model is incomplete")
-    try:
-        path.open("rb").close()  # safe_open reports a file that it may not read as missing
-        with safe_open(path, framework="pt"):  # checks offsets, dtypes and the length of the file
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+    with opened(path):  # checks offsets, dtypes and the length of the file
+        pass
     with _reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

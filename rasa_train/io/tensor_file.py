@@ -12,11 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+from .checkpoint_files import CODES
+
+DTYPES = CODES | {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",

@@ -120,9 +120,8 @@ def find_adapter(path: Path) -> Path:
     for directory in (path, path / "adapter"):
         if (directory / CONFIG).is_file():
             return directory
-    steps = {int(match[1]): match.string for match in map(_STEP.fullmatch, _names(path / "checkpoints")) if match}
-    for step in sorted(steps, reverse=True):
-        directory = path / "checkpoints" / steps[step]
+    steps = {int(m[1]): p for p in (path / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    for _, directory in sorted(steps.items(), reverse=True):
         if (directory / CONFIG).is_file():
             return directory
     raise UserError(f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}")
@@ -211,13 +210,6 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
         for adapter in adapters.values():
             adapter.eval()
     return Source(saved.method.method, name, base_dir, [saved.directory], model, sites, adapters, replaced)
-
-
-_STEP = re.compile(r"step-(\d+)")
-
-
-def _names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()] if directory.is_dir() else []
 
 
 def architecture(base_dir: Path) -> PreTrainedModel:

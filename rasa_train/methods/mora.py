@@ -141,14 +141,9 @@ def _fold(x: Tensor, q: int) -> Tensor:
     return wrap(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
 
 
-def _split(size: int, q: int) -> tuple[int, int]:
-    """Return (length of the shorter groups, how many of the q groups are one feature longer)."""
-    return size // q, size % q
-
-
 def _group(x: Tensor, q: int) -> Tensor:
     """Sum each of q groups of consecutive features."""
-    length, longer = _split(x.shape[-1], q)
+    length, longer = divmod(x.shape[-1], q)  # length of the shorter groups, number of groups with one feature more
     cut = longer * (length + 1)
     lead = x.shape[:-1]
     first = x[..., :cut].reshape(*lead, longer, length + 1)
@@ -158,13 +153,13 @@ def _group(x: Tensor, q: int) -> Tensor:
 
 def _repeat(z: Tensor, size: int) -> Tensor:
     """Repeat every feature as often as its group is long."""
-    length, longer = _split(size, z.shape[-1])
+    length, longer = divmod(size, z.shape[-1])
     parts = (z[..., :longer].repeat_interleave(length + 1, -1), z[..., longer:].repeat_interleave(length, -1))
     return torch.cat(parts, -1)
 
 
 def _group_of(index: Tensor, size: int, q: int) -> Tensor:
     """Return which of the q groups of ``size`` features each index is in."""
-    length, longer = _split(size, q)
+    length, longer = divmod(size, q)
     cut = longer * (length + 1)
     return torch.where(index < cut, index // (length + 1), longer + (index - cut) // length)
