@@ -252,14 +252,15 @@ def _serve(pipe: Connection, seconds: float) -> None:
         except EOFError:
             return
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            same: bool | None = rules[rule](gold, answer)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                same: bool | None = rules[rule](gold, answer)
+            finally:  # inside, because the time limit may be reached while it is being switched off
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except _TooLong:
             same = None
         except (Exception, RecursionError):  # parsers raise anything; the reference counts such an answer as wrong
             same = False
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send(same)
 
 
