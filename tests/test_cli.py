@@ -215,7 +215,7 @@ def test_a_verb_wins_against_a_file_of_its_name(recipe: Path, tmp_path: Path, cl
     recipe.rename(tmp_path / "list")
     (tmp_path / "check").mkdir()
     assert "math_llama8b_r8" in process("train", "list", cwd=tmp_path).stdout
-    done = process("train", "run", "list", "--json", cwd=tmp_path)
+    done = cli("train", "run", "list", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 1, done.stderr
     assert "run is complete" in cli("train", "./list", check=True).stdout
     assert json.loads(cli("train", "check", "list", "--json", check=True).stdout)["optimizer_steps"] == 1

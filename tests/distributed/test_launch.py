@@ -24,6 +24,10 @@ from tests.conftest import Cli
 
 from .conftest import STEPS, adapter, command, difference, metrics, reach, start
 
+PATIENCE = 300
+"""Seconds after which a process hangs: far more than any of them needs, since the imports of a worker alone take half
+a minute on a busy machine."""
+
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of its children, in the order in which they started."""
@@ -54,7 +58,7 @@ def test_resume_across_strategies_and_world_sizes(home: Path) -> None:
         if step and number:
             reach(process, run, step)
             process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
         assert process.returncode == (75 if number else 0), stderr
         assert "Traceback" not in stderr
         if number:
@@ -70,7 +74,7 @@ def test_killed_worker_is_named(home: Path) -> None:
     reach(process, home / "killed", 7)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     began = time.monotonic()
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert time.monotonic() - began < 30
     assert process.returncode == 1 and stdout == ""
     assert "worker 1 was ended by SIGKILL" in stderr and "Traceback" not in stderr
@@ -107,7 +111,7 @@ def test_a_worker_that_hangs_is_named(rank: int, home: Path) -> None:
     reach(process, home / f"hangs{rank}", 3)
     os.kill(workers_of(process)[rank], signal.SIGSTOP)
     began = time.monotonic()
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert time.monotonic() - began < 60
     assert process.returncode == 1 and stdout == ""
     assert f"worker {rank} (" in stderr and "did not answer (distributed.timeout_seconds=5)" in stderr, stderr
@@ -119,7 +123,7 @@ def test_killed_worker_is_restarted(home: Path) -> None:
     process = start(home, "--nproc", "2", "--max-restarts", "1", "--json", "output_dir=restarted")
     reach(process, home / "restarted", 7)
     os.kill(workers_of(process)[1], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert "a worker has died; restart 1" in stderr and "step-00000006 (step 6 of 20)" in stderr
     assert json.loads(stdout)["steps"] == STEPS, "stdout is one JSON object"
@@ -132,7 +136,7 @@ def test_a_signal_to_one_worker_stops_all(home: Path) -> None:
     process = start(home, *options)
     reach(process, home / "one_signal", 3)
     os.kill(workers_of(process)[1], signal.SIGUSR1)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and "SIGUSR1: saved at step" in stderr, stderr
     steps = len(metrics(home / "one_signal"))
     assert (home / "one_signal" / "checkpoints" / f"step-{steps:08d}").is_dir()
@@ -164,7 +168,7 @@ def test_ctrl_c_twice_ends_at_once(home: Path) -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert time.monotonic() - began < 15
     assert (
         process.returncode == 130 and "press Ctrl-C again to end it at once" in stderr and "Traceback" not in stderr
@@ -205,7 +209,7 @@ def test_host_memory_of_one_process(home: Path) -> None:
 def test_joins_torchrun(home: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = ["-m", "rasa_train.cli.train", "recipe.yaml", "output_dir=torchrun", "distributed.strategy=fsdp"]
-    done = subprocess.run([*torchrun, *program], cwd=home, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*torchrun, *program], cwd=home, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the adapter is in torchrun/adapter") == 1
     assert difference(home / "one", home / "torchrun")["loss"] < 1e-5
@@ -226,7 +230,7 @@ def test_joins_slurm(home: Path) -> None:
         )
         for task in "01"
     ]
-    (first, error), (second, _) = (task.communicate(timeout=120) for task in tasks)
+    (first, error), (second, _) = (task.communicate(timeout=PATIENCE) for task in tasks)
     assert all(task.returncode == 0 for task in tasks), error
     assert "the adapter is in slurm/adapter" in first and second == ""
     assert difference(home / "one", home / "slurm")["loss"] < 1e-5
@@ -242,15 +246,15 @@ def worker(home: Path, rank: int, port: int, *options: str) -> subprocess.Popen[
 
 def test_a_worker_that_does_not_come_is_named(home: Path) -> None:
     first = worker(home, 0, 29_541, "output_dir=lonely", "distributed.timeout_seconds=3")
-    _, error = first.communicate(timeout=60)
+    _, error = first.communicate(timeout=PATIENCE)
     assert first.returncode == 2 and "1 of 2 workers did not come within 3 s: worker 1." in error, error
 
 
 def test_workers_that_disagree_are_named(home: Path) -> None:
     options = ["output_dir=disagree", "training.max_steps=2"]
     both = [worker(home, rank, 29_542, *options, f"seed={rank}") for rank in (0, 1)]
-    _, error = both[0].communicate(timeout=60)
-    both[1].communicate(timeout=60)
+    _, error = both[0].communicate(timeout=PATIENCE)
+    both[1].communicate(timeout=PATIENCE)
     assert [process.returncode for process in both] == [2, 2], error
     assert "workers do not agree:" in error and "recipe: " in error and "on worker 1 (" in error
 
@@ -326,13 +330,13 @@ def on(host: str, node: int, home: Path, *options: str) -> subprocess.Popen[str]
 
 def test_two_hosts(home: Path, two_hosts: list[str]) -> None:
     nodes = [on(host, node, home, "output_dir=hosts") for node, host in enumerate(two_hosts)]
-    (first, error), (second, other) = (node.communicate(timeout=150) for node in nodes)
+    (first, error), (second, other) = (node.communicate(timeout=PATIENCE) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], (error, other)
     assert "the adapter is in hosts/adapter" in first and second == ""
     assert difference(home / "one", home / "hosts")["loss"] < 1e-5
 
     alone = on(two_hosts[0], 0, home, "output_dir=alone", "distributed.timeout_seconds=3")
-    _, error = alone.communicate(timeout=60)
+    _, error = alone.communicate(timeout=PATIENCE)
     assert alone.returncode == 2 and "the 2 nodes did not meet at 10.78.0.1:29517 within 3 s" in error
 
 
@@ -345,7 +349,7 @@ def test_a_cut_link(home: Path, two_hosts: list[str]) -> None:
     link = f"rv{os.getpid() % 100_000}_1"
     subprocess.run(["ip", "-n", two_hosts[1], "link", "set", link, "down"], check=True)
     began = time.monotonic()
-    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    errors = [node.communicate(timeout=PATIENCE)[1] for node in nodes]
     assert time.monotonic() - began < 60
     for node, error in enumerate(errors):
         assert nodes[node].returncode == 1 and "Traceback" not in error, errors
