@@ -27,20 +27,20 @@ def _in_one_line() -> Iterator[None]:
         sys.exit(USER_ERROR)
 
 
-class Command(TyperCommand):
-    """A command that reports wrong options in one line, as it reports all other errors."""
+class _InOneLine:
+    """What reports wrong options in one line, as all other errors are reported."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _in_one_line():
-            return super().make_context(*args, **kwargs)
+            return super().make_context(*args, **kwargs)  # type: ignore[misc]
 
 
-class Group(TyperGroup):
+class Command(_InOneLine, TyperCommand):
+    """A command that reports wrong options in one line."""
+
+
+class Group(_InOneLine, TyperGroup):
     """A command with verbs, which reports wrong options and unknown verbs in one line."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _in_one_line():
-            return super().make_context(*args, **kwargs)
 
     def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
         with _in_one_line():

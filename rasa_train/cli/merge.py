@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
+from .completion import nearby
 from .errors import Command, DefaultVerb, user_errors
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 def _directories(incomplete: str) -> list[str]:
     """Return what a shell offers for ADAPTER_OR_RUN, beside the verbs."""
-    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
-    return [f"{path}/" for path in sorted(parent.glob("*")) if path.is_dir() and str(path).startswith(incomplete)]
+    return [f"{path}/" for path in nearby(incomplete) if path.is_dir() and str(path).startswith(incomplete)]
 
 
 @app.command("merge", cls=Command)

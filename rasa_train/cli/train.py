@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
 from ..recipe import shipped
+from .completion import nearby
 from .errors import Command, DefaultVerb, user_errors
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ app = typer.Typer(
 
 def _recipes(incomplete: str) -> list[str]:
     """Return what a shell offers for RECIPE: shipped recipes, and existing YAML files and directories."""
-    parent = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
-    near = sorted(parent.glob("*")) if parent.is_dir() else []
+    near = nearby(incomplete)
     files = [f"{path}/" if path.is_dir() else str(path) for path in near if path.is_dir() or path.suffix == ".yaml"]
     return [name for name in (*files, *shipped.runnable()) if name.startswith(incomplete)]
 

@@ -231,7 +231,7 @@ def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> Non
             _refuse_secrets(inner, (*key, i), locations)
     elif isinstance(value, str) and _SECRET.search(value):
         at = nearest(locations, key)
-        where = f"\n  at {at.source}" + (f":{at.line}" if at.line else "") if at else ""
+        where = f"\n  at {at.where}" if at else ""
         raise UserError(
             f"{'.'.join(map(str, key))} holds a password or token, and a recipe is copied into its run directory: "
             f"take it out, and give it in the environment (HF_TOKEN, WANDB_API_KEY, ...) or by `hf auth login`{where}"

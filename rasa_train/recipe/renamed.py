@@ -29,5 +29,4 @@ def rename(values: dict[str, Any], locations: dict[Key, Location]) -> list[str]:
         return []
     locations.pop(former, None)
     locations[key] = place
-    where = place.source + (f":{place.line}" if place.line else "")
-    return [f"note: {where}: model.base is now model.quantization; bf16 is now none"]
+    return [f"note: {place.where}: model.base is now model.quantization; bf16 is now none"]

@@ -28,8 +28,13 @@ class Location:
     line: int | None
     text: str
 
+    @property
+    def where(self) -> str:
+        """The place without the text that stands there."""
+        return f"{self.source}:{self.line}" if self.line else self.source
+
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}: {self.text}" if self.line else f"{self.source}: {self.text}"
+        return f"{self.where}: {self.text}"
 
 
 def nearest(locations: dict[Key, Location], key: Key) -> Location | None:
