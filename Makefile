@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-gpu test-oldest test-slow test-matrix test-faults bench gpu-check gpu-check-wheels check format clean \
+.PHONY: help setup demo test test-gpu test-oldest test-slow test-matrix test-families test-faults bench gpu-check gpu-check-wheels check format clean \
 	fuzz docs lock licences sbom audit
 
 help: ## this list
@@ -43,11 +43,15 @@ test-gpu: $(VENV)/ready ## the tests that need a GPU
 test-oldest: $(OLDEST)/ready ## the test suite with the oldest versions that pyproject.toml allows (gigabytes: torch for CUDA)
 	$(OLDEST)/bin/python -m pytest -n 2 -m 'not slow and not gpu'
 
-test-slow: $(VENV)/ready ## what takes minutes, but for what test-matrix, test-faults and fuzz run
-	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/distributed --ignore tests/faults --ignore tests/test_fuzz.py
+test-slow: $(VENV)/ready ## what takes minutes, but for what test-matrix, test-families, test-faults and fuzz run
+	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/distributed --ignore tests/faults --ignore tests/families \
+		--ignore tests/test_fuzz.py
 
 test-matrix: $(VENV)/ready ## every strategy x method against one process (half an hour)
 	$(BIN)/python -m pytest -rP -m slow tests/distributed
+
+test-families: $(VENV)/ready ## every model family trained, packed, merged and exported; makes docs/MODELS.md (ten minutes)
+	$(BIN)/python -m tests.families.table
 
 test-faults: $(VENV)/ready ## kill, damage, fill the disk: a run survives it (minutes; as root also the disks)
 	$(BIN)/python -m pytest tests/faults

@@ -53,26 +53,27 @@ def golden() -> Path:
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def run_command(name: str, *args: object, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command of the package in this process: the same code as in a process of its own, without the seconds of
+    imports. What is no error of the user's is raised."""
+    from accelerate.state import AcceleratorState
+    from typer.testing import CliRunner
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    app = importlib.import_module(f"rasa_train.cli.{name}").app
+    result = CliRunner().invoke(app, list(map(str, args)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    if check:
+        assert result.exit_code == 0, result.stderr
+    return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr)
+
+
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run a command of the package in ``tmp_path``: ``cli("train", "recipe.yaml", ...)``. The same code as in a
-    process of its own, without the seconds of imports."""
+    """Run a command in ``tmp_path``: ``cli("train", "recipe.yaml", ...)``."""
     monkeypatch.chdir(tmp_path)
-
-    def run(name: str, *args: object, check: bool = False) -> subprocess.CompletedProcess[str]:
-        from accelerate.state import AcceleratorState
-        from typer.testing import CliRunner
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        app = importlib.import_module(f"rasa_train.cli.{name}").app
-        result = CliRunner().invoke(app, list(map(str, args)))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        if check:
-            assert result.exit_code == 0, result.stderr
-        return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr)
-
-    return run
+    return run_command
 
 
 @pytest.fixture(scope="session")
