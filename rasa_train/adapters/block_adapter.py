@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ..kernels.block_diagonal import tile, wrap
+from ..kernels.block_diagonal import tile
 from .contract import Adapter
 
 
@@ -30,9 +30,8 @@ class BlockAdapter(Adapter):
         n, q = T.shape[-3:-1]
         dW = T.new_zeros(*self.site.lead, n * q, in_)
         for g, block in enumerate(T.unbind(-3)):
-            rows, width = slice(g * q, (g + 1) * q), min(q, in_ - g * q)
-            dW[..., rows, g * q : g * q + width] = block[..., :width]
-            dW[..., rows, : q - width] += block[..., width:]
+            own = torch.arange(g * q, (g + 1) * q, device=dW.device)
+            dW[..., g * q : (g + 1) * q, :].index_add_(-1, own % in_, block)
         return dW[..., torch.arange(out, device=dW.device) % (n * q), :]
 
     @property
@@ -41,6 +40,6 @@ class BlockAdapter(Adapter):
 
     def _update(self, x: Tensor, T: Tensor) -> Tensor:
         n, q = T.shape[:2]
-        parts = wrap(x, n * q).reshape(-1, n, q).transpose(0, 1)
+        parts = tile(x, n * q).reshape(-1, n, q).transpose(0, 1)
         z = torch.bmm(parts, T.mT).transpose(0, 1).reshape(*x.shape[:-1], n * q)
         return tile(z, self.site.out_features)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..kernels.quantized_weight import Base, narrow
+from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
 from ..models.families import SHARED_INPUTS
 from .contract import Adapter, Method
 from .experts import AdaptedExperts
@@ -66,7 +66,7 @@ def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
         UserError: weights of the base are trained, or the device, a missing package or a shape does not allow the
             format.
     """
-    linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    linears = [m for m in model.modules() if isinstance(m, AdaptedLinear) and not m.own_forward]
     if not linears or any(module.weight.requires_grad for module in linears):
         raise UserError(
             f"model.quantization: {base} needs frozen linears with adapters beside them", key="model.quantization"
@@ -78,7 +78,7 @@ def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
         module.narrow = narrow(W, base)
         norm2 += float(W.float().square().sum())
         error2 += float((module.narrow.dense().float() - W.float()).square().sum())
-        module.weight = module.base.weight = nn.Parameter(W.new_empty(0), requires_grad=False)
+        module.weight = nn.Parameter(W.new_empty(0), requires_grad=False)
     return math.sqrt(error2 / norm2)
 
 
@@ -86,7 +86,9 @@ def _place(model: nn.Module, site: Site, adapter: Adapter) -> None:
     parameter = model.get_parameter(site.weight)
     adapter.to(parameter.device)
     if adapter.needs_weight and not parameter.is_meta:
-        adapter.start(site.view(parameter.detach()).float())
+        linear = None if site.num_experts else model.get_submodule(site.path)
+        quantized = linear is not None and is_bitsandbytes(linear)
+        adapter.start((dequantized(linear) if quantized else site.view(parameter.detach())).float())
     path, _, name = site.path.rpartition(".")
     if site.num_experts is None:
         parent = model.get_submodule(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels.block_diagonal import pack_blocks
 from ..kernels.flat_buffer import Packed
 from ..kernels.low_rank import pack_factors
-from ..kernels.quantized_weight import Narrow, NarrowLinear
+from ..kernels.quantized_weight import Narrow, NarrowLinear, dequantized, is_bitsandbytes
 from .block_adapter import BlockAdapter
 from .contract import Adapter, FactorAdapter
 
@@ -34,6 +34,8 @@ class Linear(Protocol):
     bias: Any
     transposed: bool
     adapter: Adapter
+    base: Any
+    own_forward: bool
 
 
 class Group:
@@ -98,14 +100,18 @@ def weight_of(member: Linear) -> Tensor:
     """Return W (out, in), in whichever form it is stored."""
     if member.narrow is not None:
         return member.narrow.dense()
+    if is_bitsandbytes(member.base):
+        return dequantized(member.base)
     weight: Tensor = member.weight
     return weight.t() if member.transposed else weight
 
 
 def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
     """Return y = W x + b + dW drop(x), computed by the adapter's own ``forward``."""
-    weight = weight_of(member)
-    if member.narrow is None:
+    weight = weight_of(member) if member.adapter.needs_weight or not member.own_forward else member.weight
+    if member.own_forward:
+        y = member.base(x)
+    elif member.narrow is None:
         y = F.linear(x, weight, member.bias)
     else:
         y = NarrowLinear.apply(x, member.narrow)  # type: ignore[no-untyped-call]
@@ -166,6 +172,7 @@ def _stands_still(member: Linear) -> bool:
     weight, bias = member.weight, member.bias
     return (
         member.adapter.compute_dtype is None
+        and not member.own_forward
         and not weight.requires_grad
         and (weight.dim() == 2 or member.narrow is not None)
         and not (bias is not None and bias.requires_grad)

@@ -10,30 +10,32 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..models.families import EXPERT_NAMES, is_router, layer_lists
+from ..models.families import EXPERT_NAMES, SKIPPED_LAYERS, adapts_by_default, text_layers
 from .experts import expert_sites, is_fused, is_supported
+from .linear import maps_vectors
 from .site import Site
 
 
 def find_sites(
     model: nn.Module, targets: str | list[str] = "all-linear", exclude: list[str] | None = None
 ) -> list[Site]:
-    """Return the selected sites among the linears inside the model's repeated layers, in module order. The model may be
-    on the meta device.
+    """Return the selected sites among the linears inside the repeated layers of the text decoder, in module order. The
+    model may be on the meta device.
+
+    ``all-linear`` selects all that a gradient reaches, without routers; ``not_adapted`` names what is left.
 
     Raises:
         UserError: the model has no repeated layers, or an item of ``targets`` or ``exclude`` matches nothing.
     """
     sites = list(_all_linears(model))
-    if targets == "all-linear":
-        _check_experts(model)
     if not sites:
         raise UserError(
             f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name"
         )
-    selected = (
-        [s for s in sites if not is_router(s.kind)] if targets == "all-linear" else _matching(sites, targets, "targets")
-    )
+    if targets == "all-linear":
+        selected = [site for site in sites if adapts_by_default(site.kind)]
+    else:
+        selected = _matching(sites, targets, "targets")
     if exclude:
         excluded = set(_matching(sites, exclude, "exclude"))
         selected = [site for site in selected if site not in excluded]
@@ -42,29 +44,30 @@ def find_sites(
     return selected
 
 
-def _check_experts(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if is_fused(module) and not is_supported(module):
-            raise UserError(
-                f"adapter.targets: {path} of {type(model).__name__} holds the weights of its experts in a layout that "
-                f"cannot be adapted ({type(module).__name__}); name the linears to adapt, for example [q_proj, v_proj]",
-                key="adapter.targets",
-            )
+def not_adapted(model: nn.Module) -> str | None:
+    """Return a sentence on the weights of the text decoder that are computed with but cannot be adapted, experts in a
+    layout of their own for example; None if there are none."""
+    layers = [layer for layers in text_layers(model).values() for layer in layers]
+    found = {type(m).__name__ for layer in layers for m in layer.modules() if is_fused(m) and not is_supported(m)}
+    linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear) and not maps_vectors(m)]
+    found |= {type(m).__name__ for m in linears if "Router" not in type(m).__name__}
+    if not found:
+        return None
+    names = ", ".join(sorted(found))
+    return f"not adapted: the weights of {names}, whose layout adapters do not support; the other linears are adapted"
 
 
 def _all_linears(model: nn.Module) -> Iterator[Site]:
-    lists = {
-        path: layers
-        for path, layers in layer_lists(model).items()
-        if any(isinstance(module, nn.Linear | Conv1D) for module in layers.modules())
-    }
+    lists = text_layers(model)
     for list_path, layers in lists.items():
         # Encoder and decoder of one model must not share pools, so the kind then starts with the path of the list.
         prefix = "" if len(lists) == 1 else list_path + "."
         for index, layer in enumerate(layers):
+            if not SKIPPED_LAYERS.isdisjoint(name for name, _ in layer.named_children()):
+                continue
             for name, module in layer.named_modules():
                 path, kind = f"{list_path}.{index}.{name}", prefix + name
-                if isinstance(module, nn.Linear | Conv1D):
+                if isinstance(module, nn.Linear | Conv1D) and maps_vectors(module):
                     yield _linear_site(path, kind, index, module)
                 elif is_fused(module) and is_supported(module):
                     yield from expert_sites(path, kind, index, module)

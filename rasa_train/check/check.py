@@ -8,13 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .. import process
 from ..data.prepare import PreparedData, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError
-from ..models.load import has_weights, load_tokenizer
+from ..models.load import check_base, has_weights, load_tokenizer
+from ..models.suitable import check_vocabulary
 from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
@@ -80,8 +82,11 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
     problems: list[str] = []
     data: PreparedData | None = None
     tokenizer: Tokenizer | None = None
+    base: PreTrainedModel | None = None
     if not has_weights(recipe.model):
         problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
+    else:
+        base = check_base(recipe.model)
     estimate = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
@@ -93,6 +98,8 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
             raise
         problems.append(str(error))
     if data:
+        if base is not None:
+            check_vocabulary(base, recipe.model.name, data.train.largest_id)
         estimate = plan(recipe, data, workers)
     free, devices, seconds = trial_run.disk_free(Path(recipe.output_dir)), trial_run.devices(), None
     problems += (shortages := _shortages(estimate, free, devices))

@@ -73,6 +73,11 @@ class TokenDataset:
         """Number of tokens of each example that carry loss, after the shift (never the first); int32, shape (len,)."""
         return self._of_view(self._supervised)
 
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id in the files of the set, whichever examples this view has."""
+        return int(self._tokens.max(initial=0))
+
     def select(self, indices: Sequence[int] | np.ndarray) -> "TokenDataset":
         """Return a view of some examples, in the order given; nothing is copied."""
         chosen = np.asarray(indices, np.int64)

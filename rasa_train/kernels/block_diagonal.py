@@ -23,13 +23,8 @@ from .flat_buffer import Flat, Packed, blocks
 from .quantized_weight import Narrow, add_gradient, full_sums, products
 
 
-def wrap(x: Tensor, size: int) -> Tensor:
-    """Return the first ``size`` features of x, where the first features follow the last one again."""
-    return torch.cat([x, x[..., : size - x.shape[-1]]], -1) if size > x.shape[-1] else x[..., :size]
-
-
 def tile(z: Tensor, size: int) -> Tensor:
-    """Return z repeated up to ``size`` features."""
+    """Return the first ``size`` features of z, where its first feature follows the last one again."""
     times = math.ceil(size / z.shape[-1])
     return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
 
@@ -60,7 +55,7 @@ class BlockOperands(NamedTuple):
 class SharedBlockInput(torch.autograd.Function):
     """y_i = x W_i^T + bias_i + tile(drop(x)_g T_ig^T for all g) for all i, differentiable in x and the blocks.
 
-    x (..., in), W_i (out_i, in), T_i (n_i, q_i, q_i), all of one dtype.
+    x (..., in), W_i (out_i, in), T_i (n_i, q_i, q_i), y_i (tokens, out_i), all of one dtype.
 
     Args:
         flat: the buffer that the blocks are views of; the gradient has the same layout.
@@ -72,10 +67,10 @@ class SharedBlockInput(torch.autograd.Function):
         dropped, mask, factor = dropout(rows, p)
         results = []
         for y, T in zip(products(rows, operands.weights, operands.biases), operands.blocks, strict=True):
-            z = _by_block(wrap(dropped, _size(T)), T.mT)
+            z = _by_block(tile(dropped, _size(T)), T.mT)
             for start in range(0, y.shape[1], _size(T)):
                 y[:, start : start + _size(T)].add_(z[:, : y.shape[1] - start])
-            results.append(y.view(*x.shape[:-1], y.shape[1]))
+            results.append(y)
         ctx.save_for_backward(dropped, mask)
         ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)
@@ -97,7 +92,7 @@ class SharedBlockInput(torch.autograd.Function):
             dy = dy.reshape(-1, len(W))
             dz = _gathered(dy, _size(T))
             if needs_flat:
-                torch.bmm(_split(dz, T).mT, _split(wrap(dropped, _size(T)), T), out=place)
+                torch.bmm(_split(dz, T).mT, _split(tile(dropped, _size(T)), T), out=place)
             if needs_x:
                 dx = add_gradient(dx, dy, W)
                 _add_wrapped(dx if d_dropped is None else d_dropped, _by_block(dz, T))
@@ -137,8 +132,7 @@ def _gathered(dy: Tensor, size: int) -> Tensor:
 
 
 def _add_wrapped(dx: Tensor, d_wrapped: Tensor) -> None:
-    """Add the gradient of ``wrap(x)`` to the gradient of x."""
-    first, more = d_wrapped[:, : dx.shape[1]], d_wrapped[:, dx.shape[1] :]
-    dx[:, : first.shape[1]].add_(first)
-    if more.shape[1]:
-        dx[:, : more.shape[1]].add_(more)
+    """Add the gradient of ``tile(x)`` to the gradient of x."""
+    for start in range(0, d_wrapped.shape[1], dx.shape[1]):
+        part = d_wrapped[:, start : start + dx.shape[1]]
+        dx[:, : part.shape[1]].add_(part)

@@ -91,8 +91,9 @@ class Packed:
 
     def outputs(self, x: Tensor, p: float) -> tuple[Tensor, ...]:
         """Compute y of all members for x (..., in), each entry of which is dropped with probability ``p``."""
-        result: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handle)  # type: ignore[no-untyped-call]
-        return result
+        results: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handle)  # type: ignore[no-untyped-call]
+        # Shaped here, because a model may add to y in place, and autograd forbids that for a view that a function made.
+        return tuple(y.view(*x.shape[:-1], -1) for y in results)
 
 
 def blocks(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

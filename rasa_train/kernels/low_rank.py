@@ -123,7 +123,7 @@ def _low(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> Tensor:
 class SharedInput(torch.autograd.Function):
     """y_i = x W_i^T + bias_i + drop(x) A[columns_i]^T Bd_i^T for all i, differentiable in x and the trained operands.
 
-    x (..., in), W_i (out_i, in), A (R, in), Bd_i (out_i, columns_i), all of one dtype.
+    x (..., in), W_i (out_i, in), A (R, in), Bd_i (out_i, columns_i), y_i (tokens, out_i), all of one dtype.
 
     Args:
         flat: the buffer that the trained operands are views of; the gradient has the same layout.
@@ -143,7 +143,7 @@ class SharedInput(torch.autograd.Function):
         results = []
         for y, Bt, own in zip(products(rows, weights, biases), Bts, columns, strict=True):
             y.addmm_(z[:, own], Bt if isinstance(Bt, Tensor) else Bt.Bd.t())
-            results.append(y.view(*x.shape[:-1], y.shape[1]))
+            results.append(y)
         ctx.save_for_backward(dropped, mask, z)
         ctx.draw, ctx.factor, ctx.operands, ctx.flat, ctx.lead = draw, factor, operands, flat, x.shape[:-1]
         ctx.set_materialize_grads(False)

@@ -206,3 +206,22 @@ class NarrowLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return ctx.weight.gradient(dy.reshape(-1, dy.shape[-1])).view(*dy.shape[:-1], -1), None
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a linear comes from a checkpoint that bitsandbytes has quantised."""
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def dequantized(module: Any) -> Tensor:
+    """Return W (out, in) of such a linear, in 4 or 8 bits, in the dtype that bitsandbytes computes with."""
+    from bitsandbytes import functional
+
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        whole: Tensor = functional.dequantize_4bit(weight.data, state)
+        return whole
+    values, scales = (weight.CB, weight.SCB) if weight.CB is not None else (module.state.CB, module.state.SCB)
+    whole = functional.int8_vectorwise_dequant(weight.data if values is None else values, scales)
+    return whole

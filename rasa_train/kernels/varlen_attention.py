@@ -101,7 +101,7 @@ def _one_by_one(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(results, dim=2).transpose(1, 2)
+    return torch.cat(results, dim=2).transpose(1, 2).contiguous()  # some models view the result
 
 
 AttentionInterface.register(NAME, varlen_attention)

@@ -21,7 +21,8 @@ from ..distributed import rendezvous
 from ..errors import DeviceLost, Stopped, UserError, WorkerLost
 from ..io.atomic import write_text
 from ..io.run_dir import RunDirectory
-from ..models.load import load_config, load_tokenizer, meta_model
+from ..models.load import check_base, load_tokenizer, meta_model
+from ..models.suitable import check_vocabulary
 from ..recipe.load import completed, dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
@@ -97,8 +98,10 @@ def _check_input(recipe: Recipe) -> PreparedData:
             raise UserError(
                 f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
             )
-    load_config(recipe.model)
-    return prepare(recipe.data, load_tokenizer(recipe.model))
+    base = check_base(recipe.model)
+    data = prepare(recipe.data, load_tokenizer(recipe.model))
+    check_vocabulary(base, recipe.model.name, data.train.largest_id)
+    return data
 
 
 def _check_strategy(recipe: Recipe, workers: int) -> None:

@@ -12,8 +12,8 @@ remainder, the first groups are one feature longer. x is padded to a multiple of
     4     as 1                                           as 2
     6     n blocks of q, block g rotated by RoPE(g); M acts on each; blocks concatenated, tiled (Eq. 9)
 
-Types 1 to 4 have rank q, type 6 has rank up to min(in, out). There is no alpha. q is at most min(in, out): a larger M
-would have rows or columns that are never read (the reference implementation allows that for very large r).
+Types 1 to 4 have rank q, type 6 has rank up to min(in, out). There is no alpha. For very large r, q exceeds in or out:
+rows or columns of M are then never read, as in the reference implementation, whose files hold them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..adapters.block_adapter import BlockAdapter
 from ..adapters.contract import Adapter, Built, Method, PeftConfig, linear, zeros
 from ..adapters.site import Site
 from ..errors import UserError
-from ..kernels.block_diagonal import tile, wrap
+from ..kernels.block_diagonal import tile
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class MoRA(Method):
 
     def side(self, site: Site) -> int:
         """Return q, which is even for type 6, whose rotation pairs features."""
-        q = min(int(math.sqrt((site.in_features + site.out_features) * self.r) + 0.5), *site.shape)
+        q = int(math.sqrt((site.in_features + site.out_features) * self.r) + 0.5)
         return q - q % 2 if self.type == 6 else q
 
     def build(self, sites: list[Site]) -> Built:
@@ -102,13 +102,12 @@ class SharingAdapter(Adapter):
         rows = M[..., out % q if self.tiled else _group_of(out, b, q), :]
         if not self.strided:
             return rows[..., _group_of(in_, a, q)]
-        dW, pad = rows[..., in_ % q], -a % q
-        dW[..., :pad] += rows[..., q - pad :]
-        return dW
+        padded = torch.arange(math.ceil(a / q) * q, device=M.device)
+        return torch.zeros(*rows.shape[:-1], a, device=M.device).index_add_(-1, padded % a, rows[..., padded % q])
 
     @property
     def effective_rank(self) -> int:
-        return self.q
+        return min(self.q, *self.site.shape)
 
 
 class RotatingAdapter(BlockAdapter):
@@ -138,7 +137,7 @@ class RotatingAdapter(BlockAdapter):
 def _fold(x: Tensor, q: int) -> Tensor:
     """Sum the features i, q + i, 2q + i, ... for each i < q."""
     n = math.ceil(x.shape[-1] / q)
-    return wrap(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
+    return tile(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
 
 
 def _group(x: Tensor, q: int) -> Tensor:
@@ -162,4 +161,4 @@ def _group_of(index: Tensor, size: int, q: int) -> Tensor:
     """Return which of the q groups of ``size`` features each index is in."""
     length, longer = divmod(size, q)
     cut = longer * (length + 1)
-    return torch.where(index < cut, index // (length + 1), longer + (index - cut) // length)
+    return torch.where(index < cut, index // (length + 1), longer + (index - cut) // max(length, 1))

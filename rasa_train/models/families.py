@@ -13,9 +13,36 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
 
 
+def text_layers(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return those of ``layer_lists`` that are the text decoder: not the towers that read images or sound, and no lists
+    beside the layers. A model with an encoder and a decoder has two."""
+    lists = {path: layers for path, layers in layer_lists(model).items() if any(map(_is_layer, layers))}
+    find = getattr(model, "get_decoder", None)  # a model that PEFT has wrapped has it, too
+    decoder = find() if callable(find) else None
+    root = next((path for path, module in model.named_modules() if module is decoder), "")
+    inside = {path: layers for path, layers in lists.items() if path.startswith(root and f"{root}.")}
+    found = inside or lists
+    least = min((path.count(".") for path in found), default=0)
+    return {path: layers for path, layers in found.items() if path.count(".") == least}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether an item of a list is a layer, made of modules with weights, rather than a linear by itself."""
+    return any(parameter.dim() > 1 for child in module.children() for parameter in child.parameters())
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated layers of the decoder: the longest of the model's lists."""
-    return max(map(list, layer_lists(model).values()), key=len)
+    """Return the repeated layers of the text decoder: the longest of its lists."""
+    return max(map(list, text_layers(model).values()), key=len)
+
+
+def end_tokens(model: nn.Module) -> list[int]:
+    """Return the ids of the tokens at which the model ends a text, for generation; empty if it names none."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):  # type: ignore[union-attr]
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
 
 
 # fmt: off
@@ -39,13 +66,26 @@ EXPERT_NAMES = {"gate_proj": ("w1", "gate_up_proj"), "up_proj": ("w3", "gate_up_
 """Other names of the linears of fused experts: Mixtral's names, and the name of the fused parameter."""
 
 
-ROUTERS = {"gate", "router", "shared_expert_gate"}
+ROUTERS = {"gate", "router", "router_gate", "modality_router", "shared_expert_gate"}
 """Names of the router of a mixture of experts, or of the module around it."""
 
+UNREACHED = {
+    "dt_proj",  # Mamba reads its weight without calling it; Doge's and Jamba's only choose
+    "indexer",  # DeepSeek's chooses keys without a gradient
+    "cross_attn",  # reads images
+    "encoder_attn",  # reads the encoder, which a language model does not have
+    "correction_coefs",  # Gemma 3n reads its weight without calling it
+    # Each of Zamba 2's shared blocks has those of all places at which a block is used.
+    *("linear_q_adapter_list", "linear_k_adapter_list", "linear_v_adapter_list", "gate_up_proj_adapter_list"),
+}
+"""Names of modules whose linears no gradient of a text reaches."""
+SKIPPED_LAYERS = {"cross_attn"}
+"""Names of modules that make their layer one that is passed over if there is no image (Llama 3.2 Vision)."""
 
-def is_router(kind: str) -> bool:
-    """Whether a kind of linear belongs to a router, which ``all-linear`` does not adapt."""
-    return not ROUTERS.isdisjoint(kind.split("."))
+
+def adapts_by_default(kind: str) -> bool:
+    """Whether ``all-linear`` adapts a kind of linear: not those of a router, nor those that no gradient reaches."""
+    return (ROUTERS | UNREACHED).isdisjoint(kind.split("."))
 
 
 SHARED_INPUTS = (

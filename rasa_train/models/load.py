@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,13 @@ from torch import nn
 from .. import process
 from ..errors import UserError
 from .config import ModelConfig, torch_dtype
+from .suitable import check_causal, check_quantization, looks_quantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
@@ -30,53 +35,150 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """Load the base with its weights, in ``config.dtype``, in eval mode, on the CPU."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    """Load the base with its weights, in ``config.dtype``, in eval mode, on the CPU.
+
+    Raises:
+        UserError: the files lack a weight of the model, or hold one in another shape.
+    """
+    return _opened(config, quiet=not sys.stderr.isatty() or process.rank() > 0)
+
+
+def check_base(config: ModelConfig) -> PreTrainedModel:
+    """Open the base as ``load_model`` does, but on the meta device: the names and shapes of its weights are compared
+    with the model's, and no weight is read. Returns the model. Weights that are not on this machine are not compared.
+
+    Raises:
+        UserError: ``load_model`` would raise it, or the model is not a causal language model.
+    """
+    check_quantization(load_config(config), config.name)
+    here = has_weights(config) and (Path(config.name).is_dir() or _is_cached(config))
+    model = _opened(config, quiet=True, device_map="meta") if here else meta_model(config)
+    check_causal(model)
+    return model
+
+
+def _opened(config: ModelConfig, *, quiet: bool, **options: Any) -> PreTrainedModel:
+    """Open the base with ``from_pretrained`` and look at its report of what was loaded. ``quiet``: without a bar."""
+    from transformers.utils import logging as transformers_logging
 
     architecture = load_config(config)
     if Path(config.name).is_dir() and not has_weights(config):
         raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
-    if not sys.stderr.isatty() or process.rank():
-        disable_progress_bar()
-    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    return _from_hub(
-        AutoModelForCausalLM.from_pretrained,
+    shown = transformers_logging.is_progress_bar_enabled()
+    if quiet:
+        transformers_logging.disable_progress_bar()
+    model, report = _from_hub(
+        _auto_class(architecture, config).from_pretrained,
         config.name,
         config,
         key="model.name",
         config=architecture,
         dtype=torch_dtype(config),
         use_safetensors=True,
-        **extra,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the report has them all; transformers would raise an error about the first
+        **_attention(config),
+        **options,
     )
+    if shown:
+        transformers_logging.enable_progress_bar()
+    _check_report(config.name, report)
+    assert isinstance(model, nn.Module)
+    return model  # type: ignore[return-value]
+
+
+def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
+    """Refuse a base of which weights are missing, since transformers has drawn them at random, and name the tensors of
+    its files that the model does not use."""
+    missing = sorted(report["missing_keys"])
+    shapes = [f"{key} is {tuple(there)}, not {tuple(wanted)}" for key, there, wanted in report["mismatched_keys"]]
+    unexpected = sorted(report["unexpected_keys"])
+    if missing or shapes:
+        what = [f"the files lack {_some(missing)}"] if missing else []
+        what += [f"the shape of {_some(sorted(shapes))}"] if shapes else []
+        extra = f"; they hold {_some(unexpected)}, which the model does not have" if unexpected else ""
+        raise UserError(
+            f"model.name: {name} is not a whole checkpoint of the model in its config.json: {', and '.join(what)}"
+            f"{extra}. Training would start from random values there. Give a complete checkpoint of a causal language "
+            "model, or correct config.json",
+            key="model.name",
+        )
+    if scales := [key for key in unexpected if looks_quantized(key)]:
+        raise UserError(
+            f"model.name: {name} holds {_some(scales)}: its weights are quantised, but its config.json has no "
+            "quantization_config, so they would be read without their scales. Give the original weights",
+            key="model.name",
+        )
+    if unexpected and process.rank() == 0:
+        _log.warning("model.name: %s holds tensors that the model does not use: %s", name, _some(unexpected))
+
+
+def _some(items: list[str]) -> str:
+    """List up to three items, and the number of the others."""
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """Return a model of the same architecture on the meta device: names and shapes without memory."""
-    from transformers import AutoModelForCausalLM
-
-    architecture = load_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code
-        )
-    return model
+        return _from_config(config)
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
     """Return the base as ``load_model`` does, but with its parameters on the meta device; buffers (rotary frequencies)
     have their values."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    architecture = load_config(config)
-    extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code, **extra
-        )
+        model = _from_config(config, **_attention(config))
     return model.eval()
+
+
+def _from_config(config: ModelConfig, **options: Any) -> PreTrainedModel:
+    architecture = load_config(config)
+    model: PreTrainedModel = _auto_class(architecture, config).from_config(
+        architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code, **options
+    )
+    return model
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+
+
+def _auto_class(architecture: PretrainedConfig, config: ModelConfig) -> Any:
+    """Return the class of transformers that opens the model: the one for causal language models, or, for a
+    vision-language checkpoint without such a class, the one whose text decoder is trained.
+
+    Raises:
+        UserError: transformers has no causal language model of this architecture.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    own_code = config.trust_remote_code and "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {})
+    if own_code or type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(architecture) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise UserError(
+        f"model.name: {config.name} is a model of the type {architecture.model_type!r}, of which transformers has no "
+        "causal language model; give a decoder that predicts the next token",
+        key="model.name",
+    )
+
+
+def _is_cached(config: ModelConfig) -> bool:
+    """Whether the weights of a hub id are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    found = (try_to_load_from_cache(config.name, name, revision=config.revision) for name in names)
+    return any(isinstance(path, str) for path in found)
 
 
 def has_weights(config: ModelConfig) -> bool:
@@ -127,7 +229,7 @@ def _check_remote_code(config: ModelConfig) -> None:
 def _from_hub(load: Any, name: str, model: ModelConfig, *, key: str, **kwargs: Any) -> Any:
     try:
         return load(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
         why = re.split(" Check(?:out)? your internet", " ".join(str(error).split()))[0][:400]
         hint = " HF_HUB_OFFLINE is set, so only models already on this machine can be used." if offline else ""

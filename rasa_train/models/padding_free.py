@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,8 +45,14 @@ def use_varlen(model: PreTrainedModel) -> None:
         UserError: the model's attention cannot keep sequences of one row apart.
     """
     check_packable(model)
-    if "flash" not in str(model.config._attn_implementation):
+    usual = str(model.config._attn_implementation)
+    if "flash" not in usual:
+        _usual[model] = usual
         model.set_attn_implementation(NAME)
+
+
+_usual: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""The attention that models had before ``use_varlen``."""
 
 
 @contextmanager
@@ -53,7 +60,7 @@ def padded(model: nn.Module) -> Iterator[None]:
     """Let ``model`` attend to padded sequences again inside the block, as generation needs."""
     flat = isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
     if isinstance(model, PreTrainedModel) and flat:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(_usual.get(model, "sdpa"))
     try:
         yield
     finally:

@@ -21,7 +21,8 @@ from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
 from ..models.layers import checkpoint_layers, compile_layers
-from ..models.load import empty_model, load_model, meta_model
+from ..models.load import empty_model, load_config, load_model, meta_model
+from ..models.suitable import check_quantization
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
 from ..optim.optimizers import make_optimizer
@@ -122,6 +123,16 @@ class TrainableModel:
         return decoder_layers(self.module)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that the base computes in."""
+        return torch_dtype(self.recipe.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return int(self.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+    @property
     def trained(self) -> int:
         """The number of trained values on all workers, divided or not."""
         return sum(math.prod(self.shapes[name]) for name in self.parameters)
@@ -173,6 +184,7 @@ def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
 def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
     """Load the base, with its weights if this worker reads them. If only the first worker reads, the others wait as
     long as it takes: a large base on a slow disk takes longer than the timeout of an exchange."""
+    check_quantization(load_config(recipe.model), recipe.model.name)
     if not engine.first_reads:
         return load_model(recipe.model)
     read: list[PreTrainedModel] = []

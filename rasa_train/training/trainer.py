@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import process
 from ..adapters.inject import narrow_base
 from ..adapters.saved import load_tensors, read_adapter
+from ..adapters.sites import not_adapted
 from ..adapters.state import effective_ranks
 from ..data.ahead import ahead
 from ..data.batching import Limit
@@ -31,6 +32,7 @@ from . import checkpoint, fault_handling
 from .checkpoint import Progress
 from .evaluation import TrainingEvaluation, best_of
 from .micro_batches import Step, fit, plan_steps, step_of
+from .proof import Proof
 from .reporter import MetricsRow, Reporter
 from .step import train_step, validate
 from .trainable_model import TrainableModel
@@ -136,6 +138,9 @@ class Trainer:
             self.accelerator.init_trackers(self.recipe.tracking.project)
         count, done = self.model.trained, self.progress.step
         self.say(f"{self.recipe.adapter.method}: {count:,} trainable parameters in {len(self.model.sites)} linears")
+        default = self.model.adapters and self.recipe.adapter.targets == "all-linear"
+        if default and (left_out := not_adapted(self.model.module)):
+            self.say(left_out)
         if checked := preflight.preflight(self.accelerator, count):
             self.say(checked)
         examples = f"{len(self.data.train):,} examples"
@@ -148,6 +153,7 @@ class Trainer:
         self.limit = fit(self.model, self.data.train, self.say)
         self.room = fault_handling.Room(self.limit, self.say)
         self.watch = fault_handling.Watch(self.training.max_skipped, self.say)
+        self.proof = Proof(self.model, self.data.train, self.data.stats, self.say)
         left = range(self.progress.step, self.total_steps)
         planned = plan_steps(self.model, self.data.train, self.limit, left, self.steps_per_epoch)
         work = self._exits.enter_context(closing(ahead(planned)))
@@ -160,6 +166,8 @@ class Trainer:
         lr = self.training.optimizer.lr * lr_factor(self.training.schedule, step, self.total_steps)
         set_lr(self.engine.optimizer, lr)
         rules = {name: tensor.clone() for name, tensor in self.model.rule_state.items()}
+        if proving := self.proof.pending:
+            self.proof.begin(work)
         loss = self._gradients(step, work, rules)
         grad_norm = self.engine.step(loss)
         if skipped := self.watch.skipped(step + 1, loss, grad_norm):
@@ -168,6 +176,8 @@ class Trainer:
         else:
             self.recipe.adapter.after_step(self.model.adapters, step + 1, self.total_steps)
             self.engine.zero_grad()
+            if proving and lr > 0:
+                self.proof.after(loss)
         seconds = time.perf_counter() - started
         self.progress = self.progress.after(batch, train, seconds)
         tokens = int(train.lengths[batch].sum())
@@ -266,6 +276,7 @@ class Trainer:
 
     def write_adapter(self) -> None:
         """Write the finished adapter. Every worker must call it."""
+        self.proof.finish()
         if not self.engine.sharded:
             self.model.ranks = effective_ranks(self.model.module)  # AdaLoRA's rule has changed them
         checkpoint.write_directory(self.directory.adapter, partial(checkpoint.write_adapter, self.model), self.engine)

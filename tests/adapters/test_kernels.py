@@ -95,7 +95,7 @@ def test_gradients_by_finite_differences(case: str, p: float, fused: bool) -> No
     def ours(x: Tensor, flat: Tensor) -> Tensor:
         torch.manual_seed(7)
         with seeded.forced() if fused else nullcontext():
-            outputs = SharedInput.apply(x, p, operands(flat.detach()), flat)
+            outputs = [y.view(2, 4, -1) for y in SharedInput.apply(x, p, operands(flat.detach()), flat)]
         return outputs[0] if case == "unused" else torch.cat(outputs, -1)
 
     inputs = [t.requires_grad_() for t in (x, buffer)]
@@ -124,7 +124,7 @@ def test_block_gradients_by_finite_differences(case: str, p: float) -> None:
     def ours(x: Tensor, flat: Tensor) -> Tensor:
         torch.manual_seed(7)
         operands = BlockOperands(weights, biases, blocks(flat.detach(), shapes))
-        outputs = SharedBlockInput.apply(x, p, operands, flat)
+        outputs = [y.view(2, 4, -1) for y in SharedBlockInput.apply(x, p, operands, flat)]
         return outputs[0] if case == "unused" else torch.cat(outputs, -1)
 
     inputs = [t.requires_grad_() for t in (x, buffer)]
