@@ -16,7 +16,7 @@ from torch import nn
 from .. import process
 from ..errors import UserError
 from .config import ModelConfig, torch_dtype
-from .suitable import check_causal, check_quantization, looks_quantized
+from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -50,8 +50,11 @@ def check_base(config: ModelConfig) -> PreTrainedModel:
     Raises:
         UserError: ``load_model`` would raise it, or the model is not a causal language model.
     """
-    check_quantization(load_config(config), config.name)
+    architecture = load_config(config)
+    check_quantization(architecture, config.name)
     here = has_weights(config) and (Path(config.name).is_dir() or _is_cached(config))
+    if quantization_of(architecture):  # bitsandbytes cannot open its weights on the meta device
+        here = False
     model = _opened(config, quiet=True, device_map="meta") if here else meta_model(config)
     check_causal(model)
     return model
