@@ -121,7 +121,7 @@ def kinds_of(family: str) -> list[str] | None:
 
 
 def _cell(outcome: Outcome) -> str:
-    return f"ok {outcome.text}" if outcome.kind == "ok" else outcome.kind
+    return f"ok {outcome.text}".strip() if outcome.kind == "ok" else outcome.kind
 
 
 def _short(text: str, limit: int = 160) -> str:
