@@ -244,6 +244,7 @@ EXPERTS: dict[str, Spec] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     }),
     "dots1": lm("dots1", MOE, DENSE_FIRST),
+    "doge_moe": lm("doge", MOE, is_moe=True),
     "jetmoe": lm("jetmoe", MOE, kv_channels=8),
     "longcat_flash": lm(
         "longcat_flash", MOE, MLA, num_layers=2, ffn_hidden_size=64, expert_ffn_hidden_size=32, zero_expert_num=1,
