@@ -45,7 +45,8 @@ MLA: Values = {
     **DENSE_FIRST, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4, "routed_scaling_factor": 1.0,
 }
-INDEXER: Values = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 64}
+# With few heads many scores of the indexer are exactly zero, and which of them it selects depends on the padding.
+INDEXER: Values = {"index_n_heads": 8, "index_head_dim": 8, "index_topk": 64}
 DELTA: Values = {
     "layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4,
@@ -157,8 +158,8 @@ DECODERS: dict[str, Spec] = {
         "max_seq_len": 512,
     }),
     "stablelm": lm("stablelm"),
-    "cohere": lm("cohere"),
-    "cohere2": lm("cohere2", ALTERNATING),
+    "cohere": lm("cohere", logit_scale=0.25),
+    "cohere2": lm("cohere2", ALTERNATING, logit_scale=0.25),
     "granite": lm("granite"),
     "granite_swa": lm("granite_swa"),
     "olmo": lm("olmo"),
@@ -197,7 +198,12 @@ DECODERS: dict[str, Spec] = {
     "jais2": lm("jais2"),
     "cwm": lm("cwm", sliding_window=8),
     "hyperclovax": lm("hyperclovax"),
-    "blt": Spec("blt", {}),
+    "blt": Spec("blt", {
+        "vocab_size": VOCABULARY, "num_hidden_layers": 4, "encoder_hash_byte_group_vocab": 100,
+        "local_attention_window_len": 8, "patching_mode": "space", "patch_in_forward": False, "patcher_config": text(),
+        **{f"{part}_config": text(hidden_size_global=64, num_key_value_heads=4) for part in ("encoder", "decoder")},
+        "global_config": text(hidden_size=64, head_dim=16, num_key_value_heads=4),
+    }),
 }
 
 EXPERTS: dict[str, Spec] = {
@@ -212,7 +218,7 @@ EXPERTS: dict[str, Spec] = {
     ),
     "phimoe": lm("phimoe", MOE, NO_JITTER),
     "phimoe_sw8": lm("phimoe", MOE, NO_JITTER, sliding_window=8),
-    "cohere2_moe": lm("cohere2_moe", MOE, ALTERNATING),
+    "cohere2_moe": lm("cohere2_moe", MOE, ALTERNATING, logit_scale=0.25),
     "granitemoe": lm("granitemoe", MOE),
     "granitemoeshared": lm("granitemoeshared", MOE, shared_intermediate_size=32),
     "olmoe": lm("olmoe", MOE),
@@ -234,10 +240,11 @@ EXPERTS: dict[str, Spec] = {
     "minimax_m2": lm("minimax_m2", MOE, rotary_dim=8),
     "dbrx": Spec("dbrx", {
         **ENDS, "vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 512,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     }),
     "dots1": lm("dots1", MOE, DENSE_FIRST),
+    "doge_moe": lm("doge", MOE, is_moe=True),
     "jetmoe": lm("jetmoe", MOE, kv_channels=8),
     "longcat_flash": lm(
         "longcat_flash", MOE, MLA, num_layers=2, ffn_hidden_size=64, expert_ffn_hidden_size=32, zero_expert_num=1,
@@ -247,8 +254,7 @@ EXPERTS: dict[str, Spec] = {
     "mimo_v2_flash": lm("mimo_v2_flash", MOE, GROUPED),
     "afmoe": lm("afmoe", MOE, GROUPED, num_dense_layers=1, num_shared_experts=1, sliding_window=8),
     "hy_v3": lm("hy_v3", MOE),
-    "qwen4_exp_text": lm("qwen4_exp_text", MOE, {k: v for k, v in DELTA.items() if k != "layer_types"}),
-    "zaya": lm("zaya", MOE),
+    "zaya": lm("zaya", MOE, num_experts_per_tok=1, router_hidden_size=16),
 }
 
 STATE_SPACE: dict[str, Spec] = {
@@ -279,7 +285,7 @@ STATE_SPACE: dict[str, Spec] = {
         layers_block_type=["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
     ),
     "zamba2_2blocks": lm(
-        "zamba2", ZAMBA2, num_hidden_layers=6, num_mem_blocks=2, use_shared_attention_adapter=True,
+        "zamba2", ZAMBA2, num_hidden_layers=6, num_mem_blocks=2, use_shared_attention_adapter=False,
         layers_block_type=["mamba", "hybrid"] * 3,
     ),
     "bamba": lm("bamba", MAMBA, attn_layer_indices=[1]),
@@ -290,7 +296,11 @@ STATE_SPACE: dict[str, Spec] = {
     "rwkv": lm("rwkv", attention_hidden_size=32, context_length=512),
     "xlstm": lm("xlstm", num_heads=4, qk_dim_factor=0.5, v_dim_factor=1.0, num_blocks=4, chunk_size=16),
     "minimax": lm("minimax", MOE, layer_types=["linear_attention", "full_attention"] * 2, block_size=16),
-    "kimi_linear": lm("kimi_linear", MOE, MLA),
+    "qwen4_exp_text": lm(
+        "qwen4_exp_text", MOE, DELTA, hc_count=2, hc_lowrank=8, indexer_n_heads=2, indexer_kv_heads=1,
+        indexer_head_dim=8, indexer_budget=64, indexer_compress_ratio=4,
+    ),
+    "kimi_linear": lm("kimi_linear", MOE, MLA, DELTA, linear_head_dim=8, linear_num_heads=4),
     "lfm2": lm("lfm2", CONV, block_ff_dim=64, conv_L_cache=3),
     "lfm2_moe": lm("lfm2_moe", MOE, CONV, num_dense_layers=1),
     "lfm3": lm("lfm3", CONV),
@@ -314,7 +324,9 @@ ENCODERS: dict[str, Spec] = {
         "max_position_embeddings": 512, "dropout": 0.0, "pad_token_id": 1, "decoder_start_token_id": 1,
         "forced_eos_token_id": 1,
     }, "AutoModelForSeq2SeqLM"),
-    "t5gemma": Spec("t5gemma", {}, "AutoModelForSeq2SeqLM"),
+    "t5gemma": Spec("t5gemma", {
+        "vocab_size": VOCABULARY, "encoder": text(ALTERNATING, QUERY8), "decoder": text(ALTERNATING, QUERY8),
+    }, "AutoModelForSeq2SeqLM"),
 }
 
 VISION_LANGUAGE: dict[str, Spec] = {
@@ -370,5 +382,7 @@ VISION_LANGUAGE: dict[str, Spec] = {
 
 FAMILIES: dict[str, Spec] = {**DECODERS, **EXPERTS, **STATE_SPACE, **ENCODERS, **VISION_LANGUAGE}
 
-UNBUILT: dict[str, str] = {}
+UNBUILT: dict[str, str] = {
+    "gemma3n_vl": "its vision tower needs timm, which is not a dependency of this project",
+}
 """Configurations that the installed transformers cannot build at this size, with the reason."""
