@@ -61,8 +61,9 @@ class DataConfig(BaseModel):
     revision: str | None = None
     """Branch, tag or commit of a hub set. The default is the hub's main branch."""
     columns: dict[str, str] | None = None
-    """Columns of the file that hold each part of an example: {query: ..., response: ...} or {messages: ...}. By default
-    those of the built-in set, or else recognised from the first row."""
+    """Columns of the file that hold each part of an example: {query: ..., response: ...}, perhaps with {input: ...},
+    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. By default those of the
+    built-in set, or else recognised from the first row."""
     template: Template = "alpaca"
     """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
     the response, with nothing else."""
@@ -93,10 +94,15 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        if self.columns is not None and set(self.columns) not in ({"query", "response"}, {"messages"}):
+        named = set(self.columns or {"messages"})
+        if named - {"tools"} not in ({"query", "response"}, {"query", "input", "response"}, {"messages"}):
             raise UserError(
-                f"data.columns must name `query` and `response`, or `messages`, got {sorted(self.columns)}; "
+                f"data.columns must name `query` and `response` (perhaps `input`), or `messages`, got {sorted(named)}; "
                 "write it as {query: <column of the file>, response: <column of the file>}",
                 key="data.columns",
+            )
+        if "tools" in named and self.template != "chat":
+            raise UserError(
+                f"data.columns: `tools` are for data.template: chat, got template: {self.template}", key="data.columns"
             )
         return self

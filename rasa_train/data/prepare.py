@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ import numpy as np
 from .. import process
 from ..errors import UserError
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
+from .chat import DATE
 from .columns import Columns, Row, find_columns
 from .config import DataConfig
-from .encode import Encoded, Encoder, plain_backend
+from .encode import Encoded, Encoder, EncoderRow, plain_backend
 from .sources import Source, find_source
 
 _CHUNK = 256  # rows
+_MOST_NAMES = 20  # of columns, in a message
 _SEED = 42  # the seed of the reference's data scaling runs
-Chunk = list[tuple[str, Any]]
+Chunk = list[EncoderRow]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Stats:
     tokens: int
     supervised_tokens: int
     longest: int
+    unused_columns: list[str] = field(default_factory=list)
+    """Columns that rows have and that are not used, sorted."""
+    date: str | None = None
+    """The date that the chat template prints, if it prints one."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class PreparedData:
     stats: Stats
     key: str
     """sha256 of everything the training examples depend on, their order included."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know about the data, one line each."""
 
 
 def prepare(
@@ -108,7 +116,18 @@ def prepare(
         longest=int(train.lengths.max()),
     )
     view = hashlib.sha256(f"{key} {held_out.size if held_out else None} {config.fraction}".encode()).hexdigest()
-    return PreparedData(train, validation, stats, view)
+    return PreparedData(train, validation, stats, view, _notes(counts))
+
+
+def _notes(stats: Stats) -> list[str]:
+    notes = []
+    if stats.unused_columns:
+        shown = stats.unused_columns[:_MOST_NAMES]
+        more = f" and {len(stats.unused_columns) - len(shown)} more" if len(stats.unused_columns) > len(shown) else ""
+        notes.append(f"columns of the data that are not used: {', '.join(shown)}{more}")
+    if stats.date:
+        notes.append(f"the chat template prints today's date: {stats.date} stands for it in all rows")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -163,9 +182,11 @@ class _Maker:
         first = next(rows, None)
         if first is None:
             raise UserError(f"data.dataset: {dataset} has no rows", key="data.dataset")
-        found = find_columns(first[1], first[0], columns)
+        kind = find_columns(first[1], first[0], columns).kind
+        encoder = Encoder(self.config, self.tokenizer, kind)
+        chat = encoder.chat
+        found = find_columns(first[1], first[0], columns, chat.names if chat else ())
         chunks = _chunks(itertools.chain([first], rows), found)
-        encoder = Encoder(self.config, self.tokenizer, found.kind)
         workers = 1 if found.kind == "tokens" else _worker_count(self.config)
         stats = Stats(0, 0, 0, 0, 0, 0, 0, 0)
         for size, encoded in _encode(encoder, chunks, workers, self.pool_threshold):
@@ -183,7 +204,13 @@ class _Maker:
                 "data.max_length or choose another supervise",
                 key="data.dataset",
             )
-        return stats
+        if found.absent:
+            raise UserError(
+                f"data.columns: no row of {dataset} has a column {sorted(found.absent)[0]!r}; name the right columns",
+                key="data.columns",
+            )
+        date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
+        return replace(stats, unused_columns=sorted(found.unused), date=date)
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
@@ -201,7 +228,7 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
 
 
 def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk]:
-    extracted = ((where, columns.extract(row, where)) for where, row in rows)
+    extracted = ((where, columns.extract(row, where), columns.variables(row, where)) for where, row in rows)
     while chunk := list(itertools.islice(extracted, _CHUNK)):
         yield chunk
 
