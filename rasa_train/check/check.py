@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -103,7 +104,7 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
         words = "not tokenised, since there is no tokenizer"
     if data:
         estimate = plan(recipe, data, workers)
-        words = f"median {estimate.median_example:,.0f}, longest {estimate.longest_example:,} tokens"
+        words = f"median {np.median(data.train.lengths):,.0f}, longest {data.train.lengths.max():,} tokens"
     free, devices, seconds = trial_run.disk_free(Path(recipe.output_dir)), trial_run.devices(), None
     problems += (shortages := _shortages(estimate, free, devices))
     if data and estimate.optimizer_steps and not problems and workers == 1:

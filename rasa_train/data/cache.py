@@ -186,7 +186,7 @@ def default_directory() -> Path:
     if own := os.environ.get("RASA_TRAIN_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rasa_train"
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "rasa_train"
 
 
 def _mapped(directory: Path, name: str) -> np.ndarray:

@@ -235,15 +235,19 @@ def _listed_objects(value: Any, name: str, where: str) -> list[Any]:
     try:
         items = json.loads(value or "[]") if isinstance(value, str) else value
         items = [json.loads(item) if isinstance(item, str) else item for item in items]
+        items = [{"type": "function", "function": item} if name == "functions" else item for item in items]
+        for function in (item["function"] for item in items if isinstance(item.get("function"), dict)):
+            if isinstance(function.get("parameters"), str):
+                function["parameters"] = json.loads(function["parameters"])
         if not all(isinstance(item, Mapping) for item in items):
             raise TypeError
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{where}: column {name!r} must be a list of objects, or the JSON text of one, got {_kind_of(value)}; "
             "correct or remove this row",
             key="data.dataset",
         ) from None
-    return [{"type": "function", "function": item} for item in items] if name == "functions" else items
+    return list(items)
 
 
 def _check_unicode(text: str, name: str, where: str) -> None:

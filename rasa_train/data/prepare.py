@@ -20,9 +20,9 @@ from ..errors import UserError
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns
-from .config import DataConfig
+from .config import DataConfig, ValidationConfig
 from .encode import Encoded, Encoder, EncoderRow, plain_backend
-from .sources import Source, find_source
+from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
 
 _CHUNK = 256  # rows
 _MOST_NAMES = 20  # of columns, in a message
@@ -88,14 +88,14 @@ def prepare(
         UserError: the dataset is missing or malformed, or leaves no example.
     """
     make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold)
-    whole, counts, key = make(config.dataset, config.subset, config.split, config.revision)
+    source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
+    held_out = config.validation
+    apart = _held_out_source(config, held_out, source) if held_out and held_out.dataset else None
+    whole, counts, key = make(source, columns, config.dataset)
     indices = np.random.default_rng(_SEED).permutation(len(whole))
     validation = None
-    held_out = config.validation
-    if held_out is not None and held_out.dataset is not None:
-        same = held_out.dataset == config.dataset  # another split of the same hub set
-        subset, revision = (config.subset, config.revision) if same else (None, None)
-        validation, _, _ = make(held_out.dataset, subset, held_out.split, revision)
+    if apart is not None and held_out is not None:
+        validation, _, _ = make(*apart, str(held_out.dataset))
     elif held_out is not None and held_out.size is not None:
         size = held_out.size if isinstance(held_out.size, int) else max(1, int(held_out.size * len(whole)))
         if size >= len(whole):
@@ -119,6 +119,32 @@ def prepare(
     return PreparedData(train, validation, stats, view, _notes(counts))
 
 
+def _held_out_source(
+    config: DataConfig, held_out: ValidationConfig, training: Source
+) -> tuple[Source, dict[str, str] | None]:
+    """Return the source of ``data.validation.dataset``, which has no rows of the training set as a whole."""
+    assert held_out.dataset
+    splits = splits_of(held_out.dataset)
+    same = held_out.dataset == config.dataset  # another split of the same hub set
+    split = held_out.split or next((split for split in HELD_OUT if split in (splits or ())), None)
+    if split is None and same and isinstance(training, HubSource):
+        raise UserError(
+            f"data.validation.dataset: {held_out.dataset} is data.dataset, so data.validation.split must say which of "
+            "its splits is held out; or hold out a share of the rows: data.validation: {size: 0.05}",
+            key="data.validation",
+        )
+    subset, revision = (config.subset, config.revision) if same else (None, None)
+    found = find_source(held_out.dataset, subset=subset, split=split or "train", revision=revision)
+    if overlap(training, found[0]):
+        raise UserError(
+            f"data.validation: {held_out.dataset} (split {split or 'train'}) has the rows that are trained on "
+            f"({config.dataset}, split {config.split}), so its loss would say nothing. Name other rows, or hold out a "
+            "share of them: data.validation: {size: 0.05}",
+            key="data.validation",
+        )
+    return found
+
+
 def _notes(stats: Stats) -> list[str]:
     notes = []
     if stats.unused_columns:
@@ -140,10 +166,7 @@ class _Maker:
     progress: Callable[[int], None] | None
     pool_threshold: int
 
-    def __call__(
-        self, dataset: str, subset: str | None, split: str, revision: str | None
-    ) -> tuple[TokenDataset, Stats, str]:
-        source, columns = find_source(dataset, subset=subset, split=split, revision=revision)
+    def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
         columns = self.config.columns or columns
         key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
