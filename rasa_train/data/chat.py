@@ -74,9 +74,11 @@ class ChatTemplate:
             UserError: the template refuses the conversation.
         """
         try:
-            return self._apply(
-                [self._fitting(message) for message in messages], variables, tokenize=tokenize, **options
-            )
+            fitting = [self._fitting(message) for message in messages]
+            made = self._apply(fitting, variables, tokenize=tokenize, **options)
+            if isinstance(made, str):
+                made.encode()  # half a surrogate pair in a tool is not a character for any tokenizer
+            return made
         except Exception as error:  # a template may raise anything: an error of its own, or of a missing key
             raise UserError(
                 f"{where}: the tokenizer's chat template refuses this conversation: {error}", key="data.dataset"

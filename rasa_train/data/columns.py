@@ -85,7 +85,7 @@ class Columns:
         Raises:
             UserError: the tools or documents are not what a template can take.
         """
-        used, values = set(self.names.values()), dict[str, Any]()
+        used, values = {self.names[name] for name in self.names.keys() - {"tools"}}, dict[str, Any]()
         for name in self.wanted:
             column = self._column_of(name, row)
             if row.get(column) is not None:
@@ -200,7 +200,11 @@ def _message(message: object, name: str, where: str) -> Message:
 
 
 def _has_parts(content: object) -> bool:
-    return isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(part, Mapping) and "type" in part for part in content)
+    )
 
 
 def _part(part: object, name: str, where: str) -> dict[str, str]:

@@ -88,6 +88,8 @@ def test_tools_of_a_row_reach_the_template(prepared: Prepared) -> None:
         assert marked(prepared([{"tools": empty, "messages": chat()}])).startswith("<user>")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: column 'tools' must be a list of objects.*got str 'tide'"):
         prepared([{"tools": "tide", "messages": chat()}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*surrogates not allowed"):
+        prepared([{"tools": [{**TOOL, "about": "\ud83d"}], "messages": chat()}])
 
 
 def test_columns_that_the_template_does_not_use_are_named(prepared: Prepared) -> None:
@@ -101,6 +103,8 @@ def test_columns_that_the_template_does_not_use_are_named(prepared: Prepared) ->
     for _ in range(2):
         data = prepared(rows, without, supervise="all")
         assert data.notes == ["columns of the data that are not used: id, tools"]
+    named = {"messages": "messages", "tools": "tools"}
+    assert prepared(rows, without, supervise="all", columns=named).notes == data.notes
 
 
 def test_the_input_of_alpaca_is_part_of_the_question(prepared: Prepared) -> None:
@@ -172,6 +176,9 @@ def test_content_in_parts_is_its_text(prepared: Prepared) -> None:
     for takes in (tokenizer(), of_parts):
         for answer in (parts, "At noon.", ["At noon."]):
             assert marked(prepared([{"messages": chat(answer)}], takes)) == plain
+    for found in ([], {"at": 12}, ["noon", 12], 12):  # what a tool gives back may be any JSON
+        rows = [{"messages": [*chat(), call("tide", {}), {"role": "tool", "content": found}, *chat()]}]
+        assert f"<tool>{json.dumps(found)}</s>" in marked(prepared(rows))
     alpaca = prepared([{"messages": chat(parts)}], template="alpaca")
     assert marked(alpaca).endswith("»At noon. </s>«")
     for wrong in ([{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "text", "text": None}], 12, {"a": 1}):
