@@ -164,6 +164,31 @@ def test_check_with_everything(recipe: Path, cli: Cli, monkeypatch: pytest.Monke
     assert facts["versions"]["torch"] in shown
 
 
+def test_columns_that_are_not_used_are_named_once(
+    recipe: Path, token_rows: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = recipe.parent
+    rows = [json.loads(line) | {"source": "x"} for line in token_rows.read_text().splitlines()]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("HOME", str(home))
+    words = ("~/recipe.yaml", "data.dataset=~/rows.jsonl", "output_dir=~/here")
+    checked, trained = cli("train", "check", *words).stdout, cli("train", *words, check=True).stderr
+    for shown in (checked, trained):
+        assert shown.splitlines().count("note: columns of the data that are not used: source") == 1
+    assert (home / "here" / "adapter").is_dir() and not (home / "~").exists()
+
+
+def test_check_tells_a_missing_tokenizer_from_missing_data(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": 1, "vocab_size": 9}))
+    (tmp_path / "rows.jsonl").write_text('{"query": "q", "response": "r"}\n')
+    model, adapter = "model: {name: shape}", "adapter: {method: lora, r: 8}"
+    (tmp_path / "r.yaml").write_text(f"{model}\n{adapter}\ndata: {{dataset: rows.jsonl}}\noutput_dir: o\n")
+    shown = cli("train", "check", "r.yaml").stdout
+    assert "--  data: not tokenised, since there is no tokenizer" in shown
+    assert "name one in model.tokenizer" in shown and "not here" not in shown
+
+
 def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Close to what a run has written; a disk with less is said."""
     facts = json.loads(cli("train", recipe, "--check", "--json", "training.checkpoint_every=1").stdout)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -34,6 +35,10 @@ class CheckResult:
     problems: list[str]
     shortages: list[str]
     """The ``problems`` other than missing data or weights, which another machine may have."""
+    notes: list[str]
+    """What the user should know about the data."""
+    data_words: str
+    """A few words about the data."""
     samples: list[list[tuple[str, bool]]]
     """Decoded examples as (text, supervised) pieces."""
 
@@ -45,6 +50,7 @@ class CheckResult:
             "versions": process.versions(),
             "seconds_estimate": self.seconds_estimate,
             "problems": self.problems,
+            "notes": self.notes,
         }
 
     def show(self) -> None:
@@ -67,6 +73,8 @@ class CheckResult:
         for topic, fine, words in _topics(self):
             line = f"{'ok ' if fine else '-- '} {topic}: {words}"
             console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False, soft_wrap=whole)
         for problem in self.problems:
             console.print(f"not ready: {problem}", style="red", markup=False, soft_wrap=whole)
         if not self.problems:
@@ -83,6 +91,7 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
     data: PreparedData | None = None
     tokenizer: Tokenizer | None = None
     base: PreTrainedModel | None = None
+    words = "not here"
     if not has_weights(recipe.model):
         problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
     else:
@@ -97,16 +106,19 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
         if tokenizer is not None or has_weights(recipe.model):
             raise
         problems.append(str(error))
+        words = "not tokenised, since there is no tokenizer"
     if data:
         if base is not None:
             check_vocabulary(base, recipe.model.name, data.train.largest_id)
         estimate = plan(recipe, data, workers)
+        words = f"median {np.median(data.train.lengths):,.0f}, longest {data.train.lengths.max():,} tokens"
     free, devices, seconds = trial_run.disk_free(Path(recipe.output_dir)), trial_run.devices(), None
     problems += (shortages := _shortages(estimate, free, devices))
     if data and estimate.optimizer_steps and not problems and workers == 1:
         seconds = trial_run.seconds(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(estimate, free, devices, seconds, problems, shortages, samples)
+    notes = data.notes if data else []
+    return CheckResult(estimate, free, devices, seconds, problems, shortages, notes, words, samples)
 
 
 def _shortages(estimate: Estimate, free: int, devices: list[trial_run.Device]) -> list[str]:
@@ -129,13 +141,12 @@ def _shortages(estimate: Estimate, free: int, devices: list[trial_run.Device]) -
 def _topics(result: CheckResult) -> list[tuple[str, bool, str]]:
     """Return (topic, whether it is fine, a few words about it) for each topic."""
     facts, problems, seconds, device = result.estimate, result.problems, result.seconds_estimate, result.devices[0]
-    steps, median, needed = facts.optimizer_steps, facts.median_example, facts.disk_bytes_needed
-    data = "not here" if median is None else f"median {median:,.0f}, longest {facts.longest_example:,} tokens"
+    steps, needed = facts.optimizer_steps, facts.disk_bytes_needed
     total = _size(facts.memory_bytes["total"])
     model = f"{sum(facts.sites.values())} linears adapted, {facts.trainable_parameters:,} parameters trained"
     return [
         ("recipe", True, f"{facts.method}, {'?' if steps is None else f'{steps:,}'} steps"),
-        ("data", median is not None, data),
+        ("data", facts.median_example is not None, result.data_words),
         ("model", not any(p.startswith("model.") for p in problems), model),
         (
             "memory",

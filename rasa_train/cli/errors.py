@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import Stopped, UserError
+from ..io.home import expanded
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
@@ -27,12 +28,21 @@ def _in_one_line() -> Iterator[None]:
         sys.exit(USER_ERROR)
 
 
+def _at_home(argument: str) -> str:
+    """Return an argument with the home directory in place of ``~``, which a shell leaves in ``--data=~/questions`` and
+    in quotes."""
+    key, equals, value = argument.partition("=~")
+    with user_errors():
+        return f"{key}={expanded(f'~{value}')}" if equals else expanded(argument)
+
+
 class _InOneLine:
     """What reports wrong options in one line, as all other errors are reported."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+    def make_context(self, info_name: Any, args: list[str], *others: Any, **kwargs: Any) -> Any:
         with _in_one_line():
-            return super().make_context(*args, **kwargs)  # type: ignore[misc]
+            at_home = [_at_home(argument) for argument in args]
+            return super().make_context(info_name, at_home, *others, **kwargs)  # type: ignore[misc]
 
 
 class Command(_InOneLine, TyperCommand):

@@ -24,7 +24,7 @@ import numpy as np
 
 from .encode import Example, targets
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files and of the text they were made from: raise it when either changes."""
 
 _FILES = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int32}
@@ -130,7 +130,7 @@ class CacheWriter:
         self._put("supervised", [targets(example.labels) for example in examples])
         self._end = int(ends[-1])
 
-    def commit(self, key: str, stats: dict[str, int]) -> None:
+    def commit(self, key: str, stats: dict[str, Any]) -> None:
         """Put the set in its place. If another process was faster, its set is kept, because the two are the same."""
         for file in self._open.values():
             file.flush()
@@ -164,7 +164,7 @@ class CacheWriter:
         self._open[name].write(data)
 
 
-def read_stats(directory: Path, key: str) -> dict[str, int] | None:
+def read_stats(directory: Path, key: str) -> dict[str, Any] | None:
     """Return the counts of a set that is complete and undamaged, else None.
 
     Every byte is read (about a second for the 395K examples of MetaMathQA); otherwise a set that lost a page in a
@@ -191,7 +191,7 @@ def default_directory() -> Path:
     if own := os.environ.get("RASA_TRAIN_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rasa_train"
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "rasa_train"
 
 
 def _mapped(directory: Path, name: str) -> np.ndarray:

@@ -1,13 +1,17 @@
 """The meaning of a row: a query and its response, a conversation, or tokens that are ready."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ..errors import UserError
 
 Row = Mapping[str, object]
 Kind = Literal["pair", "messages", "tokens"]
+OPTIONAL = {"input", "tools"}
+"""Our names of the columns that ``data.columns`` may name and that a row may leave out."""
+_LISTS = {"tools", "documents"}
 
 # Known pairs of (query column, response column), in the order in which they are looked for.
 _PAIRS = (
@@ -25,6 +29,11 @@ class Message(TypedDict):
 
     role: str
     content: NotRequired[object]
+    tool_calls: NotRequired[object]
+
+
+Variables = Mapping[str, Any]
+"""Values that a row gives to the chat template beside its messages, such as ``tools``."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,17 @@ class Columns:
     """Columns of a row that hold the parts of an example.
 
     ``names`` maps our names to the file's: ``query``, ``response`` and perhaps ``input`` for a pair,
-    ``messages`` for a conversation, ``input_ids`` and perhaps ``labels`` for tokens.
+    ``messages`` for a conversation, ``input_ids`` and perhaps ``labels`` for tokens; perhaps ``tools``.
+    ``wanted`` are the further names that the chat template uses.
     """
 
     kind: Kind
     names: Mapping[str, str]
+    wanted: frozenset[str] = frozenset()
+    unused: set[str] = field(default_factory=set)
+    """Columns that a row had so far, with a value, and that are not used."""
+    absent: set[str] = field(default_factory=set)
+    """Columns that may be left out of a row and that no row had so far, although ``data.columns`` names them."""
 
     def extract(self, row: Row, where: str) -> Any:
         """Return the parts of one row, checked.
@@ -64,8 +79,32 @@ class Columns:
             query = f"{query}\n\n{_value(row, self.names['input'], str, where)}"
         return query, _value(row, self.names["response"], str, where)
 
+    def variables(self, row: Row, where: str) -> Variables:
+        """Return what one row gives to the chat template beside its messages, and note the columns that are not used.
 
-def find_columns(row: Row, where: str, configured: Mapping[str, str] | None) -> Columns:
+        Raises:
+            UserError: the tools or documents are not what a template can take.
+        """
+        used, values = {self.names[name] for name in self.names.keys() - {"tools"}}, dict[str, Any]()
+        for name in self.wanted:
+            column = self._column_of(name, row)
+            if row.get(column) is not None:
+                values[name] = _listed_objects(row[column], column, where) if name in _LISTS else row[column]
+                used.add(column)
+        if isinstance(more := row.get("chat_template_kwargs"), Mapping):
+            values |= {name: value for name, value in more.items() if name in self.wanted}
+            used |= {"chat_template_kwargs"} if more.keys() <= self.wanted else set()
+        self.unused.update(name for name, value in row.items() if name not in used and value is not None)
+        self.absent.difference_update(row)
+        return {name: _without_nulls(value) for name, value in values.items() if name not in _LISTS or value}
+
+    def _column_of(self, name: str, row: Row) -> str:
+        if name != "tools":
+            return name
+        return self.names.get("tools") or ("tools" if row.get("tools") or "functions" not in row else "functions")
+
+
+def find_columns(row: Row, where: str, configured: Mapping[str, str] | None, wanted: Iterable[str] = ()) -> Columns:
     """Find the columns of a dataset from its first row.
 
     Args:
@@ -73,21 +112,24 @@ def find_columns(row: Row, where: str, configured: Mapping[str, str] | None) -> 
         configured: ``data.columns`` (our names -> the file's), or None to recognise the usual names:
             ``input_ids``; ``messages``; query/response; instruction (and ``input``)/response or output;
             prompt/completion; question/answer; problem/solution.
+        wanted: names of columns that the chat template uses, apart from the messages.
     Raises:
         UserError: a configured column is missing, or nothing is recognised.
     """
+    names = frozenset(wanted)
     if configured is not None:
-        for name in configured.values():
-            _present(row, name, where)
-        return Columns("messages" if "messages" in configured else "pair", configured)
+        for key in configured.keys() - OPTIONAL:
+            _present(row, configured[key], where)
+        kind: Kind = "messages" if "messages" in configured else "pair"
+        return Columns(kind, configured, names, absent={configured[key] for key in configured.keys() & OPTIONAL})
     if "input_ids" in row:
         return Columns("tokens", {name: name for name in ("input_ids", "labels") if name in row})
     if "messages" in row:
-        return Columns("messages", {"messages": "messages"})
+        return Columns("messages", {"messages": "messages"}, names)
     for query, response in _PAIRS:
         if query in row and response in row:
-            names = {"query": query, "response": response}
-            return Columns("pair", names | {"input": "input"} if query == "instruction" else names)
+            found = {"query": query, "response": response}
+            return Columns("pair", found | {"input": "input"} if query == "instruction" else found, names)
     known = ", ".join("/".join(pair) for pair in _PAIRS)
     raise UserError(
         f"{where}: there are no known columns among {_listed(row)}; known are input_ids, messages, {known}. "
@@ -125,17 +167,91 @@ def _value(row: Row, name: str, wanted: type[str] | type[list[object]], where: s
 
 def _messages(row: Row, name: str, where: str) -> list[Message]:
     messages: list[Message] = _value(row, name, list, where)
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"{where}: {name}[{i}] must be an object with a text `role` and a `content`, got {_kind_of(message)}",
-                key="data.dataset",
-            )
-        if isinstance(content := message.get("content"), str):
-            _check_unicode(content, f"{name}[{i}].content", where)
     if not messages:
         raise UserError(f"{where}: column {name!r} is an empty conversation; remove this row", key="data.dataset")
-    return messages
+    return [_message(message, f"{name}[{i}]", where) for i, message in enumerate(messages)]
+
+
+def _message(message: object, name: str, where: str) -> Message:
+    """Return a message without nulls, whose content is text, a list of parts that are text, or None for a tool call."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UserError(
+            f"{where}: {name} must be an object with a text `role` and a `content`, got {_kind_of(message)}",
+            key="data.dataset",
+        )
+    clean, role = _without_nulls(message), message["role"]
+    if isinstance(calls := clean.get("tool_calls"), str):
+        clean["tool_calls"] = _listed_objects(calls, f"{name}.tool_calls", where)
+    content = clean.get("content")
+    if role == "tool" and not isinstance(content, str | None) and not _has_parts(content):
+        content = json.dumps(content, ensure_ascii=False)
+    if isinstance(content, str):
+        _check_unicode(content, f"{name}.content", where)
+    elif isinstance(content, list) and content:
+        content = [_part(part, f"{name}.content[{i}]", where) for i, part in enumerate(content)]
+    elif content or not (role == "assistant" and (clean.get("tool_calls") or clean.get("function_call"))):
+        got = _kind_of(message["content"]) if "content" in message else "none"
+        wanted = "text or a list of text parts" + (", or tool calls instead" if role == "assistant" else "")
+        raise UserError(
+            f"{where}: the content of {name} (role {role}) must be {wanted}, got {got}; correct or remove this row",
+            key="data.dataset",
+        )
+    return {**clean, "role": role, "content": content or ("" if content == "" else None)}
+
+
+def _has_parts(content: object) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(part, Mapping) and "type" in part for part in content)
+    )
+
+
+def _part(part: object, name: str, where: str) -> dict[str, str]:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        raise UserError(
+            f"{where}: {name} is {_kind_of(part)}; only text is trained on: its parts are {{type: text, text: ...}}. "
+            "Correct or remove this row",
+            key="data.dataset",
+        )
+    _check_unicode(text, name, where)
+    return {"type": "text", "text": text}
+
+
+def text_of(content: object) -> Any:
+    """Return the text of a message's content: that of its parts, one after the other, if it is a list of them."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return ``value`` without the keys whose value is null, at any depth. Columnar files give every object the keys of
+    all others in the column; JSON lines have only the keys that somebody wrote."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _listed_objects(value: Any, name: str, where: str) -> list[Any]:
+    """Return the list of objects in a column, which may be JSON text as a whole or in each item. A function of OpenAI's
+    former ``functions`` becomes a tool."""
+    try:
+        items = json.loads(value or "[]") if isinstance(value, str) else value
+        items = [json.loads(item) if isinstance(item, str) else item for item in items]
+        items = [{"type": "function", "function": item} if name == "functions" else item for item in items]
+        for function in (item["function"] for item in items if isinstance(item.get("function"), dict)):
+            if isinstance(function.get("parameters"), str):
+                function["parameters"] = json.loads(function["parameters"])
+        if not all(isinstance(item, Mapping) for item in items):
+            raise TypeError
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{where}: column {name!r} must be a list of objects, or the JSON text of one, got {_kind_of(value)}; "
+            "correct or remove this row",
+            key="data.dataset",
+        ) from None
+    return list(items)
 
 
 def _check_unicode(text: str, name: str, where: str) -> None:

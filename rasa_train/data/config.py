@@ -1,6 +1,6 @@
 """The section ``data:`` of a recipe: what to train on."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, model_validator
 
@@ -22,9 +22,9 @@ class ValidationConfig(BaseModel):
     dataset: str | None = None
     """Dataset of the held-out examples: a built-in name, a hub id, or a local file or directory, as for
     data.dataset."""
-    split: str = "train"
-    """Split of ``dataset``; only hub sets and directories have several. The default is the hub's name for the first
-    split."""
+    split: str | None = None
+    """Split of ``dataset``; only hub sets and directories have several. The default is a directory's validation split,
+    or else its test split; for a hub set other than data.dataset it is ``train``."""
     size: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
     """Held-out examples taken from the training examples instead, by a shuffle with seed 42: an integer is a number of
     examples, a number below 1 is a share of them."""
@@ -38,6 +38,14 @@ class ValidationConfig(BaseModel):
                 key="data.validation",
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_needs_a_dataset(cls, values: Any) -> Any:
+        """Leave ``split`` out beside ``size``, where older versions wrote its default into the recipe of a run."""
+        if isinstance(values, dict) and values.get("dataset") is None:
+            return {name: value for name, value in values.items() if name != "split"}
+        return values
 
 
 class DataConfig(BaseModel):
@@ -61,8 +69,9 @@ class DataConfig(BaseModel):
     revision: str | None = None
     """Branch, tag or commit of a hub set. The default is the hub's main branch."""
     columns: dict[str, str] | None = None
-    """Columns of the file that hold each part of an example: {query: ..., response: ...} or {messages: ...}. By default
-    those of the built-in set, or else recognised from the first row."""
+    """Columns of the file that hold each part of an example: {query: ..., response: ...}, perhaps with {input: ...},
+    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. By default those of the
+    built-in set, or else recognised from the first row."""
     template: Template = "alpaca"
     """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
     the response, with nothing else."""
@@ -93,10 +102,15 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        if self.columns is not None and set(self.columns) not in ({"query", "response"}, {"messages"}):
+        named = set(self.columns or {"messages"})
+        if named - {"tools"} not in ({"query", "response"}, {"query", "input", "response"}, {"messages"}):
             raise UserError(
-                f"data.columns must name `query` and `response`, or `messages`, got {sorted(self.columns)}; "
+                f"data.columns must name `query` and `response` (perhaps `input`), or `messages`, got {sorted(named)}; "
                 "write it as {query: <column of the file>, response: <column of the file>}",
                 key="data.columns",
+            )
+        if "tools" in named and self.template != "chat":
+            raise UserError(
+                f"data.columns: `tools` are for data.template: chat, got template: {self.template}", key="data.columns"
             )
         return self

@@ -4,7 +4,6 @@ A mask is decided on characters and carried to tokens by the offsets that a fast
 so that no token boundary is forced that inference would not have.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .columns import Kind, Message
+from .chat import ChatTemplate, Span
+from .columns import Kind, Message, Variables, text_of
 from .config import DataConfig
 
 IGNORE = -100
@@ -23,8 +23,8 @@ _PREAMBLE = (
 )
 _INSTRUCTION = "### Instruction:\n"
 _RESPONSE = "### Response:\n"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]  # characters [start, end)
+EncoderRow = tuple[str, Any, Variables]
+"""Place of a row, its parts as ``Columns.extract`` returns them, and what it gives to the chat template beside."""
 
 
 class Example(NamedTuple):
@@ -88,11 +88,16 @@ class Encoder:
     def __init__(self, config: DataConfig, tokenizer: Any, kind: Kind) -> None:
         self.config = config
         self.kind = kind
+        self.chat: ChatTemplate | None = None  # with it, a worker process imports transformers
         self.vocab_size = None if tokenizer is None else len(tokenizer)
         if kind == "tokens":
             return
         if tokenizer is None:
-            raise UserError("text rows need a tokenizer; only rows of input_ids do not", key="model.name")
+            raise UserError(
+                "text rows need a tokenizer, and the model has none: name one in model.tokenizer (rows of input_ids "
+                "need none)",
+                key="model.name",
+            )
         if not tokenizer.is_fast:
             raise UserError(
                 f"{type(tokenizer).__name__} gives no character offsets, which the loss mask needs; use a "
@@ -101,18 +106,12 @@ class Encoder:
             )
         self.backend = plain_backend(tokenizer)
         if config.template == "chat":
-            if not tokenizer.chat_template:
-                raise UserError(
-                    "data.template: chat, but the model's tokenizer has no chat template; use template: "
-                    "alpaca or plain, or a model with a chat template",
-                    key="data.template",
-                )
-            self.tokenizer = tokenizer  # set only here: without it a worker process imports no transformers
-            self.marks_turns = bool(_GENERATION.search(tokenizer.get_chat_template()))
+            self.chat = ChatTemplate(tokenizer)
             return
         if tokenizer.eos_token is None:
             raise UserError(
-                "the tokenizer has no eos token, so a response would have no end; set tokenizer.eos_token",
+                "the tokenizer has no eos token, so a response would have no end; give `eos_token` in its "
+                "tokenizer_config.json, or name another tokenizer in model.tokenizer",
                 key="model.name",
             )
         self.eos: str = tokenizer.eos_token
@@ -121,12 +120,12 @@ class Encoder:
         if ids[-1] != tokenizer.eos_token_id or (self.bos and ids[0] != tokenizer.bos_token_id):
             raise UserError(
                 f"the tokenizer does not read its own bos {self.bos!r} and eos {self.eos!r} as single "
-                "tokens; add them with tokenizer.add_special_tokens",
+                "tokens; add them to its tokenizer.json, or name another tokenizer in model.tokenizer",
                 key="model.name",
             )
 
-    def encode(self, rows: Sequence[tuple[str, Any]]) -> Encoded:
-        """Encode pairs of (place, parts of a row), with the parts that ``Columns.extract`` returns.
+    def encode(self, rows: Sequence[EncoderRow]) -> Encoded:
+        """Encode rows.
 
         Raises:
             UserError: a row cannot be encoded; the message names its place.
@@ -146,12 +145,12 @@ class Encoder:
             examples.append(example)
         return Encoded(examples, over, unsupervised, truncated)
 
-    def _examples(self, rows: Sequence[tuple[str, Any]]) -> Iterator[Example]:
+    def _examples(self, rows: Sequence[EncoderRow]) -> Iterator[Example]:
         if self.kind == "tokens":
-            return (self._ready(where, *parts) for where, parts in rows)
-        if self.config.template == "chat":
-            return self._chat(rows)
-        return self._text([_pair(parts, where) if self.kind == "messages" else parts for where, parts in rows])
+            return (self._ready(where, *parts) for where, parts, _ in rows)
+        if self.chat:
+            return self._chat(rows, self.chat)
+        return self._text([_pair(parts, where) if self.kind == "messages" else parts for where, parts, _ in rows])
 
     # Rows that are tokens already
 
@@ -212,53 +211,20 @@ class Encoder:
 
     # Conversations in the tokenizer's chat template
 
-    def _chat(self, rows: Sequence[tuple[str, Any]]) -> Iterator[Example]:
-        for where, parts in rows:
+    def _chat(self, rows: Sequence[EncoderRow], chat: ChatTemplate) -> Iterator[Example]:
+        for where, parts, variables in rows:
             messages = parts
             if self.kind == "pair":
                 messages = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
-            if self.marks_turns and self.config.supervise == "response":
-                yield self._marked_chat(messages, where)
+            if self.config.supervise == "response" and chat.marks_turns(variables):
+                out = chat.render(messages, variables, where, tokenize=True, return_assistant_tokens_mask=True)
+                yield _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
                 continue
-            text = self._render(messages, where)
-            spans = [(0, len(text))] if self.config.supervise == "all" else self._turns(messages, text, where)
+            text = chat.render(messages, variables, where)
+            everything = self.config.supervise == "all"
+            spans = [(0, len(text))] if everything else chat.turns(messages, variables, text, where)
             ids, begins, ends = next(self._tokenise([text]))
             yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
-
-    def _marked_chat(self, messages: list[Message], where: str) -> Example:
-        """Encode with a template that marks what the assistant writes: {% generation %} ... {% endgeneration %}."""
-        out = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
-
-    def _turns(self, messages: list[Message], text: str, where: str) -> list[Span]:
-        """Return the characters of the assistant's turns: each from the end of the text before (with the header that
-        asks for an answer) to the end of the turn. This is right only if each of these texts is the beginning of the
-        next.
-        """
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], where, add_generation_prompt=True) if i else ""
-            upto = self._render(messages[: i + 1], where)
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise UserError(
-                    f"{where}: the tokenizer's chat template changes earlier turns around message {i}, so "
-                    "the assistant's words cannot be told apart. Use a template with {% generation %} marks, "
-                    "or set data.supervise: all",
-                    key="data.template",
-                )
-            spans.append((len(before), len(upto)))
-        return spans
-
-    def _render(self, messages: list[Message], where: str, tokenize: bool = False, **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-        except Exception as error:  # a template may raise anything: an error of its own, or of a missing key
-            raise UserError(
-                f"{where}: the tokenizer's chat template refuses this conversation: {error}",
-                key="data.dataset",
-            ) from error
 
 
 def _masked(ids: np.ndarray, supervised: np.ndarray) -> Example:
@@ -289,7 +255,7 @@ def _question_spans(text: str) -> list[Span]:
 
 def _pair(messages: list[Message], where: str) -> tuple[str, str]:
     roles = [message["role"] for message in messages]
-    contents: list[Any] = [message.get("content") for message in messages]
+    contents: list[Any] = [text_of(message.get("content")) for message in messages]
     if roles != ["user", "assistant"] or not all(isinstance(content, str) for content in contents):
         raise UserError(
             f"{where}: only one user text and one assistant text fit data.template: alpaca or plain, got "

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ import numpy as np
 from .. import process
 from ..errors import UserError
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
+from .chat import DATE
 from .columns import Columns, Row, find_columns
-from .config import DataConfig
-from .encode import Encoded, Encoder, plain_backend
-from .sources import Source, find_source
+from .config import DataConfig, ValidationConfig
+from .encode import Encoded, Encoder, EncoderRow, plain_backend
+from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
 
 _CHUNK = 256  # rows
+_MOST_NAMES = 20  # of columns, in a message
 _SEED = 42  # the seed of the reference's data scaling runs
-Chunk = list[tuple[str, Any]]
+Chunk = list[EncoderRow]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Stats:
     tokens: int
     supervised_tokens: int
     longest: int
+    unused_columns: list[str] = field(default_factory=list)
+    """Columns that rows have and that are not used, sorted."""
+    date: str | None = None
+    """The date that the chat template prints, if it prints one."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class PreparedData:
     stats: Stats
     key: str
     """sha256 of everything the training examples depend on, their order included."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know about the data, one line each."""
 
 
 def prepare(
@@ -80,14 +88,14 @@ def prepare(
         UserError: the dataset is missing or malformed, or leaves no example.
     """
     make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold)
-    whole, counts, key = make(config.dataset, config.subset, config.split, config.revision)
+    source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
+    held_out = config.validation
+    apart = _held_out_source(config, held_out, source) if held_out and held_out.dataset else None
+    whole, counts, key = make(source, columns, config.dataset)
     indices = np.random.default_rng(_SEED).permutation(len(whole))
     validation = None
-    held_out = config.validation
-    if held_out is not None and held_out.dataset is not None:
-        same = held_out.dataset == config.dataset  # another split of the same hub set
-        subset, revision = (config.subset, config.revision) if same else (None, None)
-        validation, _, _ = make(held_out.dataset, subset, held_out.split, revision)
+    if apart is not None and held_out is not None:
+        validation, _, _ = make(*apart, str(held_out.dataset))
     elif held_out is not None and held_out.size is not None:
         size = held_out.size if isinstance(held_out.size, int) else max(1, int(held_out.size * len(whole)))
         if size >= len(whole):
@@ -108,7 +116,44 @@ def prepare(
         longest=int(train.lengths.max()),
     )
     view = hashlib.sha256(f"{key} {held_out.size if held_out else None} {config.fraction}".encode()).hexdigest()
-    return PreparedData(train, validation, stats, view)
+    return PreparedData(train, validation, stats, view, _notes(counts))
+
+
+def _held_out_source(
+    config: DataConfig, held_out: ValidationConfig, training: Source
+) -> tuple[Source, dict[str, str] | None]:
+    """Return the source of ``data.validation.dataset``, which has no rows of the training set as a whole."""
+    assert held_out.dataset
+    splits = splits_of(held_out.dataset)
+    same = held_out.dataset == config.dataset  # another split of the same hub set
+    split = held_out.split or next((split for split in HELD_OUT if split in (splits or ())), None)
+    if split is None and same and isinstance(training, HubSource):
+        raise UserError(
+            f"data.validation.dataset: {held_out.dataset} is data.dataset, so data.validation.split must say which of "
+            "its splits is held out; or hold out a share of the rows: data.validation: {size: 0.05}",
+            key="data.validation",
+        )
+    subset, revision = (config.subset, config.revision) if same else (None, None)
+    found = find_source(held_out.dataset, subset=subset, split=split or "train", revision=revision)
+    if overlap(training, found[0]):
+        raise UserError(
+            f"data.validation: {held_out.dataset} (split {split or 'train'}) has the rows that are trained on "
+            f"({config.dataset}, split {config.split}), so its loss would say nothing. Name other rows, or hold out a "
+            "share of them: data.validation: {size: 0.05}",
+            key="data.validation",
+        )
+    return found
+
+
+def _notes(stats: Stats) -> list[str]:
+    notes = []
+    if stats.unused_columns:
+        shown = stats.unused_columns[:_MOST_NAMES]
+        more = f" and {len(stats.unused_columns) - len(shown)} more" if len(stats.unused_columns) > len(shown) else ""
+        notes.append(f"columns of the data that are not used: {', '.join(shown)}{more}")
+    if stats.date:
+        notes.append(f"the chat template prints today's date: {stats.date} stands for it in all rows")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -121,10 +166,7 @@ class _Maker:
     progress: Callable[[int], None] | None
     pool_threshold: int
 
-    def __call__(
-        self, dataset: str, subset: str | None, split: str, revision: str | None
-    ) -> tuple[TokenDataset, Stats, str]:
-        source, columns = find_source(dataset, subset=subset, split=split, revision=revision)
+    def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
         columns = self.config.columns or columns
         key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
@@ -163,9 +205,11 @@ class _Maker:
         first = next(rows, None)
         if first is None:
             raise UserError(f"data.dataset: {dataset} has no rows", key="data.dataset")
-        found = find_columns(first[1], first[0], columns)
+        kind = find_columns(first[1], first[0], columns).kind
+        encoder = Encoder(self.config, self.tokenizer, kind)
+        chat = encoder.chat
+        found = find_columns(first[1], first[0], columns, chat.names if chat else ())
         chunks = _chunks(itertools.chain([first], rows), found)
-        encoder = Encoder(self.config, self.tokenizer, found.kind)
         workers = 1 if found.kind == "tokens" else _worker_count(self.config)
         stats = Stats(0, 0, 0, 0, 0, 0, 0, 0)
         for size, encoded in _encode(encoder, chunks, workers, self.pool_threshold):
@@ -183,7 +227,13 @@ class _Maker:
                 "data.max_length or choose another supervise",
                 key="data.dataset",
             )
-        return stats
+        if found.absent:
+            raise UserError(
+                f"data.columns: no row of {dataset} has a column {sorted(found.absent)[0]!r}; name the right columns",
+                key="data.columns",
+            )
+        date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
+        return replace(stats, unused_columns=sorted(found.unused), date=date)
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
@@ -201,7 +251,7 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
 
 
 def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk]:
-    extracted = ((where, columns.extract(row, where)) for where, row in rows)
+    extracted = ((where, columns.extract(row, where), columns.variables(row, where)) for where, row in rows)
     while chunk := list(itertools.islice(extracted, _CHUNK)):
         yield chunk
 

@@ -7,6 +7,7 @@ content, so that what was tokenised once is found again. Errors name the file an
 import difflib
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,16 @@ BUILT_IN = {
 """Name -> (hub id, columns). The paper's two training sets (Appendix C). ``demo`` is built in as well."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-_SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test", "eval")
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development"),
+    "test": ("test", "testing", "eval", "evaluation", "holdout"),
+}
+_SPLIT_OF = {f"{name}{end}": split for split, names in _SPLITS.items() for name in names for end in ("", "set", "data")}
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+HELD_OUT = ("validation", "test")
+"""Splits that are held out, in the order in which one is taken where none is named."""
 
 
 class SourceMissing(UserError):
@@ -98,31 +108,92 @@ def _missing(path: Path) -> str:
     return f"data.dataset: no file {path.name} in {parent.absolute()}{hint}"
 
 
+def splits_of(dataset: str) -> tuple[str, ...] | None:
+    """Return the splits of a local directory, under our names if they are usual ones; empty if nothing in it is named
+    for a split. Return None for everything else: a file has no splits, and those of a hub set are not known here."""
+    path = Path(dataset).expanduser()
+    if dataset in ("demo", *BUILT_IN) or not path.is_dir():
+        return None
+    if (listed := path / "dataset_dict.json").exists():
+        try:
+            return tuple(json.loads(listed.read_bytes())["splits"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
+    if (path / "state.json").exists():
+        return ()
+    return tuple(dict.fromkeys(split for file in _data_files(path) if (split := _split_of(file, path))))
+
+
 def _files_of_split(directory: Path, split: str) -> tuple[Path, ...]:
-    """Files of one split, sorted: those named after it, or all of them when no name speaks of a split."""
-    visible = (path for path in directory.iterdir() if not path.name.startswith("."))
-    files = sorted(path for path in visible if path.name.lower().endswith(SUFFIXES))
-    if not files:
-        raise UserError(
-            f"{directory}: no data files in this directory; data.dataset takes {', '.join(SUFFIXES)}",
-            key="data.dataset",
-        )
-    named = {path: _split_of(path) for path in files}
-    chosen = tuple(path for path in files if named[path] == split)
-    if chosen:
+    """Return the files of one split, sorted: those that are named for it, or all of them when no name speaks of one."""
+    files = _data_files(directory)
+    named = {path: _split_of(path, directory) for path in files}
+    if exact := tuple(path for path in files if named[path] and split in _words(path.name)):
+        return exact  # dev.jsonl for split: dev, although there is a validation.jsonl too
+    if chosen := tuple(path for path in files if named[path] == _SPLIT_OF.get(split, split)):
         return chosen
     if split == "train" and not any(named.values()):
         return tuple(files)
+    names = ", ".join(str(path.relative_to(directory)) for path in files)
     raise UserError(
-        f"{directory}: no file of split {split!r} among {', '.join(path.name for path in files)}; a split's "
-        f"files begin with its name, as in {split}.jsonl or {split}-00000.parquet",
+        f"{directory}: no file of split {split!r} among {names}; the files of a split, or their folder, are named for "
+        f"it, as in {split}.jsonl, rivers_{split}.jsonl or {split}/0.parquet",
         key="data.split",
     )
 
 
-def _split_of(path: Path) -> str | None:
-    word = path.name.lower().replace("_", "-").replace(".", "-").split("-")[0]
-    return word if word in _SPLIT_NAMES else None
+def _data_files(directory: Path) -> list[Path]:
+    """Return the data files of a directory, sorted: those in it and in its folders that are named for a split, or else
+    those of its only folder, which the hub's sets call ``data``."""
+    entries = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+    files = [path for path in entries if path.name.lower().endswith(SUFFIXES) and path.name not in _ABOUT]
+    found = [path for path in files if path.is_file()]
+    folders = {path: list(_nested(path)) for path in entries if path.is_dir()}
+    found += [file for path, inside in folders.items() if _named_split(path.name) for file in inside]
+    full = [path for path, inside in folders.items() if inside]
+    if not found and len(full) > 1 and directory / "data" not in full:
+        raise UserError(
+            f"{directory}: there are data files in several folders, {', '.join(path.name for path in full)}; name one "
+            "of them in data.dataset",
+            key="data.dataset",
+        )
+    if not found and full:
+        found = _data_files(directory / "data" if directory / "data" in full else full[0])
+    if not found:
+        raise UserError(
+            f"{directory}: no data files in this directory; data.dataset takes {', '.join(SUFFIXES)}",
+            key="data.dataset",
+        )
+    return found
+
+
+def _nested(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if path.is_file() and path.name.lower().endswith(SUFFIXES) and path.name not in _ABOUT and not hidden:
+            yield path
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a file's name: ``riversTest-00000-of-00002`` -> rivers, test, of."""
+    return [word.lower() for word in _WORDS.findall(name)]
+
+
+def _named_split(name: str) -> str | None:
+    found = sorted({_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF})
+    if len(found) > 1:
+        raise UserError(
+            f"the name of {name} speaks of several splits, {' and '.join(found)}; rename it, or name the files one by "
+            "one in data.dataset",
+            key="data.dataset",
+        )
+    return found[0] if found else None
+
+
+def _split_of(file: Path, directory: Path) -> str | None:
+    """Return the split that a file is named for, or that the nearest folder around it is."""
+    parts = file.relative_to(directory).parts
+    return next(filter(None, map(_named_split, reversed(parts))), None)
 
 
 @dataclass(frozen=True)
@@ -145,6 +216,10 @@ class FileSource:
 
     paths: tuple[Path, ...]
 
+    @cached_property
+    def digests(self) -> list[bytes]:
+        return [_digest(path) for path in self.paths]
+
     def rows(self) -> Iterator[tuple[str, Row]]:
         for path in self.paths:
             try:
@@ -157,7 +232,7 @@ class FileSource:
                 raise UserError(f"{path}: cannot be read: {error}", key="data.dataset") from error
 
     def fingerprint(self) -> str:
-        return _digest(self.paths)
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -191,7 +266,8 @@ class SavedSource:
         return _arrow_rows(self._dataset, str(self.path))
 
     def fingerprint(self) -> str:
-        return _digest([Path(entry["filename"]) for entry in self._dataset.cache_files])
+        digests = [_digest(Path(entry["filename"])) for entry in self._dataset.cache_files]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -202,6 +278,11 @@ class HubSource:
     subset: str | None
     split: str
     revision: str | None
+
+    @property
+    def whole(self) -> tuple[str | None, ...]:
+        """Name of the split without the part of it that is taken."""
+        return self.name, self.subset, self.split.partition("[")[0], self.revision
 
     @cached_property
     def _dataset(self) -> Any:
@@ -258,16 +339,23 @@ def _hub_answers(name: str, revision: str | None) -> bool:
     return True
 
 
-def _digest(paths: Any) -> str:
-    """sha256 of the files' digests, each read as a stream."""
-    whole = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error}", key="data.dataset") from error
-    return whole.hexdigest()
+def _digest(path: Path) -> bytes:
+    """Return the sha256 of a file, which is read as a stream."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}", key="data.dataset") from error
+
+
+def overlap(one: Source, other: Source) -> bool:
+    """Whether two sources have rows in common as a whole: the same rows, a file of the same content, or a part of the
+    same split of a hub set."""
+    if isinstance(one, FileSource) and isinstance(other, FileSource):
+        return not set(one.digests).isdisjoint(other.digests)
+    if isinstance(one, HubSource) and isinstance(other, HubSource) and one.whole == other.whole:
+        return one.split == other.split or "[" not in one.split or "[" not in other.split
+    return one.fingerprint() == other.fingerprint()
 
 
 def _arrow_rows(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:

@@ -89,6 +89,8 @@ def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedD
         directory.clear()
         directory.create()
     write_text(directory.recipe, dump_recipe(recipe))
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
     return data
 
 

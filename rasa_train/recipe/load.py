@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..adapters.registry import METHODS
 from ..errors import UserError
+from ..io.home import expanded
 from .renamed import rename
 from .schema import Recipe
 from .shipped import configs_dir
@@ -81,7 +82,7 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
     the file exists or cannot be written.
     """
     source = _find(name)
-    target = Path(destination or ".")
+    target = Path(expanded(destination or "."))
     target = target / source.name if target.is_dir() else target
     try:
         with target.open("x", encoding="utf-8") as file:
@@ -114,7 +115,7 @@ def completed(stored: str) -> str:
 
 
 def _find(name: str) -> Path:
-    path = Path(name)
+    path = Path(expanded(name))
     if _is_file(path):
         return path
     shipped = {str(p.relative_to(configs_dir()).with_suffix("")): p for p in sorted(configs_dir().rglob("*.yaml"))}

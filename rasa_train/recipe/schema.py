@@ -12,6 +12,7 @@ from ..adapters.registry import METHODS
 from ..data.config import DataConfig
 from ..distributed.config import DistributedConfig
 from ..errors import UserError
+from ..io.home import expanded
 from ..models.config import ModelConfig
 from ..optim.optimizers import LionW, OptimizerConfig
 from ..optim.schedule import ScheduleConfig
@@ -145,6 +146,23 @@ class Recipe(_Section):
     """Run directory. Running the same recipe again resumes the run that is there."""
     seed: NonNegativeInt = 42
     """Seed for adapter initialisation, data order and dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _home(cls, values: Any) -> Any:
+        """Expand ``~`` here for all paths of a recipe; ``data.columns`` holds names of columns."""
+        return _expanded(values, "")
+
+
+def _expanded(value: Any, key: str) -> Any:
+    if isinstance(value, dict) and key != "data.columns":
+        return {name: _expanded(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_expanded(inner, key) for inner in value]
+    try:
+        return expanded(value) if isinstance(value, str) else value
+    except UserError as error:
+        raise UserError(f"{key}: {error}", key=key) from None
 
 
 def _know_new_methods() -> None:

@@ -33,7 +33,7 @@ TURNS = [
 
 def encode_one(tokenizer: Any, parts: Any, kind: Any = "pair", **options: Any) -> Example:
     options = {"dataset": "x"} | options
-    (example,) = Encoder(DataConfig(**options), tokenizer, kind).encode([("f:1", parts)]).examples
+    (example,) = Encoder(DataConfig(**options), tokenizer, kind).encode([("f:1", parts, {})]).examples
     return example
 
 
@@ -139,7 +139,7 @@ def test_prompt_text_is_the_beginning_of_the_training_text(characters: Any) -> N
 def test_truncation_cuts_on_the_right_and_loses_the_eos(characters: Any) -> None:
     whole = encode_one(characters, ("q", "response"))
     config = DataConfig(dataset="x", max_length=len(whole.input_ids) - 4)
-    encoded = Encoder(config, characters, "pair").encode([("f:1", ("q", "response")), ("f:2", ("q", "r"))])
+    encoded = Encoder(config, characters, "pair").encode([("f:1", ("q", "response"), {}), ("f:2", ("q", "r"), {})])
     assert encoded.truncated == 1
     assert list(encoded.examples[0].input_ids) == list(whole.input_ids[:-4])
     assert list(encoded.examples[0].labels) == list(whole.labels[:-4])
@@ -147,7 +147,7 @@ def test_truncation_cuts_on_the_right_and_loses_the_eos(characters: Any) -> None
 
 
 def test_counts_of_dropped_rows(characters: Any) -> None:
-    rows = [("f:1", ("q", "r")), ("f:2", ("q" * 50, "r")), ("f:3", ("q" * 90, "r"))]
+    rows = [("f:1", ("q", "r"), {}), ("f:2", ("q" * 50, "r"), {}), ("f:3", ("q" * 90, "r"), {})]
     limit = len(encode_one(characters, ("q" * 50, "r")).input_ids)
     drop = Encoder(DataConfig(dataset="x", max_length=limit, over_length="drop"), characters, "pair").encode(rows)
     assert (len(drop.examples), drop.dropped_over_length, drop.dropped_unsupervised, drop.truncated) == (
@@ -167,7 +167,7 @@ def test_counts_of_dropped_rows(characters: Any) -> None:
 
 def test_first_token_alone_is_no_target() -> None:
     encoder = Encoder(DataConfig(dataset="x"), None, "tokens")
-    encoded = encoder.encode([("f:1", ([5], None)), ("f:2", ([5, 6], [5, -100])), ("f:3", ([5, 6], None))])
+    encoded = encoder.encode([("f:1", ([5], None), {}), ("f:2", ([5, 6], [5, -100]), {}), ("f:3", ([5, 6], None), {})])
     assert (len(encoded.examples), encoded.dropped_unsupervised) == (1, 2)
 
 

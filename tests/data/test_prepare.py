@@ -59,7 +59,7 @@ def test_dataset_holds_what_the_encoder_gives(jsonl: Jsonl, bpe: Any) -> None:
     rows = rows_of(600)
     config = DataConfig(dataset=jsonl(rows))
     prepared = prepare(config, bpe)
-    expected = Encoder(config, bpe, "pair").encode([("", (row["query"], row["response"])) for row in rows]).examples
+    expected = Encoder(config, bpe, "pair").encode([("", (row["query"], row["response"]), {}) for row in rows]).examples
     assert content(prepared.train) == [(e.input_ids.tolist(), e.labels.tolist()) for e in expected]
     assert prepared.train.lengths.tolist() == [len(e.input_ids) for e in expected]
     assert prepared.train.supervised.tolist() == [int((e.labels[1:] != -100).sum()) for e in expected]
