@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,34 @@ from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
 
+Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
+
+
+class Problem(NamedTuple):
+    """A reason why the run cannot be made here: the line of its topic is marked, and the command exits with 2."""
+
+    topic: Topic
+    message: str
+
+
+class Room(NamedTuple):
+    """The memory that a run needs, and the memory that there is."""
+
+    needed: int
+    most: int
+    """Bytes that are used where there is room for them; ``needed`` is enough."""
+    available: int
+    where: str
+
+    @property
+    def suffices(self) -> bool:
+        return self.needed <= USABLE * self.available
+
+    @property
+    def words(self) -> str:
+        needed = _size(self.needed) + (f" to {_size(self.most)}" if self.most > self.needed else "")
+        return f"{needed} of {_size(self.available)} ({self.where})"
+
 
 @dataclass
 class CheckResult:
@@ -28,12 +57,15 @@ class CheckResult:
     estimate: Estimate
     disk_bytes_free: int
     devices: list[trial_run.Device]
+    room: Room
     seconds_estimate: float | None
-    problems: list[str]
-    shortages: list[str]
-    """The ``problems`` other than missing data or weights, which another machine may have."""
+    problems: list[Problem]
     samples: list[list[tuple[str, bool]]]
     """Decoded examples as (text, supervised) pieces."""
+
+    @property
+    def ready(self) -> bool:
+        return not self.problems
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -42,7 +74,9 @@ class CheckResult:
             "devices": [device._asdict() for device in self.devices],
             "versions": process.versions(),
             "seconds_estimate": self.seconds_estimate,
-            "problems": self.problems,
+            "problems": [problem.message for problem in self.problems],
+            "ready": self.ready,
+            "topics": [{"topic": topic, "ok": fine, "facts": words} for topic, fine, words in _topics(self)],
         }
 
     def show(self) -> None:
@@ -66,82 +100,101 @@ class CheckResult:
             line = f"{'ok ' if fine else '-- '} {topic}: {words}"
             console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
         for problem in self.problems:
-            console.print(f"not ready: {problem}", style="red", markup=False, soft_wrap=whole)
-        if not self.problems:
+            console.print(f"not ready: {problem.message}", style="red", markup=False, soft_wrap=whole)
+        if self.ready:
             console.print("ready to train", style="green")
 
 
-def check(recipe: Recipe, workers: int = 1) -> CheckResult:
-    """Return everything that can be known without training, for this number of workers.
+def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
+    """Return everything that can be known without training, for this number of workers on all ``nodes`` together.
 
     Raises:
         UserError: something is wrong. A data set or weights that are only absent are reported, not raised.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     data: PreparedData | None = None
     tokenizer: Tokenizer | None = None
-    if not has_weights(recipe.model):
-        problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
-    estimate = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
+    devices = trial_run.devices()
+    here = has_weights(recipe.model)
+    on_cpu = here and devices[0].name == "cpu" and recipe.distributed.gpu_memory_gib is None
+    if not here:
+        missing = f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json"
+        problems.append(Problem("model", missing))
+    estimate = plan(recipe, None, workers, on_cpu=on_cpu)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
         data = prepare(recipe.data, tokenizer)
     except SourceMissing as error:
-        problems.append(str(error))
+        problems.append(Problem("data", str(error)))
     except UserError as error:
-        if tokenizer is not None or has_weights(recipe.model):
+        if tokenizer is not None or here:
             raise
-        problems.append(str(error))
+        problems.append(Problem("data", str(error)))
     if data:
-        estimate = plan(recipe, data, workers)
-    free, devices, seconds = trial_run.disk_free(Path(recipe.output_dir)), trial_run.devices(), None
-    problems += (shortages := _shortages(estimate, free, devices))
+        estimate = plan(recipe, data, workers, on_cpu=on_cpu)
+    free, seconds = trial_run.disk_free(Path(recipe.output_dir)), None
+    room = _room(recipe, estimate, devices, max(1, workers // nodes))
+    problems += _shortages(estimate, free, room)
     if data and estimate.optimizer_steps and not problems and workers == 1:
-        seconds = trial_run.seconds(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
+        trial = trial_run.trial(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
+        seconds = trial.seconds if trial else None
+        if trial and not trial.finite:
+            problems.append(Problem("model", NOT_FINITE))
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(estimate, free, devices, seconds, problems, shortages, samples)
+    return CheckResult(estimate, free, devices, room, seconds, problems, samples)
 
 
-def _shortages(estimate: Estimate, free: int, devices: list[trial_run.Device]) -> list[str]:
-    """Return what this machine has too little of. Memory counts only on a GPU: without one, another machine trains."""
-    found, needed, total = [], estimate.disk_bytes_needed, estimate.memory_bytes["total"]
+NOT_FINITE = (
+    "model: no step of a short trial had a finite loss and gradient; look for weights that are not finite, a "
+    "model.dtype that the model was not made for, and a training.optimizer.lr that is too high"
+)
+
+
+def _room(recipe: Recipe, estimate: Estimate, devices: list[trial_run.Device], local: int) -> Room:
+    """Return the memory that is needed and that there is: on the GPU that the recipe names, or else on the smallest GPU
+    here, or else on this machine, whose memory its ``local`` workers share."""
+    least, total = estimate.memory_bytes_least, estimate.memory_bytes["total"]
+    if (named := recipe.distributed.gpu_memory_gib) is not None:
+        return Room(least, total, int(named * 2**30), "the GPU of distributed.gpu_memory_gib")
+    device = min(devices, key=lambda device: device.memory_bytes)
+    if device.name != "cpu":
+        return Room(least, total, device.memory_bytes, f"{device.name} x {len(devices)}")
+    return Room(local * least, local * total, device.memory_bytes, "cpu" + (f", {local} workers" if local > 1 else ""))
+
+
+def _shortages(estimate: Estimate, free: int, room: Room) -> list[Problem]:
+    """Return what there is too little of."""
+    found, needed = [], estimate.disk_bytes_needed
     if needed is not None and needed > free:
-        found.append(
+        message = (
             f"output_dir: checkpoints need {_size(needed)}, but the disk has {_size(free)} free; make room, or set "
             "training.keep_last"
         )
-    least = min(devices, key=lambda device: device.memory_bytes)
-    if least.name != "cpu" and total > USABLE * least.memory_bytes:
-        found.append(
-            f"memory: each worker needs {_size(total)}, but {least.name} has {_size(least.memory_bytes)}; try "
-            "training.activation_checkpointing: auto, or another distributed.strategy"
+        found.append(Problem("disk", message))
+    if not room.suffices:
+        message = (
+            f"memory: the run needs {room.words}, of which {USABLE:.0%} can be used; try "
+            "training.activation_checkpointing: true, training.micro_batch_size: 1, or another distributed.strategy; "
+            "set distributed.gpu_memory_gib if a GPU elsewhere is to train it"
         )
+        found.append(Problem("memory", message))
     return found
 
 
-def _topics(result: CheckResult) -> list[tuple[str, bool, str]]:
-    """Return (topic, whether it is fine, a few words about it) for each topic."""
-    facts, problems, seconds, device = result.estimate, result.problems, result.seconds_estimate, result.devices[0]
+def _topics(result: CheckResult) -> list[tuple[Topic, bool, str]]:
+    """Return (topic, whether it has no problem, a few words about it) for each topic."""
+    facts, seconds = result.estimate, result.seconds_estimate
     steps, median, needed = facts.optimizer_steps, facts.median_example, facts.disk_bytes_needed
-    data = "not here" if median is None else f"median {median:,.0f}, longest {facts.longest_example:,} tokens"
-    total = _size(facts.memory_bytes["total"])
-    model = f"{sum(facts.sites.values())} linears adapted, {facts.trainable_parameters:,} parameters trained"
-    return [
-        ("recipe", True, f"{facts.method}, {'?' if steps is None else f'{steps:,}'} steps"),
-        ("data", median is not None, data),
-        ("model", not any(p.startswith("model.") for p in problems), model),
-        (
-            "memory",
-            not any(p.startswith("memory:") for p in problems),
-            f"{total} of {_size(device.memory_bytes)} ({device.name} x {len(result.devices)})",
-        ),
-        (
-            "disk",
-            not any(p.startswith("output_dir:") for p in problems),
-            f"{'?' if needed is None else _size(needed)} of {_size(result.disk_bytes_free)} free",
-        ),
-        ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
-    ]
+    words: dict[Topic, str] = {
+        "recipe": f"{facts.method}, {'?' if steps is None else f'{steps:,}'} steps",
+        "data": "not here" if median is None else f"median {median:,.0f}, longest {facts.longest_example:,} tokens",
+        "model": f"{sum(facts.sites.values())} linears adapted, {facts.trainable_parameters:,} parameters trained",
+        "memory": result.room.words,
+        "disk": f"{'?' if needed is None else _size(needed)} of {_size(result.disk_bytes_free)} free",
+        "time": "not tried" if seconds is None else f"about {clock(seconds)} on this machine",
+    }
+    wrong = {problem.topic for problem in result.problems}
+    return [(topic, topic not in wrong, said) for topic, said in words.items()]
 
 
 def _size(size: float) -> str:
