@@ -181,10 +181,15 @@ def test_accuracy_by_data_fraction(sweep: Path) -> None:
 
 
 def test_accuracy_by_model(make_run: MakeRun, tmp_path: Path) -> None:
-    for name in ("small", "large"):
-        make_run(f"runs/{name}", f"model.name=org/{name}")
-    chart = next(c for c in charts(read_runs(find_runs([tmp_path / "runs"]))) if c.title.endswith("by model"))
+    """The paper's Figures 6 and 7 show the finished run (LAST), not the checkpoint that did best on the test set."""
+    for name, score in (("small", 0.1), ("large", 0.15)):
+        path = make_run(f"runs/{name}", f"model.name=org/{name}")
+        write_score(path, "math", "adapter", 40, 4, {"exact_match": score})
+    runs = read_runs(find_runs([tmp_path / "runs"]))
+    assert all(run.best_and_last()["math exact_match"][0] > 0.4 for run in runs)
+    chart = next(c for c in charts(runs) if c.title == "math exact_match by model")
     assert chart.categories["model"] == ["large", "small"] and chart.views[RUNS][0].x["model"] == [0, 1]
+    assert chart.views[RUNS][0].y == [0.15, 0.1] and "LAST" in chart.note
     damaged = make_run("runs/other", "model.name=org/other") / "recipe.yaml"
     damaged.write_text(damaged.read_text().replace("org/other", "[org, other]"))
     chart = next(c for c in charts(read_runs(find_runs([tmp_path / "runs"]))) if c.title.endswith("by model"))
