@@ -166,7 +166,7 @@ def memory(
     config: PretrainedConfig = model.config.get_text_config()
     half = 4 if recipe.model.dtype == "float32" else 2
     # All trained parameters are fp32; trained base weights (full fine-tuning) have no second copy.
-    of_base = {id(p): p.numel() for n, p in model.named_parameters() if recipe.adapter.trains(n)}
+    of_base = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad and recipe.adapter.trains(n)}
     trained = sum(p.numel() for p in trainable(model).values())
     adapter = trained - sum(of_base.values())
     base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
