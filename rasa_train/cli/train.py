@@ -65,7 +65,7 @@ Sweep = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=V1,V2,...",
-        help="Start a run for each value, below output_dir (repeat for a grid). KEY,KEY=V1,V2|W1,W2 changes keys together.",
+        help="Start a run for each value, below output_dir (repeat for a grid). KEY,KEY=V1,V2|W1,W2: together.",
         rich_help_panel=SWEEPS,
     ),
 ]

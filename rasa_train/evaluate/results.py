@@ -5,8 +5,9 @@
     RUN/evaluation/best_last.json             BEST and LAST, written by ``--all-checkpoints``
 
 A result has ``suite``, ``checkpoint`` (NAME), ``step`` and ``epoch`` (null where unknown), ``metrics`` (shares in
-[0, 1] by name; ``headline`` names the main one), ``not_measured`` (why a metric is missing), ``questions``, ``limit``, ``protocol`` (prompt, extractor, decoding,
-data), ``model``, ``versions``, ``seconds``, ``tokens_per_second``, and ``rows``, a verdict for each response.
+[0, 1] by name; ``headline`` names the main one), ``not_measured`` (why a metric is missing), ``questions``, ``limit``,
+``protocol`` (prompt, extractor, decoding, data), ``model``, ``versions``, ``seconds``, ``tokens_per_second``, and
+``rows``, a verdict for each response.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def score_file(
         data: file or directory of the code problems; None for the lines' own ``test`` programs, or else for the hub.
         make_sandbox: called only for code.
     Returns:
-        ``suite``, ``samples``, ``metrics``, ``not_measured`` (why a metric, or a problem, is missing), and ``rows`` with
+        ``suite``, ``samples``, ``metrics``, ``not_measured`` (why a metric or problems are missing), and ``rows`` with
         a verdict for each line.
     Raises:
         UserError: a line lacks a field, or names an unknown problem.
