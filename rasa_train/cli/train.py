@@ -229,9 +229,9 @@ def _finish(output_dir: str, summary: Summary, was_complete: bool, as_json: bool
         return
     loss = "unknown" if summary["loss"] is None else f"{summary['loss']:.4f}"  # every step may have been skipped
     if was_complete:
-        print(f"{output_dir} is complete ({summary['steps']} steps, loss {loss} at the last); --fresh starts over")
+        print(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
-        print(f"done: {summary['steps']} steps, loss {loss} at the last; the adapter is in {output_dir}/adapter")
+        print(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
         print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 
 

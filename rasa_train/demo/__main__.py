@@ -23,7 +23,6 @@ from rich.table import Table
 from ..data.demo_problems import extract_answer, held_out
 from ..evaluate.results import write_result
 from ..recipe.load import load_recipe
-from ..report.runs import RECENT, read_run
 
 METHODS = ("lora", "rasa")
 MAX_NEW_TOKENS = 128
@@ -48,13 +47,9 @@ def main() -> None:
         seconds = time.perf_counter() - started
         command("merge", run, "--output", run / "merged", "--overwrite")
         summary = json.loads((run / "summary.json").read_text())
-        recent = read_run(run, method).loss
-        rows.append({"name": method, "model": run / "merged", "seconds": seconds, **summary, "recent_loss": recent})
-    table = Table(
-        title=f"{len(problems)} held-out word problems, greedy decoding, merged models",
-        caption=f"loss: mean of the last {RECENT} steps",
-    )
-    for heading in ("", "trained", "rank", "loss", "training", "exact match"):
+        rows.append({"name": method, "model": run / "merged", "seconds": seconds, **summary})
+    table = Table(title=f"{len(problems)} held-out word problems, greedy decoding, merged models")
+    for heading in ("", "trained", "rank", "last loss", "training", "exact match"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in rows:
         console.print(f"answering with {row['name']} ...")
@@ -66,7 +61,7 @@ def main() -> None:
             {"lora": "LoRA", "rasa": "RaSA"}.get(row["name"], row["name"]),
             f"{row['trainable_parameters']:,}" if trained else "",
             str(max(row["effective_rank"].values())) if trained else "",
-            f"{row['recent_loss']:.3f}" if trained else "",
+            f"{row['loss']:.3f}" if trained else "",
             f"{row['seconds']:.0f} s" if trained else "",
             f"{row['exact_match']:.1%}",
         )

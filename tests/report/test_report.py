@@ -28,6 +28,7 @@ def test_a_complete_run(make_run: MakeRun) -> None:
     run = read_run(make_run("a", "seed=5"), "a")
     assert run.problems == [] and run.state == "complete" and len(run.metrics) == STEPS
     assert run.loss == pytest.approx(fmean(loss_at(step, 0.5, 5) for step in range(31, 41)))
+    assert run.last_loss == loss_at(40, 0.5, 5) and "loss" in run.summary
     assert run.total("tokens") == sum(1000 + step for step in range(1, 41))
     exact = [1 - 0.5 - 0.3 / epoch for epoch in (1, 2, 3, 4)]
     assert run.best_and_last() == {
