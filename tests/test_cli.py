@@ -14,6 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rasa_train.check.trial_run import Device, host_memory
 from rasa_train.cli.errors import Group
 from tests.conftest import Cli
 
@@ -132,8 +133,9 @@ def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path:
     (tmp_path / "r.yaml").write_text(
         f"model: {{name: shape}}\nadapter: {{method: {method}, r: 8}}\ndata: {{dataset: no.jsonl}}\noutput_dir: o\n"
     )
-    done = cli("train", "r.yaml", "--check", "--json", check=True)
+    done = cli("train", "r.yaml", "--check", "--json", "distributed.gpu_memory_gib=80")
     facts = json.loads(done.stdout)
+    assert done.returncode == 2 and not facts["ready"], "neither weights nor data"
     assert facts["trainable_parameters"] == count and facts["total_parameters"] == 8_030_261_248
     assert set(facts["effective_rank"].values()) == {rank} and len(facts["effective_rank"]) == 7
     assert (
@@ -142,12 +144,13 @@ def test_check_with_a_config_alone(method: str, count: int, rank: int, tmp_path:
     assert facts["memory_bytes"]["base_weights"] == 2 * 8_030_261_248
     assert facts["memory_bytes"]["adapter_parameters"] == 4 * count
     assert len(facts["problems"]) == 2 and not (tmp_path / "o").exists()
+    assert {topic["topic"] for topic in facts["topics"] if not topic["ok"]} == {"model", "data"}
 
 
 def test_check_with_everything(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(cli("train", "check", recipe, "--json", "training.epochs=2", "training.max_steps=null").stdout)
     assert (facts["method"], facts["examples"], facts["optimizer_steps"]) == ("rasa", 40, 4)
-    assert facts["dropped_examples"] == 0 and facts["problems"] == []
+    assert facts["dropped_examples"] == 0 and facts["problems"] == [] and facts["ready"]
     assert facts["median_example"] <= facts["longest_example"] and facts["truncated_examples"] == 0
     assert 0 < facts["seconds_estimate"] < 60 and not (recipe.parent / "run").exists(), "tried elsewhere"
     assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
@@ -201,6 +204,49 @@ def test_check_knows_what_checkpoints_take(recipe: Path, cli: Cli, monkeypatch: 
     (problem,) = short["problems"]
     assert done.returncode == 2
     assert problem.startswith("output_dir: checkpoints need") and short["seconds_estimate"] is None
+
+
+@pytest.mark.parametrize("here", [Device("cpu", 1 << 20), Device("NVIDIA H100", 1 << 20)])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_is_marked_is_in_the_verdict(
+    here: Device, as_json: bool, recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too little memory is a reason like any other, on a CPU as well: one line, one verdict, one exit code."""
+    monkeypatch.setattr("rasa_train.check.trial_run.devices", lambda: [here])
+    done = cli("train", "check", recipe, "training.micro_batch_size=40", *(["--json"] if as_json else []))
+    assert done.returncode == 2
+    if as_json:
+        facts = json.loads(done.stdout)
+        assert not facts["ready"] and len(facts["problems"]) == 1 and facts["problems"][0].startswith("memory: ")
+        assert [topic["topic"] for topic in facts["topics"] if not topic["ok"]] == ["memory"]
+        assert facts["memory_bytes_least"] == facts["memory_bytes"]["total"] > here.memory_bytes
+    else:
+        lines = done.stdout.splitlines()
+        assert [line[:11] for line in lines if line.startswith("-- ")] == ["--  memory:"]
+        assert lines[-1].startswith("not ready: memory: ") and "ready to train" not in lines
+
+
+def test_memory_of_the_machine_that_trains(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on CPUs share one memory, a container may have less, and a GPU that the recipe names counts instead."""
+    assert json.loads(cli("train", "check", recipe, "--json").stdout)["micro_batch_tokens"] <= 4096, "auto on a CPU"
+    words = ["training.micro_batch_size=1", "training.max_steps=1"]
+    needed = json.loads(cli("train", "check", recipe, *words, "--json").stdout)["memory_bytes"]["total"]
+    monkeypatch.setattr("rasa_train.check.trial_run.devices", lambda: [Device("cpu", int(1.2 * needed))])
+    assert cli("train", "check", recipe, *words).returncode == 0
+    assert cli("train", "check", recipe, *words, "--nproc", 2).returncode == 2
+    assert cli("train", "check", recipe, *words, "--nproc", 2, "--nnodes", 2).returncode == 2
+    assert cli("train", "check", recipe, *words, "--nproc", 2, "distributed.gpu_memory_gib=1").returncode == 0
+    assert cli("train", "check", recipe, *words, "distributed.gpu_memory_gib=1e-4").returncode == 2
+
+
+@pytest.mark.parametrize(("file", "text"), [("memory.max", "5000"), ("memory/memory.limit_in_bytes", "5000")])
+def test_a_container_has_the_memory_of_its_limit(file: str, text: str, tmp_path: Path) -> None:
+    whole = host_memory(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("max\n")
+    assert host_memory(tmp_path) == whole > 5000
+    (tmp_path / file).write_text(text)
+    assert host_memory(tmp_path) == 5000
 
 
 def test_schema(cli: Cli) -> None:

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rasa_train.data.config import DataConfig
 from rasa_train.data.demo_problems import extract_answer, held_out, training_problems
 from rasa_train.data.prepare import prepare
+from rasa_train.demo.__main__ import remember
 from rasa_train.models.config import ModelConfig
+from rasa_train.report.runs import find_runs, read_run, read_runs
 
 
 def test_problems_are_deterministic_disjoint_and_right() -> None:
@@ -53,6 +55,11 @@ def test_the_model_is_small_and_needs_no_network() -> None:
     assert first.input_ids[-1] == first.labels[-1] == tokenizer.eos_token_id
 
 
+def test_the_report_knows_the_score_of_the_demo(tmp_path: Path) -> None:
+    remember(tmp_path / "rasa", {"steps": 188, "epochs": 1.0, "exact_match": 0.75}, 200)
+    assert read_run(tmp_path / "rasa", "rasa").best_and_last() == {"demo exact_match": (0.75, 0.75)}
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rasa_train.demo", "--output", str(tmp_path), "--questions", "50"]
@@ -61,3 +68,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert base["exact_match"] < 0.1 and min(lora["exact_match"], rasa["exact_match"]) > 0.5
     assert abs(rasa["trainable_parameters"] / lora["trainable_parameters"] - 1) < 0.01
     assert "RaSA" in done.stdout and "exact match" in done.stdout
+    for run in read_runs(find_runs([tmp_path])):
+        row = rasa if run.name == "rasa" else lora
+        assert run.best_and_last() == {"demo exact_match": (row["exact_match"], row["exact_match"])}
+        assert run.last_loss == row["loss"]

@@ -37,6 +37,20 @@ def test_the_grid_has_every_combination(recipe: Path) -> None:
     assert found == [(r, seed, 2, f"runs/adapter.r={r},seed={seed}") for r in (4, 8) for seed in (1, 2, 3)]
 
 
+def test_keys_that_change_together(recipe: Path) -> None:
+    """Lists of values in step, beside a grid; a pattern with | is one value of a single key, or stands in brackets."""
+    together = "adapter.r,adapter.alpha=4,8,16|8,16,32"
+    points = grid(str(recipe), [], [together, "seed=1,2"])
+    loaded = [load_recipe(recipe, point.arguments[1:]).recipe for point in points]
+    found = [(r.adapter.model_dump()["r"], r.adapter.model_dump()["alpha"], r.seed) for r in loaded]
+    assert found == [(r, 2 * r, seed) for r in (4, 8, 16) for seed in (1, 2)]
+    assert points[0].name == "adapter.r=4,adapter.alpha=8,seed=1" and points[0].values["adapter.alpha"] == "8"
+    (single,) = grid(str(recipe), [], ["adapter.targets=.*q_proj|.*v_proj"])
+    assert single.values == {"adapter.targets": ".*q_proj|.*v_proj"}
+    pairs = grid(str(recipe), [], ["adapter.targets, seed=.*(q|v)_proj,[k_proj] | 1,2"])
+    assert [list(point.values.values()) for point in pairs] == [[".*(q|v)_proj", "1"], ["[k_proj]", "2"]]
+
+
 def test_values_with_commas_and_slashes(recipe: Path) -> None:
     points = grid(str(recipe), [], ["adapter.targets=all-linear,[q_proj, v_proj]", "tracking.project=a/b,'c,d'"])
     assert len(points) == 4 and len({point.output_dir for point in points}) == 4
@@ -71,6 +85,14 @@ def test_printed_commands_are_what_a_shell_would_run(recipe: Path, cli: Cli) -> 
         (["seed=1,1"], [], "seed=1: a value is given twice"),
         (["seed=1,2"], ["seed=3"], "leave one of them out"),
         (["output_dir=a,b"], [], "makes the directories itself"),
+        (["seed,output_dir=1,2|a,b"], [], "makes the directories itself"),
+        (["adapter.r,seed=4,8|1"], [], r"2 lists of equally many values.* got 2, of 2 \(4,8\); 1 \(1\)"),
+        (["adapter.r,seed=4,8"], [], r"2 keys that change together need 2 lists .* got 1, of 2 \(4,8\)"),
+        (["adapter.r,seed=4|1|2"], [], "need 2 lists .* got 3"),
+        (["adapter.r,seed=4|"], [], "section.key=value"),
+        (["adapter.r,=4|1"], [], "section.key=value"),
+        (["adapter.r,seed=4|1", "seed=2"], [], "given twice"),
+        (["adapter.r,seed=4|1"], ["seed=3"], "leave one of them out"),
     ],
 )
 def test_a_wrong_sweep(sweeps: list[str], overrides: list[str], words: str, recipe: Path) -> None:

@@ -178,6 +178,17 @@ class Method(BaseModel, ABC):
     init_from: str | None = None
     """An adapter directory to start from, written by this package, by PEFT or by the reference implementation."""
 
+    selects_parameters: ClassVar[bool] = False
+    """Whether ``targets`` and ``exclude`` select parameters of the base (``trained_base``) instead of linears."""
+
+    never_used: ClassVar[frozenset[str]] = frozenset()
+    """Keys that every method has and this one does nothing with."""
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Keys that the method does nothing with, given the others. A recipe that sets one of them is refused."""
+        return self.never_used
+
     @abstractmethod
     def build(self, sites: list[Site]) -> Built:
         """Make the adapters of all sites. Works on any device, meta included; draws from torch's RNG."""
@@ -203,6 +214,11 @@ class Method(BaseModel, ABC):
         """Whether the parameter of the base model with this name is trained. Such parameters are held in fp32, used
         under autocast, and saved and merged under their own names."""
         return False
+
+    def trained_base(self, model: nn.Module) -> set[str]:
+        """Return the names of the parameters of the base that are trained: all for which ``trains`` holds, unless the
+        method chooses among them."""
+        return {name for name, _ in model.named_parameters() if self.trains(name)}
 
     def lr_factor(self, name: str) -> float:
         """Return the learning rate of a trained tensor over that of the recipe, by the tensor's name in the adapter's

@@ -33,7 +33,7 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     device the adapters get shapes but no values.
     """
     model.requires_grad_(False)
-    sites = find_sites(model, method.targets, method.exclude)
+    sites = find_sites(model, *(() if method.selects_parameters else (method.targets, method.exclude)))
     built = method.build(sites)
     for site in sites:
         if site.path in built.adapters:
@@ -41,8 +41,9 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
+    base = method.trained_base(model)
     for name, parameter in list(model.named_parameters()):
-        if method.trains(name):
+        if name in base:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     for module in model.modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .. import process
+from ..adapters.sites import not_adapted
 from ..data.prepare import PreparedData, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError
@@ -23,6 +25,34 @@ from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
 
+Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
+
+
+class Problem(NamedTuple):
+    """A reason why the run cannot be made here: the line of its topic is marked, and the command exits with 2."""
+
+    topic: Topic
+    message: str
+
+
+class Room(NamedTuple):
+    """The memory that a run needs, and the memory that there is."""
+
+    needed: int
+    most: int
+    """Bytes that are used where there is room for them; ``needed`` is enough."""
+    available: int
+    where: str
+
+    @property
+    def suffices(self) -> bool:
+        return self.needed <= USABLE * self.available
+
+    @property
+    def words(self) -> str:
+        needed = _size(self.needed) + (f" to {_size(self.most)}" if self.most > self.needed else "")
+        return f"{needed} of {_size(self.available)} ({self.where})"
+
 
 @dataclass
 class CheckResult:
@@ -31,16 +61,19 @@ class CheckResult:
     estimate: Estimate
     disk_bytes_free: int
     devices: list[trial_run.Device]
+    room: Room
     seconds_estimate: float | None
-    problems: list[str]
-    shortages: list[str]
-    """The ``problems`` other than missing data or weights, which another machine may have."""
+    problems: list[Problem]
     notes: list[str]
-    """What the user should know about the data."""
+    """What the user should know about the base and the data."""
     data_words: str
     """A few words about the data."""
     samples: list[list[tuple[str, bool]]]
     """Decoded examples as (text, supervised) pieces."""
+
+    @property
+    def ready(self) -> bool:
+        return not self.problems
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -49,7 +82,9 @@ class CheckResult:
             "devices": [device._asdict() for device in self.devices],
             "versions": process.versions(),
             "seconds_estimate": self.seconds_estimate,
-            "problems": self.problems,
+            "problems": [problem.message for problem in self.problems],
+            "ready": self.ready,
+            "topics": [{"topic": topic, "ok": fine, "facts": words} for topic, fine, words in _topics(self)],
             "notes": self.notes,
         }
 
@@ -76,90 +111,112 @@ class CheckResult:
         for note in self.notes:
             console.print(f"note: {note}", markup=False, soft_wrap=whole)
         for problem in self.problems:
-            console.print(f"not ready: {problem}", style="red", markup=False, soft_wrap=whole)
-        if not self.problems:
+            console.print(f"not ready: {problem.message}", style="red", markup=False, soft_wrap=whole)
+        if self.ready:
             console.print("ready to train", style="green")
 
 
-def check(recipe: Recipe, workers: int = 1) -> CheckResult:
-    """Return everything that can be known without training, for this number of workers.
+def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
+    """Return everything that can be known without training, for this number of workers on all ``nodes`` together.
 
     Raises:
         UserError: something is wrong. A data set or weights that are only absent are reported, not raised.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     data: PreparedData | None = None
     tokenizer: Tokenizer | None = None
     base: PreTrainedModel | None = None
-    words = "not here"
-    if not has_weights(recipe.model):
-        problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
-    else:
+    words, notes = "not here", list[str]()
+    devices = trial_run.devices()
+    here = has_weights(recipe.model)
+    on_cpu = here and devices[0].name == "cpu" and recipe.distributed.gpu_memory_gib is None
+    if here:
         base = check_base(recipe.model)
-    estimate = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
+        left_out = not_adapted(base) if recipe.adapter.targets == "all-linear" else None
+        notes += [left_out] if left_out else []
+    else:
+        missing = f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json"
+        problems.append(Problem("model", missing))
+    estimate = plan(recipe, None, workers, on_cpu=on_cpu)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
         data = prepare(recipe.data, tokenizer)
     except SourceMissing as error:
-        problems.append(str(error))
+        problems.append(Problem("data", str(error)))
     except UserError as error:
-        if tokenizer is not None or has_weights(recipe.model):
+        if tokenizer is not None or here:
             raise
-        problems.append(str(error))
+        problems.append(Problem("data", str(error)))
         words = "not tokenised, since there is no tokenizer"
     if data:
         if base is not None:
             check_vocabulary(base, recipe.model.name, data.train.largest_id)
-        estimate = plan(recipe, data, workers)
+        estimate = plan(recipe, data, workers, on_cpu=on_cpu)
         words = f"median {np.median(data.train.lengths):,.0f}, longest {data.train.lengths.max():,} tokens"
-    free, devices, seconds = trial_run.disk_free(Path(recipe.output_dir)), trial_run.devices(), None
-    problems += (shortages := _shortages(estimate, free, devices))
+        notes += data.notes
+    free, seconds = trial_run.disk_free(Path(recipe.output_dir)), None
+    room = _room(recipe, estimate, devices, max(1, workers // nodes))
+    problems += _shortages(estimate, free, room)
     if data and estimate.optimizer_steps and not problems and workers == 1:
-        seconds = trial_run.seconds(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
+        trial = trial_run.trial(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
+        seconds = trial.seconds if trial else None
+        if trial and not trial.finite:
+            problems.append(Problem("model", NOT_FINITE))
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    notes = data.notes if data else []
-    return CheckResult(estimate, free, devices, seconds, problems, shortages, notes, words, samples)
+    return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples)
 
 
-def _shortages(estimate: Estimate, free: int, devices: list[trial_run.Device]) -> list[str]:
-    """Return what this machine has too little of. Memory counts only on a GPU: without one, another machine trains."""
-    found, needed, total = [], estimate.disk_bytes_needed, estimate.memory_bytes["total"]
+NOT_FINITE = (
+    "model: no step of a short trial had a finite loss and gradient; look for weights that are not finite, a "
+    "model.dtype that the model was not made for, and a training.optimizer.lr that is too high"
+)
+
+
+def _room(recipe: Recipe, estimate: Estimate, devices: list[trial_run.Device], local: int) -> Room:
+    """Return the memory that is needed and that there is: on the GPU that the recipe names, or else on the smallest GPU
+    here, or else on this machine, whose memory its ``local`` workers share."""
+    least, total = estimate.memory_bytes_least, estimate.memory_bytes["total"]
+    if (named := recipe.distributed.gpu_memory_gib) is not None:
+        return Room(least, total, int(named * 2**30), "the GPU of distributed.gpu_memory_gib")
+    device = min(devices, key=lambda device: device.memory_bytes)
+    if device.name != "cpu":
+        return Room(least, total, device.memory_bytes, f"{device.name} x {len(devices)}")
+    return Room(local * least, local * total, device.memory_bytes, "cpu" + (f", {local} workers" if local > 1 else ""))
+
+
+def _shortages(estimate: Estimate, free: int, room: Room) -> list[Problem]:
+    """Return what there is too little of."""
+    found, needed = [], estimate.disk_bytes_needed
     if needed is not None and needed > free:
-        found.append(
+        message = (
             f"output_dir: checkpoints need {_size(needed)}, but the disk has {_size(free)} free; make room, or set "
             "training.keep_last"
         )
-    least = min(devices, key=lambda device: device.memory_bytes)
-    if least.name != "cpu" and total > USABLE * least.memory_bytes:
-        found.append(
-            f"memory: each worker needs {_size(total)}, but {least.name} has {_size(least.memory_bytes)}; try "
-            "training.activation_checkpointing: auto, or another distributed.strategy"
+        found.append(Problem("disk", message))
+    if not room.suffices:
+        message = (
+            f"memory: the run needs {room.words}, of which {USABLE:.0%} can be used; try "
+            "training.activation_checkpointing: true, training.micro_batch_size: 1, or another distributed.strategy; "
+            "set distributed.gpu_memory_gib if a GPU elsewhere is to train it"
         )
+        found.append(Problem("memory", message))
     return found
 
 
-def _topics(result: CheckResult) -> list[tuple[str, bool, str]]:
-    """Return (topic, whether it is fine, a few words about it) for each topic."""
-    facts, problems, seconds, device = result.estimate, result.problems, result.seconds_estimate, result.devices[0]
+def _topics(result: CheckResult) -> list[tuple[Topic, bool, str]]:
+    """Return (topic, whether it has no problem, a few words about it) for each topic."""
+    facts, seconds = result.estimate, result.seconds_estimate
     steps, needed = facts.optimizer_steps, facts.disk_bytes_needed
-    total = _size(facts.memory_bytes["total"])
-    model = f"{sum(facts.sites.values())} linears adapted, {facts.trainable_parameters:,} parameters trained"
-    return [
-        ("recipe", True, f"{facts.method}, {'?' if steps is None else f'{steps:,}'} steps"),
-        ("data", facts.median_example is not None, result.data_words),
-        ("model", not any(p.startswith("model.") for p in problems), model),
-        (
-            "memory",
-            not any(p.startswith("memory:") for p in problems),
-            f"{total} of {_size(device.memory_bytes)} ({device.name} x {len(result.devices)})",
-        ),
-        (
-            "disk",
-            not any(p.startswith("output_dir:") for p in problems),
-            f"{'?' if needed is None else _size(needed)} of {_size(result.disk_bytes_free)} free",
-        ),
-        ("time", True, "not tried" if seconds is None else f"about {clock(seconds)} on this machine"),
-    ]
+    words: dict[Topic, str] = {
+        "recipe": f"{facts.method}, {'?' if steps is None else f'{steps:,}'} steps",
+        "data": result.data_words,
+        "model": f"{sum(facts.sites.values())} linears adapted, {facts.trainable_parameters:,} parameters trained",
+        "memory": result.room.words,
+        "disk": f"{'?' if needed is None else _size(needed)} of {_size(result.disk_bytes_free)} free",
+        "time": "not tried" if seconds is None else f"about {clock(seconds)} on this machine",
+    }
+    wrong = {problem.topic for problem in result.problems}
+    return [(topic, topic not in wrong, said) for topic, said in words.items()]
 
 
 def _size(size: float) -> str:

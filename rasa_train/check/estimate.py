@@ -22,10 +22,10 @@ from ..models.families import decoder_layers, has_plain_head
 from ..models.load import count_parameters, meta_model
 from ..models.padding_free import check_packable
 from ..recipe.schema import Recipe
-from ..training.memory_search import MOST
+from ..training.memory_search import MOST, ON_CPU
 
 USABLE = 0.9
-"""Share of a GPU's memory that a worker may fill: the rest is for CUDA itself, NCCL's buffers and fragments."""
+"""Share of the memory that workers may fill: the rest is for CUDA, NCCL's buffers and fragments, or the system."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,15 @@ class Estimate:
     """Most tokens of an example: those of ``longest_example``, or the recipe's limit."""
     memory_bytes: dict[str, int]
     """Memory of a worker by part, and their ``total``."""
+    memory_bytes_least: int
+    """Memory of a worker with the fewest tokens and the most recomputed layers that the search before the first step on
+    a GPU may choose; the ``total`` where nothing is searched for."""
     memory_bytes_by_strategy: dict[Strategy, int]
     advice: list[str]
 
 
-def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> Estimate:
-    """Return the facts of a run.
+def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu: bool = False) -> Estimate:
+    """Return the facts of a run: on GPUs, unless it is to run ``on_cpu``.
 
     Raises:
         UserError: the architecture is not available, or the adapter does not fit it.
@@ -80,10 +83,16 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> Estimat
     training = recipe.training
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size) if data else None
     steps = training.max_steps or (training.epochs * steps_per_epoch if steps_per_epoch else None)
-    longest = int(data.train.lengths.max()) if data else None
-    size, tokens = _micro_batch(recipe, longest or recipe.data.max_length, workers)
+    found = int(data.train.lengths.max()) if data else None
+    longest = found or recipe.data.max_length
+    size, tokens = _micro_batch(recipe, longest, workers, ON_CPU if on_cpu else MOST)
     parts = {strategy: memory(recipe, model, sites, strategy, workers, tokens=tokens) for strategy in STRATEGIES}
-    totals = {strategy: found["total"] for strategy, found in parts.items()}
+    totals = {strategy: part["total"] for strategy, part in parts.items()}
+    strategy = recipe.distributed.strategy
+    least = totals[strategy]
+    if not on_cpu and STRATEGIES[strategy].stage == 0:
+        smallest = _micro_batch(recipe, longest, workers, longest)[1]
+        least = memory(_recomputed(recipe), model, sites, strategy, workers, tokens=smallest)["total"]
     return Estimate(
         method=recipe.adapter.method,
         trainable_parameters=trained,
@@ -98,16 +107,17 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1) -> Estimat
         dropped_examples=data.stats.dropped_over_length + data.stats.dropped_unsupervised if data else None,
         tokens=int(data.train.lengths.sum()) if data else None,
         supervised_tokens=int(data.train.supervised.sum()) if data else None,
-        longest_example=longest,
+        longest_example=found,
         median_example=float(np.median(data.train.lengths)) if data else None,
         truncated_examples=data.stats.truncated if data else None,
         disk_bytes_needed=disk_bytes(recipe, model, steps, steps_per_epoch),
-        strategy=recipe.distributed.strategy,
+        strategy=strategy,
         workers=workers,
         micro_batch_size=size,
         micro_batch_tokens=tokens,
-        longest=longest or recipe.data.max_length,
-        memory_bytes=parts[recipe.distributed.strategy],
+        longest=longest,
+        memory_bytes=parts[strategy],
+        memory_bytes_least=least,
         memory_bytes_by_strategy=totals,
         advice=advice(recipe, totals, workers),
     )
@@ -127,12 +137,21 @@ def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_ep
     return kept * (adapter + state) + adapter
 
 
-def _micro_batch(recipe: Recipe, longest: int, workers: int) -> tuple[int | None, int]:
-    """Return the most sequences of a micro-batch, None where only tokens are limited, and its most tokens."""
+def _recomputed(recipe: Recipe) -> Recipe:
+    """Return the recipe with all layers recomputed if it leaves that to the search."""
+    if recipe.training.activation_checkpointing != "auto":
+        return recipe
+    training = recipe.training.model_copy(update={"activation_checkpointing": True})
+    return recipe.model_copy(update={"training": training})
+
+
+def _micro_batch(recipe: Recipe, longest: int, workers: int, most: int) -> tuple[int | None, int]:
+    """Return the most sequences of a micro-batch, None where only tokens are limited, and its most tokens; for ``auto``
+    about ``most`` tokens."""
     wanted = recipe.training.micro_batch_size
     if recipe.training.flat and wanted == "auto":
-        return None, max(recipe.training.micro_batch_tokens or MOST, longest)
-    size = max(1, MOST // longest) if wanted == "auto" else wanted
+        return None, max(recipe.training.micro_batch_tokens or most, longest)
+    size = max(1, most // longest) if wanted == "auto" else wanted
     size = min(size, math.ceil(recipe.training.batch_size / workers))
     return size, size * longest
 
@@ -142,12 +161,12 @@ def memory(
 ) -> dict[str, int]:
     """Estimate one worker's GPU memory in bytes, by part. Most parts are counted and exact. ``activations`` and
     ``logits`` come from a model of the largest micro-batch, of ``tokens`` tokens with padding: the activations that
-    layers keep for the backward pass unless they are recomputed (``auto``: no layer is), and the loss over the
-    vocabulary."""
+    layers keep for the backward pass unless they are recomputed (``auto``: no layer is, but all of them are where
+    workers wait for each other in the forward pass), and the loss over the vocabulary."""
     config: PretrainedConfig = model.config.get_text_config()
     half = 4 if recipe.model.dtype == "float32" else 2
     # All trained parameters are fp32; trained base weights (full fine-tuning) have no second copy.
-    of_base = {id(p): p.numel() for n, p in model.named_parameters() if recipe.adapter.trains(n)}
+    of_base = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad and recipe.adapter.trains(n)}
     trained = sum(p.numel() for p in trainable(model).values())
     adapter = trained - sum(of_base.values())
     base = sum(p.numel() * (4 if id(p) in of_base else half) for p in model.parameters()) - adapter * half
@@ -172,7 +191,9 @@ def memory(
     per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * half
     layers = config.num_hidden_layers
     wanted = recipe.training.activation_checkpointing
-    recomputed = 0 if wanted == "auto" else layers if wanted is True else min(int(wanted), layers)
+    if wanted == "auto":
+        wanted = capabilities.stage > 0
+    recomputed = layers if wanted is True else min(int(wanted), layers)
     kept = recomputed * config.hidden_size * half + (layers - recomputed + bool(recomputed)) * per_layer
     if recipe.training.activation_offload:
         kept = per_layer  # only for the layer that is being computed

@@ -33,12 +33,30 @@ class Device(NamedTuple):
     memory_bytes: int
 
 
+class Trial(NamedTuple):
+    """What a few steps have shown."""
+
+    seconds: float
+    """Estimated seconds of the whole run on this machine."""
+    finite: bool
+    """Whether any step had a finite loss and gradient."""
+
+
 def devices() -> list[Device]:
     """Return each GPU, or the machine if it has no GPU."""
     if not torch.cuda.is_available():
-        return [Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+        return [Device("cpu", host_memory())]
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [Device(gpu.name, gpu.total_memory) for gpu in found]
+
+
+def host_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of memory that the processes of this machine can have: a container's limit if that is lower."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (cgroups / "memory.max", cgroups / "memory" / "memory.limit_in_bytes"):  # versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found = min(found, int(limit.read_text()))
+    return found
 
 
 def disk_free(path: Path) -> int:
@@ -47,10 +65,10 @@ def disk_free(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def seconds(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> float | None:
-    """Estimate the seconds that ``steps`` take on this machine: train a few steps of ``SEQUENCES`` sequences, in a
-    directory that is deleted, and take the tokens per second of the last step. Returns None if that would take too
-    long.
+def trial(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> Trial | None:
+    """Train a few steps of ``SEQUENCES`` sequences, in a directory that is deleted, to see whether the loss is finite,
+    and how long ``steps`` take on this machine by the tokens per second of the last of them. Returns None if the trial
+    would take too long.
 
     Args:
         parameters: number of parameters of the base.
@@ -67,6 +85,7 @@ def seconds(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> 
         changed = {"output_dir": directory, "training": recipe.training.model_copy(update=short)}
         tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
         run(tried, StopSignal(), PreparedData(data.train, None, data.stats, data.key))
-        last = RunDirectory(directory).rows()[-1]
+        rows = RunDirectory(directory).rows()
     per_step = float(data.train.lengths.mean()) * min(recipe.training.batch_size, len(data.train))
-    return steps * per_step / float(last["tokens_per_second"])
+    finite = any(row["loss"] is not None for row in rows)
+    return Trial(steps * per_step / float(rows[-1]["tokens_per_second"]), finite)

@@ -127,12 +127,12 @@ def _describe(found: dict[str, Any]) -> str:
         wrong = [row for row in found["rows"] if not row["correct"]]
         lines = [f"{row.get('task_id', row['index'])}: {row['reason']}" for row in wrong[:20]]
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-        return "\n".join([*lines, *more, *_metrics(found["metrics"]), f"{found['samples']} samples"])
+        return "\n".join([*lines, *more, *_metrics(found), f"{found['samples']} samples"])
     lines = []
     for result in found["results"]:
         epoch = "" if result["epoch"] is None else f" (epoch {result['epoch']:g})"
         lines.append(f"{result['suite']}, {result['checkpoint']}{epoch}: {result['questions']} questions")
-        lines += _metrics(result["metrics"])
+        lines += _metrics(result)
     if found["best_last"]:
         lines.append(f"{'':44}{'BEST':>8}{'epoch':>8}{'LAST':>8}")
         for suite, metrics in found["best_last"].items():
@@ -142,8 +142,10 @@ def _describe(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"results are in {found['directory']}"])
 
 
-def _metrics(metrics: dict[str, float]) -> list[str]:
-    return [f"  {name:42}{value:8.1%}" for name, value in metrics.items()]
+def _metrics(result: dict[str, Any]) -> list[str]:
+    missing = result.get("not_measured", {})  # results of older versions do not have it
+    lines = [f"  {name:42}{value:8.1%}" for name, value in result["metrics"].items()]
+    return [*lines, *(f"  {name}: not measured, {why}" for name, why in missing.items())]
 
 
 def _reporter(title: str) -> Callable[[Progress], None]:

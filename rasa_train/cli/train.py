@@ -65,7 +65,7 @@ Sweep = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=V1,V2,...",
-        help="Start a run for each value, below output_dir (repeat for a grid).",
+        help="Start a run for each value, below output_dir (repeat for a grid). KEY,KEY=V1,V2|W1,W2: together.",
         rich_help_panel=SWEEPS,
     ),
 ]
@@ -158,7 +158,7 @@ def run(
 
             workers = Workers("auto" if nproc == "auto" else int(nproc), nnodes, node_rank, rdzv, max_restarts)
             if check_only:
-                _check(loaded.recipe, number(workers), as_json)
+                _check(loaded.recipe, number(workers), nnodes, as_json)
                 return
             try:
                 finished = launch(loaded.recipe, workers, fresh=fresh)
@@ -182,7 +182,8 @@ def check(
 ) -> None:
     """Print what a run would be: parameters, steps, memory, time.
 
-    Nothing is trained, and nothing is written. The exit code is 2 if the run cannot be made here.
+    Nothing is trained, and nothing is written. The exit code is 2 if the run cannot be made here ("not ready"): data or
+    weights are missing, or memory or disk do not suffice. distributed.gpu_memory_gib=80 checks for a GPU elsewhere.
 
         rasa-train check math_llama8b_r8 --nproc 8
     """
@@ -228,9 +229,9 @@ def _finish(output_dir: str, summary: Summary, was_complete: bool, as_json: bool
         return
     loss = "unknown" if summary["loss"] is None else f"{summary['loss']:.4f}"  # every step may have been skipped
     if was_complete:
-        print(f"{output_dir} is complete ({summary['steps']} steps, loss {loss}); --fresh starts over")
+        print(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
-        print(f"done: {summary['steps']} steps, loss {loss}; the adapter is in {output_dir}/adapter")
+        print(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
         print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 
 
@@ -262,15 +263,15 @@ def _sweep(
     return failed[0].exit_code if failed else 0
 
 
-def _check(recipe: Recipe, workers: int, as_json: bool) -> None:
+def _check(recipe: Recipe, workers: int, nodes: int, as_json: bool) -> None:
     from ..check.check import check
 
-    result = check(recipe, workers)
+    result = check(recipe, workers, nodes)
     if as_json:
         print(json.dumps(result.as_json()))
     else:
         result.show()
-    if result.shortages:
+    if not result.ready:
         sys.exit(2)
 
 

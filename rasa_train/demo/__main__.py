@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.demo_problems import extract_answer, held_out
+from ..evaluate.results import write_result
 from ..recipe.load import load_recipe
 
 METHODS = ("lora", "rasa")
@@ -48,12 +49,14 @@ def main() -> None:
         summary = json.loads((run / "summary.json").read_text())
         rows.append({"name": method, "model": run / "merged", "seconds": seconds, **summary})
     table = Table(title=f"{len(problems)} held-out word problems, greedy decoding, merged models")
-    for heading in ("", "trained", "rank", "loss", "training", "exact match"):
+    for heading in ("", "trained", "rank", "last loss", "training", "exact match"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in rows:
         console.print(f"answering with {row['name']} ...")
         row["exact_match"] = exact_match(row["model"], problems)
         trained = "seconds" in row
+        if trained:
+            remember(options.output / row["name"], row, len(problems))
         table.add_row(
             {"lora": "LoRA", "rasa": "RaSA"}.get(row["name"], row["name"]),
             f"{row['trainable_parameters']:,}" if trained else "",
@@ -64,6 +67,22 @@ def main() -> None:
         )
     console.print(table)
     (options.output / "demo.json").write_text(json.dumps(rows, indent=2, default=str) + "\n")
+    console.print(f"see the curves: rasa-report {options.output} --output {options.output / 'report.html'}")
+
+
+def remember(run: Path, row: dict[str, Any], questions: int) -> None:
+    """Write the score of a finished run where ``rasa-report`` finds it."""
+    result = {
+        "suite": "demo",
+        "checkpoint": "adapter",
+        "step": row["steps"],
+        "epoch": row["epochs"],
+        "headline": "exact_match",
+        "metrics": {"exact_match": row["exact_match"]},
+        "questions": questions,
+        "protocol": {"prompt": "alpaca", "decoding": f"greedy, at most {MAX_NEW_TOKENS} tokens", "model": "merged"},
+    }
+    write_result(run / "evaluation", result)
 
 
 def command(name: str, *arguments: object) -> None:

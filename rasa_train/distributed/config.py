@@ -62,8 +62,8 @@ class DistributedConfig(BaseModel):
     """Size in elements up to which zero3 does not divide a tensor. Default: the size of the adapter's largest tensor,
     so that only base weights are gathered."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Memory of one GPU in GiB, for the advice of ``rasa-train check RECIPE``. Default: the memory of this machine's
-    GPU."""
+    """Memory in GiB of a GPU that is to train. ``rasa-train check RECIPE`` compares the run with it. Default: this
+    machine's GPUs, or its own memory if it has none."""
 
     @model_validator(mode="after")
     def _offload_fits(self) -> DistributedConfig:

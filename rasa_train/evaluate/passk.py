@@ -33,3 +33,11 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], ks: Sequence[int] = (1, 10
         for k in ks
         if k <= most
     }
+
+
+def without_pass_at_k(counts: Sequence[tuple[int, int]], ks: Sequence[int] = (1, 10)) -> dict[str, str]:
+    """Return, for every k that ``mean_pass_at_k`` leaves out, why it does."""
+    most = min((samples for samples, _ in counts), default=0)
+    few = sum(samples < max(ks) for samples, _ in counts)
+    why = f"needs {{}} samples of every problem; {few} of {len(counts)} have fewer, the fewest {most}"
+    return {f"pass@{k}": why.format(k) for k in ks if k > most}

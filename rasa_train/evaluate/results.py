@@ -5,8 +5,9 @@
     RUN/evaluation/best_last.json             BEST and LAST, written by ``--all-checkpoints``
 
 A result has ``suite``, ``checkpoint`` (NAME), ``step`` and ``epoch`` (null where unknown), ``metrics`` (shares in
-[0, 1] by name; ``headline`` names the main one), ``questions``, ``limit``, ``protocol`` (prompt, extractor, decoding,
-data), ``model``, ``versions``, ``seconds``, ``tokens_per_second``, and ``rows``, a verdict for each response.
+[0, 1] by name; ``headline`` names the main one), ``not_measured`` (why a metric is missing), ``questions``, ``limit``,
+``protocol`` (prompt, extractor, decoding, data), ``model``, ``versions``, ``seconds``, ``tokens_per_second``, and
+``rows``, a verdict for each response.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def best_last(results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]
         own = sorted((r for r in results if r["suite"] == suite), key=lambda r: r["step"] or 0)
         last = own[-1]
         for metric in last["metrics"]:
-            best = max(own, key=lambda r: r["metrics"][metric])  # the earliest of equal checkpoints
+            measured = [r for r in own if metric in r["metrics"]]
+            best = max(measured, key=lambda r: r["metrics"][metric])  # the earliest of equal checkpoints
             table.setdefault(suite, {})[metric] = {
                 "best": best["metrics"][metric],
                 "best_checkpoint": best["checkpoint"],

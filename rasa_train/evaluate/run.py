@@ -20,7 +20,7 @@ from .load import Backend, Dtype, Plan, Subject, load_lm
 from .problems import code_candidate, program
 from .results import Result
 from .sandbox import Sandbox
-from .score import code_metrics, math_metrics, score_code, score_math
+from .score import code_metrics, code_not_measured, math_metrics, score_code, score_math
 from .suites import HEADLINE, Suite, load_suite, versions
 
 
@@ -114,6 +114,7 @@ class Evaluation:
             "epoch": subject.epoch,
             "headline": next((m for m in (HEADLINE[name],) if m in metrics), None),
             "metrics": metrics,
+            "not_measured": code_not_measured(rows) if name == "code" else {},
             "questions": questions,
             "limit": options.limit,
             "seconds": round(time.perf_counter() - started, 1),

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.sources import find_source
 from ..errors import UserError
 from .answers import Checker, given_answer, marked_answer
-from .passk import mean_pass_at_k
+from .passk import mean_pass_at_k, without_pass_at_k
 from .problems import Row, code_problem, load, math_problem, program
 from .sandbox import Sandbox
 
@@ -83,11 +83,21 @@ def score_code(
 
 def code_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Return ``pass@1`` and, with enough samples of every problem, ``pass@10``."""
+    return mean_pass_at_k(_counts(rows))
+
+
+def code_not_measured(rows: Sequence[Row]) -> dict[str, str]:
+    """Return why a metric of code is not among ``code_metrics``, by its name."""
+    return without_pass_at_k(_counts(rows))
+
+
+def _counts(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Return (samples, samples that passed) of each problem."""
     counts: dict[str, tuple[int, int]] = {}
     for row in rows:
         samples, passed = counts.get(row["task_id"], (0, 0))
         counts[row["task_id"]] = (samples + 1, passed + bool(row["passed"]))
-    return mean_pass_at_k(list(counts.values()))
+    return list(counts.values())
 
 
 def score_file(
@@ -106,7 +116,8 @@ def score_file(
         data: file or directory of the code problems; None for the lines' own ``test`` programs, or else for the hub.
         make_sandbox: called only for code.
     Returns:
-        ``suite``, ``samples``, ``metrics``, and ``rows`` with a verdict for each line.
+        ``suite``, ``samples``, ``metrics``, ``not_measured`` (why a metric or problems are missing), and ``rows`` with
+        a verdict for each line.
     Raises:
         UserError: a line lacks a field, or names an unknown problem.
     """
@@ -115,18 +126,24 @@ def score_file(
     samples = [(where, dict(row)) for where, row in find_source(str(_existing(path)))[0].rows()]
     if not samples:
         raise UserError(f"{path} has no samples")
+    missing: dict[str, str] = {}
     if suite == "code":
-        programs = _programs(samples, data)
+        programs, absent = _programs(samples, data)
         rows = score_code(programs, make_sandbox(), workers, tick)
-        metrics = code_metrics(rows)
+        metrics, missing = code_metrics(rows), code_not_measured(rows)
+        if absent:
+            missing["problems"] = f"{len(absent)} have no sample and do not count: {', '.join(absent[:5])}" + (
+                ", ..." if len(absent) > 5 else ""
+            )
     else:
         problems = [math_problem({key: v for key, v in row.items() if key != "response"}, at) for at, row in samples]
         rows = score_math(problems, [_text(row, "response", where) for where, row in samples], tick)
         metrics = math_metrics(rows)
-    return {"suite": suite, "samples": len(rows), "metrics": metrics, "rows": rows}
+    return {"suite": suite, "samples": len(rows), "metrics": metrics, "not_measured": missing, "rows": rows}
 
 
-def _programs(samples: Sequence[tuple[str, Row]], data: str | None) -> list[tuple[str, str]]:
+def _programs(samples: Sequence[tuple[str, Row]], data: str | None) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return (task id, program) of each sample, and the ids of the problems that have none."""
     own = all(isinstance(row.get("test"), str) for _, row in samples)
     problems = {} if own and data is None else {row["task_id"]: row for row in load("code", data)}
     programs = []
@@ -140,7 +157,7 @@ def _programs(samples: Sequence[tuple[str, Row]], data: str | None) -> list[tupl
         else:
             candidate = problem["prompt"] + _text(row, "completion", where)
         programs.append((task_id, program(problem, candidate)))
-    return programs
+    return programs, sorted(problems.keys() - {task_id for task_id, _ in programs})
 
 
 def _text(row: Row, key: str, where: str) -> str:

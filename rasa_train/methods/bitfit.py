@@ -5,7 +5,7 @@ Llama and Mistral have no biases: ``add_bias`` gives each selected linear withou
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,18 @@ from ..errors import UserError
 
 class BitFit(Method):
     """Bias-term fine-tuning: all biases of the base are trained, and new ones that are added to linears. No weight is
-    updated, so ``dropout`` and ``compute`` have no effect; ``targets`` selects the linears that biases are added to."""
+    updated, so ``dropout`` and ``compute`` cannot be set; ``targets`` selects the linears that biases are added to, and
+    cannot be set without ``add_bias``."""
 
     method: Literal["bitfit"] = "bitfit"
     add_bias: bool = True
     """Whether selected linears without a bias get one. This is our addition: the paper's models all had biases."""
+
+    never_used: ClassVar[frozenset[str]] = frozenset({"dropout", "compute"})
+
+    @property
+    def unused(self) -> frozenset[str]:
+        return self.never_used if self.add_bias else self.never_used | {"targets", "exclude"}
 
     def build(self, sites: list[Site]) -> Built:
         without = [site for site in sites if self.add_bias and not site.bias]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,15 @@ NEEDS_MORE = {
 
 
 class Peft(Method):
-    """A method of the PEFT library. ``targets``, ``exclude``, ``dropout`` and ``compute`` have no effect: use the
+    """A method of the PEFT library. ``targets``, ``exclude``, ``dropout`` and ``compute`` cannot be set: use the
     corresponding keys of ``config``."""
 
     method: Literal["peft"] = "peft"
     config: dict[str, object]
     """PEFT's configuration: ``peft_type`` and the keys of that type, as in PEFT's documentation. ``task_type`` is
     always CAUSAL_LM."""
+
+    never_used: ClassVar[frozenset[str]] = frozenset({"targets", "exclude", "dropout", "compute"})
 
     def build(self, sites: list[Site]) -> Built:
         return Built({}, {})

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..adapters.contract import Method
 from ..adapters.registry import METHODS
 from ..errors import UserError
 from ..io.home import expanded
@@ -72,6 +73,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise explain(error, merged.locations) from None
     if file.absolute() == Path(recipe.output_dir, "recipe.yaml").absolute():
         del notices[:-1]  # nobody wrote that file: an older version left it in the run's directory
+    else:
+        _refuse_unused(recipe.adapter, merged.locations)
     return LoadedRecipe(recipe, merged.locations, [line for lines in notices for line in lines])
 
 
@@ -187,7 +190,7 @@ def _override_layer(overrides: Iterable[str]) -> _Layer:
 
 def _merge(below: _Layer, above: _Layer) -> None:
     """Put ``above`` over ``below``, key by key. If ``above`` names another adapter method or optimizer, the keys of the
-    old one that the new one does not have are dropped."""
+    old one that the new one does not have or use are dropped."""
     for section, tag in ((("adapter",), "method"), (("training", "optimizer"), "name")):
         old, new = _get(below.values, section), _get(above.values, section)
         if isinstance(old, dict) and isinstance(new, dict) and new.get(tag, old.get(tag)) != old.get(tag):
@@ -196,6 +199,15 @@ def _merge(below: _Layer, above: _Layer) -> None:
                 del old[name]
     _merge_values(below.values, above.values)
     below.locations.update(above.locations)
+
+
+def _refuse_unused(adapter: Method, locations: dict[Key, Location]) -> None:
+    """Raise ``UserError`` if the recipe sets a key that the adapter's method does nothing with."""
+    for key in sorted(adapter.unused):
+        value = getattr(adapter, key)
+        if value != type(adapter).model_fields[key].get_default():
+            message = f"adapter.{key}: adapter.method: {adapter.method} does not use it, got {value!r}; leave it out"
+            raise explain(UserError(message, key=f"adapter.{key}"), locations)
 
 
 def _merge_values(below: dict[str, Any], above: dict[str, Any]) -> None:
@@ -261,7 +273,8 @@ def _fields_of(section: tuple[str, ...], tag: str) -> set[str]:
     models: list[type[BaseModel]] = [Recipe]
     for name in section:
         models = _models(models[0].model_fields[name].annotation)
-    return {f for m in models if _tag_of(m) == tag for f in m.model_fields} or {
+    used = {m: m.model_fields.keys() - getattr(m, "never_used", frozenset()) for m in models}
+    return {f for m, fields in used.items() if _tag_of(m) == tag for f in fields} or {
         f for m in models for f in m.model_fields
     }
 

@@ -1,4 +1,5 @@
-"""A grid of runs from one recipe: ``--sweep adapter.r=8,16 --sweep seed=1,2,3``.
+"""A grid of runs from one recipe: ``--sweep adapter.r=8,16 --sweep seed=1,2,3``. Keys that change together are one
+sweep: ``--sweep 'adapter.r,adapter.alpha=8,16|16,32'``.
 
 Each point of the grid is a run of its own, in a directory below the recipe's ``output_dir`` named by its values. The
 runs follow one another, each in a process of its own, so that what one run leaves in memory cannot affect the next.
@@ -65,21 +66,24 @@ def grid(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[P
     """Return the points of the grid; the last ``--sweep`` changes fastest. The recipe of every point is valid.
 
     Args:
-        sweeps: ``section.key=value,value,...``; a comma inside brackets, braces or quotes belongs to its value.
+        sweeps: ``section.key=value,value,...``, or several keys and as many lists of values, which are taken in step:
+            ``key,key=value,value,...|value,value,...``. What is inside brackets, braces or quotes belongs to its value.
     Raises:
         UserError: a sweep cannot be read, a key is set twice, or the recipe of a point is wrong.
     """
     axes = [_axis(text) for text in sweeps]
-    keys = [key for key, _ in axes]
+    keys = [key for axis, _ in axes for key in axis]
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"--sweep {key} is given twice: list all its values in one, {key}=value,value,...")
         if any(override.partition("=")[0] == key for override in overrides):
             raise UserError(f"{key} is given as an override and as --sweep: leave one of them out")
-    base = load_recipe(recipe, [*overrides, *(f"{key}={values[0]}" for key, values in axes)]).recipe.output_dir
+    first = [value for _, rows in axes for value in rows[0]]
+    settings = [f"{key}={value}" for key, value in zip(keys, first, strict=True)]
+    base = load_recipe(recipe, [*overrides, *settings]).recipe.output_dir
     points = []
-    for chosen in itertools.product(*(values for _, values in axes)):
-        values = dict(zip(keys, chosen, strict=True))
+    for chosen in itertools.product(*(rows for _, rows in axes)):
+        values = dict(zip(keys, itertools.chain(*chosen), strict=True))
         name = ",".join(f"{key}={value}" for key, value in values.items())
         directory = Path(base) / re.sub(r"[^\w.,=+-]+", "_", name)
         settings = [f"{key}={value}" for key, value in values.items()]
@@ -152,14 +156,25 @@ def _child(command: list[str], capture: bool) -> tuple[int, str]:
     return (STOPPED if asked else child.returncode), printed
 
 
-def _axis(text: str) -> tuple[str, list[str]]:
-    key, equals, values = text.partition("=")
-    found = [value.strip() for value in _split(values)]
-    if not equals or not all(key.split(".")) or not all(found):
-        raise UserError(f"--sweep is section.key=value,value,..., got {text!r}")
-    if key == "output_dir":
+def _axis(text: str) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the keys of one ``--sweep``, and the values that they have together, one tuple after the other."""
+    left, equals, right = text.partition("=")
+    keys = [key.strip() for key in left.split(",")]
+    parts = _split(right, "|") if len(keys) > 1 else [right]  # a single value may be a pattern with a |
+    lists = [[value.strip() for value in _split(part, ",")] for part in parts]
+    if not equals or not all(part for key in keys for part in key.split(".")) or not all(map(all, lists)):
+        raise UserError(
+            f"--sweep is section.key=value,value,... or key,key=value,value,...|value,value,..., got {text!r}"
+        )
+    if len(lists) != len(keys) or len({len(values) for values in lists}) > 1:
+        found = "; ".join(f"{len(values)} ({','.join(values)})" for values in lists)
+        raise UserError(
+            f"--sweep {left}: {len(keys)} keys that change together need {len(keys)} lists of equally many values, "
+            f"separated by |, as in adapter.r,adapter.alpha=8,16,32|16,32,64; got {len(lists)}, of {found}"
+        )
+    if "output_dir" in keys:
         raise UserError("--sweep output_dir: the sweep makes the directories itself, below output_dir")
-    return key, found
+    return keys, list(zip(*lists, strict=True))
 
 
 def _yaml(text: str) -> str:
@@ -167,8 +182,8 @@ def _yaml(text: str) -> str:
     return text if yaml.safe_load(text) == text else json.dumps(text, ensure_ascii=False)
 
 
-def _split(text: str) -> list[str]:
-    """Split ``text`` at the commas that are not inside brackets, braces or quotes."""
+def _split(text: str, separator: str) -> list[str]:
+    """Split ``text`` at the separators that are not inside brackets, braces, parentheses or quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -176,8 +191,8 @@ def _split(text: str) -> list[str]:
         elif character in "'\"":
             quote = character
         else:
-            depth += (character in "[{") - (character in "]}")
-        if character == "," and not depth and not quote:
+            depth += (character in "[{(") - (character in "]})")
+        if character == separator and not depth and not quote:
             parts.append("")
         else:
             parts[-1] += character

@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from .runs import Run, Score, headlines, lower_is_better
+from .runs import Run, Score, headlines
 
 POINTS = 300
 """Largest number of points of one curve; a longer curve is reduced to the means of equal segments."""
@@ -191,20 +191,20 @@ def _thin(values: list[float], most: int) -> list[float]:
 
 
 def _by_setting(title: str, key: str, grouped: Sequence[Group], setting: str, axis: str) -> Chart | None:
-    """Return a chart of BEST of a score against a setting that differs between runs, with one line for each set of
-    recipes that are equal otherwise."""
+    """Return a chart of LAST of a score against a setting that differs between runs, with one line for each set of
+    recipes that are equal otherwise. The paper's Figures 6 and 7 show LAST: BEST is chosen on the test set."""
     lines: dict[str, dict[Any, list[float]]] = {}
     names: dict[str, str] = {}
     for group in grouped:
         for run in group.runs:
-            value, best = run.recipe.get(setting), run.best_and_last().get(key)
-            if not isinstance(value, str | int | float) or best is None or not run.summary:  # unfinished, or damaged
+            value, found = run.recipe.get(setting), run.best_and_last().get(key)
+            if not isinstance(value, str | int | float) or found is None or not run.summary:  # unfinished, or damaged
                 continue
             hidden = {"seed", "output_dir", setting, "model.revision"}
             rest = {name: v for name, v in run.recipe.items() if name not in hidden}
             line = json.dumps(rest, sort_keys=True, default=str)
             names.setdefault(line, short_name(run))
-            lines.setdefault(line, {}).setdefault(value, []).append(best[0])
+            lines.setdefault(line, {}).setdefault(value, []).append(found[1])
     values = list(dict.fromkeys(value for line in lines.values() for value in line))
     if len(values) < 2:
         return None
@@ -214,10 +214,7 @@ def _by_setting(title: str, key: str, grouped: Sequence[Group], setting: str, ax
         _line(_distinct(names, line), line_values, values, axis, numeric=numeric) for line, line_values in lines.items()
     ]
     categories = {} if numeric else {axis: [str(value).rstrip("/").rpartition("/")[2] for value in values]}
-    direction = "lowest" if lower_is_better(key) else "best"
-    return Chart(
-        title, key, {RUNS: series}, f"The {direction} checkpoint of each run, averaged over seeds.", categories
-    )
+    return Chart(title, key, {RUNS: series}, "LAST, the finished run, averaged over seeds.", categories)
 
 
 def _line(name: str, found: dict[Any, list[float]], values: list[Any], axis: str, *, numeric: bool) -> Series:

@@ -77,6 +77,22 @@ function sortable(table) {
   });
 }
 
+/** Say above a table how many of its columns are out of sight to the right, and shade that edge. */
+function sideways(area) {
+  const said = element("p", { class: "note sideways", hidden: "" });
+  area.before(said);
+  const look = () => {
+    const edge = area.getBoundingClientRect().right;
+    const heads = [...area.querySelectorAll("thead th")];
+    const hidden = heads.filter((head) => head.getBoundingClientRect().right > edge + 1).length;
+    area.classList.toggle("more", hidden > 0);
+    said.hidden = area.scrollWidth <= area.clientWidth + 1;
+    said.textContent = hidden ? `Scroll the table sideways: ${hidden} of ${heads.length} columns are further right \u2192` : "\u2190 The other columns are further left.";
+  };
+  area.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(area);
+}
+
 /* -- charts --------------------------------------------------------------------------------------------- */
 
 /** The same run has the same colour in every chart. */
@@ -335,6 +351,7 @@ function heatMaps(place) {
 /* -- the page ------------------------------------------------------------------------------------------- */
 
 document.querySelectorAll("table.sortable").forEach(sortable);
+document.querySelectorAll(".scroll").forEach(sideways);
 const charts = document.getElementById("charts");
 if (charts) {
   for (const chart of data.charts) charts.append(new Plot(chart).card);

@@ -16,12 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from .charts import Chart, charts, groups
-from .runs import Run
+from .runs import RECENT, Run
 from .tables import Table, differences_table, groups_table, runs_table
 
 HERE = Path(__file__).parent
 MIXING_BYTES = 600_000
 """Largest size of the heat maps on a page. Runs beyond it are left out and listed by name."""
+LOSS = f"Loss: the mean of the training loss over the last {RECENT} steps."
+"""What the tables of a page mean by the loss of a run."""
 
 
 def render(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
@@ -33,7 +35,7 @@ def render(runs: Sequence[Run], *, reload_seconds: float | None = None) -> str:
     drawn, grouped = charts(runs), groups(runs)
     maps, left_out = _mixing(runs)
     sections = [
-        ("runs", "Runs", _table(runs_table(runs), "Runs")),
+        ("runs", "Runs", f'<p class="note">{LOSS}</p>{_table(runs_table(runs), "Runs")}'),
         ("seeds", "Mean over seeds", _optional(groups_table(grouped), "Mean over seeds")),
         ("problems", "What is missing", _problems(runs)),
         ("curves", "Curves", '<div id="charts"></div>' if drawn else "<p>No run has logged a step yet.</p>"),
@@ -79,6 +81,7 @@ def report_json(runs: Sequence[Run]) -> dict[str, object]:
             "recipe": run.recipe,
             "summary": run.summary,
             "loss": run.loss,
+            "last_loss": run.last_loss,
             "tokens": run.total("tokens"),
             "seconds": run.total("seconds"),
             "scores": {key: {"best": best, "last": last} for key, (best, last) in run.best_and_last().items()},

@@ -91,6 +91,12 @@ class Run:
         losses = [row["loss"] for row in self.metrics[-RECENT:] if row.get("loss") is not None]
         return sum(losses) / len(losses) if losses else self.fact("loss")
 
+    @property
+    def last_loss(self) -> float | None:
+        """Training loss of the last step that was not skipped, which is what the summary calls ``loss``."""
+        losses = [row["loss"] for row in self.metrics if row.get("loss") is not None]
+        return losses[-1] if losses else self.fact("loss")
+
     def total(self, key: str) -> float | None:
         """Return the sum of a column of the metrics; the summary's value when there are no metrics."""
         values = [row[key] for row in self.metrics if key in row]
@@ -216,7 +222,7 @@ def _metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, float]], l
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
-        problems.append("metrics.jsonl is missing: there are no curves")
+        problems.append("metrics.jsonl is missing: there are no curves, and the loss is that of the last step alone")
         return [], []
     rows: dict[int, dict[str, float]] = {}
     scores: dict[int, list[Score]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..io.atomic_dir import size
 from .charts import Group
-from .runs import Run, headlines, lower_is_better, number
+from .runs import RECENT, Run, headlines, lower_is_better, number
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         Column("method", number=False),
         Column("r", "number of ranks per layer"),
         Column("k", "number of these ranks that are shared"),
-        Column("loss", "training loss, mean of the last 10 steps"),
+        Column("loss", f"training loss, mean of the last {RECENT} steps"),
     ]
     validated = any("validation_loss" in row for run in runs for row in run.metrics)
     columns += [Column("validation", "last validation loss")] if validated else []
@@ -93,7 +93,7 @@ def groups_table(groups: Sequence[Group]) -> Table | None:
     columns = [
         Column("runs", number=False),
         Column("seeds", "number of complete runs"),
-        Column("loss", "mean ± standard deviation"),
+        Column("loss", f"of the last {RECENT} steps, mean ± standard deviation"),
     ]
     columns += [Column(f"{key} {which}", "mean ± standard deviation") for key in scores for which in ("BEST", "LAST")]
     rows = []

@@ -13,6 +13,9 @@ MOST = 16_384
 ENOUGH = 4_096
 """Tokens at once below which a GPU is no longer busy: layers are recomputed rather than going below."""
 
+ON_CPU = 4_096
+"""Tokens at once of ``auto`` on a CPU, which more tokens do not make faster."""
+
 MARGIN = 0.08
 """Share of a GPU's memory that a trial must leave free: later batches have other shapes, and fragment memory
 differently."""

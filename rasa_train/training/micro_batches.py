@@ -100,7 +100,7 @@ def fit(model: TrainableModel, train: TokenDataset, say: Callable[[str], None]) 
     if engine.accelerator.device.type != "cuda":
         if training.activation_checkpointing == "auto":
             checkpoint_layers(model.module, 0)
-        return limit(4_096)
+        return limit(memory_search.ON_CPU)
     if engine.sharded:
         return limit(memory_search.MOST)
     layers = len(model.layers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +51,63 @@ def test_full_trains_every_parameter_by_its_own_name() -> None:
     assert not adapters(model) and list(trainable(model)) == names and set(saved_tensors(model)) == set(names)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay tied"
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ({"targets": ["q_proj"]}, r"model\.layers\.\d\.self_attn\.q_proj\.weight"),
+        ({"targets": ["mlp", "lm_head"], "exclude": ["up_proj"]}, r"lm_head.*|.*\.(gate|down)_proj\.weight"),
+        ({"targets": r".*layers\.1\.mlp\..*"}, r"model\.layers\.1\.mlp\..*"),
+        ({"exclude": ["embed_tokens", "norm"]}, r"lm_head.*|model\.layers.*"),
+        ({"layers": [-1]}, r"model\.layers\.1\..*"),
+        ({"layers": [0, 1], "targets": ["input_layernorm"]}, r"model\.layers\.[01]\.input_layernorm\.weight"),
+    ],
+)
+def test_full_trains_what_targets_and_layers_choose(fields: dict[str, Any], trained: str) -> None:
+    """The choice is what a regular expression over the names says; the rest keeps its dtype and gets no gradient."""
+    model = tiny("llama").bfloat16()
+    wanted = {name for name, _ in model.named_parameters() if re.fullmatch(trained, name)}
+    attach(model, Full(**fields))
+    assert wanted and set(trainable(model)) == set(saved_tensors(model)) == wanted
+    assert all(p.dtype == (torch.float32 if n in wanted else torch.bfloat16) for n, p in model.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(0, 40, (2, 9))).logits.float().square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == wanted
+
+
+def test_the_top_two_layers_of_gpt2_medium_have_the_published_count() -> None:
+    """FT-Top2 of Li and Liang (2021) in the LoRA paper: 25.19M."""
+    config = AutoConfig.for_model("gpt2", n_embd=1024, n_layer=24, n_head=16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        attach(model, Full(layers=[-2, -1]))
+    assert sum(p.numel() for p in trainable(model).values()) == 25_192_448
+    assert {name.split(".")[2] for name in trainable(model)} == {"22", "23"}
+
+
+def test_a_tied_weight_is_one_parameter_for_full_by_either_name() -> None:
+    for name in ("lm_head", "embed_tokens"):
+        model = tiny("llama", tie_word_embeddings=True)
+        attach(model, Full(targets=[name]))
+        assert list(trainable(model)) == ["model.embed_tokens.weight"] and model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"targets": ["q_pro"]}, r"adapter\.targets: 'q_pro' matches no parameter .*q_proj\.weight"),
+        ({"targets": "("}, r"adapter\.targets is not a regular expression"),
+        ({"targets": "x.*"}, r"adapter\.targets: the pattern 'x\.\*' matches no parameter"),
+        ({"exclude": ["biases"]}, r"adapter\.exclude: 'biases' matches no parameter"),
+        ({"layers": [2]}, r"adapter\.layers must be numbers of the model's 2 layers, from -2 to 1, got \[2\]"),
+        ({"layers": [0], "targets": ["lm_head"]}, r"adapter\.targets: 'lm_head' matches no parameter"),
+        ({"targets": ["lm_head"], "exclude": ["lm_head"]}, r"adapter\.exclude leaves nothing"),
+    ],
+)
+def test_what_full_cannot_train_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        attach(tiny("llama"), Full(**fields))
 
 
 def test_bitfit_trains_the_biases_there_are_and_adds_the_others() -> None:

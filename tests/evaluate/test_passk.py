@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from rasa_train.evaluate.passk import mean_pass_at_k, pass_at_k
+from rasa_train.evaluate.passk import mean_pass_at_k, pass_at_k, without_pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -26,6 +26,10 @@ def test_hand_made_counts() -> None:
     assert mean_pass_at_k([(50, 5)]) == pytest.approx({"pass@1": 0.1, "pass@10": 1 - product})
     assert mean_pass_at_k([(10, 10), (10, 0)]) == {"pass@1": 0.5, "pass@10": 0.5}
     assert mean_pass_at_k([(10, 1), (9, 0)]).keys() == {"pass@1"}, "one problem has too few samples for pass@10"
+    assert without_pass_at_k([(10, 1), (9, 0)]) == {
+        "pass@10": "needs 10 samples of every problem; 1 of 2 have fewer, the fewest 9"
+    }
+    assert without_pass_at_k([(10, 1), (10, 0)]) == {}
 
 
 @pytest.mark.parametrize(("samples", "passed", "k"), [(3, 4, 1), (3, 1, 4), (3, 1, 0)])

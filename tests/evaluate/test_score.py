@@ -61,6 +61,11 @@ def test_score_code(cli: Any, tmp_path: Path, problems: Path) -> None:
     assert [row["task_id"] for row in found["rows"]] == ["T/0", "T/0", "T/1", "T/1"]
     assert found["rows"][1]["reason"].startswith("AssertionError")
     assert found["metrics"] == {"pass@1": 0.5} and found["samples"] == 4
+    why = "needs 10 samples of every problem; 2 of 2 have fewer, the fewest 2"
+    assert found["not_measured"] == {"pass@10": why}
+    shown = cli("eval", "--score", write(path, samples[:1]), "--suite", "code", "--data", problems, check=True).stdout
+    assert "  pass@10: not measured, needs 10 samples of every problem; 1 of 1 have fewer" in shown
+    assert "  problems: not measured, 1 have no sample and do not count: T/1" in shown
 
 
 def test_score_math(cli: Any, tmp_path: Path) -> None:

@@ -258,3 +258,29 @@ def test_a_stored_recipe_is_completed(recipe: Path) -> None:
     assert completed(yaml.safe_dump(stored)) == dump_recipe(loaded)
     for unknown in ("seed: 7\n", "[]\n", "null\n", yaml.safe_dump(stored | {"model": {"name": 1}})):
         assert completed(unknown) == unknown
+
+
+UNUSED = {
+    "full": ["dropout=0.1", "compute=float32"],
+    "bitfit": ["dropout=0.1", "compute=float32"],
+    "bitfit adapter.add_bias=false": ["targets=[q_proj]", "exclude=[q_proj]"],
+    "peft adapter.config.peft_type=LORA": ["targets=[q_proj]", "exclude=[q_proj]", "dropout=0.1", "compute=float32"],
+}
+
+
+@pytest.mark.parametrize(("method", "override"), [(m, o) for m, overrides in UNUSED.items() for o in overrides])
+def test_a_key_that_the_method_ignores_is_refused(method: str, override: str) -> None:
+    key, _, _ = override.partition("=")
+    words = f"adapter.method={method} adapter.{override}".split()
+    with pytest.raises(UserError, match=rf"adapter\.{key}: adapter\.method: \w+ does not use it, got .*leave it out"):
+        load_recipe("demo", words)
+
+
+def test_keys_of_another_method_do_not_stay(tmp_path: Path) -> None:
+    """The paper's recipes share a dropout, and full fine-tuning has none: its recipe neither has it nor is refused."""
+    assert load_recipe("paper/math_llama8b_full").recipe.adapter.dropout == 0
+    assert load_recipe("paper/math_llama8b_full", ["adapter.method=lora", "adapter.dropout=0.1"]).recipe.adapter.dropout
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(load_recipe("demo", ["adapter.method=full", f'output_dir="{tmp_path}"']).recipe))
+    path.write_text(path.read_text().replace("dropout: 0.0", "dropout: 0.05"))
+    assert load_recipe(path).recipe.adapter.dropout == 0.05, "an older version's run can be read"

@@ -63,6 +63,20 @@ def test_it_opens_clean_and_fits(page_file: Path, chromium: Page, width: int, da
     assert (background == "rgb(20, 23, 26)") == dark
 
 
+def test_a_table_that_is_cut_says_so(page_file: Path, chromium: Page) -> None:
+    said = "(() => { const p = document.querySelector('#runs .sideways'); return p.hidden ? '' : p.textContent; })()"
+    cut = "document.querySelector('#runs .scroll').classList.contains('more')"
+    chromium.open(page_file, 390, 844)
+    assert "Scroll the table sideways: " in chromium.run(said) and chromium.run(cut)
+    ended = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+    chromium.run(f"document.querySelector('#runs .scroll').scrollLeft = 99999, {ended}")
+    assert "further left" in chromium.run(said) and not chromium.run(cut)
+    chromium.open(page_file, 2400, 844)
+    chromium.run("document.body.style.maxWidth = 'none'")
+    chromium.run(ended)
+    assert chromium.run(said) == "" and not chromium.run(cut)
+
+
 def test_hostile_names_are_shown_as_they_are(page_file: Path, chromium: Page) -> None:
     chromium.open(page_file, 1200, 844)
     names = chromium.run("[...document.querySelectorAll('#runs tbody th')].map((e) => e.textContent)")

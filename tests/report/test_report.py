@@ -28,6 +28,7 @@ def test_a_complete_run(make_run: MakeRun) -> None:
     run = read_run(make_run("a", "seed=5"), "a")
     assert run.problems == [] and run.state == "complete" and len(run.metrics) == STEPS
     assert run.loss == pytest.approx(fmean(loss_at(step, 0.5, 5) for step in range(31, 41)))
+    assert run.last_loss == loss_at(40, 0.5, 5) and "loss" in run.summary
     assert run.total("tokens") == sum(1000 + step for step in range(1, 41))
     exact = [1 - 0.5 - 0.3 / epoch for epoch in (1, 2, 3, 4)]
     assert run.best_and_last() == {
@@ -181,10 +182,15 @@ def test_accuracy_by_data_fraction(sweep: Path) -> None:
 
 
 def test_accuracy_by_model(make_run: MakeRun, tmp_path: Path) -> None:
-    for name in ("small", "large"):
-        make_run(f"runs/{name}", f"model.name=org/{name}")
-    chart = next(c for c in charts(read_runs(find_runs([tmp_path / "runs"]))) if c.title.endswith("by model"))
+    """The paper's Figures 6 and 7 show the finished run (LAST), not the checkpoint that did best on the test set."""
+    for name, score in (("small", 0.1), ("large", 0.15)):
+        path = make_run(f"runs/{name}", f"model.name=org/{name}")
+        write_score(path, "math", "adapter", 40, 4, {"exact_match": score})
+    runs = read_runs(find_runs([tmp_path / "runs"]))
+    assert all(run.best_and_last()["math exact_match"][0] > 0.4 for run in runs)
+    chart = next(c for c in charts(runs) if c.title == "math exact_match by model")
     assert chart.categories["model"] == ["large", "small"] and chart.views[RUNS][0].x["model"] == [0, 1]
+    assert chart.views[RUNS][0].y == [0.15, 0.1] and "LAST" in chart.note
     damaged = make_run("runs/other", "model.name=org/other") / "recipe.yaml"
     damaged.write_text(damaged.read_text().replace("org/other", "[org, other]"))
     chart = next(c for c in charts(read_runs(find_runs([tmp_path / "runs"]))) if c.title.endswith("by model"))
