@@ -43,6 +43,10 @@ ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names of the router of a mixture of experts, or of the module around it."""
 
 
+EXPERT_LINEARS = frozenset({*EXPERT_NAMES, *(other for others in EXPERT_NAMES.values() for other in others), "gate"})
+"""Names that the linears of experts and their router have or had in some version of transformers."""
+
+
 def is_router(kind: str) -> bool:
     """Whether a kind of linear belongs to a router, which ``all-linear`` does not adapt."""
     return not ROUTERS.isdisjoint(kind.split("."))

@@ -10,7 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rasa_train.errors import UserError
+from rasa_train.merging.lora import export_lora
 from rasa_train.merging.merged import merge
+from rasa_train.merging.peft_format import export_peft
 from rasa_train.merging.source import open_source
 from rasa_train.evaluate.load import merge_in_memory
 from rasa_train.models.config import ModelConfig
@@ -69,3 +72,49 @@ def test_a_head_with_its_own_update_is_untied(tmp_path: Path, kind: str, more: d
     model = load_model(ModelConfig(name=str(base), dtype="float32"))
     merge_in_memory(model, open_source(tmp_path / "adapter", None, weights=True))
     assert same(logits(model), wanted)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj"], ["gate_proj", "o_proj"]], ids=str)
+def test_peft_loads_linears_beside_fused_experts(tmp_path: Path, targets: str | list[str]) -> None:
+    """huggingface/peft#3711: the targets of shared experts, which are ordinary linears, were taken for those of fused
+    experts, so that an adapter of a DeepSeek or GLM model did not load.
+
+    Here: the export names their weights as parameters, which PEFT leaves alone, and is loaded by PEFT before it is
+    called exact. It is also read back.
+    """
+    base = save_base(tmp_path / "base", "deepseek_v3")
+    save_adapter(tmp_path / "adapter", base, targets=targets)
+    report = export_lora(tmp_path / "adapter", tmp_path / "lora")
+    assert report.peft_loads
+    merge(tmp_path / "adapter", tmp_path / "direct")
+    merge(tmp_path / "lora", tmp_path / "via-lora")
+    wanted = logits(load(tmp_path / "direct"))
+    assert not same(logits(load(base)), wanted)
+    assert same(logits(PeftModel.from_pretrained(load(base), tmp_path / "lora")), wanted)
+    assert same(logits(load(tmp_path / "via-lora")), wanted)
+
+
+def test_peft_own_format_is_loaded_too(tmp_path: Path) -> None:
+    """huggingface/peft#3009: with fused experts, an adapter that earlier versions had saved could not be loaded.
+
+    Here: an adapter in PEFT's own format that PEFT would take for one of the experts is refused, with the format that
+    works.
+    """
+    base = save_base(tmp_path / "base", "deepseek_v3")
+    save_adapter(tmp_path / "adapter", base, "lora", targets=["shared_experts.gate_proj", "shared_experts.up_proj"])
+    with pytest.raises(UserError, match="PEFT does not load .* use --format lora"):
+        export_peft(tmp_path / "adapter", tmp_path / "out")
+    assert export_lora(tmp_path / "adapter", tmp_path / "lora").peft_loads and not (tmp_path / "out").exists()
+
+
+def test_a_linear_that_peft_refuses_is_named(tmp_path: Path) -> None:
+    """huggingface/peft#2556: a LoRA of Mamba's out_proj, which a fused kernel reads past the adapter, had no effect or
+    failed when it was merged.
+
+    Here: an export with it ends before anything is written, with the linear and with what works.
+    """
+    base = save_base(tmp_path / "base", "mamba")
+    save_adapter(tmp_path / "adapter", base, targets=["in_proj", "out_proj"])
+    with pytest.raises(UserError, match="out_proj.*--format merged"):
+        export_lora(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
