@@ -9,12 +9,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
 MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.3},
+    "deepseek_v3": {
+        **{**MOE, **LATENT, "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "tie_word_embeddings": False},
+    },
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "attn_logit_softcapping": None},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "granite": {"logits_scaling": 3.0},
+    "mamba": {"state_size": 4, "time_step_rank": 4, "expand": 2, "conv_kernel": 4},
     "mistral": {"sliding_window": 5},
     "mixtral": {"num_local_experts": 4},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},

@@ -238,7 +238,7 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
             raise UserError(
                 f"{directory / CONFIG}: target_modules must be a list beside target_parameters, got {targets!r}"
             )
-        targets = [*targets, *parameters]
+        targets = [*targets, *(str(name).removesuffix(".weight") for name in parameters)]
     targets = targets or "all-linear"
     fields["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
     method = _method(directory, name, {"method": name, **fields})

@@ -284,6 +284,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
         lines.append(f"{done} as LoRA of rank {report.rank}, exact")
         if report.error:
             lines[-1] = f"{done} as LoRA of rank {report.rank}: {report.error:.3%} of the update is lost, by norm"
+        loads = "PEFT is not installed here, so nothing has tried to load it"
+        lines.append("PEFT loads it, tensor by tensor" if report.peft_loads else f"note: {loads}")
         if report.max_lora_rank is None:
             lines.append("vLLM does not accept a LoRA of this rank: truncate it with --max-rank 512, or merge instead")
         else:

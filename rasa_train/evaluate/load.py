@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..io.run_dir import RunDirectory
 from ..merging.bias import new_biases
 from ..merging.source import Source, find_adapter, open_source
+from ..merging.tied import untie
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
 from .suites import digest, needs_harness
@@ -155,6 +156,8 @@ def merge_in_memory(model: PreTrainedModel, source: Source) -> None:
             f"the {source.label} adapter adds biases that the base does not have: merge it with rasa-merge, and "
             "evaluate the merged model"
         )
+    if source.untied:
+        untie(model)
     parameters = dict(model.named_parameters())
     for name, tensor in source.replaced.items():
         parameters[name].copy_(tensor)

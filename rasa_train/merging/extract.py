@@ -29,6 +29,7 @@ from ..methods.rasa import RaSA
 from .options import WRITING, Writing
 from .parameters import Weights, check_finetuned
 from .source import find_model
+from .tied import only_names
 
 Update = Callable[[Site], Tensor]
 """Reads the update of one site at each call: fine-tuned minus base weight (out, in), fp32."""
@@ -166,7 +167,8 @@ def _sites(before: Weights, after: Weights, targets: str | list[str]) -> list[Si
 
 def _changed_beside(before: Weights, after: Weights, parameters: set[str]) -> list[str]:
     """Return the names of the parameters outside ``parameters`` that differ between the two models."""
-    both = sorted((before.pieces.keys() & after.pieces.keys()) - parameters)
+    again = only_names(before.model).keys() & only_names(after.model).keys()
+    both = sorted((before.pieces.keys() & after.pieces.keys()) - parameters - again)
     return [name for name in both if not torch.equal(before.read(name), after.read(name))]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from ..io.checkpoint_files import CODES, FLOATS, Checkpoint, Stored, tensor_byte
 from .bias import new_biases
 from .names import Piece, locate
 from .source import Source
+from .tied import only_names
 
 ROWS = 1024
 """Rows whose rounding error is measured at a time."""
@@ -66,14 +67,20 @@ class Folding:
                 self.biases[f"{site.path}.bias"] = bias.detach().float()
                 self.sites.setdefault(f"{site.path}.bias", [])
         self.stored = checkpoint.tensors
-        self.pieces = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
-        self.sources: dict[str, list[str]] = {}
-        for name, piece in self.pieces.items():
-            self.sources.setdefault(piece.parameter, []).append(name)
-        for parameter in self.sites:
-            self._check(parameter)
-        self.of_biases = Tally()
+        found = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
+        names = only_names(source.model)
+        self.pieces = {n: replace(p, parameter=names.get(p.parameter, p.parameter)) for n, p in found.items()}
+        copies: dict[str, dict[str, list[str]]] = {}  # parameter -> name of it -> tensors; tied ones have several names
+        for name, piece in found.items():
+            parameter = self.pieces[name].parameter
+            copies.setdefault(parameter, {}).setdefault(piece.parameter, []).append(name)
+        self.sources = {parameter: next(iter(each.values())) for parameter, each in copies.items()}
+        self.of_added = Tally()
         self.added, self.switches = self._add_biases()
+        self._add_untied()
+        for parameter in self.sites:
+            for tensors in copies.get(parameter, {parameter: list[str]()}).values():
+                self._check(parameter, tensors)
 
     @property
     def adapted(self) -> int:
@@ -240,15 +247,31 @@ class Folding:
                 raise UserError(f"{tensor.name} is {tensor.dtype}: {QUANTISED}")
             name = tensor.name.removesuffix("weight") + "bias"
             stored = self._finite(name, bias.to(self._dtype(tensor)))
-            self.of_biases.update2 += _norm2(bias)
-            self.of_biases.error2 += _norm2(bias - stored.float())
+            self.of_added.update2 += _norm2(bias)
+            self.of_added.error2 += _norm2(bias - stored.float())
             added.setdefault(tensor.path.name, {})[name] = stored
         return added, dict(new.switches)
 
+    def _add_untied(self) -> None:
+        """Add a tensor for each untied name that the checkpoint does not have, beside the one that it was tied to."""
+        for group in self.source.untied:
+            beside = self.stored[next(self.sources[name][0] for name in group if name in self.sources)]
+            for name in group:
+                if name not in self.sources:
+                    base = beside.read()
+                    value = self.source.replaced.get(name, base)
+                    self.sites.pop(name, None)
+                    stored = self._finite(name, value.to(self._dtype(beside)))
+                    self.of_added.update2 += _norm2(value.float() - base.float())
+                    self.of_added.error2 += _norm2(value.float() - stored.float())
+                    self.added.setdefault(beside.path.name, {})[name] = stored
+        if self.source.untied:
+            self.switches["tie_word_embeddings"] = False
+
     # -- checks and layout, from headers -------------------------------------------------------------------
 
-    def _check(self, parameter: str) -> None:
-        names, where = self.sources.get(parameter, []), self.checkpoint.directory
+    def _check(self, parameter: str, names: list[str]) -> None:
+        where = self.checkpoint.directory
         if not names:
             raise UserError(f"{where} has no tensor for {parameter}, which is adapted: is it the right base?")
         whole = self.parameters[parameter]

@@ -6,7 +6,9 @@ d stays on one side because its entries can be negative. PEFT and vLLM load the 
 a maximum rank the product is truncated by its singular values, which gives the best approximation of that rank.
 
 Fused expert weights are parameters, not modules: PEFT (0.19) adapts them as ``target_parameters``, with one rank for
-all experts. The gate and up projections are one such parameter, so their ranks stand side by side.
+all experts. The gate and up projections are one such parameter, so their ranks stand side by side. In a model that has
+such weights, PEFT takes linears with the names of experts' linears (those of dense layers and of shared experts) for
+experts of an older layout, unless their weights are named as parameters too.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.contract import FactorAdapter, PeftConfig
+from ..adapters.experts import is_fused
 from ..adapters.saved import CONFIG, PEFT_TENSORS
 from ..adapters.site import Site
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import tensor_bytes, write_tensors
 from ..lowrank.product_svd import product_svd
+from ..models.families import EXPERT_LINEARS
+from . import peft_load
 from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, Source, open_source
 
@@ -49,6 +54,10 @@ class Target:
     @property
     def fused(self) -> bool:
         return self.sites[0].num_experts is not None
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.name == self.sites[0].weight
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class ExportReport:
     """Value for vLLM's ``--max-lora-rank``, or None when vLLM does not accept a rank this large."""
     fused_experts: bool = False
     """Whether fused expert weights are adapted, which not every program that reads LoRA supports."""
+    peft_loads: bool | None = None
+    """Whether PEFT was seen to load what was written, tensor by tensor; None where PEFT is not installed."""
 
 
 def export_lora(
@@ -105,6 +116,12 @@ def export_lora(
     with new_directory(Path(output), overwrite=writing.overwrite, inputs=inputs, nbytes=nbytes) as partial:
         written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, writing.progress)
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
+        tried = peft_load.is_installed()
+        if tried and (why := peft_load.refusal(partial, source.directory)):
+            raise UserError(
+                f"PEFT does not load this adapter as a LoRA of {type(source.model).__name__}: {why}. Nothing is "
+                "written: use --format merged, or leave those linears out with adapter.exclude when you train"
+            )
     rank = max(ranks.values())
     return ExportReport(
         output=str(output),
@@ -121,6 +138,7 @@ def export_lora(
         error=error,
         max_lora_rank=next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
         fused_experts=any(target.fused for target in targets),
+        peft_loads=tried or None,
     )
 
 
@@ -154,9 +172,11 @@ def _targets(source: Source) -> list[Target]:
     """Return the linears in the order of their sites, then the fused weights."""
     fused: dict[str, list[Site]] = {}
     targets = []
+    as_parameters = EXPERT_LINEARS if any(is_fused(module) for module in source.model.modules()) else frozenset()
     for site in source.sites:
         if site.num_experts is None:
-            targets.append(Target(site.path, f"base_model.model.{site.path}", [site]))
+            name = site.weight if site.path.rpartition(".")[2] in as_parameters else site.path
+            targets.append(Target(name, f"base_model.model.{site.path}", [site]))
         else:
             fused.setdefault(site.weight, []).append(site)
     for name, sites in fused.items():
@@ -260,11 +280,13 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
         "use_rslora": False,
         "fan_in_fan_out": any(site.transposed for site in source.sites),
         "inference_mode": True,
-        "target_modules": target_modules(source.model, [t.sites[0] for t in targets if not t.fused]),
+        "target_modules": target_modules(source.model, [t.sites[0] for t in targets if not t.is_parameter]),
     }
-    if fused := {target.name for target in targets if target.fused}:
-        kinds = {f"{t.sites[0].kind.rpartition('.')[0]}.{t.name.rpartition('.')[2]}" for t in targets if t.fused}
-        config["target_parameters"] = _shortest([kinds], fused, [name for name, _ in source.model.named_parameters()])
+    if parameters := [target for target in targets if target.is_parameter]:
+        owners = [t.sites[0].kind.rpartition(".")[0] if t.fused else t.sites[0].kind for t in parameters]
+        kinds = {f"{kind}.{t.name.rpartition('.')[2]}" for kind, t in zip(owners, parameters, strict=True)}
+        names = [name for name, _ in source.model.named_parameters()]
+        config["target_parameters"] = _shortest([kinds], {t.name for t in parameters}, names)
     if pattern:
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
     return config

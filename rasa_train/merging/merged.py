@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,11 +106,11 @@ def merge(
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         _copy_small_files(source.directory, partial)
         if dtype is not None or folding.switches:
-            config |= folding.switches
+            _switch(config, folding.switches)
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return _report(str(output), folding, [*tallies, folding.of_biases], time.perf_counter() - start)
+    return _report(str(output), folding, [*tallies, folding.of_added], time.perf_counter() - start)
 
 
 def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
@@ -218,6 +218,14 @@ def _read_config(base_dir: Path) -> dict[str, object]:
     if config.get("quantization_config"):
         raise UserError(f"{base_dir} has a quantization_config: {QUANTISED}")
     return dict(config)
+
+
+def _switch(config: dict[str, object], switches: Mapping[str, bool]) -> None:
+    """Set switches in the contents of a ``config.json``, and wherever a nested config has the same switch."""
+    for value in config.values():
+        if isinstance(value, dict):
+            _switch(value, {name: on for name, on in switches.items() if name in value})
+    config |= switches
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

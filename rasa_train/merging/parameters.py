@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..io.checkpoint_files import FLOATS, Stored, open_checkpoint
 from .names import Piece, locate
 from .source import architecture
+from .tied import tied_groups
 
 
 class Weights:
@@ -23,10 +24,13 @@ class Weights:
         stored = open_checkpoint(directory).tensors
         self.directory = directory
         self.model = architecture(directory)
-        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.pieces: dict[str, list[tuple[Piece, Stored]]] = {}
         for name, piece in locate(self.model, {name: tensor.shape for name, tensor in stored.items()}).items():
             self.pieces.setdefault(piece.parameter, []).append((piece, stored[name]))
+        for group in tied_groups(self.model):
+            for held in [self.pieces[name] for name in group if name in self.pieces][:1]:
+                self.pieces = dict.fromkeys(group, held) | self.pieces
 
     def read(self, parameter: str) -> Tensor:
         """Return one parameter, fp32, assembled if the files hold it in pieces.

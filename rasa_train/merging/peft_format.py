@@ -16,6 +16,7 @@ from ..io.atomic_dir import new_directory
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA
+from . import peft_load
 from .lora import ExportReport, target_modules
 from .options import Base
 from .source import Source, find_adapter, open_source
@@ -56,6 +57,12 @@ def export_peft(
         # write_bytes follows the umask, so others may be able to read the file
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        tried = peft_load.is_installed()
+        if tried and (why := peft_load.refusal(partial, source.directory, scale=None)):
+            raise UserError(
+                f"PEFT does not load this adapter into {type(source.model).__name__}: {why}. Nothing is written: use "
+                "--format lora (for lora and vera), or --format merged"
+            )
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(
         output=str(output),
@@ -71,6 +78,7 @@ def export_peft(
         rank=max(source.adapters[site.path].effective_rank for site in source.sites),
         error=0.0,
         max_lora_rank=None,
+        peft_loads=tried or None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ..io.checkpoint_files import INDEX, SINGLE, read_index
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
 from .options import Base
+from .tied import as_stored, joined
 from .total import total
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
@@ -56,6 +57,8 @@ class Source:
     """Base parameters that were trained themselves, by name. They replace the parameters of the base."""
     checked: bool = False
     """Whether the base is known to be the one that the adapter was trained on."""
+    untied: list[list[str]] = field(default_factory=list)
+    """Names, in groups, that are one tied parameter in the base and that the adapter changes differently."""
 
 
 def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) -> Source:
@@ -181,10 +184,11 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     Raises:
         UserError: the adapter does not fit this base because of a name or a shape, or has a value that is not finite.
     """
-    model = architecture(base_dir)
+    model = as_stored(architecture(base_dir), base_dir)
     base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
     if (merged := saved.method.merged(base, saved.tensors)) is not None:
-        return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged)
+        merged, untied = joined(model, merged)
+        return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged, untied=untied)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     replaced = {key: tensor for key, tensor in saved.tensors.items() if key in shapes}
     check_tensors({key: shapes[key] for key in replaced}, replaced, origin=str(saved.directory))

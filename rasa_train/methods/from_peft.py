@@ -92,11 +92,14 @@ class Peft(Method):
 
         wrapped = self.wrap(load_base())
         load_tensors(wrapped, tensors, origin="the adapter's file")
-        changed = {  # a layer can be wrapped twice
-            name.removeprefix("base_model.model.").replace(".base_layer", "")
-            for name, module in wrapped.named_modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        }
+        layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+        for module in layers.values():
+            if isinstance(module, BaseTunerLayer):  # PEFT merges in place, which would change a tied weight elsewhere
+                for name, weight in module.get_base_layer().named_parameters(recurse=False):
+                    own = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                    setattr(module.get_base_layer(), name, own)
+        # a layer can be wrapped twice
+        changed = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in layers}
         try:
             result: nn.Module = wrapped.merge_and_unload()  # type: ignore[operator]
         except (AttributeError, NotImplementedError, ValueError, TypeError) as error:

@@ -69,9 +69,11 @@ class LoRA(Method):
         converted: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             path, _, side = name.rpartition(".")
-            fused = peft_parameter(path, config.get("target_parameters") or ())
-            r = _of_pattern(config.get("rank_pattern"), fused or path, config["r"])
-            alpha = _of_pattern(config.get("alpha_pattern"), fused or path, config["lora_alpha"])
+            parameters = config.get("target_parameters") or ()
+            fused = peft_parameter(path, parameters)
+            linear = f"{path}.weight" if any(f".{path}.weight".endswith(f".{name}") for name in parameters) else path
+            r = _of_pattern(config.get("rank_pattern"), fused or linear, config["r"])
+            alpha = _of_pattern(config.get("alpha_pattern"), fused or linear, config["lora_alpha"])
             scale = cls(r=r, alpha=alpha, rslora=widest.rslora).scale / widest.scale
             for own, factor in (peft_linears(fused, side, r, tensor) if fused else {name: tensor}).items():
                 missing = widest.r - r

@@ -82,6 +82,9 @@ UNREACHED = {
 SKIPPED_LAYERS = {"cross_attn"}
 """Names of modules that make their layer one that is passed over if there is no image (Llama 3.2 Vision)."""
 
+EXPERT_LINEARS = frozenset({*EXPERT_NAMES, *(other for others in EXPERT_NAMES.values() for other in others), "gate"})
+"""Names that the linears of experts and their router have or had in some version of transformers."""
+
 
 def adapts_by_default(kind: str) -> bool:
     """Whether ``all-linear`` adapts a kind of linear: not those of a router, nor those that no gradient reaches."""

@@ -25,6 +25,8 @@ from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.saved import write_adapter
 from rasa_train.adapters.state import saved_tensors, trainable
 
+from ..tiny_models import VOCABULARY, tiny_model
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -67,10 +69,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "peft": {"config": {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj", "down_proj"]}},
 }
 """Hyper-parameters of every method that fit the bases."""
-TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(5))
+TOKENS = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(5))
 
 
 def save_base(directory: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shards: str = "1GB") -> Path:
+    if kind not in CONFIGS:
+        tiny_model(kind).to(dtype).save_pretrained(directory)
+        return directory
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
     with torch.no_grad():
