@@ -39,8 +39,9 @@ from ..methods.rasa import RaSA
 from .peft_layer import BASE, AdaptedLayer, MoraLayer, RasaLayer
 
 
-class Type(str, enum.Enum):
-    """The names of the methods, in the way of PEFT's ``PeftType``, which cannot be extended."""
+class Type(enum.StrEnum):
+    """The names of the methods: members of an enumeration, as PEFT and transformers expect, which PEFT's own one cannot
+    get."""
 
     RASA = "RASA"
     MORA = "MORA"
@@ -61,6 +62,9 @@ class _Config(PeftConfig):  # type: ignore[misc]
     bias: str = field(
         default="none",
         metadata={"help": "Biases of the base that are trained too: none, all, or those of adapted linears."},
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Whether the update starts at nothing; at random values otherwise, for tests."}
     )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Not used: Conv1D is recognised by its class."})
 
@@ -153,7 +157,12 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
             for site in [*self._sites(), *self._other_sites()]
             if (self._check_target_module_exists(config, site.path) if names is None else site.path in names)
         ]
-        return self.method.model_validate(fields).build(sites)
+        built = self.method.model_validate(fields).build(sites)
+        if not config.init_weights:
+            modules = [*built.adapters.values(), *built.pools.values()]
+            for tensor in [p for module in modules for p in module.parameters() if not p.is_meta and not p.any()]:
+                nn.init.kaiming_uniform_(tensor, a=5**0.5)
+        return built
 
     def _sites(self) -> list[Site]:
         """Return the linears of the repeated layers by their names in the base, whether they have adapters yet or
