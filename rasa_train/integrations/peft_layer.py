@@ -122,13 +122,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if adapter_names is not None and self.merged:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return result
         if adapter_names is not None:
             return self._mixed(x, result, adapter_names)
         active: Any = self.active_adapters
         for name in active:
-            if name in getattr(self, self.updates):
+            if name in getattr(self, self.updates) and name not in self.merged_adapters:
                 result = result + self._update(name, x).to(result.dtype)
         return result
 
@@ -191,8 +191,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _weight(self) -> Tensor:
         """Return W (out, in), a view of the base's weight."""
-        base: nn.Module = self.get_base_layer()
-        weight = base.get_parameter("weight")
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
         return weight.t() if isinstance(base, Conv1D) else weight
 
     def _adapter(self, name: str) -> Adapter:
