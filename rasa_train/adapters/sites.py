@@ -68,12 +68,13 @@ def _all_linears(model: nn.Module) -> Iterator[Site]:
             for name, module in layer.named_modules():
                 path, kind = f"{list_path}.{index}.{name}", prefix + name
                 if isinstance(module, nn.Linear | Conv1D) and maps_vectors(module):
-                    yield _linear_site(path, kind, index, module)
+                    yield linear_site(path, kind, index, module)
                 elif is_fused(module) and is_supported(module):
                     yield from expert_sites(path, kind, index, module)
 
 
-def _linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -> Site:
+def linear_site(path: str, kind: str, layer: int, module: nn.Linear | Conv1D) -> Site:
+    """Return the site of one linear."""
     # Under ZeRO-3 a weight is partitioned and has shape (0,), so the sizes come from the module.
     if isinstance(module, Conv1D):
         out_features, in_features = module.nf, module.nx

@@ -77,12 +77,14 @@ class RaSA(Method):
 
     @classmethod
     def rename_peft(cls, key: str) -> str | None:
-        """Return the names for files of the reference implementation (rasa_A, rasa_B, rasa_mixing, rasa_shared_*; see
-        METHODS)."""
+        """Return the names for files of the reference implementation (rasa_A, rasa_B, rasa_mixing, rasa_shared_*) and
+        of the plug-in (``rasa_train.peft``), where a pool belongs to the first layer that shares it."""
         if match := re.fullmatch(r"(.+)\.rasa_(A|B|mixing)(?:\.weight)?", key):
             return f"{match[1]}.{'d' if match[2] == 'mixing' else match[2]}"
         if match := re.fullmatch(r"base_model\.rasa_shared_([AB])\.(.+)\.weight", key):
             return f"pools.{match[2]}.{match[1]}_S"
+        if match := re.fullmatch(r".+\.rasa_train_pools\.([^.]+\.[AB]_S)", key):
+            return f"pools.{match[1]}"
         return None
 
 
