@@ -19,6 +19,8 @@ class AdaptedLinear(nn.Module):
     """
 
     group: Group
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     base: nn.Module
     """The linear that this module replaces."""
 

@@ -110,7 +110,7 @@ def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
     """Return y = W x + b + dW drop(x), computed by the adapter's own ``forward``."""
     weight = weight_of(member) if member.adapter.needs_weight or not member.own_forward else member.weight
     if member.own_forward:
-        y = member.base(x)
+        y: Tensor = member.base(x)
     elif member.narrow is None:
         y = F.linear(x, weight, member.bias)
     else:

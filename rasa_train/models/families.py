@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,8 +40,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def end_tokens(model: nn.Module) -> list[int]:
     """Return the ids of the tokens at which the model ends a text, for generation; empty if it names none."""
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):  # type: ignore[union-attr]
-        found = getattr(config, "eos_token_id", None)
+    config: Any = getattr(model, "config", None)
+    for named in (getattr(model, "generation_config", None), config and config.get_text_config()):
+        found = getattr(named, "eos_token_id", None)
         if found is not None:
             return [found] if isinstance(found, int) else list(found)
     return []

@@ -128,7 +128,8 @@ class Proof:
             found.append(output.detach().requires_grad_())
             return found[-1]
 
-        hook = self.model.module.get_input_embeddings().register_forward_hook(leaf)
+        embedding = self.model.module.get_input_embeddings()  # type: ignore[operator]
+        hook = embedding.register_forward_hook(leaf)
         try:
             with torch.enable_grad():
                 loss = self.model.loss(batch)
