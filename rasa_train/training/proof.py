@@ -25,6 +25,7 @@ from ..models.families import end_tokens
 from ..models.suitable import not_causal
 from ..objectives.contract import Batch
 from .micro_batches import Step, on_device
+from .step import nothing_trains
 from .trainable_model import TrainableModel
 
 STEPS = 3
@@ -168,7 +169,7 @@ class Proof:
         reached = self._with_gradient() & moved
         self._reached |= {unit for unit, names in units.items() if not reached.isdisjoint(names)}
         if self._steps == 1 and not reached:
-            self._nothing_moves()
+            raise nothing_trains(len(units))
         if len(self._reached) == len(units) or self._steps == STEPS:
             self.finish()
 
@@ -186,14 +187,6 @@ class Proof:
                 f"are; leave them out with adapter.exclude: [{', '.join(names)}]"
             )
         self.say(f"proof: {'; '.join(self._facts(len(units) - len(dead), len(units)))}")
-
-    def _nothing_moves(self) -> None:
-        rows = len(self._units())
-        raise UserError(
-            f"adapter.targets: the first step has changed nothing: no gradient reaches any of the {rows} adapted "
-            "linears, so the run would train for nothing. Choose linears that the model calls with adapter.targets",
-            key="adapter.targets",
-        )
 
     def _facts(self, reached: int, units: int) -> Iterable[str]:
         yield f"{reached} of {units} adapted linears have a gradient and have moved"

@@ -12,6 +12,7 @@ from ..data.ahead import ahead
 from ..data.batching import Limit
 from ..data.cache import TokenDataset
 from ..distributed import collectives
+from ..errors import UserError
 from . import micro_batches
 from .micro_batches import Step, batch_of, on_device
 from .trainable_model import TrainableModel
@@ -65,6 +66,8 @@ def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int
             loss = loss * weight * accelerator.num_processes  # engines average gradients; the sum is wanted
             if last and (penalty := recipe.adapter.penalty(model.adapters)) is not None:
                 loss = loss + penalty
+            if not loss.requires_grad:
+                raise nothing_trains(len(model.sites))
             engine.backward(loss, last=last)
     return loss_sum
 
@@ -81,3 +84,11 @@ def validate(model: TrainableModel, dataset: TokenDataset, limit: Limit) -> floa
         loss = sum(float(model.loss(on_device(batch, device))) for batch in batches)
     engine.release()
     return collectives.sum_over_workers(accelerator, [loss])[0] / model.objective.targets(dataset)
+
+
+def nothing_trains(linears: int) -> UserError:
+    return UserError(
+        f"adapter.targets: the first step has changed nothing: no gradient reaches any of the {linears} adapted "
+        "linears, so the run would train for nothing. Choose linears that the model calls with adapter.targets",
+        key="adapter.targets",
+    )

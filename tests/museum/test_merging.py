@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rasa_train.errors import UserError
+from rasa_train.evaluate.load import merge_in_memory
 from rasa_train.merging.lora import export_lora
 from rasa_train.merging.merged import merge
 from rasa_train.merging.peft_format import export_peft
 from rasa_train.merging.source import open_source
-from rasa_train.evaluate.load import merge_in_memory
 from rasa_train.models.config import ModelConfig
 from rasa_train.models.load import load_model
 
