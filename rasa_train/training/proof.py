@@ -181,12 +181,17 @@ class Proof:
         units = list(self._units())
         dead = [unit for unit in units if unit not in self._reached]
         if dead and self._steps > 1:
-            names = sorted({unit.rpartition(".")[2] for unit in dead})
             self.say(
                 f"no gradient reaches {len(dead)} of {len(units)} adapted linears: {_some(dead)}. They stay as they "
-                f"are; leave them out with adapter.exclude: [{', '.join(names)}]"
+                f"are; leave them out with adapter.exclude: [{', '.join(self._names(dead))}]"
             )
         self.say(f"proof: {'; '.join(self._facts(len(units) - len(dead), len(units)))}")
+
+    def _names(self, dead: Sequence[str]) -> list[str]:
+        """Return names for ``adapter.exclude`` that match these linears alone: the kind, where all of a kind are here."""
+        kinds = {path: adapter.site.kind for path, adapter in self.model.adapters.items()}
+        alive = {kind for path, kind in kinds.items() if path not in dead}
+        return sorted({path if kinds.get(path, path) in alive else kinds.get(path, path) for path in dead})
 
     def _facts(self, reached: int, units: int) -> Iterable[str]:
         yield f"{reached} of {units} adapted linears have a gradient and have moved"
