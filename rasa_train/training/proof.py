@@ -188,7 +188,7 @@ class Proof:
         self.say(f"proof: {'; '.join(self._facts(len(units) - len(dead), len(units)))}")
 
     def _names(self, dead: Sequence[str]) -> list[str]:
-        """Return names for ``adapter.exclude`` that match these linears alone: the kind, where all of a kind are here."""
+        """Return names for ``adapter.exclude`` that match these linears alone: the kind, if all of a kind are here."""
         kinds = {path: adapter.site.kind for path, adapter in self.model.adapters.items()}
         alive = {kind for path, kind in kinds.items() if path not in dead}
         return sorted({path if kinds.get(path, path) in alive else kinds.get(path, path) for path in dead})
