@@ -74,10 +74,11 @@ check: $(VENV)/ready ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready ## write again what is made: the recipe reference, the figures of `rasa-train list`, the tables of GPUs
+docs: $(VENV)/ready ## write again what is made: the recipe reference, figures of recipes and GPUs, the museum
 	$(BIN)/python scripts/make_recipe_reference.py
 	$(BIN)/python scripts/measure_recipes.py
 	$(BIN)/python scripts/make_benchmark_tables.py
+	$(BIN)/python scripts/make_museum.py
 
 format: $(VENV)/ready ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

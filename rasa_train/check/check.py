@@ -150,7 +150,7 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
         words = "not tokenised, since there is no tokenizer"
     if data:
         if base is not None:
-            check_vocabulary(base, recipe.model.name, data.train.largest_id)
+            check_vocabulary(base, recipe.model.name, data.largest_id)
         estimate = plan(recipe, data, workers, on_cpu=on_cpu)
         words = f"median {np.median(data.train.lengths):,.0f}, longest {data.train.lengths.max():,} tokens"
         notes += data.notes

@@ -65,6 +65,11 @@ class PreparedData:
     notes: list[str] = field(default_factory=list)
     """What the user should know about the data, one line each."""
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all examples."""
+        return max(part.largest_id for part in (self.train, self.validation) if part is not None)
+
 
 def prepare(
     config: DataConfig,

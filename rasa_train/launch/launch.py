@@ -102,7 +102,7 @@ def _check_input(recipe: Recipe) -> PreparedData:
             )
     base = check_base(recipe.model)
     data = prepare(recipe.data, load_tokenizer(recipe.model))
-    check_vocabulary(base, recipe.model.name, data.train.largest_id)
+    check_vocabulary(base, recipe.model.name, data.largest_id)
     return data
 
 
