@@ -7,15 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rasa_train import RaSA, adapt
 from rasa_train.adapters.state import adapters
-from tests.families.harness import LOSS, Case, Outcome, Refused
+from tests.families.harness import LOSS, Case, Outcome, Refused, build
 from tests.families.specs import FAMILIES, Spec, lm
 
 TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
+
+
+def edit_weights(case: Case, rename: Any) -> None:
+    """Write the base again with the names that ``rename`` gives; None leaves a tensor out."""
+    path = case.directory / "base" / "model.safetensors"
+    named = {rename(name): tensor for name, tensor in load_file(path).items()}
+    save_file({name: tensor for name, tensor in named.items() if name is not None}, path, {"format": "pt"})
 
 
 def assert_refused(case: Case, *words: str) -> None:
@@ -47,6 +54,29 @@ def look_ahead(spec: Spec) -> float:
 # -- weights that are not in the files -------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    """huggingface/transformers#13233: a GPT-Neo checkpoint was loaded as GPT-2; a warning named the newly initialised
+    weights, and the text that came out was random.
+
+    Here: the base is refused before the first step, with the names of weights that its files lack.
+    """
+    case = Case(FAMILIES["gpt2"], tmp_path)
+    build(FAMILIES["gpt_neo"], tmp_path / "neo")
+    (tmp_path / "neo" / "model.safetensors").replace(tmp_path / "base" / "model.safetensors")
+    assert_refused(case, "c_attn.weight")
+
+
+def test_names_under_a_foreign_prefix(tmp_path: Path) -> None:
+    """huggingface/transformers#29659: a merged Gemma was saved under names that its class does not know; every layer
+    was newly initialised when it was loaded.
+
+    Here: such a base is refused before the first step.
+    """
+    case = Case(lm("gemma", **TWO_LAYERS), tmp_path)
+    edit_weights(case, lambda name: f"base_model._orig_module.{name}")
+    assert_refused(case, "q_proj.weight")
+
+
 def test_a_head_that_is_not_stored_twice(tmp_path: Path) -> None:
     """fabienfrfr/tptt#1: a Llama with tied embeddings has no head in its files, and loading it said that the head was
     newly initialised.
@@ -58,7 +88,36 @@ def test_a_head_that_is_not_stored_twice(tmp_path: Path) -> None:
     assert case.train().kind == "ok"
 
 
+def test_weights_in_another_library_s_packing(tmp_path: Path) -> None:
+    """Blaizzy/mlx-audio#902: a quantised checkpoint whose layout the loader did not know gave a model of random
+    weights, without an error or a warning.
+
+    Here: packed integers under the names of dense weights are refused before the first step.
+    """
+    case = Case(lm("llama", **TWO_LAYERS), tmp_path)
+    path = tmp_path / "base" / "model.safetensors"
+    packed = {}
+    for name, tensor in load_file(path).items():
+        if name.endswith("_proj.weight"):
+            packed[name] = torch.zeros(tensor.shape[0], tensor.shape[1] // 4, dtype=torch.uint32)
+            packed[name.replace(".weight", ".scales")] = torch.ones(tensor.shape[0], 1)
+        else:
+            packed[name] = tensor
+    save_file(packed, path, {"format": "pt"})
+    assert_refused(case, "_proj")
+
+
 # -- models that see the answer --------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_not_a_language_model(tmp_path: Path) -> None:
+    """huggingface/transformers#7495: BertLMHeadModel was taken for a model that predicts the next token, as GPT-2 does;
+    without `is_decoder` it sees that token.
+
+    Here: a base whose last token moves earlier logits is refused before the first step.
+    """
+    assert look_ahead(FAMILIES["bert_mlm"]) > LOSS
+    assert_refused(Case(FAMILIES["bert_mlm"], tmp_path))
 
 
 def test_an_encoder_that_was_made_a_decoder(tmp_path: Path) -> None:
@@ -116,6 +175,16 @@ def test_a_recurrent_state_is_not_carried_over(tmp_path: Path) -> None:
     assert_right_or_refused(case.outcome(case.packed))
 
 
+def test_a_convolution_does_not_cross_sequences(tmp_path: Path) -> None:
+    """unslothai/unsloth#7249: the convolution of hybrid models leaks across the boundaries of packed sequences, which a
+    look at the attention alone does not find.
+
+    Here: RecurrentGemma, whose attention can be packed and whose convolution cannot, is refused or right.
+    """
+    case = Case(FAMILIES["recurrent_gemma"], tmp_path)
+    assert_right_or_refused(case.outcome(case.packed))
+
+
 @pytest.mark.parametrize("batching", ["length-grouped", "packed"])
 def test_a_window_reaches_the_attention(batching: str, tmp_path: Path) -> None:
     """unslothai/unsloth#8253: the sliding window of a Mistral never reached torch's attention, so rows longer than the
@@ -125,6 +194,17 @@ def test_a_window_reaches_the_attention(batching: str, tmp_path: Path) -> None:
     """
     case = Case(lm("mistral", sliding_window=8, attn_implementation="eager", **TWO_LAYERS), tmp_path)
     assert (case.train if batching == "length-grouped" else case.packed)().kind == "ok"
+
+
+@pytest.mark.parametrize("name", ["qwen2_sw", "qwen2_moe_sw8", "phimoe_sw8"])
+def test_a_window_that_the_attention_does_not_implement(name: str, tmp_path: Path) -> None:
+    """hiyouga/LlamaFactory#7063: a window was enabled that the attention in use did not implement; a warning promised
+    unexpected results, and training went on.
+
+    Here: packing gives the loss of the windowed model, or is refused, wherever the family keeps its window.
+    """
+    case = Case(FAMILIES[name], tmp_path)
+    assert_right_or_refused(case.outcome(case.packed))
 
 
 def test_a_soft_cap_is_not_dropped(tmp_path: Path) -> None:
@@ -140,7 +220,31 @@ def test_a_soft_cap_is_not_dropped(tmp_path: Path) -> None:
 # -- what is adapted -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe", "gemma4_moe_text"])
+def test_a_vision_tower_is_left_alone(tmp_path: Path) -> None:
+    """haotian-liu/LLaVA#1647: LoRA was put on the frozen vision tower too, and counted as trainable.
+
+    Here: all-linear means the text decoder.
+    """
+    case = Case(FAMILIES["gemma3_vl"], tmp_path)
+    case.fit("length-grouped", 1)
+    assert [path for path in case.sites() if "vision" in path] == []
+    assert any("language_model" in path for path in case.sites())
+
+
+def test_an_audio_tower_is_left_alone(tmp_path: Path) -> None:
+    """Roblox/FAI-RL#105: text runs of Gemma 4 put adapters on towers that no text reaches, and ended with parameters
+    that were not used.
+
+    Here: neither tower of Phi-4-multimodal is adapted, and a gradient reaches every adapter.
+    """
+    case = Case(FAMILIES["phi4_multimodal"], tmp_path)
+    case.fit("length-grouped", 2)
+    sites = case.sites()
+    assert [path for path in sites if "audio" in path or "image" in path] == []
+    assert [path for path, B in sites.items() if not B.any()] == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe", "gemma4_moe_text", "doge_moe"])
 def test_a_router_is_left_alone(name: str) -> None:
     """foundation-model-stack/fms-hf-tuning#545: all-linear took in the router, and the server refused the adapter.
 
@@ -152,6 +256,18 @@ def test_a_router_is_left_alone(name: str) -> None:
 
 
 # -- adapters that no gradient reaches -------------------------------------------------------------------------------
+
+
+def test_a_linear_whose_weight_is_read_without_calling_it(tmp_path: Path) -> None:
+    """state-spaces/mamba#279: Mamba reads the weights of its linears without calling them, so LoRA on these linears
+    never got a gradient.
+
+    Here: such a linear (dt_proj) is not adapted, or the run names it; a gradient reaches all others.
+    """
+    case = Case(FAMILIES["mamba"], tmp_path)
+    said = case.fit("length-grouped", 2)
+    dead = {path.rpartition(".")[2] for path, B in case.sites().items() if not B.any()}
+    assert [name for name in dead if name not in said] == [] and len(case.sites()) > len(dead)
 
 
 def test_every_linear_of_mamba2_learns(tmp_path: Path) -> None:
