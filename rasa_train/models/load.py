@@ -233,7 +233,8 @@ def _from_hub(load: Any, name: str, model: ModelConfig, *, key: str, **kwargs: A
     try:
         return load(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+        set_offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+        offline = set_offline and not Path(name).is_dir()
         why = re.split(" Check(?:out)? your internet", " ".join(str(error).split()))[0][:400]
         hint = " HF_HUB_OFFLINE is set, so only models already on this machine can be used." if offline else ""
         raise UserError(f"{key}: {name!r} cannot be loaded: {why}{hint}", key=key) from None
