@@ -44,7 +44,7 @@ class ChatTemplate:
                 key="data.template",
             )
         self._tokenizer = tokenizer
-        sources = [tokenizer.get_chat_template(tools=tools) for tools in (None, [{}])]
+        sources = [tokenizer.get_chat_template(tools=tools) for tools in (None, [dict[str, Any]()])]
         self.prints_the_date = any(re.search(r"\bstrftime_now\s*\(", source) for source in sources)
         self._sources = [_with_fixed_date(source) for source in sources]
         taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | tokenizer.special_tokens_map.keys()
