@@ -44,7 +44,10 @@ class ChatTemplate:
                 key="data.template",
             )
         self._tokenizer = tokenizer
-        sources = [tokenizer.get_chat_template(tools=tools) for tools in (None, [{}])]
+        try:
+            sources = [tokenizer.get_chat_template(tools=tools) for tools in (None, [dict[str, Any]()])]
+        except ValueError as error:  # several templates, and none of them is the default
+            raise UserError(f"the tokenizer's chat template: {error}", key="data.template") from None
         self.prints_the_date = any(re.search(r"\bstrftime_now\s*\(", source) for source in sources)
         self._sources = [_with_fixed_date(source) for source in sources]
         taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | tokenizer.special_tokens_map.keys()

@@ -196,7 +196,9 @@ def _message(message: object, name: str, where: str) -> Message:
             f"{where}: the content of {name} (role {role}) must be {wanted}, got {got}; correct or remove this row",
             key="data.dataset",
         )
-    return {**clean, "role": role, "content": content or ("" if content == "" else None)}
+    clean["content"] = content or ("" if content == "" else None)
+    made: Message = clean
+    return made
 
 
 def _has_parts(content: object) -> bool:
