@@ -305,6 +305,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             lines.append("the update is zero: the output is the base")
         elif report.rounding:
             lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
+        if report.tokenizer:
+            lines.append(f"the tokenizer is the one that was trained with, from {report.tokenizer}")
     if not report.base_checked:
         lines.append("note: the adapter does not record which weights it was trained on; only shapes were checked")
     if verified:

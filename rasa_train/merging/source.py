@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter
+from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter, tokenizer_files
 from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
@@ -145,8 +145,38 @@ def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, we
         raise UserError(f"{saved.directory / CONFIG} names no base model: give it with --base")
     if revision is None and name == saved.base_model:
         revision = saved.base_revision
+    if base is None and (here := _known_directory(saved)):
+        name = here
     hint = "" if base else " (the adapter names this base): give the base with --base"
     return name, find_model(name, revision, weights=weights, hint=hint)
+
+
+def _known_directory(saved: SavedAdapter) -> str | None:
+    """Return the directory of a base that the adapter names by a relative path: where it was at training, or the same
+    path from here, or from the adapter's directory or one above it. None if the name is not a path.
+
+    Raises:
+        UserError: the base is a directory that is in none of these places.
+    """
+    name = str(saved.base_model)
+    places = [*([Path(saved.base_path)] if saved.base_path else []), Path(name).expanduser()]
+    if not Path(name).expanduser().is_absolute():
+        directory = saved.directory.resolve()
+        places += [parent / name for parent in (directory, *directory.parents)]
+    for place in places:
+        if (place / "config.json").is_file():
+            return name if str(place) == name else str(place)
+    if saved.base_path:
+        raise UserError(
+            f"base model: {name!r} was {saved.base_path} when the adapter was trained, and is neither there nor below "
+            f"this directory or {saved.directory}: give the base with --base"
+        )
+    return None
+
+
+def find_tokenizer(source: Source) -> list[Path]:
+    """Return the files of the tokenizer that the first adapter was trained with, if they are stored with it."""
+    return next(filter(None, map(tokenizer_files, source.origins)), [])
 
 
 def find_model(name: str, revision: str | None, *, weights: bool, hint: str = "") -> Path:
@@ -165,7 +195,7 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(
-            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub: {why}"
+            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub{hint}: {why}"
         ) from None
 
 

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
 from .options import Base
-from .source import Adapters, Source, find_adapter, open_source
+from .source import Adapters, Source, find_adapter, find_tokenizer, open_source
 
 QUERIES = [
     "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
@@ -72,7 +72,7 @@ def verify(
         UserError: the models differ although nothing was rounded, or the adapters are a sum with fused experts.
     """
     source = open_source(adapter, base, weights=True)
-    batches, template = _prompts(source.directory, template, int(source.model.config.get_text_config().vocab_size))
+    batches, template = _prompts(source, template)
     without = _logits(lambda: _load(source.directory), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)
     off = _logits(lambda: _load(Path(merged)), batches)
@@ -92,8 +92,12 @@ def verify(
     return report
 
 
-def _prompts(base: Path, template: str, vocabulary: int) -> tuple[list[Tensor], str]:
-    tokenizer = load_tokenizer(ModelConfig(name=str(base)))
+def _prompts(source: Source, template: str) -> tuple[list[Tensor], str]:
+    vocabulary = int(source.model.config.get_text_config().vocab_size)
+    own = find_tokenizer(source)
+    tokenizer = load_tokenizer(
+        ModelConfig(name=str(source.directory), tokenizer=str(own[0].parent.absolute()) if own else None)
+    )
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(0, vocabulary, (1, 32), generator=generator) for _ in QUERIES], "tokens"
