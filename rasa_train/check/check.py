@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -14,11 +14,19 @@ from .. import process
 from ..data.prepare import PreparedData, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError
+from ..merging.merged import check_base, is_quantised
+from ..methods.from_peft import Peft
 from ..models.load import has_weights, load_tokenizer
 from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
+
+
+UNMERGED = (
+    "this method adds to the prompt, not to weights: it cannot be merged, and rasa-eval cannot evaluate it; "
+    "rasa-merge --format peft writes it for PEFT"
+)
 
 
 @dataclass
@@ -34,6 +42,8 @@ class CheckResult:
     """The ``problems`` other than missing data or weights, which another machine may have."""
     samples: list[list[tuple[str, bool]]]
     """Decoded examples as (text, supervised) pieces."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be known before the run although it can be made."""
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -43,6 +53,7 @@ class CheckResult:
             "versions": process.versions(),
             "seconds_estimate": self.seconds_estimate,
             "problems": self.problems,
+            "notes": self.notes,
         }
 
     def show(self) -> None:
@@ -67,6 +78,8 @@ class CheckResult:
             console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
         for problem in self.problems:
             console.print(f"not ready: {problem}", style="red", markup=False, soft_wrap=whole)
+        for note in self.notes:
+            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=whole)
         if not self.problems:
             console.print("ready to train", style="green")
 
@@ -82,6 +95,8 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
     tokenizer: Tokenizer | None = None
     if not has_weights(recipe.model):
         problems.append(f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json")
+    elif (directory := Path(recipe.model.name)).is_dir() and not is_quantised(directory):
+        check_base(directory)  # a merge would find the same fault after the run
     estimate = plan(recipe, None, workers)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
@@ -99,7 +114,8 @@ def check(recipe: Recipe, workers: int = 1) -> CheckResult:
     if data and estimate.optimizer_steps and not problems and workers == 1:
         seconds = trial_run.seconds(recipe, data, estimate.total_parameters, estimate.optimizer_steps)
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(estimate, free, devices, seconds, problems, shortages, samples)
+    notes = [UNMERGED] if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt else []
+    return CheckResult(estimate, free, devices, seconds, problems, shortages, samples, notes)
 
 
 def _shortages(estimate: Estimate, free: int, devices: list[trial_run.Device]) -> list[str]:

@@ -27,7 +27,8 @@ from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .options import WRITING, Base, Progress, Writing
-from .source import Adapters, Source, find_tokenizer, open_source
+from .names import locate
+from .source import Adapters, Source, architecture, find_tokenizer, open_source
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".npz"}
 """Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
@@ -115,6 +116,19 @@ def merge(
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     report = _report(str(output), folding, [*tallies, folding.of_added], time.perf_counter() - start)
     return replace(report, tokenizer=tokenizer)
+
+
+def check_base(directory: Path) -> None:
+    """Open a base as ``merge`` does. Raises ``UserError`` if a merge would refuse it, whatever the adapter."""
+    checkpoint = open_checkpoint(directory)
+    model = architecture(directory)
+    found = locate(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+    for name, piece in found.items():
+        if piece.whole and checkpoint.tensors[name].shape != (shape := tuple(model.state_dict()[piece.parameter].shape)):
+            raise UserError(
+                f"base model: {name} in {directory} has shape {checkpoint.tensors[name].shape}, but config.json gives "
+                f"{shape}: they do not belong to one model"
+            )
 
 
 def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
@@ -230,6 +244,14 @@ def _switch(config: dict[str, object], switches: Mapping[str, bool]) -> None:
         if isinstance(value, dict):
             _switch(value, {name: on for name, on in switches.items() if name in value})
     config |= switches
+
+
+def is_quantised(directory: Path) -> bool:
+    """Whether the base is stored in a quantised form, so that adapters are merged into its original."""
+    try:
+        return bool(json.loads((directory / "config.json").read_text()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
+        return False  # the code that reads the config reports what is wrong with it
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

@@ -81,7 +81,7 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
             "--base"
         )
     name, base_dir = find_base(first, base.name, base.revision, weights=weights)
-    checked = all([base.any_base or _check_identity(saved, base_dir) for saved, _ in read])
+    checked = all([base.any_base or check_identity(saved, base_dir) for saved, _ in read])
     sources = [load(saved, name, base_dir) for saved, _ in read]
     if len(sources) == 1 and read[0][1] == 1:
         return replace(sources[0], checked=checked)
@@ -93,7 +93,7 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
     return Source(label, name, base_dir, origins, sources[0].model, sites, adapters, {}, checked)
 
 
-def _check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
+def check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
     """Whether the base is known to be the one that the adapter was trained on; False where this is unknown.
 
     Raises:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -98,7 +99,10 @@ class Peft(Method):
 
     def merged(self, load_base: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._config().is_prompt_learning:
-            raise UserError(f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights")
+            raise UserError(
+                f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights; --format peft "
+                "writes it for PEFT"
+            )
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -127,6 +131,19 @@ class Peft(Method):
             for path in changed
             for name, parameter in result.get_submodule(path).named_parameters(recurse=False)
         }
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the method adds to the prompt and not to weights, so that it cannot be merged."""
+        return bool(self._config().is_prompt_learning)
+
+    def save(self, base: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        """Write the saved tensors of an adapter as PEFT writes them."""
+        from ..adapters.saved import load_tensors
+
+        wrapped = self.wrap(base)
+        load_tensors(wrapped, tensors, origin="the adapter's file")
+        wrapped.save_pretrained(str(directory))  # type: ignore[operator]
 
     def _load_file(self, wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
         """Load tensors with the names of PEFT's files. Returns the paths of the base's own modules that they replace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from transformers import AutoTokenizer
 from rasa_train.adapters.saved import tokenizer_files, write_tokenizer
 from rasa_train.errors import UserError
 from rasa_train.merging.lora import export_lora
-from rasa_train.merging.merged import merge
+from rasa_train.io.checkpoint_files import INDEX
+from rasa_train.merging.merged import check_base, merge
 from rasa_train.merging.peft_format import export_peft
 from rasa_train.merging.source import open_source
 from rasa_train.evaluate.load import merge_in_memory
@@ -255,3 +257,33 @@ def test_an_adapter_beside_the_base_is_not_loaded_unasked(tmp_path: Path) -> Non
             opened(ModelConfig(name=str(base)))
     with pytest.raises(UserError, match="base model: .* a whole model and an adapter"):
         merge(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_prompt_method_is_written_for_peft(tmp_path: Path) -> None:
+    """ymcui/Chinese-LLaMA-Alpaca#141: merging ended in an AttributeError, because what had been trained has no weights
+    to merge.
+
+    Here: prefix and prompt tuning say before and after training that they cannot be merged, and are written for PEFT.
+    """
+    base = save_base(tmp_path / "base")
+    config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}
+    wanted = save_adapter(tmp_path / "adapter", base, "peft", config=config)
+    with pytest.raises(UserError, match="PREFIX_TUNING cannot be merged.*--format peft"):
+        merge(tmp_path / "adapter", tmp_path / "out")
+    export_peft(tmp_path / "adapter", tmp_path / "out")
+    model = PeftModel.from_pretrained(load(base), tmp_path / "out")
+    assert same(logits(model)[:, -wanted.shape[1] :], wanted) and not same(logits(load(base)), wanted)
+
+
+def test_a_base_that_a_merge_would_refuse_is_seen_before(tmp_path: Path) -> None:
+    """hiyouga/LlamaFactory#3125: hours of training ended in a merge that found the base to be another one.
+
+    Here: the check before training opens the base as the merge will, so that a stale index is found at once.
+    """
+    base = save_base(tmp_path / "base", shards="20KB")
+    check_base(base)
+    index = json.loads((base / INDEX).read_text())
+    index["weight_map"]["model.gone.weight"] = next(iter(index["weight_map"].values()))
+    (base / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model.gone.weight"):
+        check_base(base)
