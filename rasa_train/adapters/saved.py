@@ -46,7 +46,14 @@ PEFT_PLACES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 PEFT_METHOD = "peft"
 """Name of the method that leaves everything to PEFT."""
 FORMAT_VERSION = 1
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 TOKENIZER = (
     *VOCABULARIES,
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),

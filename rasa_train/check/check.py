@@ -22,7 +22,6 @@ from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
 
-
 UNMERGED = (
     "this method adds to the prompt, not to weights: it cannot be merged, and rasa-eval cannot evaluate it; "
     "rasa-merge --format peft writes it for PEFT"

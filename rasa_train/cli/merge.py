@@ -315,6 +315,11 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             f"differ by up to {verified.logits:.3g} (the adapter changes them by {verified.adapter_logits:.3g}), "
             f"KL {verified.kl:.3g}, loss {verified.loss:.4f} {verified.loss_difference:+.2g}"
         )
+        if verified.experts and report.rounding:
+            lines.append(
+                "note: rounding sends some tokens to other experts, whose logits then differ by much; KL and loss are "
+                "means over the tokens, and --dtype float32 rounds nothing, so that any difference is an error"
+            )
     return "\n".join(lines)
 
 

@@ -117,9 +117,7 @@ def load_lm(plan: Plan) -> Any:
         source = open_source(plan.subject.path, plan.base, weights=True)
         name = str(source.directory)
     own = str(Path(plan.subject.path).absolute()) if source is not None and find_tokenizer(source) else None
-    config = ModelConfig(
-        name=name, tokenizer=own, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code
-    )
+    config = ModelConfig(name=name, tokenizer=own, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(config)
     if tokenizer is None:
         raise UserError(

@@ -26,8 +26,8 @@ from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from .folding import QUANTISED, Folding, Tally, dtype_name
-from .options import WRITING, Base, Progress, Writing
 from .names import locate
+from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, Source, architecture, find_tokenizer, open_source
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".npz"}
@@ -124,7 +124,9 @@ def check_base(directory: Path) -> None:
     model = architecture(directory)
     found = locate(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     for name, piece in found.items():
-        if piece.whole and checkpoint.tensors[name].shape != (shape := tuple(model.state_dict()[piece.parameter].shape)):
+        if piece.whole and checkpoint.tensors[name].shape != (
+            shape := tuple(model.state_dict()[piece.parameter].shape)
+        ):
             raise UserError(
                 f"base model: {name} in {directory} has shape {checkpoint.tensors[name].shape}, but config.json gives "
                 f"{shape}: they do not belong to one model"

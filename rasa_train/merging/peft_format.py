@@ -44,8 +44,7 @@ def export_peft(
     if isinstance(saved.method, Peft):
         return _save(saved, saved.method, output, Base.of(base), overwrite)
     source = open_source(adapter, base, weights=False)
-    method = saved.method
-    config, names = _format(method)
+    config, names = _format(saved.method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
         raise UserError(
             f"{fused[0].path} is a fused expert weight, which --format peft does not support: use --format lora, which "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.contract import Adapter
+from ..adapters.experts import is_fused
 from ..adapters.inject import adapt
 from ..adapters.saved import load_tensors, read_adapter
 from ..data.encode import prompt_text
@@ -51,6 +52,9 @@ class VerifyReport:
     """Mean next-token loss of the adapted model on the prompts."""
     loss_difference: float
     """Loss of the merged model minus loss of the adapted model."""
+    experts: bool = False
+    """Whether the model is a mixture of experts, in which rounding can send a token to other experts: the largest
+    difference of a logit then says little, and the mean KL and the loss say what rounding costs."""
 
 
 def verify(
@@ -81,8 +85,9 @@ def verify(
     tokens = sum(len(logits) for logits in on)
     kl = sum(float(_kl(a, b)) for a, b in zip(on, off, strict=True)) / tokens
     losses = [_loss(logits, batches) for logits in (on, off)]
+    experts = any(is_fused(module) for module in source.model.modules())
     report = VerifyReport(
-        len(batches), tokens, template, max(differences), effect, kl, losses[0], losses[1] - losses[0]
+        len(batches), tokens, template, max(differences), effect, kl, losses[0], losses[1] - losses[0], experts
     )
     if exact and report.logits > EXACT * max(effect, EXACT):
         raise UserError(

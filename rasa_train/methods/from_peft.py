@@ -36,7 +36,15 @@ NEEDS_MORE = {
 }
 """Methods of PEFT that need something that this package's training loop does not provide."""
 RECORDS = {
-    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type", "task_type"),
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "peft_type",
+        "task_type",
+    ),
     "runtime_config",
 }
 """Keys of a saved configuration that do not say what the adapter is."""

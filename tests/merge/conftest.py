@@ -86,7 +86,9 @@ def save_base(directory: Path, kind: str = "llama", dtype: torch.dtype = torch.f
     return directory
 
 
-def save_adapter(directory: Path, base: Path, method: str = "rasa", *, tokens: Tensor | None = None, **fields: object) -> Tensor:
+def save_adapter(
+    directory: Path, base: Path, method: str = "rasa", *, tokens: Tensor | None = None, **fields: object
+) -> Tensor:
     """Attach a method to the base, give every trained tensor random values (both signs), save it.
 
     Returns the logits of the adapted model.

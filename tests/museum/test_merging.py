@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 
 from rasa_train.adapters.saved import tokenizer_files, write_tokenizer
 from rasa_train.errors import UserError
-from rasa_train.merging.lora import export_lora
+from rasa_train.evaluate.load import merge_in_memory
 from rasa_train.io.checkpoint_files import INDEX
+from rasa_train.merging.lora import export_lora
 from rasa_train.merging.merged import check_base, merge
 from rasa_train.merging.peft_format import export_peft
 from rasa_train.merging.source import open_source
-from rasa_train.evaluate.load import merge_in_memory
 from rasa_train.models.config import ModelConfig
 from rasa_train.models.load import load_model, meta_model
 
@@ -45,6 +45,11 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("stored", ["embedding", "both", "head"])
 def test_a_tied_head_that_is_stored_too_is_the_trained_one(tmp_path: Path, stored: str) -> None:
+    """thinking-machines-lab/tinker-cookbook#593: a merge took the head and the embedding of a tied model for two
+    tensors, of which the file holds one.
+
+    Here: tied names are one parameter, whichever of them the file holds, and all that it holds are the trained one.
+    """
     base = save_base(tmp_path / "base", "tied")
     if stored != "embedding":
         stored_twice(base)
@@ -60,6 +65,11 @@ def test_a_tied_head_that_is_stored_too_is_the_trained_one(tmp_path: Path, store
 
 
 def test_names_with_different_values_are_not_tied(tmp_path: Path) -> None:
+    """hiyouga/LlamaFactory#10832: a config that ties what the file holds with different values made one of them replace
+    the other.
+
+    Here: the merge looks at the values, as loading the model does, and keeps both.
+    """
     base = stored_twice(save_base(tmp_path / "base", "tied"), torch.randn(64, 32))
     wanted = save_adapter(tmp_path / "adapter", base, "full")
     merge(tmp_path / "adapter", tmp_path / "out")
@@ -69,6 +79,12 @@ def test_names_with_different_values_are_not_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["tied", "gpt2"])
 @pytest.mark.parametrize("more", [{}, {"ensure_weight_tying": True}, {"modules_to_save": ["lm_head"]}])
 def test_a_head_with_its_own_update_is_untied(tmp_path: Path, kind: str, more: dict[str, object]) -> None:
+    """huggingface/transformers#45127: a merged LM head was lost when the model was loaded, because the config still tied
+    it to the embedding.
+
+    Here: a head whose update is not the embedding's is written as a tensor of its own, and the config says so. PEFT's
+    merge in place does not reach the embedding.
+    """
     base = save_base(tmp_path / "base", kind)
     linear = "q_proj" if kind == "tied" else "c_attn"
     targets = [linear] if "modules_to_save" in more else [linear, "lm_head"]
@@ -109,7 +125,7 @@ def test_peft_own_format_is_loaded_too(tmp_path: Path) -> None:
     """
     base = save_base(tmp_path / "base", "deepseek_v3")
     save_adapter(tmp_path / "adapter", base, "lora", targets=["shared_experts.gate_proj", "shared_experts.up_proj"])
-    with pytest.raises(UserError, match="PEFT does not load .* use --format lora"):
+    with pytest.raises(UserError, match=r"PEFT does not load .* use --format lora"):
         export_peft(tmp_path / "adapter", tmp_path / "out")
     assert export_lora(tmp_path / "adapter", tmp_path / "lora").peft_loads and not (tmp_path / "out").exists()
 
@@ -122,7 +138,7 @@ def test_a_linear_that_peft_refuses_is_named(tmp_path: Path) -> None:
     """
     base = save_base(tmp_path / "base", "mamba")
     save_adapter(tmp_path / "adapter", base, targets=["in_proj", "out_proj"])
-    with pytest.raises(UserError, match="out_proj.*--format merged"):
+    with pytest.raises(UserError, match=r"out_proj.*--format merged"):
         export_lora(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -178,8 +194,10 @@ def test_other_methods_of_peft_are_read(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "out", base=str(base))
     assert same(logits(load(tmp_path / "out")), logits(model))
-    get_peft_model(load(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path / "p")
-    with pytest.raises(UserError, match="PREFIX_TUNING cannot be merged"):
+    get_peft_model(load(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        tmp_path / "p"
+    )
+    with pytest.raises(UserError, match=r"PREFIX_TUNING cannot be merged"):
         merge(tmp_path / "p", tmp_path / "prefix", base=str(base))
 
 
@@ -239,7 +257,7 @@ def test_a_relative_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: py
     moved = shutil.move(tmp_path / "models", tmp_path / "runs" / "models")
     assert open_source("../runs/adapter", None, weights=True).directory == Path(moved) / "base"
     shutil.rmtree(moved)
-    with pytest.raises(UserError, match="when the adapter was trained.*--base"):
+    with pytest.raises(UserError, match=r"when the adapter was trained.*--base"):
         open_source("../runs/adapter", None, weights=True)
 
 
@@ -253,9 +271,9 @@ def test_an_adapter_beside_the_base_is_not_loaded_unasked(tmp_path: Path) -> Non
     save_adapter(tmp_path / "adapter", base)
     get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(base)
     for opened in (load_model, meta_model):
-        with pytest.raises(UserError, match="a whole model and an adapter"):
+        with pytest.raises(UserError, match=r"a whole model and an adapter"):
             opened(ModelConfig(name=str(base)))
-    with pytest.raises(UserError, match="base model: .* a whole model and an adapter"):
+    with pytest.raises(UserError, match=r"base model: .* a whole model and an adapter"):
         merge(tmp_path / "adapter", tmp_path / "out")
 
 
@@ -268,7 +286,7 @@ def test_a_prompt_method_is_written_for_peft(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}
     wanted = save_adapter(tmp_path / "adapter", base, "peft", config=config)
-    with pytest.raises(UserError, match="PREFIX_TUNING cannot be merged.*--format peft"):
+    with pytest.raises(UserError, match=r"PREFIX_TUNING cannot be merged.*--format peft"):
         merge(tmp_path / "adapter", tmp_path / "out")
     export_peft(tmp_path / "adapter", tmp_path / "out")
     model = PeftModel.from_pretrained(load(base), tmp_path / "out")
@@ -285,5 +303,5 @@ def test_a_base_that_a_merge_would_refuse_is_seen_before(tmp_path: Path) -> None
     index = json.loads((base / INDEX).read_text())
     index["weight_map"]["model.gone.weight"] = next(iter(index["weight_map"].values()))
     (base / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="model.gone.weight"):
+    with pytest.raises(UserError, match=r"model.gone.weight"):
         check_base(base)
