@@ -1,5 +1,5 @@
-"""Export LoRA, VeRA, DoRA and PEFT's own methods in the format that PEFT has for the method, so that PEFT can train them
-further."""
+"""Export LoRA, VeRA, DoRA and PEFT's own methods in the format that PEFT has for the method, so that PEFT can train
+them further."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def _format(method: Method) -> tuple[PeftConfig, dict[str, str]]:
         }
         return config, {"b": "vera_lambda_b", "d": "vera_lambda_d"}
     raise UserError(
-        f"adapter.method: --format peft is for lora, dora, vera and peft, got {method.method}: use --format lora, which "
-        "writes any other factor method as an equivalent LoRA"
+        f"adapter.method: --format peft is for lora, dora, vera and peft, got {method.method}: use --format lora, "
+        "which writes any other factor method as an equivalent LoRA"
     )
 
 

@@ -195,7 +195,8 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(
-            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub{hint}: {why}"
+            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub{hint}: "
+            f"{why}"
         ) from None
 
 

@@ -108,8 +108,8 @@ class Peft(Method):
     def merged(self, load_base: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._config().is_prompt_learning:
             raise UserError(
-                f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights; --format peft "
-                "writes it for PEFT"
+                f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights; --format "
+                "peft writes it for PEFT"
             )
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
@@ -154,7 +154,7 @@ class Peft(Method):
         wrapped.save_pretrained(str(directory))  # type: ignore[operator]
 
     def _load_file(self, wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Load tensors with the names of PEFT's files. Returns the paths of the base's own modules that they replace."""
+        """Load tensors with the names of PEFT's files. Returns the paths of the base's modules that they replace."""
         import peft
 
         base = {n.removeprefix("base_model.model."): p for n, p in wrapped.named_parameters(remove_duplicate=False)}

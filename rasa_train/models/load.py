@@ -35,8 +35,8 @@ def check_no_adapter(name: str) -> None:
     beside = Path(name) / "adapter_config.json"
     if beside.is_file():
         raise UserError(
-            f"model.name: {name} holds a whole model and an adapter for it ({beside.name}), and transformers would load "
-            "both: move the adapter's files to another directory. To go on from the model with the adapter in it, "
+            f"model.name: {name} holds a whole model and an adapter for it ({beside.name}), and transformers would "
+            "load both: move the adapter's files to another directory. To go on from the model with the adapter in it, "
             "merge them first with rasa-merge",
             key="model.name",
         )

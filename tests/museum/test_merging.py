@@ -79,8 +79,8 @@ def test_names_with_different_values_are_not_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["tied", "gpt2"])
 @pytest.mark.parametrize("more", [{}, {"ensure_weight_tying": True}, {"modules_to_save": ["lm_head"]}])
 def test_a_head_with_its_own_update_is_untied(tmp_path: Path, kind: str, more: dict[str, object]) -> None:
-    """huggingface/transformers#45127: a merged LM head was lost when the model was loaded, because the config still tied
-    it to the embedding.
+    """huggingface/transformers#45127: a merged LM head was lost when the model was loaded, because the config still
+    tied it to the embedding.
 
     Here: a head whose update is not the embedding's is written as a tensor of its own, and the config says so. PEFT's
     merge in place does not reach the embedding.
@@ -148,7 +148,7 @@ PLACES: dict[str, dict[str, object]] = {
     "exclude-pattern": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.0\..*"},
     "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
     "pattern": {"target_modules": r".*\.[12]\.self_attn\.(q|v)_proj"},
-    "ranks": {"target_modules": r".*proj", "rank_pattern": {"q_proj": 2, r"1\.mlp\.up_proj": 6}, "exclude_modules": ["k_proj"]},
+    "ranks": {"target_modules": r".*proj", "rank_pattern": {"q_proj": 2, r"1\.mlp\.up_proj": 6}},
     "parameters": {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
