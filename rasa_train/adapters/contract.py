@@ -130,6 +130,9 @@ class PeftConfig(TypedDict, total=False):
     revision: str | None
     target_modules: str | list[str] | None
     target_parameters: list[str] | None
+    exclude_modules: str | list[str] | None
+    layers_to_transform: int | list[int] | None
+    layers_pattern: str | list[str] | None
     fan_in_fan_out: bool
     inference_mode: bool
     r: int

@@ -21,26 +21,45 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.checkpoint_files import opened
+from ..models.config import ModelConfig
+from ..models.load import load_tokenizer
 from .contract import Method, PeftConfig
 from .registry import METHODS
-from .state import saved_tensors
+from .state import POOLS, saved_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter.safetensors"
 PEFT_TENSORS = "adapter_model.safetensors"
-PEFT_UNSUPPORTED = (
+PEFT_OTHERS = (
     "alpha_pattern",
     "rank_pattern",
-    "layers_to_transform",
-    "layer_replication",
     "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
-    "megatron_config",
     "lora_bias",
 )
-"""Keys of a PEFT config that change the meaning of the tensors. They are read for a method that handles them, and
-refused otherwise."""
+"""Keys of a PEFT config that change the meaning of the tensors. They are read by a method that handles them, and
+otherwise PEFT itself makes the adapter of the files."""
+PEFT_REFUSED = ("layer_replication", "megatron_config")
+"""Keys of a PEFT config that make another model of the base."""
+PEFT_PLACES = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys of a PEFT config that select some of its ``target_modules``: those that have tensors in the file."""
+PEFT_METHOD = "peft"
+"""Name of the method that leaves everything to PEFT."""
 FORMAT_VERSION = 1
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+TOKENIZER = (
+    *VOCABULARIES,
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "chat_template.json",
+)
+"""Names of the files of a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,8 @@ class SavedAdapter:
     base_tensors: Mapping[str, str] = field(default_factory=dict)
     """Fingerprint of the base that the adapter was trained on (``io.base_fingerprint.base_samples``); empty if no
     fingerprint was recorded."""
+    base_path: str | None = None
+    """Absolute path of a base that was named by a relative one."""
 
 
 def write_adapter(
@@ -97,8 +118,25 @@ def write_config(
         "base_revision": base_revision,
         **({"base_tensors": dict(base_tensors)} if base_tensors else {}),
     }
+    if (path := Path(base_model).expanduser()).is_dir() and str(path.absolute()) != base_model:
+        config["base_path"] = str(path.absolute())
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return directory / CONFIG
+
+
+def write_tokenizer(directory: Path, model: ModelConfig) -> list[Path]:
+    """Write the tokenizer of a recipe that names one of its own into the adapter's directory, with its chat template,
+    so that merging and evaluating use it. Returns the files."""
+    if model.tokenizer is None or (tokenizer := load_tokenizer(model)) is None:
+        return []
+    tokenizer.save_pretrained(directory)
+    return tokenizer_files(directory)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files of the tokenizer in a directory; none if there is no whole tokenizer."""
+    found = [directory / name for name in TOKENIZER if (directory / name).is_file()]
+    return found if any(path.name in VOCABULARIES for path in found) else []
 
 
 def read_adapter(directory: str | Path) -> SavedAdapter:
@@ -205,53 +243,80 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
         raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
     config.pop("format")
     base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
-    base_tensors = config.pop("base_tensors", None) or {}
-    if not isinstance(base_model, str | None) or not isinstance(base_revision, str | None):
-        raise UserError(f"{directory / CONFIG}: base_model and base_revision must be text")
+    base_tensors, base_path = config.pop("base_tensors", None) or {}, config.pop("base_path", None)
+    if not all(isinstance(value, str | None) for value in (base_model, base_revision, base_path)):
+        raise UserError(f"{directory / CONFIG}: base_model, base_revision and base_path must be text")
     if not isinstance(base_tensors, dict):
         raise UserError(f"{directory / CONFIG}: base_tensors must be an object")
     method = _method(directory, str(config.get("method")), config)
     return SavedAdapter(
-        directory, method, read_safetensors(directory / TENSORS), base_model, base_revision, base_tensors
+        directory,
+        method,
+        read_safetensors(directory / TENSORS),
+        base_model,  # type: ignore[arg-type]
+        base_revision,  # type: ignore[arg-type]
+        base_tensors,
+        base_path,  # type: ignore[arg-type]
     )
 
 
 def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
-    found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items())
+    origin = f"{directory / CONFIG}"
+    if refused := [key for key in PEFT_REFUSED if config.get(key)]:
+        values = ", ".join(f"{key}={config.get(key)!r}" for key in refused)
+        raise UserError(f"{origin}: {values} is not supported: the result would be another adapter")
+    found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items() if name != PEFT_METHOD)
     try:
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is missing, or a value is not a number
-        raise UserError(f"{directory / CONFIG} is not a complete PEFT config: {error!r}") from None
-    if fields is None:
-        raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported")
-    if unsupported := [key for key in PEFT_UNSUPPORTED if config.get(key) and key not in cls.reads_peft]:
-        values = ", ".join(f"{key}={config.get(key)!r}" for key in unsupported)
-        raise UserError(f"{directory / CONFIG}: {values} is not supported: the result would be another adapter")
+        raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
-            f"{directory / CONFIG}: init_lora_weights={config['init_lora_weights']!r} trains on a changed base; "
+            f"{origin}: init_lora_weights={config['init_lora_weights']!r} trains on a changed base; "
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
+    stored = read_safetensors(directory / PEFT_TENSORS)
+    renamed = {key: cls.rename_peft(key.removeprefix("base_model.model.")) for key in stored}
+    others = [key for key in PEFT_OTHERS if config.get(key) and key not in cls.reads_peft]
+    # Sites are in layers, which are numbered.
+    strange = [k for k, ours in renamed.items() if not ours or not re.search(rf"^{POOLS}\.|\.\d+\.", ours)]
+    if fields is None or others or strange:
+        return _as_peft(directory, config, stored, f"unexpected tensor {strange[0]!r}" if strange else "")
+    fields["targets"], exactly = _targets(origin, config)
+    method = _method(directory, name, {"method": name, **fields})
+    try:
+        tensors = cls.convert_peft(config, {str(ours): stored[key].float() for key, ours in renamed.items()})
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
+    if not exactly:
+        paths = {key.rpartition(".")[0] for key in tensors if not key.startswith(f"{POOLS}.")}
+        method = method.model_copy(update={"targets": sorted(paths)})
+    return SavedAdapter(
+        directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
+    )
+
+
+def _targets(origin: str, config: PeftConfig) -> tuple[str | list[str], bool]:
+    """Return the targets of a PEFT config, and whether they mean here what they mean to PEFT. A list of names does; a
+    text is matched against other names, and further keys select some of the targets."""
     targets = config.get("target_modules") or []
     if parameters := config.get("target_parameters"):
         if isinstance(targets, str):
-            raise UserError(
-                f"{directory / CONFIG}: target_modules must be a list beside target_parameters, got {targets!r}"
-            )
+            raise UserError(f"{origin}: target_modules must be a list beside target_parameters, got {targets!r}")
         targets = [*targets, *(str(name).removesuffix(".weight") for name in parameters)]
-    targets = targets or "all-linear"
-    fields["targets"] = sorted(map(str, targets)) if isinstance(targets, list) else targets
-    method = _method(directory, name, {"method": name, **fields})
-    tensors = {}
-    for key, tensor in read_safetensors(directory / PEFT_TENSORS).items():
-        ours = cls.rename_peft(key.removeprefix("base_model.model."))
-        if ours is None:
-            raise UserError(f"{directory / PEFT_TENSORS}: unexpected tensor {key!r} for {config['peft_type']}")
-        tensors[ours] = tensor.float()
-    try:
-        tensors = cls.convert_peft(config, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{directory / CONFIG} is not a complete PEFT config: {error!r}") from None
+    whole = isinstance(targets, list) and not any(config.get(key) for key in PEFT_PLACES)
+    if isinstance(targets, list) and targets:
+        return sorted(map(str, targets)), whole
+    return "all-linear", whole
+
+
+def _as_peft(directory: Path, config: PeftConfig, stored: Mapping[str, Tensor], why: str) -> SavedAdapter:
+    """Return an adapter of which PEFT itself knows what it means: PEFT loads and merges it."""
+    fields = METHODS[PEFT_METHOD].from_peft(config)
+    if fields is None:
+        raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported{why and f': {why}'}")
+    method = _method(directory, PEFT_METHOD, {"method": PEFT_METHOD, **fields})
+    tensors = {name: tensor.float() for name, tensor in stored.items()}
     return SavedAdapter(
         directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
     )

@@ -18,14 +18,20 @@ from ..adapters.sites import not_adapted
 from ..data.prepare import PreparedData, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError
+from ..merging import merged
+from ..methods.from_peft import Peft
 from ..models.load import check_base, has_weights, load_tokenizer
-from ..models.suitable import check_vocabulary
+from ..models.suitable import check_vocabulary, quantization_of
 from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
 
 Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
+UNMERGED = (
+    "this method adds to the prompt, not to weights: it cannot be merged, and rasa-eval cannot evaluate it; "
+    "rasa-merge --format peft writes it for PEFT"
+)
 
 
 class Problem(NamedTuple):
@@ -125,16 +131,12 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
     problems: list[Problem] = []
     data: PreparedData | None = None
     tokenizer: Tokenizer | None = None
-    base: PreTrainedModel | None = None
     words, notes = "not here", list[str]()
     devices = trial_run.devices()
     here = has_weights(recipe.model)
     on_cpu = here and devices[0].name == "cpu" and recipe.distributed.gpu_memory_gib is None
-    if here:
-        base = check_base(recipe.model)
-        left_out = not_adapted(base) if recipe.adapter.targets == "all-linear" else None
-        notes += [left_out] if left_out else []
-    else:
+    base = _open_base(recipe, notes) if here else None
+    if not here:
         missing = f"model.name: {recipe.model.name} has no weights (*.safetensors), only a config.json"
         problems.append(Problem("model", missing))
     estimate = plan(recipe, None, workers, on_cpu=on_cpu)  # a wrong adapter is reported before the data is read
@@ -164,6 +166,26 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
             problems.append(Problem("model", NOT_FINITE))
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
     return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples)
+
+
+def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
+    """Open the base as training will, and its files as a merge will, whose faults would show after the run. Returns the
+    model on the meta device, and adds to ``notes`` what is to be known before the run although it can be made.
+
+    Raises:
+        UserError: the base cannot be trained, or cannot be merged into.
+    """
+    base = check_base(recipe.model)
+    quantized = quantization_of(base.config)
+    if (directory := Path(recipe.model.name)).is_dir() and not quantized:
+        merged.check_base(directory)
+    left_out = not_adapted(base) if recipe.adapter.targets == "all-linear" else None
+    notes += [left_out] if left_out else []
+    if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:
+        notes.append(UNMERGED)
+    if quantized:
+        notes.append("the base is quantised: to merge, give the original base with rasa-merge --base")
+    return base
 
 
 NOT_FINITE = (

@@ -305,6 +305,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             lines.append("the update is zero: the output is the base")
         elif report.rounding:
             lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
+        if report.tokenizer:
+            lines.append(f"the tokenizer is the one that was trained with, from {report.tokenizer}")
     if not report.base_checked:
         lines.append("note: the adapter does not record which weights it was trained on; only shapes were checked")
     if verified:
@@ -313,6 +315,11 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             f"differ by up to {verified.logits:.3g} (the adapter changes them by {verified.adapter_logits:.3g}), "
             f"KL {verified.kl:.3g}, loss {verified.loss:.4f} {verified.loss_difference:+.2g}"
         )
+        if verified.experts and report.rounding:
+            lines.append(
+                "note: rounding sends some tokens to other experts, whose logits then differ by much; KL and loss are "
+                "means over the tokens, and --dtype float32 rounds nothing, so that any difference is an error"
+            )
     return "\n".join(lines)
 
 

@@ -168,7 +168,7 @@ def run(
         except UserError as error:
             raise loaded.explain(error) from None
         if finished.summary is not None:
-            _finish(loaded.recipe.output_dir, finished.summary, finished.was_complete, as_json)
+            _finish(loaded.recipe, finished.summary, finished.was_complete, as_json)
 
 
 @app.command("check", cls=Command)
@@ -223,16 +223,23 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _finish(output_dir: str, summary: Summary, was_complete: bool, as_json: bool) -> None:
+def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
+    output_dir = recipe.output_dir
     loss = "unknown" if summary["loss"] is None else f"{summary['loss']:.4f}"  # every step may have been skipped
     if was_complete:
         print(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
         print(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
-        print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
+        from ..methods.from_peft import Peft
+
+        if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:
+            print(f"{recipe.adapter.peft_type} adds to the prompt, not to weights, so it cannot be merged or evaluated")
+            print(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
+        else:
+            print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 
 
 def _sweep(

@@ -19,7 +19,7 @@ from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
 from ..errors import UserError
 from ..io.run_dir import RunDirectory
 from ..merging.bias import new_biases
-from ..merging.source import Source, find_adapter, open_source
+from ..merging.source import Source, find_adapter, find_tokenizer, open_source
 from ..merging.tied import untie
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
@@ -116,7 +116,8 @@ def load_lm(plan: Plan) -> Any:
     if plan.subject.is_adapter:
         source = open_source(plan.subject.path, plan.base, weights=True)
         name = str(source.directory)
-    config = ModelConfig(name=name, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
+    own = str(Path(plan.subject.path).absolute()) if source is not None and find_tokenizer(source) else None
+    config = ModelConfig(name=name, tokenizer=own, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(config)
     if tokenizer is None:
         raise UserError(

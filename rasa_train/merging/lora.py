@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..lowrank.product_svd import product_svd
 from ..models.families import EXPERT_LINEARS
 from . import peft_load
 from .options import WRITING, Base, Progress, Writing
-from .source import Adapters, Source, open_source
+from .source import Adapters, Source, find_tokenizer, open_source
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for ``--max-lora-rank``."""
@@ -116,6 +117,8 @@ def export_lora(
     with new_directory(Path(output), overwrite=writing.overwrite, inputs=inputs, nbytes=nbytes) as partial:
         written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, writing.progress)
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
+        for path in find_tokenizer(source):
+            shutil.copyfile(path, partial / path.name)
         tried = peft_load.is_installed()
         if tried and (why := peft_load.refusal(partial, source.directory)):
             raise UserError(

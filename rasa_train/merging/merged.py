@@ -15,19 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .. import __version__, process
-from ..adapters.saved import CONFIG
+from ..adapters.saved import CONFIG, TOKENIZER
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from .folding import QUANTISED, Folding, Tally, dtype_name
+from .names import locate
 from .options import WRITING, Base, Progress, Writing
-from .source import Adapters, open_source
+from .source import Adapters, Source, architecture, find_tokenizer, open_source
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".npz"}
 """Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
@@ -63,6 +64,8 @@ class MergeReport:
     rounding: float | None
     """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that is lost by rounding to
     the output's dtype. 0 for fp32; None when the update is zero."""
+    tokenizer: str | None = None
+    """Directory of the adapter that the tokenizer is from; None for the base's tokenizer."""
 
 
 def merge(
@@ -105,12 +108,29 @@ def merge(
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         _copy_small_files(source.directory, partial)
+        tokenizer = copy_tokenizer(source, partial)
         if dtype is not None or folding.switches:
             _switch(config, folding.switches)
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return _report(str(output), folding, [*tallies, folding.of_added], time.perf_counter() - start)
+    report = _report(str(output), folding, [*tallies, folding.of_added], time.perf_counter() - start)
+    return replace(report, tokenizer=tokenizer)
+
+
+def check_base(directory: Path) -> None:
+    """Open a base as ``merge`` does. Raises ``UserError`` if a merge would refuse it, whatever the adapter."""
+    checkpoint = open_checkpoint(directory)
+    model = architecture(directory)
+    found = locate(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+    for name, piece in found.items():
+        if piece.whole and checkpoint.tensors[name].shape != (
+            shape := tuple(model.state_dict()[piece.parameter].shape)
+        ):
+            raise UserError(
+                f"base model: {name} in {directory} has shape {checkpoint.tensors[name].shape}, but config.json gives "
+                f"{shape}: they do not belong to one model"
+            )
 
 
 def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
@@ -228,6 +248,14 @@ def _switch(config: dict[str, object], switches: Mapping[str, bool]) -> None:
     config |= switches
 
 
+def is_quantised(directory: Path) -> bool:
+    """Whether the base is stored in a quantised form, so that adapters are merged into its original."""
+    try:
+        return bool(json.loads((directory / "config.json").read_text()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
+        return False  # the code that reads the config reports what is wrong with it
+
+
 def _set_dtype(config: dict[str, object], dtype: str) -> None:
     """Set the new dtype in the contents of a ``config.json``, nested configs included."""
     for key, value in config.items():
@@ -237,6 +265,18 @@ def _set_dtype(config: dict[str, object], dtype: str) -> None:
             _set_dtype(value, dtype)
     if "model_type" in config and "torch_dtype" not in config:
         config["dtype"] = dtype
+
+
+def copy_tokenizer(source: Source, output: Path) -> str | None:
+    """Replace the tokenizer of an output by the one that is stored with the adapter, if any. Returns where that is."""
+    files = find_tokenizer(source)
+    if not files:
+        return None
+    for name in TOKENIZER:
+        (output / name).unlink(missing_ok=True)
+    for path in files:
+        shutil.copyfile(path, output / path.name)
+    return str(files[0].parent)
 
 
 def _copy_small_files(base_dir: Path, output: Path) -> None:

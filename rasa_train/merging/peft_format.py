@@ -1,8 +1,10 @@
-"""Export LoRA, VeRA and DoRA in the format that PEFT has for the method itself, so that PEFT can train them further."""
+"""Export LoRA, VeRA, DoRA and PEFT's own methods in the format that PEFT has for the method, so that PEFT can train
+them further."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -10,16 +12,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters.contract import Method, PeftConfig
-from ..adapters.saved import CONFIG, PEFT_TENSORS, read_adapter
+from ..adapters.saved import CONFIG, PEFT_TENSORS, SavedAdapter, read_adapter, tokenizer_files
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..methods.dora import DoRA
+from ..methods.from_peft import Peft
 from ..methods.lora import LoRA
 from ..methods.vera import VeRA
+from ..models.config import ModelConfig
+from ..models.load import load_model
 from . import peft_load
 from .lora import ExportReport, target_modules
 from .options import Base
-from .source import Source, find_adapter, open_source
+from .source import Source, check_identity, find_adapter, find_base, open_source
 
 
 def export_peft(
@@ -35,9 +40,11 @@ def export_peft(
         UserError: PEFT does not have this method, the adapter does not fit, or ``output`` cannot be written.
     """
     start = time.perf_counter()
+    saved = read_adapter(find_adapter(Path(adapter)))
+    if isinstance(saved.method, Peft):
+        return _save(saved, saved.method, output, Base.of(base), overwrite)
     source = open_source(adapter, base, weights=False)
-    method = read_adapter(find_adapter(Path(adapter))).method
-    config, names = _format(method)
+    config, names = _format(saved.method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
         raise UserError(
             f"{fused[0].path} is a fused expert weight, which --format peft does not support: use --format lora, which "
@@ -82,6 +89,39 @@ def export_peft(
     )
 
 
+def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, overwrite: bool) -> ExportReport:
+    """Let PEFT write one of its own methods, which needs the whole base in memory."""
+    start = time.perf_counter()
+    name, directory = find_base(saved, base.name, base.revision, weights=True)
+    checked = base.any_base or check_identity(saved, directory)
+    model = load_model(ModelConfig(name=str(directory), dtype="float32"))
+    inputs = [saved.directory, *([directory] if Path(name).is_dir() else [])]
+    nbytes = sum(tensor.nbytes for tensor in saved.tensors.values())
+    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        method.save(model, saved.tensors, partial)
+        config = json.loads((partial / CONFIG).read_text())
+        (partial / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": name}, indent=2) + "\n")
+        for path in tokenizer_files(saved.directory):
+            shutil.copyfile(path, partial / path.name)
+        written = (partial / PEFT_TENSORS).stat().st_size
+    return ExportReport(
+        output=str(output),
+        format="peft",
+        method=method.peft_type,
+        base_model=name,
+        tensors=len(saved.tensors),
+        adapted=0,
+        bytes=written,
+        seconds=round(time.perf_counter() - start, 3),
+        rounding=0.0,
+        base_checked=checked,
+        rank=0,
+        error=0.0,
+        max_lora_rank=None,
+        peft_loads=True,
+    )
+
+
 def _format(method: Method) -> tuple[PeftConfig, dict[str, str]]:
     """Return PEFT's configuration, and PEFT's name of each of the adapter's tensors by our name."""
     config: PeftConfig
@@ -102,8 +142,8 @@ def _format(method: Method) -> tuple[PeftConfig, dict[str, str]]:
         }
         return config, {"b": "vera_lambda_b", "d": "vera_lambda_d"}
     raise UserError(
-        f"adapter.method: --format peft is for lora, dora and vera, got {method.method}: use --format lora, which "
-        "writes any other factor method as an equivalent LoRA"
+        f"adapter.method: --format peft is for lora, dora, vera and peft, got {method.method}: use --format lora, "
+        "which writes any other factor method as an equivalent LoRA"
     )
 
 

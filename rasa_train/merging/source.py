@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter
+from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter, tokenizer_files
 from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
@@ -81,7 +81,7 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
             "--base"
         )
     name, base_dir = find_base(first, base.name, base.revision, weights=weights)
-    checked = all([base.any_base or _check_identity(saved, base_dir) for saved, _ in read])
+    checked = all([base.any_base or check_identity(saved, base_dir) for saved, _ in read])
     sources = [load(saved, name, base_dir) for saved, _ in read]
     if len(sources) == 1 and read[0][1] == 1:
         return replace(sources[0], checked=checked)
@@ -93,7 +93,7 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
     return Source(label, name, base_dir, origins, sources[0].model, sites, adapters, {}, checked)
 
 
-def _check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
+def check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
     """Whether the base is known to be the one that the adapter was trained on; False where this is unknown.
 
     Raises:
@@ -145,8 +145,38 @@ def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, we
         raise UserError(f"{saved.directory / CONFIG} names no base model: give it with --base")
     if revision is None and name == saved.base_model:
         revision = saved.base_revision
+    if base is None and (here := _known_directory(saved)):
+        name = here
     hint = "" if base else " (the adapter names this base): give the base with --base"
     return name, find_model(name, revision, weights=weights, hint=hint)
+
+
+def _known_directory(saved: SavedAdapter) -> str | None:
+    """Return the directory of a base that the adapter names by a relative path: where it was at training, or the same
+    path from here, or from the adapter's directory or one above it. None if the name is not a path.
+
+    Raises:
+        UserError: the base is a directory that is in none of these places.
+    """
+    name = str(saved.base_model)
+    places = [*([Path(saved.base_path)] if saved.base_path else []), Path(name).expanduser()]
+    if not Path(name).expanduser().is_absolute():
+        directory = saved.directory.resolve()
+        places += [parent / name for parent in (directory, *directory.parents)]
+    for place in places:
+        if (place / "config.json").is_file():
+            return name if str(place) == name else str(place)
+    if saved.base_path:
+        raise UserError(
+            f"base model: {name!r} was {saved.base_path} when the adapter was trained, and is neither there nor below "
+            f"this directory or {saved.directory}: give the base with --base"
+        )
+    return None
+
+
+def find_tokenizer(source: Source) -> list[Path]:
+    """Return the files of the tokenizer that the first adapter was trained with, if they are stored with it."""
+    return next(filter(None, map(tokenizer_files, source.origins)), [])
 
 
 def find_model(name: str, revision: str | None, *, weights: bool, hint: str = "") -> Path:
@@ -165,7 +195,8 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = " ".join(str(error).split())[:400]
         raise UserError(
-            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub: {why}"
+            f"base model: {name!r} is not a directory on this machine and cannot be downloaded from the hub{hint}: "
+            f"{why}"
         ) from None
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.contract import Adapter
+from ..adapters.experts import is_fused
 from ..adapters.inject import adapt
 from ..adapters.saved import load_tensors, read_adapter
 from ..data.encode import prompt_text
@@ -19,7 +20,7 @@ from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
 from .options import Base
-from .source import Adapters, Source, find_adapter, open_source
+from .source import Adapters, Source, find_adapter, find_tokenizer, open_source
 
 QUERIES = [
     "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
@@ -51,6 +52,9 @@ class VerifyReport:
     """Mean next-token loss of the adapted model on the prompts."""
     loss_difference: float
     """Loss of the merged model minus loss of the adapted model."""
+    experts: bool = False
+    """Whether the model is a mixture of experts, in which rounding can send a token to other experts: the largest
+    difference of a logit then says little, and the mean KL and the loss say what rounding costs."""
 
 
 def verify(
@@ -72,7 +76,7 @@ def verify(
         UserError: the models differ although nothing was rounded, or the adapters are a sum with fused experts.
     """
     source = open_source(adapter, base, weights=True)
-    batches, template = _prompts(source.directory, template, int(source.model.config.get_text_config().vocab_size))
+    batches, template = _prompts(source, template)
     without = _logits(lambda: _load(source.directory), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)
     off = _logits(lambda: _load(Path(merged)), batches)
@@ -81,8 +85,9 @@ def verify(
     tokens = sum(len(logits) for logits in on)
     kl = sum(float(_kl(a, b)) for a, b in zip(on, off, strict=True)) / tokens
     losses = [_loss(logits, batches) for logits in (on, off)]
+    experts = any(is_fused(module) for module in source.model.modules())
     report = VerifyReport(
-        len(batches), tokens, template, max(differences), effect, kl, losses[0], losses[1] - losses[0]
+        len(batches), tokens, template, max(differences), effect, kl, losses[0], losses[1] - losses[0], experts
     )
     if exact and report.logits > EXACT * max(effect, EXACT):
         raise UserError(
@@ -92,8 +97,12 @@ def verify(
     return report
 
 
-def _prompts(base: Path, template: str, vocabulary: int) -> tuple[list[Tensor], str]:
-    tokenizer = load_tokenizer(ModelConfig(name=str(base)))
+def _prompts(source: Source, template: str) -> tuple[list[Tensor], str]:
+    vocabulary = int(source.model.config.get_text_config().vocab_size)
+    own = find_tokenizer(source)
+    tokenizer = load_tokenizer(
+        ModelConfig(name=str(source.directory), tokenizer=str(own[0].parent.absolute()) if own else None)
+    )
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(0, vocabulary, (1, 32), generator=generator) for _ in QUERIES], "tokens"

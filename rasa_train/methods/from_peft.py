@@ -9,18 +9,21 @@ works on sites applies to it. PEFT does not have bottleneck adapters (Houlsby, L
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.contract import Built, Method
+from ..adapters.contract import Built, Method, PeftConfig
 from ..adapters.site import Site
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    import peft
 
 ADAPTER = "default"
 """Name of the adapter in PEFT, which is part of the names of its tensors."""
@@ -32,6 +35,19 @@ NEEDS_MORE = {
     "CPT": "a loss and labels of its own",
 }
 """Methods of PEFT that need something that this package's training loop does not provide."""
+RECORDS = {
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "peft_type",
+        "task_type",
+    ),
+    "runtime_config",
+}
+"""Keys of a saved configuration that do not say what the adapter is."""
 
 
 class Peft(Method):
@@ -44,6 +60,15 @@ class Peft(Method):
     always CAUSAL_LM."""
 
     never_used: ClassVar[frozenset[str]] = frozenset({"targets", "exclude", "dropout", "compute"})
+
+    @classmethod
+    def from_peft(cls, config: PeftConfig) -> dict[str, object] | None:
+        kind = str(config.get("peft_type", "")).upper()
+        if config.get("task_type") not in (None, "CAUSAL_LM") or kind in NEEDS_MORE or kind not in _known():
+            return None
+        own = inspect.signature(_known()[kind]).parameters
+        given = {key: value for key, value in config.items() if key not in RECORDS and (key in own or value)}
+        return {"config": {"peft_type": kind, **given}}
 
     def build(self, sites: list[Site]) -> Built:
         return Built({}, {})
@@ -84,14 +109,21 @@ class Peft(Method):
 
     def merged(self, load_base: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._config().is_prompt_learning:
-            raise UserError(f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights")
+            raise UserError(
+                f"adapter.config: {self.peft_type} cannot be merged: it does not change the base's weights; --format "
+                "peft writes it for PEFT"
+            )
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         from ..adapters.saved import load_tensors
 
         wrapped = self.wrap(load_base())
-        load_tensors(wrapped, tensors, origin="the adapter's file")
+        if any(ADAPTER in name.split(".") for name in tensors):
+            load_tensors(wrapped, tensors, origin="the adapter's file")
+            whole = set[str]()
+        else:
+            whole = self._load_file(wrapped, tensors)
         layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
         for module in layers.values():
             if isinstance(module, BaseTunerLayer):  # PEFT merges in place, which would change a tied weight elsewhere
@@ -99,7 +131,7 @@ class Peft(Method):
                     own = nn.Parameter(weight.detach().clone(), requires_grad=False)
                     setattr(module.get_base_layer(), name, own)
         # a layer can be wrapped twice
-        changed = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in layers}
+        changed = whole | {_inner(name.removeprefix("base_model.model.")) for name in layers}
         try:
             result: nn.Module = wrapped.merge_and_unload()  # type: ignore[operator]
         except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
@@ -111,17 +143,52 @@ class Peft(Method):
         }
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether the method adds to the prompt and not to weights, so that it cannot be merged."""
+        return bool(self._config().is_prompt_learning)
+
+    def save(self, base: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        """Write the saved tensors of an adapter as PEFT writes them."""
+        from ..adapters.saved import load_tensors
+
+        wrapped = self.wrap(base)
+        load_tensors(wrapped, tensors, origin="the adapter's file")
+        wrapped.save_pretrained(str(directory))  # type: ignore[operator]
+
+    def _load_file(self, wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Load tensors with the names of PEFT's files. Returns the paths of the base's modules that they replace."""
+        import peft
+
+        base = {n.removeprefix("base_model.model."): p for n, p in wrapped.named_parameters(remove_duplicate=False)}
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        for name, shape in shapes.items():
+            path = name.removeprefix("base_model.model.")
+            module, _, leaf = path.rpartition(".")
+            places = (f"{module}{inner}.{leaf}" for inner in ("", ".base_layer", ".original_module"))
+            place = next((base[name] for name in places if name in base), None)
+            if place is not None and tuple(place.shape) != shape:
+                raise UserError(
+                    f"the adapter's {path} has shape {shape}, the base's {tuple(place.shape)}: it was trained with "
+                    f"other tokens. Load the base, call model.resize_token_embeddings({shape[0]}), save it with the "
+                    "adapter's tokenizer, and give it with --base"
+                )
+        try:
+            found = peft.set_peft_model_state_dict(wrapped, dict(tensors), adapter_name=ADAPTER)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"PEFT cannot load the adapter: {' '.join(str(error).split())[:300]}") from None
+        own = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+        if wrong := sorted(set(found.unexpected_keys)) or sorted(own.intersection(found.missing_keys)):
+            what = "left over" if found.unexpected_keys else "missing"
+            raise UserError(f"the adapter does not fit this model and config; {what}: {wrong[0]} ({len(wrong)} in all)")
+        whole = {id(base[path]) for name in tensors if (path := name.removeprefix("base_model.model.")) in base}
+        return {_inner(path.rpartition(".")[0]) for path, parameter in base.items() if id(parameter) in whole}
+
+    @property
     def peft_type(self) -> str:
         return str(self.config.get("peft_type", "")).upper()
 
-    def _config(self) -> PeftConfig:
-        if importlib.util.find_spec("peft") is None:
-            raise UserError("adapter.method: peft needs the PEFT library: pip install peft", key="adapter.method")
-        from peft import PeftType
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-        own = PEFT_TYPE_TO_CONFIG_MAPPING.items()  # other packages (this one too) add their methods under plain names
-        known = {str(kind.value): cls for kind, cls in own if isinstance(kind, PeftType)}
+    def _config(self) -> peft.PeftConfig:
+        known = _known()
         if self.peft_type not in known:
             usable = ", ".join(sorted(known.keys() - NEEDS_MORE.keys()))
             raise UserError(
@@ -141,6 +208,22 @@ class Peft(Method):
 
     def _error(self, why: str) -> UserError:
         return UserError(f"adapter.config: {self.peft_type}: {why}", key="adapter.config")
+
+
+def _inner(path: str) -> str:
+    """Return the path of a module in the base, without the parts that PEFT's wrappers insert."""
+    return re.sub(r"\.(base_layer|token_adapter|original_module)\b", "", path)
+
+
+def _known() -> dict[str, type[peft.PeftConfig]]:
+    """Return the configurations of PEFT's own methods by the name of the method. Raises ``UserError`` without PEFT."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("adapter.method: peft needs the PEFT library: pip install peft", key="adapter.method")
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    own = PEFT_TYPE_TO_CONFIG_MAPPING.items()  # other packages (this one too) add their methods under plain names
+    return {str(kind.value): cls for kind, cls in own if isinstance(kind, PeftType)}
 
 
 def _no_checkpointing(*args: Any, **kwargs: Any) -> None:

@@ -29,9 +29,22 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """Return the architecture. Raises ``UserError`` if the model does not exist or transformers does not know it."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
+    check_no_adapter(config.name)
     from transformers import AutoConfig
 
     return _from_hub(AutoConfig.from_pretrained, config.name, config, key="model.name")
+
+
+def check_no_adapter(name: str) -> None:
+    """Raise ``UserError`` if a model's directory holds an adapter of PEFT, which transformers would load unasked."""
+    beside = Path(name) / "adapter_config.json"
+    if beside.is_file():
+        raise UserError(
+            f"model.name: {name} holds a whole model and an adapter for it ({beside.name}), and transformers would "
+            "load both: move the adapter's files to another directory. To go on from the model with the adapter in it, "
+            "merge them first with rasa-merge",
+            key="model.name",
+        )
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:

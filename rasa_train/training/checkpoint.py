@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.saved import TENSORS, part, read_safetensors, write_config
+from ..adapters.saved import TENSORS, part, read_safetensors, write_config, write_tokenizer
 from ..data.cache import TokenDataset
 from ..distributed.collectives import from_first, gather
 from ..distributed.engine import Engine
@@ -106,7 +106,7 @@ def write_adapter(model: TrainableModel, directory: Path, writers: int = 1) -> l
             base_revision=base.revision,
             base_tensors=base_samples(base.name, base.revision),
         )
-        written.append(config)
+        written += [config, *write_tokenizer(directory, base)]
     tensors = model.engine.gathered(model.saved_tensors, model.shapes)
     return written + write_tensors(directory / TENSORS, tensors, model.shapes, accelerator, writers)
 

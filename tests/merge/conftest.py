@@ -86,7 +86,9 @@ def save_base(directory: Path, kind: str = "llama", dtype: torch.dtype = torch.f
     return directory
 
 
-def save_adapter(directory: Path, base: Path, method: str = "rasa", **fields: object) -> Tensor:
+def save_adapter(
+    directory: Path, base: Path, method: str = "rasa", *, tokens: Tensor | None = None, **fields: object
+) -> Tensor:
     """Attach a method to the base, give every trained tensor random values (both signs), save it.
 
     Returns the logits of the adapted model.
@@ -101,7 +103,7 @@ def save_adapter(directory: Path, base: Path, method: str = "rasa", **fields: ob
             p.copy_(torch.randn_like(p) * 0.3)
     directory.mkdir(parents=True)
     write_adapter(directory, config, saved_tensors(model), base_model=str(base), base_revision=None)
-    return logits(model)
+    return logits(model, TOKENS if tokens is None else tokens)
 
 
 def load(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
