@@ -83,9 +83,11 @@ def link(adapter: nn.Module) -> dict[str, Holder]:
 class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear of the base with one adapter of this package per adapter name of PEFT. A subclass names the tensors."""
 
+    adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...]
     names: ClassVar[dict[str, str]]
     """PEFT's names of the adapter's parameters."""
-    updates: str
+    updates: ClassVar[str]
     """Name of the dictionary of the adapters themselves."""
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -93,7 +95,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.base_layer = base_layer
         for name in (*self.adapter_layer_names, *self.other_param_names):
             setattr(self, name, nn.ModuleDict())
-        base = self.get_base_layer()
+        base = self.base()
         is_conv = isinstance(base, Conv1D)
         self.in_features: int = base.nx if is_conv else base.in_features
         self.out_features: int = base.nf if is_conv else base.out_features
@@ -143,7 +145,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         adapter = self._adapter(name)
-        update: Tensor = adapter(adapter.drop(x), self._weight())
+        update: Tensor = adapter(adapter.drop(x), self.base_weight())
         return update
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         result is not finite."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in getattr(self, self.updates):
-                weight = self._weight()
+                weight = self.base_weight()
                 if not weight.is_floating_point():
                     raise ValueError(f"an adapter cannot be merged into a quantised weight ({weight.dtype})")
                 merged = (weight.float() + self._delta(name)).to(weight.dtype)
@@ -170,12 +172,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in getattr(self, self.updates):
-                self._weight().copy_(self._weight().float() - self._delta(name))
+                self.base_weight().copy_(self.base_weight().float() - self._delta(name))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return dW in fp32, in the layout of the base's weight."""
         delta = self._delta(adapter)
-        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+        return delta.t() if isinstance(self.base(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -183,17 +185,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter's tensors, which keep their dtype: ``_Tuner._cast_adapter_dtype`` decides about that."""
         modules = self.tensors(adapter_name)
-        if device is None:
-            device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if device is not None and not any(p.is_meta for p in modules.parameters()):
-            modules.to(device)
-            getattr(self, self.updates)[adapter_name].to(device)
+        if not any(p.is_meta for p in modules.parameters()):
+            modules.to(device or self.base_weight().device)
+            self._adapter(adapter_name).to(device or self.base_weight().device)
 
-    def _weight(self) -> Tensor:
+    def base(self) -> Any:
+        """Return the linear of the base, which may be inside a layer of another method."""
+        return BaseTunerLayer.get_base_layer(self)
+
+    def base_weight(self) -> Tensor:
         """Return W (out, in), a view of the base's weight."""
-        base: Any = self.get_base_layer()
-        weight: Tensor = base.weight
-        return weight.t() if isinstance(base, Conv1D) else weight
+        weight: Tensor = self.base().weight
+        return weight.t() if isinstance(self.base(), Conv1D) else weight
 
     def _adapter(self, name: str) -> Adapter:
         adapter = getattr(self, self.updates)[name]
@@ -201,7 +204,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return adapter
 
     def _delta(self, name: str) -> Tensor:
-        return self._adapter(name).delta(self._weight())
+        return self._adapter(name).delta(self.base_weight())
 
 
 class RasaLayer(AdaptedLayer):
@@ -211,6 +214,8 @@ class RasaLayer(AdaptedLayer):
     adapter_layer_names = (*names.values(), "rasa_train_pools")
     updates = "rasa_updates"
     other_param_names = (updates,)
+    rasa_mixing: nn.ModuleDict
+    rasa_train_pools: nn.ModuleDict
 
     def add(self, adapter_name: str, adapter: Adapter, pools: dict[str, nn.Module]) -> None:
         assert isinstance(adapter, RaSAAdapter)
@@ -220,7 +225,9 @@ class RasaLayer(AdaptedLayer):
             pools.pop(*own)
         super().add(adapter_name, adapter, pools)
         if pool is not None:
-            object.__setattr__(adapter, "pool", PoolView(pool, self.rasa_mixing[adapter_name]))
+            mixing = self.rasa_mixing[adapter_name]
+            assert isinstance(mixing, Holder)
+            object.__setattr__(adapter, "pool", PoolView(pool, mixing))
 
 
 class MoraLayer(AdaptedLayer):

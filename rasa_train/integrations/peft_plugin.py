@@ -184,7 +184,7 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
-                if isinstance(layer, AdaptedLayer) and (dtype := layer.weight.dtype).is_floating_point:
+                if isinstance(layer, AdaptedLayer) and (dtype := layer.base_weight().dtype).is_floating_point:
                     layer.tensors(adapter_name).to(dtype)
 
     @contextmanager
@@ -197,7 +197,7 @@ class _Tuner(BaseTuner):  # type: ignore[misc]
         if self.training:
             raise ValueError("adapter_names cannot be used in training mode: call eval() first")
         layers = [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]
-        if unknown := set(names) - {BASE} - {name for layer in layers for name in layer._get_available_adapters()}:
+        if unknown := set(names) - {BASE} - {name for layer in layers for name in getattr(layer, layer.updates)}:
             raise ValueError(f"adapter_names must name adapters of the model, got {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams")
         rows = [name for name in names for _ in range(beams if isinstance(beams, int) else 1)]
