@@ -194,7 +194,8 @@ class _Maker:
         """Return the sha256 of everything that the tokens depend on."""
         config = self.config
         parts = {
-            "format": FORMAT,
+            # The text of other templates has not changed since format 1, so runs begun with it can be resumed.
+            "format": FORMAT if config.template == "chat" else 1,
             "source": source.fingerprint(),
             "columns": columns,
             "tokenizer": self.tokenizer_fingerprint,
