@@ -67,8 +67,8 @@ def as_stored(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
         if piece.whole:
             found[piece.parameter] = stored[name]
     for group in groups:
-        first, *others = [found[name] for name in group if name in found] or [None]
-        if first is not None and any(_differ(first, other) for other in others if other is not None):
+        values = [found[name] for name in group if name in found]
+        if any(_differ(values[0], other) for other in values[1:]):
             untie(model)
             break
     return model

@@ -58,6 +58,11 @@ PLAIN_HEADS = frozenset({
 models (Gemma 2 with its soft caps, Cohere and Granite with scaled logits, untested models) use their own forward."""
 
 
+PREFIX_MODELS = frozenset({"paligemma"})
+"""Values of ``model_type`` for models that attend within their prompt in both directions, and take ``token_type_ids``
+that are 0 for the tokens of the prompt."""
+
+
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the loss of the model can be computed in chunks of tokens."""
     if not isinstance(model, PreTrainedModel):

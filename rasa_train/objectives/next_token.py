@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from ..data.batching import collate, flatten, with_targets
 from ..data.cache import TokenDataset
 from ..data.encode import Example
 from ..kernels.linear_cross_entropy import linear_cross_entropy
-from ..models.families import has_plain_head
+from ..models.families import PREFIX_MODELS, has_plain_head
 from .contract import Batch, Loss, Objective
 
 
@@ -44,7 +45,8 @@ class NextToken(Objective):
             model.set_output_embeddings(LossHead(model.get_output_embeddings()))
             model.forward = partial(_chunked, model)
         else:
-            model.forward = partial(_of_own_logits, model.forward)
+            loss = _of_prefix_model if model.config.model_type in PREFIX_MODELS else _of_own_logits
+            model.forward = partial(loss, model.forward)
         return lambda model, batch: model(**batch)
 
     @contextmanager
@@ -90,6 +92,16 @@ def _chunked(model: PreTrainedModel, positions: Tensor, targets: Tensor, **input
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     loss: Tensor = model.get_output_embeddings()(hidden.flatten(0, 1)[positions], targets)
     return loss
+
+
+def _of_prefix_model(forward: Callable[..., Any], positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """Compute the loss of a model that is told which tokens are its prompt, whose tokens see each other: here those
+    before the first supervised one of a row."""
+    rows, length = inputs["input_ids"].shape
+    before = positions.new_full((rows,), length)
+    before.scatter_reduce_(0, positions // length, positions % length, "amin")
+    kinds = (torch.arange(length, device=positions.device) > before[:, None]).long()
+    return _of_own_logits(partial(forward, token_type_ids=kinds), positions, targets, **inputs)
 
 
 def _of_own_logits(forward: Callable[..., Any], positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:

@@ -180,7 +180,8 @@ class Proof:
         self.pending = False
         units = list(self._units())
         dead = [unit for unit in units if unit not in self._reached]
-        if dead and self._steps > 1:
+        # After one step nothing is known of methods whose first gradient reaches no tensor of a linear's own.
+        if dead and (self._steps > 1 or (self._reached and self.model.adapters)):
             self.say(
                 f"no gradient reaches {len(dead)} of {len(units)} adapted linears: {_some(dead)}. They stay as they "
                 f"are; leave them out with adapter.exclude: [{', '.join(self._names(dead))}]"

@@ -339,7 +339,9 @@ class Case:
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     """Return the logits of a model in its forward without a cache: (1, tokens, vocabulary)."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    # PaliGemma sees its prompt in both directions: here no token is of a prompt.
+    more = {"token_type_ids": torch.ones_like(ids)} if model.config.model_type == "paligemma" else {}
+    logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits
 
 
