@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -25,21 +26,25 @@ from transformers.core_model_loading import (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a parameter that one tensor of a checkpoint holds: all of it, or ``parameter[expert, rows]``."""
+    """The part of a parameter that one tensor of a checkpoint holds: all of it, ``parameter[expert, rows]``, or all of
+    it with the last two dimensions exchanged."""
 
     parameter: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    transposed: bool = False
     unknown: str | None = None
     """Names of the conversions between file and model, if a merge cannot follow them; None otherwise."""
 
     @property
     def whole(self) -> bool:
-        """Whether the tensor is a whole parameter."""
-        return self.expert is None and self.rows is None
+        """Whether the tensor is a whole parameter as it is."""
+        return self.expert is None and self.rows is None and not self.transposed
 
     def of(self, parameter: Tensor) -> Tensor:
         """Return a view of this part of the parameter (or of the parameter's update)."""
+        if self.transposed:
+            return parameter.mT
         part = parameter if self.expert is None else parameter[self.expert]
         return part if self.rows is None else part[slice(*self.rows)]
 
@@ -70,8 +75,29 @@ def locate(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dic
             converted.setdefault(parameter, {}).setdefault(pattern, []).append(name)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     for parameter, sources in converted.items():
-        pieces |= _converted(parameter, by_pattern[next(iter(sources))], sources, shapes)
+        converter = by_pattern[next(iter(sources))]
+        if [type(op) for op in converter.operations] == [Transpose]:
+            pieces |= _transposed(parameter, tuple(parameters[parameter].shape), sources, shapes)
+        else:
+            pieces |= _converted(parameter, converter, sources, shapes)
     return pieces
+
+
+def _transposed(
+    parameter: str, wanted: tuple[int, ...], sources: dict[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Piece]:
+    """Return the piece of a parameter that files hold transposed in its last two dimensions, unless its shape in the
+    file is the one that is ``wanted``: loading leaves it as it is then."""
+    exchanged = (*wanted[:-2], *wanted[:-3:-1])
+    return {
+        name: Piece(
+            parameter,
+            transposed=shapes[name] != wanted,
+            unknown=None if shapes[name] in (wanted, exchanged) else "Transpose",
+        )
+        for names in sources.values()
+        for name in names
+    }
 
 
 def _converted(
