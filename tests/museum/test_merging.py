@@ -180,7 +180,7 @@ def test_an_adapter_of_peft_is_merged_as_peft_merges(tmp_path: Path, kind: str) 
 
 
 def test_other_methods_of_peft_are_read(tmp_path: Path) -> None:
-    """huggingface/peft#2322: merging an adapter of another method than LoRA gave back the base.
+    """huggingface/trl#386: a script that merged an adapter gave back the weights of the base.
 
     Here: files of any method of PEFT that changes weights are merged by PEFT's code; the others end with the reason.
     """
@@ -262,8 +262,8 @@ def test_a_relative_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: py
 
 
 def test_an_adapter_beside_the_base_is_not_loaded_unasked(tmp_path: Path) -> None:
-    """huggingface/transformers#43746: a directory that holds a model and an adapter is loaded as both, or as another
-    base altogether.
+    """huggingface/transformers#43781: a directory that held a model and an adapter was loaded as the base that the
+    adapter names.
 
     Here: training, its check, merging and evaluating refuse such a base and say which file is too much.
     """
@@ -278,8 +278,7 @@ def test_an_adapter_beside_the_base_is_not_loaded_unasked(tmp_path: Path) -> Non
 
 
 def test_a_prompt_method_is_written_for_peft(tmp_path: Path) -> None:
-    """ymcui/Chinese-LLaMA-Alpaca#141: merging ended in an AttributeError, because what had been trained has no weights
-    to merge.
+    """huggingface/peft#1030: merging after prompt tuning ended in an AttributeError, right after training and later.
 
     Here: prefix and prompt tuning say before and after training that they cannot be merged, and are written for PEFT.
     """
@@ -294,7 +293,8 @@ def test_a_prompt_method_is_written_for_peft(tmp_path: Path) -> None:
 
 
 def test_a_base_that_a_merge_would_refuse_is_seen_before(tmp_path: Path) -> None:
-    """hiyouga/LlamaFactory#3125: hours of training ended in a merge that found the base to be another one.
+    """Blaizzy/mlx-vlm#1827: with an index that no longer belonged to its files, a part of the weights was loaded, and a
+    much later error named tensors instead of the cause.
 
     Here: the check before training opens the base as the merge will, so that a stale index is found at once.
     """
