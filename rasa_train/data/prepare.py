@@ -121,7 +121,10 @@ def prepare(
         longest=int(train.lengths.max()),
     )
     view = hashlib.sha256(f"{key} {held_out.size if held_out else None} {config.fraction}".encode()).hexdigest()
-    return PreparedData(train, validation, stats, view, _notes(counts))
+    notes = _notes(counts)
+    if held_out and held_out.dataset and not held_out.split and (chosen := _held_out_split(held_out)):
+        notes.append(f"data.validation is the {chosen} split of {held_out.dataset}, not the train split")
+    return PreparedData(train, validation, stats, view, notes)
 
 
 def _held_out_source(
@@ -129,9 +132,8 @@ def _held_out_source(
 ) -> tuple[Source, dict[str, str] | None]:
     """Return the source of ``data.validation.dataset``, which has no rows of the training set as a whole."""
     assert held_out.dataset
-    splits = splits_of(held_out.dataset)
     same = held_out.dataset == config.dataset  # another split of the same hub set
-    split = held_out.split or next((split for split in HELD_OUT if split in (splits or ())), None)
+    split = held_out.split or _held_out_split(held_out)
     if split is None and same and isinstance(training, HubSource):
         raise UserError(
             f"data.validation.dataset: {held_out.dataset} is data.dataset, so data.validation.split must say which of "
@@ -148,6 +150,12 @@ def _held_out_source(
             key="data.validation",
         )
     return found
+
+
+def _held_out_split(held_out: ValidationConfig) -> str | None:
+    """Return the split that a directory has for validation, or else for tests; None if it has neither."""
+    splits = splits_of(str(held_out.dataset)) or ()
+    return next((split for split in HELD_OUT if split in splits), None)
 
 
 def _notes(stats: Stats) -> list[str]:
