@@ -28,6 +28,7 @@ from rasa_train.adapters.registry import METHODS
 from rasa_train.recipe.load import _all_keys, load_recipe
 from rasa_train.recipe.schema import Recipe
 from rasa_train.recipe.shipped import configs_dir
+from rasa_train.recipe.sweep import grid
 from tests.conftest import Cli
 from tests.doc_pages import PAGES, ROOT, Command, blocks, commands_of, links, name_of, own_method, spans
 from tests.recipe.test_paper import MODELS
@@ -158,7 +159,7 @@ def test_our_commands_do_what_the_page_says(
     for output in outputs(arguments):
         shutil.rmtree(output, ignore_errors=True)
     done = cli(name, *arguments)
-    planned = large and "has no weights" in done.stdout  # on the shape of the model: said to be not ready
+    planned = "has no weights" in done.stdout  # on the shape of the model: said to be not ready
     assert done.returncode == (2 if planned else 0), done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     if "--json" in arguments:
@@ -221,8 +222,9 @@ def parse(program: str, arguments: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = context.params
     if program == "rasa-train" and values.get("recipe") is not None:
         for path in found_recipe(values["recipe"]):
-            swept = [sweep.partition(",")[0] for sweep in values.get("sweep") or []]
-            load_recipe(path, [*(values.get("overrides") or []), *swept])
+            overrides = list(values.get("overrides") or [])
+            load_recipe(path, overrides)
+            grid(path, overrides, values.get("sweep") or [])
     return values
 
 

@@ -25,8 +25,9 @@ from .quantized_weight import Narrow, add_gradient, full_sums, products
 
 def tile(z: Tensor, size: int) -> Tensor:
     """Return the first ``size`` features of z, where its first feature follows the last one again."""
-    times = math.ceil(size / z.shape[-1])
-    return (torch.cat([z] * times, -1) if times > 1 else z)[..., :size]
+    times, rest = divmod(size, z.shape[-1])
+    parts = [z] * times + ([z[..., :rest]] if rest else [])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def pack_blocks(

@@ -38,7 +38,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 def check_no_adapter(name: str) -> None:
     """Raise ``UserError`` if a model's directory holds an adapter of PEFT, which transformers would load unasked."""
     beside = Path(name) / "adapter_config.json"
-    if beside.is_file():
+    if os.path.isfile(beside):  # False where the directory may not be read, which is reported when the base is opened
         raise UserError(
             f"model.name: {name} holds a whole model and an adapter for it ({beside.name}), and transformers would "
             "load both: move the adapter's files to another directory. To go on from the model with the adapter in it, "

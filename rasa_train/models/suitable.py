@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UserError
-from .families import text_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,6 +62,8 @@ def check_causal(model: nn.Module) -> None:
     """Raise ``UserError`` if the attention of a language model is bidirectional, as in BERT: each token would see the
     token that it is trained to predict. ``training.proof`` finds what this look at the modules cannot."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+    from .families import text_layers
 
     if not isinstance(model, PreTrainedModel) or type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return  # the attention of some vision-language models is causal by its mask alone

@@ -79,6 +79,7 @@ def command(name: str, *arguments: str, cwd: Path, **variables: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_the_commands_take_it_from_the_environment(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "lora_fa.py").write_text(own_method_source())
     short = ["training.max_steps=2", "data.fraction=0.01", "output_dir=run"]

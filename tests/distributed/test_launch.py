@@ -215,6 +215,7 @@ def test_joins_torchrun(home: Path) -> None:
     assert difference(home / "one", home / "torchrun")["loss"] < 1e-5
 
 
+@pytest.mark.slow
 def test_joins_slurm(home: Path) -> None:
     """Two tasks with the variables that srun sets."""
     slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
@@ -328,6 +329,7 @@ def on(host: str, node: int, home: Path, *options: str) -> subprocess.Popen[str]
     return subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_hosts(home: Path, two_hosts: list[str]) -> None:
     nodes = [on(host, node, home, "output_dir=hosts") for node, host in enumerate(two_hosts)]
     (first, error), (second, other) = (node.communicate(timeout=PATIENCE) for node in nodes)

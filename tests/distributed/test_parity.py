@@ -194,6 +194,7 @@ def test_packed(tokens: int | None, cases: list[Any], base: Case, group: Group, 
     assert_equal(compare(many, group, tmp_path))
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_across_strategies(base: Case, group: Group, tmp_path: Path) -> None:
     """One process, ZeRO-3, FSDP, ZeRO-1 on two: each goes on from the parts in which those before wrote all weights."""
 

@@ -54,7 +54,7 @@ def test_json_is_the_only_thing_on_stdout(case, tmp_path):
     assert report.pop("seconds") > 0
     assert report == {
         "output": str(tmp_path / "out"), "format": "merged", "method": "rasa", "base_model": str(base),
-        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0,
+        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0, "tokenizer": None,
         "bytes": (tmp_path / "out" / "model.safetensors").stat().st_size,
     }  # fmt: skip
     code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora", "--json")

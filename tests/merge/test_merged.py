@@ -401,7 +401,7 @@ def test_small_files_come_along_and_other_weights_do_not(case, tmp_path):
         ".hidden",
         "pytorch_model.bin.index.json",
     ]
-    for name in [*kept, *left, "adapter_config.json"]:
+    for name in [*kept, *left]:
         (base / name).write_text("{}")
     (base / "original").mkdir()
     (base / "additional_chat_templates").mkdir()

@@ -48,6 +48,6 @@ def test_peft_computes_what_the_adapted_model_does(tmp_path, kind, name):
 
 def test_other_methods_are_told_what_to_use(case, tmp_path):
     _, adapter, _ = case(k=1)
-    with pytest.raises(UserError, match=r"lora, dora and vera, got rasa: use --format lora"):
+    with pytest.raises(UserError, match=r"lora, dora, vera and peft, got rasa: use --format lora"):
         export_peft(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

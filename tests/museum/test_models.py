@@ -74,7 +74,7 @@ def test_names_under_a_foreign_prefix(tmp_path: Path) -> None:
     """
     case = Case(lm("gemma", **TWO_LAYERS), tmp_path)
     edit_weights(case, lambda name: f"base_model._orig_module.{name}")
-    assert_refused(case, "q_proj.weight")
+    assert_refused(case, "model.embed_tokens.weight", "base_model._orig_module.model")
 
 
 def test_a_head_that_is_not_stored_twice(tmp_path: Path) -> None:
