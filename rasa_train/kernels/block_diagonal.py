@@ -9,7 +9,6 @@ although its rank can be full.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,7 @@ def _known_directory(saved: SavedAdapter) -> str | None:
         directory = saved.directory.resolve()
         places += [parent / name for parent in (directory, *directory.parents)]
     for place in places:
-        if (place / "config.json").is_file():
+        if os.path.isfile(place / "config.json") or (place.is_dir() and not os.access(place, os.X_OK)):
             return name if str(place) == name else str(place)
     if saved.base_path:
         raise UserError(

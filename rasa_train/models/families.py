@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 
 def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -65,6 +64,8 @@ that are 0 for the tokens of the prompt."""
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the loss of the model can be computed in chunks of tokens."""
+    from transformers import PreTrainedModel  # not above: recipes are read without it
+
     if not isinstance(model, PreTrainedModel):
         return False
     return model.config.model_type in PLAIN_HEADS and isinstance(model.get_output_embeddings(), nn.Linear)

@@ -127,7 +127,7 @@ class Proof:
 
         def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             found.append(output.detach().requires_grad_())
-            return found[-1]
+            return found[-1].clone()  # some models write into the result
 
         embedding = self.model.module.get_input_embeddings()  # type: ignore[operator]
         hook = embedding.register_forward_hook(leaf)

@@ -53,7 +53,7 @@ def test_dropout_moves_nothing_more(method: str, plain: dict[Label, Count], drop
 def test_mora_has_a_fast_path_too(plain: dict[Label, Count]) -> None:
     """Its own forward: 1,553 KB and 9,859 operations."""
     own = plain["ours", "mora"]
-    assert own.bytes_per_token_and_layer <= 980e3 and own.dispatched_ops <= 4900
+    assert own.bytes_per_token_and_layer <= 980e3 and own.dispatched_ops <= 4950
 
 
 def test_peft_is_counted_as_by_hand(plain: dict[Label, Count]) -> None:
