@@ -248,14 +248,6 @@ def _switch(config: dict[str, object], switches: Mapping[str, bool]) -> None:
     config |= switches
 
 
-def is_quantised(directory: Path) -> bool:
-    """Whether the base is stored in a quantised form, so that adapters are merged into its original."""
-    try:
-        return bool(json.loads((directory / "config.json").read_text()).get("quantization_config"))
-    except (OSError, ValueError, AttributeError):
-        return False  # the code that reads the config reports what is wrong with it
-
-
 def _set_dtype(config: dict[str, object], dtype: str) -> None:
     """Set the new dtype in the contents of a ``config.json``, nested configs included."""
     for key, value in config.items():

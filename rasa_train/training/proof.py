@@ -154,15 +154,17 @@ class Proof:
 
     # -- after the first steps ---------------------------------------------------------------------------
 
-    def after(self, loss: float) -> None:
-        """Look at what a step that was not skipped has changed.
+    def after(self, loss: float, *, moves: bool) -> None:
+        """Look at what a step that was not skipped has changed, if it ``moves`` anything: its rate is not zero.
 
         Raises:
             UserError: no trained tensor has had a gradient.
         """
-        self._steps += 1
-        if self._steps == 1:
+        if math.isnan(self._first_loss):
             self._first_loss = loss
+        if not moves:
+            return
+        self._steps += 1
         units = self._units()
         after = self._values()
         moved = {name for name in after if after[name] != self._before[name]}

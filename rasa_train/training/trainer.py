@@ -176,8 +176,8 @@ class Trainer:
         else:
             self.recipe.adapter.after_step(self.model.adapters, step + 1, self.total_steps)
             self.engine.zero_grad()
-            if proving and lr > 0:
-                self.proof.after(loss)
+            if proving:
+                self.proof.after(loss, moves=lr > 0)
         seconds = time.perf_counter() - started
         self.progress = self.progress.after(batch, train, seconds)
         tokens = int(train.lengths[batch].sum())

@@ -142,6 +142,7 @@ def test_a_signal_to_one_worker_stops_all(home: Path) -> None:
     assert (home / "one_signal" / "checkpoints" / f"step-{steps:08d}").is_dir()
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_launcher(home: Path) -> None:
     process = start(home, "--nproc", "2", "training.epochs=1000", "output_dir=orphans")
     reach(process, home / "orphans", 2)
@@ -176,6 +177,7 @@ def test_ctrl_c_twice_ends_at_once(home: Path) -> None:
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_in_a_worker_is_told_once(home: Path) -> None:
     options = ["--nproc", "2", "--max-restarts", "2", "training.optimizer.lr=1e30", "output_dir=nan"]
     done = subprocess.run(command(*options), cwd=home, capture_output=True, text=True)
