@@ -1,6 +1,8 @@
-"""Exceptions that end a command although the package has no bug."""
+"""Exceptions that end a command although the package has no bug, and words for their messages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -34,3 +36,9 @@ class WorkerLost(Exception):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """List the first ``most`` names for a message, and the number of the others."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

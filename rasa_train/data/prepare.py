@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import process
-from ..errors import UserError
+from ..errors import UserError, some
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns
@@ -161,9 +161,7 @@ def _held_out_split(held_out: ValidationConfig) -> str | None:
 def _notes(stats: Stats) -> list[str]:
     notes = []
     if stats.unused_columns:
-        shown = stats.unused_columns[:_MOST_NAMES]
-        more = f" and {len(stats.unused_columns) - len(shown)} more" if len(stats.unused_columns) > len(shown) else ""
-        notes.append(f"columns of the data that are not used: {', '.join(shown)}{more}")
+        notes.append(f"columns of the data that are not used: {some(stats.unused_columns, _MOST_NAMES)}")
     if stats.date:
         notes.append(f"the chat template prints today's date: {stats.date} stands for it in all rows")
     return notes

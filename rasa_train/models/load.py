@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import process
-from ..errors import UserError
+from ..errors import UserError, some
 from .config import ModelConfig, torch_dtype
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 
@@ -110,9 +110,9 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
     shapes = [f"{key} is {tuple(there)}, not {tuple(wanted)}" for key, there, wanted in report["mismatched_keys"]]
     unexpected = sorted(report["unexpected_keys"])
     if missing or shapes:
-        what = [f"the files lack {_some(missing)}"] if missing else []
-        what += [f"the shape of {_some(sorted(shapes))}"] if shapes else []
-        extra = f"; they hold {_some(unexpected)}, which the model does not have" if unexpected else ""
+        what = [f"the files lack {some(missing)}"] if missing else []
+        what += [f"the shape of {some(sorted(shapes))}"] if shapes else []
+        extra = f"; they hold {some(unexpected)}, which the model does not have" if unexpected else ""
         raise UserError(
             f"model.name: {name} is not a whole checkpoint of the model in its config.json: {', and '.join(what)}"
             f"{extra}. Training would start from random values there. Give a complete checkpoint of a causal language "
@@ -121,17 +121,12 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
         )
     if scales := [key for key in unexpected if looks_quantized(key)]:
         raise UserError(
-            f"model.name: {name} holds {_some(scales)}: its weights are quantised, but its config.json has no "
+            f"model.name: {name} holds {some(scales)}: its weights are quantised, but its config.json has no "
             "quantization_config, so they would be read without their scales. Give the original weights",
             key="model.name",
         )
     if unexpected and process.rank() == 0:
-        _log.warning("model.name: %s holds tensors that the model does not use: %s", name, _some(unexpected))
-
-
-def _some(items: list[str]) -> str:
-    """List up to three items, and the number of the others."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+        _log.warning("model.name: %s holds tensors that the model does not use: %s", name, some(unexpected))
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:

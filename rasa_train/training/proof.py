@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
 from ..data.prepare import Stats
-from ..errors import UserError
+from ..errors import UserError, some
 from ..models import padding_free
 from ..models.families import end_tokens
 from ..models.suitable import not_causal
@@ -57,7 +57,7 @@ class Proof:
 
     def begin(self, work: Step) -> None:
         """Check the model with this worker's part of the first step, which leaves no trace in the model, and remember
-        the values of the trained tensors.
+        the values of the trained tensors. Later calls do nothing.
 
         Raises:
             UserError: tokens see what they are to predict, or sequences of one row are not computed as they are apart.
@@ -68,7 +68,7 @@ class Proof:
                 self._check_causal()
                 if self.model.recipe.training.flat:
                     self._check_packing(work)
-        self._before = self._values()
+            self._before = self._values()
 
     def _check_causal(self) -> None:
         ids = np.resize(self.train[0].input_ids, PROBE_TOKENS)
@@ -168,6 +168,7 @@ class Proof:
         units = self._units()
         after = self._values()
         moved = {name for name in after if after[name] != self._before[name]}
+        self._before = after
         reached = self._with_gradient() & moved
         self._reached |= {unit for unit, names in units.items() if not reached.isdisjoint(names)}
         if self._steps == 1 and not reached:
@@ -185,7 +186,7 @@ class Proof:
         # After one step nothing is known of methods whose first gradient reaches no tensor of a linear's own.
         if dead and (self._steps > 1 or (self._reached and self.model.adapters)):
             self.say(
-                f"no gradient reaches {len(dead)} of {len(units)} adapted linears: {_some(dead)}. They stay as they "
+                f"no gradient reaches {len(dead)} of {len(units)} adapted linears: {some(dead)}. They stay as they "
                 f"are; leave them out with adapter.exclude: [{', '.join(self._names(dead))}]"
             )
         self.say(f"proof: {'; '.join(self._facts(len(units) - len(dead), len(units)))}")
@@ -257,10 +258,6 @@ def _only(ids: np.ndarray, position: int) -> np.ndarray:
     labels = np.full_like(ids, IGNORE)
     labels[position] = ids[position]
     return labels
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _devices(model: TrainableModel) -> list[torch.device]:

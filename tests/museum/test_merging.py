@@ -158,6 +158,15 @@ PLACES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
+def save_changed(model: PeftModel, directory: Path) -> None:
+    """Save an adapter of PEFT whose trained tensors all have other values than at first."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(directory)
+
+
 @pytest.mark.parametrize("kind", PLACES)
 def test_an_adapter_of_peft_is_merged_as_peft_merges(tmp_path: Path, kind: str) -> None:
     """huggingface/peft#1035: merging changed what the model answers, depending on how the targets were chosen.
@@ -168,11 +177,7 @@ def test_an_adapter_of_peft_is_merged_as_peft_merges(tmp_path: Path, kind: str) 
     base = save_base(tmp_path / "base")
     torch.manual_seed(3)
     model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **PLACES[kind]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(tmp_path / "adapter")
+    save_changed(model, tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "out", base=str(base))
     wanted = logits(model)
     assert not same(logits(load(base)), wanted)
@@ -187,11 +192,7 @@ def test_other_methods_of_peft_are_read(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     torch.manual_seed(3)
     model = get_peft_model(load(base), LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(tmp_path / "adapter")
+    save_changed(model, tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "out", base=str(base))
     assert same(logits(load(tmp_path / "out")), logits(model))
     get_peft_model(load(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
