@@ -79,8 +79,8 @@ ROUTERS = {"gate", "router", "router_gate", "modality_router", "shared_expert_ga
 """Names of the router of a mixture of experts, or of the module around it."""
 
 UNREACHED = {
-    "dt_proj",  # Mamba reads its weight without calling it; Doge's and Jamba's only choose
-    "indexer",  # DeepSeek's chooses keys without a gradient
+    "dt_proj",  # Mamba and Jamba read its weight without calling it; Doge's only selects keys
+    "indexer",  # selects keys, without a gradient (DeepSeek)
     "cross_attn",  # reads images
     "encoder_attn",  # reads the encoder, which a language model does not have
     "correction_coefs",  # Gemma 3n reads its weight without calling it

@@ -60,7 +60,7 @@ def looks_quantized(tensor: str) -> bool:
 
 def check_causal(model: nn.Module) -> None:
     """Raise ``UserError`` if the attention of a language model is bidirectional, as in BERT: each token would see the
-    token that it is trained to predict. ``training.proof`` finds what this look at the modules cannot."""
+    token that it is trained to predict. ``training.proof`` finds the models whose modules do not show it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
     from .families import text_layers

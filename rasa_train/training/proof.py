@@ -1,4 +1,4 @@
-"""The proof at the start of a run that it can learn, and that it learns what it is meant to.
+"""The proof at the start of a run that the model learns, and that it is trained on what it is meant to learn.
 
 Before the first step, with the run's own model, loss and data: no token sees the tokens that it is to predict, and
 sequences that share a row are computed as they are apart. After the first step: a gradient has reached every adapted
