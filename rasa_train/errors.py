@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -42,3 +43,16 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """List the first ``most`` names for a message, and the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def shown(text: str) -> str:
+    """Return text of others as a terminal may be given it: control characters as escapes such as ``\\x1b``, and those
+    that reorder text (bidirectional marks) or cannot be encoded likewise. Newlines, tabs and wide spaces stay."""
+    return "".join(c if c.isprintable() or c in _SPACES else _escaped(c) for c in text)
+
+
+_SPACES = {"\n", "\t", *(chr(i) for i in range(0xA0, 0x3001) if unicodedata.category(chr(i)) == "Zs")}
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
