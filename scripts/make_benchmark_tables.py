@@ -149,7 +149,7 @@ def page(text: str, benchmarks: Sequence[Benchmark]) -> str:
 def tables(benchmarks: Sequence[Benchmark]) -> str:
     """Return the sections of all cards; only the goals if nothing was measured yet."""
     if not benchmarks:
-        return "Not run yet: no GPU has been at hand.\n\n" + goals(None)
+        return "Not run yet.\n\n" + goals(None)
     return "\n\n".join(card(benchmark) for benchmark in benchmarks)
 
 

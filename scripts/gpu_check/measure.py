@@ -118,7 +118,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 10, warmup: int = 3)
 
 def error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|"""
-    found, expected = found.double(), expected.double()
+    found, expected = found.detach().double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 

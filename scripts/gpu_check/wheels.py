@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / ".whl"
 PINNED = (
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "bitsandbytes"),
-    *("typer", "annotated-doc", "shellingham", "rich", "pygments", "markdown-it-py", "mdurl"),
+    *("typer", "annotated-doc", "shellingham", "rich", "pygments", "markdown-it-py", "mdurl", "lion-pytorch"),
 )
 """What a machine with torch, transformers, accelerate and triton lacks, or has in too old a version: at the versions of
 requirements.lock."""
