@@ -80,6 +80,11 @@ class Adapter(nn.Module, ABC):
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         return dropped(x, self.dropout) if self.dropout and self.training else x
 
+    stacks: ClassVar[bool] = False
+    """Whether ``factors()``, or ``blocks()``, depends only on the tensors of the adapter and its pool, on the shape of
+    its site, and on plain attributes (numbers, strings). Those of all layers with equal attributes are then computed at
+    once, by ``torch.vmap``; otherwise each by itself, which is as right but takes more time between steps."""
+
     watches: ClassVar[bool] = False
     """Whether ``watch`` is called in training with each input of the linear, before dropout."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .shared_input import pack
 from .state import POOLS, adapters, groups
@@ -58,11 +58,9 @@ class PackedForward:
         values = None if trains else tuple((p.data_ptr(), p._version) for p in parameters)
         if values is not None and values == self._packed_at:
             return
-        frozen: dict[Any, Tensor] = {}
-        for group in self.groups:
-            group.packed = pack(group.members, frozen)
-            if group.packed is not None and trains:
-                group.packed.flat.join()
+        for buffer in pack(self.groups):
+            if trains:
+                buffer.join()
         self._packed_at = values
 
     def _end(self) -> None:

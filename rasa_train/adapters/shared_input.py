@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.block_diagonal import pack_blocks
-from ..kernels.flat_buffer import Packed
-from ..kernels.low_rank import pack_factors
+from ..kernels.flat_buffer import Flat, Packed
+from ..kernels.low_rank import Factors, pack_factors
 from ..kernels.quantized_weight import Narrow, NarrowLinear, dequantized, is_bitsandbytes
 from .block_adapter import BlockAdapter
 from .contract import Adapter, FactorAdapter
+from .stacking import at_once, form
 
 
 class Linear(Protocol):
@@ -126,46 +127,62 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
 
     The parameters must not change inside the block, and their gradients are not complete before its end.
     """
-    frozen: dict[Any, Tensor] = {}
-    own = []
+    groups = list(groups)
     try:
-        for group in groups:
-            group.packed = pack(group.members, frozen)
-            if group.packed is not None:
-                group.packed.flat.train()
-                own.append(group)
+        buffers = pack(groups)
+        for buffer in buffers:
+            buffer.train()
         yield
-        edges, gradients = [], []
-        for group in own:
-            assert group.packed is not None
-            for edge, gradient in group.packed.flat.gradients():
-                edges.append(edge)
-                gradients.append(gradient)
-        if edges:
+        found = [pair for buffer in buffers for pair in buffer.gradients()]
+        if found:
+            edges, gradients = zip(*found, strict=True)
             torch.autograd.backward(edges, gradients)
     finally:
-        for group in own:
+        for group in groups:
             group.packed = None
 
 
-def pack(members: Sequence[Linear], frozen: dict[Any, Tensor]) -> Packed | None:
-    """Pack the factors of linears that share an input. Returns None unless all adapters have one form and compute in
-    the dtype of W, and every W is frozen and not partitioned.
+def pack(groups: Iterable[Group]) -> list[Flat]:
+    """Set ``packed`` of each group: None unless all its adapters compute factors, or all blocks, in the dtype of W, and
+    every W is frozen and not partitioned. Groups of one form, those of all layers as a rule, are packed together.
 
-    Args:
-        frozen: low-precision copies of frozen factors, which groups share; copies are taken from it and added to it.
+    Returns:
+        The buffers of the packed factors. The caller must call ``train`` or ``join`` of each.
     """
-    if not all(_stands_still(member) for member in members):
-        return None
-    adapters = [member.adapter for member in members]
-    weights = [member.narrow if member.narrow is not None else weight_of(member) for member in members]
-    biases, dtype = [member.bias for member in members], members[0].weight.dtype
-    with torch.enable_grad():
-        factors = [adapter.factors() for adapter in adapters if isinstance(adapter, FactorAdapter)]
-        of_blocks = [adapter.blocks() for adapter in adapters if isinstance(adapter, BlockAdapter)]
-        if len(factors) == len(members):
-            return pack_factors(factors, weights, biases, dtype, frozen)
-    return pack_blocks(of_blocks, weights, biases, dtype) if len(of_blocks) == len(members) else None
+    alike: dict[tuple[object, ...], list[Group]] = {}
+    for group in groups:
+        group.packed = None
+        if (kind := _kind(group.members)) is not None:
+            first = group.members[0].weight
+            key = (kind, first.dtype, first.device, *(form(member.adapter) for member in group.members))
+            alike.setdefault(key, []).append(group)
+    frozen: dict[Any, Tensor] = {}
+    buffers = []
+    for (kind, dtype, *_), stack in alike.items():
+        columns = list(zip(*([member.adapter for member in group.members] for group in stack), strict=True))
+        weights = [[m.narrow if m.narrow is not None else weight_of(m) for m in group.members] for group in stack]
+        biases = [[member.bias for member in group.members] for group in stack]
+        with torch.enable_grad():
+            if kind is FactorAdapter:
+                factors = [Factors(*at_once(column, lambda adapter: adapter.factors())) for column in columns]
+                made = pack_factors(factors, weights, biases, dtype, frozen)
+            else:
+                of_blocks = [at_once(column, lambda adapter: (adapter.blocks(),))[0] for column in columns]
+                made = pack_blocks(of_blocks, weights, biases, dtype)
+        for group, own in zip(stack, made, strict=True):
+            group.packed = own
+        buffers.append(made[0].flat)
+    return buffers
+
+
+def _kind(members: Sequence[Linear]) -> type[Adapter] | None:
+    """Return the class that all adapters have in common and a fast path computes; None if there is none, or if a linear
+    has to be computed by itself."""
+    if all(_stands_still(member) for member in members):
+        for kind in (FactorAdapter, BlockAdapter):
+            if all(isinstance(member.adapter, kind) for member in members):
+                return kind
+    return None
 
 
 def _stands_still(member: Linear) -> bool:

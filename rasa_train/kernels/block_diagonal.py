@@ -31,16 +31,23 @@ def tile(z: Tensor, size: int) -> Tensor:
 
 def pack_blocks(
     made: Sequence[Tensor],
-    weights: list[Tensor | Narrow],
-    biases: list[Tensor | None],
+    weights: Sequence[list[Tensor | Narrow]],
+    biases: Sequence[list[Tensor | None]],
     dtype: torch.dtype,
-) -> Packed:
-    """Pack the blocks of a group's members (``made``, fp32) in the dtype of their weights. The caller must then call
-    ``train`` or ``join`` of the buffer."""
-    flat = Flat([tuple(T.shape) for T in made], dtype, made[0])
+) -> list[Packed]:
+    """Pack the blocks of groups of one form in the dtype of their weights. The caller must then call ``train`` or
+    ``join`` of their buffer.
+
+    Args:
+        made: for each member of a group its blocks, fp32, with a leading dimension of groups.
+        weights, biases: for each group those of its members.
+    """
+    flat = Flat(len(weights), [tuple(T.shape[1:]) for T in made], dtype, made[0])
     for place, T in zip(flat.views, made, strict=True):
         flat.put(place, T)
-    return Packed(SharedBlockInput, BlockOperands(weights, biases, flat.views), flat, dtype)
+    blocks_of = zip(*(view.unbind() for view in flat.views), strict=True)
+    operands = map(BlockOperands, weights, biases, map(list, blocks_of))
+    return [Packed(SharedBlockInput, own, flat, row, dtype) for row, own in enumerate(operands)]
 
 
 class BlockOperands(NamedTuple):

@@ -1,4 +1,5 @@
-"""One buffer for the trained operands of a group of linears, so that only one gradient has to be accumulated."""
+"""One buffer for the trained operands of groups of linears: a few operations fill it for all layers, and each group has
+only one gradient to accumulate."""
 
 from __future__ import annotations
 
@@ -14,27 +15,31 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Flat:
-    """Tensors of the given shapes, stored one after the other in ``buffer`` with ``dtype`` on the device of ``like``.
+    """Tensors of the given shapes for each of ``rows`` groups, one row of ``buffer`` (rows, sum of sizes) for a group,
+    with ``dtype`` on the device of ``like``.
 
-    ``put`` fills the tensors. Gradients then reach the source values in one of two ways. After ``train`` the buffer is
-    a leaf: it accumulates the gradients of many backward passes (in fp32, as a parameter would), and ``gradients``
-    yields the sums. After ``join`` the buffer is part of the values' graph, and each backward pass goes through it.
+    ``put`` fills a tensor of all rows. Gradients then reach the source values in one of two ways. After ``train`` each
+    row is a leaf: it accumulates the gradients of many backward passes (in fp32, as a parameter would), and
+    ``gradients`` yields the sums. After ``join`` the rows are part of the values' graph, and each backward pass goes
+    through them.
     """
 
-    handle: Tensor
-    """The buffer as a differentiable argument."""
+    views: list[Tensor]
+    """The tensors, each (rows, *shape)."""
+    handles: Sequence[Tensor]
+    """The rows as differentiable arguments."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, like: Tensor) -> None:
-        self.buffer = like.new_zeros(sum(map(math.prod, shapes)), dtype=dtype)
+    def __init__(self, rows: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, like: Tensor) -> None:
+        self.buffer = like.new_zeros(rows, sum(map(math.prod, shapes)), dtype=dtype)
         self.views = blocks(self.buffer, shapes)
-        self.handle = self.buffer
+        self.handles = self.buffer.unbind()
         self._values: list[Tensor] = []
         self._parts: list[Callable[[Tensor], Tensor]] = []
         self._edges: list[GradientEdge] = []
 
     @torch.no_grad()
     def put(self, place: Tensor, values: Tensor) -> None:
-        """Copy ``values`` to ``place``, a view of the buffer. Must be called before the buffer is used in a graph."""
+        """Copy ``values`` to ``place``, a view of all rows. Must be called before the buffer is used in a graph."""
         place.copy_(values)
         if values.requires_grad:
             size, stride, offset = place.size(), place.stride(), place.storage_offset()
@@ -46,21 +51,26 @@ class Flat:
         of their graph are enough."""
         if self._values and torch.is_grad_enabled():
             self._edges = [get_gradient_edge(values) for values in self._values]
-            self.buffer.requires_grad_(True)
-            self.buffer.grad_dtype = torch.float32
+            for row in self.handles:
+                row.requires_grad_(True)
+                row.grad_dtype = torch.float32
         self._values = []
 
     def join(self) -> None:
-        """Make the buffer part of the graph of the values, if any of them is trained."""
+        """Make the rows part of the graph of the values, if any of them is trained."""
         if self._values and torch.is_grad_enabled():
-            self.handle = _Join.apply(self.buffer, self._parts, *self._values)  # type: ignore[no-untyped-call]
+            joined: Tensor = _Join.apply(self.buffer, self._parts, *self._values)  # type: ignore[no-untyped-call]
+            self.handles = joined.unbind()
         self._values = []
 
     def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
         """Yield the edges of the values' graph, each with its accumulated gradient."""
-        if self.buffer.grad is not None:
+        found = [row.grad for row in self.handles]
+        used = next((grad for grad in found if grad is not None), None)
+        if used is not None:
+            sums = torch.stack([torch.zeros_like(used) if grad is None else grad for grad in found])
             for edge, part in zip(self._edges, self._parts, strict=True):
-                yield edge, part(self.buffer.grad)
+                yield edge, part(sums)
 
 
 class _Join(torch.autograd.Function):
@@ -87,16 +97,18 @@ class Packed:
     members."""
     operands: Any
     flat: Flat
+    row: int
+    """Row of ``flat`` that belongs to the group."""
     dtype: torch.dtype
 
     def outputs(self, x: Tensor, p: float) -> tuple[Tensor, ...]:
         """Compute y of all members for x (..., in), each entry of which is dropped with probability ``p``."""
-        results: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handle)  # type: ignore[no-untyped-call]
+        results: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handles[self.row])  # type: ignore[no-untyped-call]
         # Shaped here, because a model may add to y in place, and autograd forbids that for a view that a function made.
         return tuple(y.view(*x.shape[:-1], -1) for y in results)
 
 
 def blocks(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return views of ``flat`` with the given shapes, one after the other."""
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes])  # type: ignore[no-untyped-call]
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    """Return views of ``flat`` (..., size) with the given shapes (..., *shape), one after the other."""
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes], -1)  # type: ignore[no-untyped-call]
+    return [part.view(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -18,6 +18,7 @@ times as fast as dy_i^T z_i, which has few columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -33,50 +34,55 @@ from .quantized_weight import Narrow, add_gradient, full_sums, products
 
 def pack_factors(
     factors: Sequence[Factors],
-    weights: list[Tensor | Narrow],
-    biases: list[Tensor | None],
+    weights: Sequence[list[Tensor | Narrow]],
+    biases: Sequence[list[Tensor | None]],
     dtype: torch.dtype,
     frozen: dict[Any, Tensor],
-) -> Packed:
-    """Pack the factors of a group's members (fp32) in the dtype of their weights. Must be called with gradients
-    enabled; the caller must then call ``train`` or ``join`` of the buffer.
+) -> list[Packed]:
+    """Pack the factors of groups of one form in the dtype of their weights. Must be called with gradients enabled; the
+    caller must then call ``train`` or ``join`` of their buffer.
 
     A frozen B (VeRA's is large) is not multiplied out here: its Bd is computed in each call and not kept.
 
     Args:
+        factors: for each member of a group its factors, fp32, with a leading dimension of groups.
+        weights, biases: for each group those of its members.
         frozen: low-precision copies of frozen factors, which groups share; copies are taken from it and added to it.
     """
     # The fp32 factors are not kept, only the edges of their graph, to which gradients go.
     products = [f.Bd.mT if f.B.requires_grad else None for f in factors]
-    first = factors[0].A
-    common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1
+    first, rows = factors[0].A, len(weights)
+    common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1 and _shared(first)
     ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
-    ends = [ranks[0]] * len(ranks) if common else torch.tensor(ranks).cumsum(0).tolist()
+    ends = [ranks[0]] * len(ranks) if common else list(accumulate(ranks))
     columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-    shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[1])]
+    shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[-1])]
     for f, rank in zip(factors, ranks, strict=True):
-        diagonals = [(rank,)] if f.b is None else [(rank,), (len(f.B),)]
-        shapes += [(rank, len(f.B))] if f.B.requires_grad else diagonals
-    flat = Flat(shapes, dtype, first)
+        out = f.B.shape[-2]
+        shapes += [(rank, out)] if f.B.requires_grad else [(rank,)] if f.b is None else [(rank,), (out,)]
+    flat = Flat(rows, shapes, dtype, first)
     views = iter(flat.views)
-    A = _low(first, dtype, frozen) if common else next(views)
-    Bts: list[Tensor | Factors] = []
+    A = first if common else next(views)
+    As = [_low(first[0], dtype, frozen)] * rows if common else list(A.unbind())
+    members: list[Sequence[Tensor | Factors]] = []
     for f, Bt, own in zip(factors, products, columns, strict=True):
         if not common:
-            flat.put(A[own.start : own.start + len(f.A)], f.A)
+            flat.put(A[:, own.start : own.start + f.A.shape[-2]], f.A)
         if Bt is not None:
             place = next(views)
-            flat.put(place[: len(Bt)], Bt)
-            Bts.append(place)
+            flat.put(place[:, : Bt.shape[-2]], Bt)
+            members.append(place.unbind())
             continue
-        B = _padded(_low(f.B, dtype, frozen), own.stop - own.start)
         d, b = next(views), None if f.b is None else next(views)
-        flat.put(d[: len(f.d)], f.d)
+        flat.put(d[:, : f.d.shape[-1]], f.d)
         if b is not None and f.b is not None:
             flat.put(b, f.b)
-        Bts.append(Factors(B, d, A, b))
-    operands = Operands(weights, biases, A, not common, Bts, columns)
-    return Packed(SharedInput, operands, flat, dtype)
+        Bs = [_padded(B, own.stop - own.start) for B in _rows_of(f.B, dtype, frozen)]
+        bs = [None] * rows if b is None else b.unbind()
+        members.append([Factors(*of) for of in zip(Bs, d.unbind(), As, bs, strict=True)])
+    of_groups = zip(weights, biases, As, zip(*members, strict=True), strict=True)
+    operands = [Operands(W, bias, A, not common, list(Bts), columns) for W, bias, A, Bts in of_groups]
+    return [Packed(SharedInput, own, flat, row, dtype) for row, own in enumerate(operands)]
 
 
 class Operands(NamedTuple):
@@ -110,6 +116,16 @@ def _padded(B: Tensor, rank: int) -> Tensor:
 
 def _key(t: Tensor) -> tuple[Any, ...]:
     return t.data_ptr(), t.shape, t.stride()
+
+
+def _shared(t: Tensor) -> bool:
+    """Whether all groups have the same tensor, given (groups, ...)."""
+    return len(t) == 1 or t.stride(0) == 0
+
+
+def _rows_of(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> list[Tensor]:
+    """Return a frozen tensor (groups, ...) in ``dtype``, for each group its own."""
+    return [_low(t[0], dtype, copies)] * len(t) if _shared(t) else list(t.detach().to(dtype).unbind())
 
 
 def _low(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> Tensor:

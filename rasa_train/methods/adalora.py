@@ -104,6 +104,7 @@ class AdaLoRA(Method):
 
 
 class AdaLoRAAdapter(FactorAdapter):
+    stacks = True
     # Averages of all triplets, and which triplets are kept: a resumed run needs them, a finished adapter does not.
     rule_state = ("kept", *(f"{what}_{name}" for what in ("sensitivity", "deviation") for name in TRIPLET))
 

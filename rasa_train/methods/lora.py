@@ -89,6 +89,8 @@ def _of_pattern(patterns: Mapping[str, T] | None, path: str, default: T) -> T:
 
 
 class LoRAAdapter(FactorAdapter):
+    stacks = True
+
     def __init__(self, site: Site, method: LoRA) -> None:
         super().__init__(site, method)
         self.scale = method.scale

@@ -113,6 +113,7 @@ class SharingAdapter(Adapter):
 class RotatingAdapter(BlockAdapter):
     """The adapter of type 6. It computes M R_g instead of R_g x: a few matrices are rotated instead of every token."""
 
+    stacks = True
     cos: Tensor
     sin: Tensor
 

@@ -47,6 +47,7 @@ class StartedAdapter(FactorAdapter):
     """An adapter with dW = s (B A - B0 A0), where A and B start as the A0 and B0 that ``split`` computes from W."""
 
     needs_weight = True
+    stacks = True
 
     def __init__(
         self,

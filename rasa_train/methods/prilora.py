@@ -66,6 +66,7 @@ class PriLoRA(Method):
 
 
 class PriLoRAAdapter(FactorAdapter):
+    stacks = True
     rule_state = ("norms",)
     watches = True
 

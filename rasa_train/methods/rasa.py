@@ -98,6 +98,7 @@ class Pool(nn.Module):
 
 
 class RaSAAdapter(FactorAdapter):
+    stacks = True
     pool: Pool | None
 
     def __init__(self, site: Site, method: RaSA, pool: Pool | None, layers: int) -> None:

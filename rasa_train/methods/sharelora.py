@@ -54,6 +54,7 @@ class Sides(nn.Module):
 
 
 class ShareLoRAAdapter(FactorAdapter):
+    stacks = True
     pool: Sides
     A: nn.Parameter
     B: nn.Parameter

@@ -47,6 +47,7 @@ class Pair(nn.Module):
 
 
 class TiedLoRAAdapter(FactorAdapter):
+    stacks = True
     pool: Pair
 
     def __init__(self, site: Site, method: TiedLoRA, pool: Pair) -> None:

@@ -100,6 +100,7 @@ class Bank(nn.Module):
 
 
 class VBLoRAAdapter(FactorAdapter):
+    stacks = True
     pool: Bank
 
     def __init__(self, site: Site, method: VBLoRA, pool: Bank) -> None:

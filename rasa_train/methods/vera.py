@@ -85,6 +85,7 @@ class Projection(nn.Module):
 
 
 class VeRAAdapter(FactorAdapter):
+    stacks = True
     pool: Projection
 
     def __init__(self, site: Site, method: VeRA, pool: Projection) -> None:

@@ -13,6 +13,8 @@ from rasa_train.errors import UserError
 
 KB_PER_TOKEN_AND_LAYER, OPS = 520e3, 4500
 """The goals. PEFT in bf16 with dropout 0.05: 1717 KB and 5842 operations."""
+PACKING_OPS = 200
+"""The goal for a step of 32 layers."""
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,11 @@ def test_the_adapter_stays_cheap(method: str, counted: str, request: pytest.Fixt
     own = counts["ours", method]
     assert 0 < own.bytes_per_token_and_layer <= KB_PER_TOKEN_AND_LAYER
     assert counts["base", None].dispatched_ops < own.dispatched_ops <= OPS
+
+
+@pytest.mark.parametrize("method", ["lora", "rasa", "mora"])
+def test_packing_takes_few_operations_whatever_the_number_of_layers(method: str, plain: dict[Label, Count]) -> None:
+    assert 0 < plain["ours", method].packing_ops <= PACKING_OPS
 
 
 def test_rasa_costs_what_lora_costs(plain: dict[Label, Count]) -> None:
