@@ -21,6 +21,7 @@ from ..methods.lora import LoRA
 from ..methods.mora import MoRA
 from ..methods.rasa import RaSA
 from ..methods.vera import VeRA
+from ..models.fused import fuse
 from .peers import place_paper_rasa, place_per_linear
 from .shapes import LinearStack, shared_copy
 from .workloads import Loss, Problem
@@ -169,13 +170,15 @@ def _known(option: str, given: str | None, known: set[str]) -> frozenset[str] | 
     return frozenset(chosen)
 
 
-def contender(engine: Engine, problem: Problem, *, own_stack: bool = False) -> Contender:
+def contender(engine: Engine, problem: Problem, *, own_stack: bool = False, fused: bool = False) -> Contender:
     """Return the engine on a copy of the problem's model that shares its weights, in training mode, with the initial
-    values of its method.
+    values of its method. A ``fused`` model computes with Liger's kernels what is not a product.
 
     With its own stack, a ``stock`` engine has the loss of transformers and recomputes activations.
     """
     model = shared_copy(problem.base).train()
+    if fused and isinstance(model, PreTrainedModel):
+        fuse(model)
     parameters = engine.place(model, engine.method)
     stock = own_stack and engine.stock
     if stock and isinstance(model, PreTrainedModel):

@@ -46,7 +46,7 @@ class Verdict:
         )
 
 
-def check(engine: Engine, device: torch.device) -> Verdict:
+def check(engine: Engine, device: torch.device, *, fused: bool = False) -> Verdict:
     """Run the engine on a tiny model, without dropout, and compare it with fp32."""
     config = LlamaConfig(
         vocab_size=64,
@@ -59,7 +59,7 @@ def check(engine: Engine, device: torch.device) -> Verdict:
     )
     problem = language_model(random_model(config, torch.bfloat16, device), [40, 23], flat=True)
     values = values_for(engine.method, problem.base)
-    ran = contender(engine, problem)
+    ran = contender(engine, problem, fused=fused)
     give(values, ran.parameters)
     ran.model.eval()
     loss = float(ran.step())

@@ -48,6 +48,8 @@ class Protocol:
     """Number of steps of each engine that are timed."""
     profile: bool = False
     """Whether a step of each engine is run under torch's profiler afterwards."""
+    fused: bool = False
+    """Whether all engines, the frozen base too, compute norms, rotary embedding and SwiGLU with Liger's kernels."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Comparison:
             "dtype": str(self.protocol.dtype).removeprefix("torch."),
             "dropout": self.protocol.dropout,
             "own_stacks": self.protocol.own_stacks,
+            "kernels": "liger" if self.protocol.fused else "none",
             "rounds": self.protocol.rounds,
             "device": self.device,
             **_date_and_versions(),
@@ -122,7 +125,7 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
     chosen = [e for e in chosen if not e.missing]
 
     print("checking that each engine computes its method", file=sys.stderr)
-    verdicts = {e.label: gate.check(e, device) for e in chosen}
+    verdicts = {e.label: gate.check(e, device, fused=protocol.fused) for e in chosen}
     chosen = [e for e in chosen if verdicts[e.label].passed]
 
     if tokens is None:
@@ -164,7 +167,7 @@ class Contest:
         self._drop(engine.label, "building it")
 
     def _build(self, engine: Engine) -> None:
-        build = partial(_ready, self.problem, engine, self.protocol.own_stacks)
+        build = partial(_ready, self.problem, engine, self.protocol)
         if self.device.type == "cuda":
             ran, grown = _gpu_peak(build, self.device)
             peak: int | None = self._held + grown
@@ -248,8 +251,8 @@ def _problem(
     return language_model(base, sizes, flat=not padded)
 
 
-def _ready(problem: Problem, engine: Engine, own_stack: bool) -> Contender:
-    ran = contender(engine, problem, own_stack=own_stack)
+def _ready(problem: Problem, engine: Engine, protocol: Protocol) -> Contender:
+    ran = contender(engine, problem, own_stack=protocol.own_stacks, fused=protocol.fused)
     give(values_for(engine.method, problem.base), ran.parameters)
     return ran
 

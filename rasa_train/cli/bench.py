@@ -61,6 +61,10 @@ def bench(
             "without this option engines differ only in the adapter.",
         ),
     ] = False,
+    kernels: Annotated[
+        Literal["none", "liger"],
+        typer.Option(help="liger: all engines compute norms, rotary embedding and SwiGLU with Liger's kernels (GPU)."),
+    ] = "none",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Device. auto: a GPU if there is one.")
     ] = "auto",
@@ -119,12 +123,17 @@ def bench(
         from ..bench.report import table
         from ..bench.run import Protocol, compare
         from ..bench.shapes import LINEARS
+        from ..models.fused import fusable
 
         choice = Choice.read(engines, methods)
         where = _device(device)
         on_gpu = where.type == "cuda"
         torch.set_num_threads(1)
-        protocol = Protocol(_dtype(dtype, on_gpu), dropout, own_stacks, choice, warmup, rounds, profile)
+        protocol = Protocol(
+            _dtype(dtype, on_gpu), dropout, own_stacks, choice, warmup, rounds, profile, kernels == "liger"
+        )
+        if protocol.fused and (why := fusable("llama")):
+            raise UserError(f"--kernels liger cannot be used: {why}", key="--kernels")
         result = compare(shape or ("llama-3.1-8b" if on_gpu else LINEARS), workload, tokens, protocol, where)
         print(json.dumps(result.as_json()) if as_json else table(result))
 

@@ -34,6 +34,7 @@ HARMLESS = {
     "training.activation_checkpointing",
     "training.activation_offload",
     "training.compile",
+    "training.kernels",
     "training.checkpoint_every",
     "training.keep_last",
     "training.validate_every",

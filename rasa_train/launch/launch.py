@@ -21,7 +21,8 @@ from ..distributed import rendezvous
 from ..errors import DeviceLost, Stopped, UserError, WorkerLost
 from ..io.atomic import write_text
 from ..io.run_dir import RunDirectory
-from ..models.load import check_base, load_tokenizer, meta_model
+from ..models.fused import fusable
+from ..models.load import check_base, load_config, load_tokenizer, meta_model
 from ..models.suitable import check_vocabulary
 from ..recipe.load import completed, dump_recipe
 from ..recipe.schema import Recipe
@@ -127,6 +128,13 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
             "training.compile",
             key="model.quantization",
         )
+    if recipe.training.kernels == "liger":
+        why = "they do not work with training.compile" if recipe.training.compile else None
+        why = f"they do not work with distributed.strategy: {strategy}" if capabilities.divides_weights else why
+        if why := why or fusable(str(load_config(recipe.model).model_type)):
+            raise UserError(
+                f"training.kernels: liger cannot be used: {why}; auto uses it where it can", key="training.kernels"
+            )
     if recipe.training.activation_offload and capabilities.divides_weights:
         raise UserError(
             f"training.activation_offload must be false for distributed.strategy: {strategy}, which replaces the "

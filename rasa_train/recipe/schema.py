@@ -90,6 +90,10 @@ class TrainingConfig(_Section):
     compile: bool = False
     """Compile each decoder layer with torch.compile. This takes a minute or more at the start; steps on a GPU are then
     faster."""
+    kernels: Literal["auto", "liger", "none"] = "auto"
+    """Fused kernels for norms, rotary embedding and SwiGLU. ``liger``: those of liger-kernel, on a GPU, for Llama,
+    Mistral, Qwen2 and Qwen3; ``auto``: these where they are installed and can be used; ``none``: transformers' own
+    operations."""
     checkpoint_every: Every = "epoch"
     """Interval between checkpoints: ``epoch``, or a number of steps. The last step is always saved."""
     keep_last: PositiveInt | None = None

@@ -20,6 +20,7 @@ from ..distributed.engine import Engine
 from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
+from ..models.fused import fusable, fuse, is_fused
 from ..models.layers import checkpoint_layers, compile_layers
 from ..models.load import empty_model, load_config, load_model, meta_model
 from ..models.suitable import check_quantization
@@ -65,6 +66,7 @@ class TrainableModel:
             base = read_base(recipe, engine)
         if training.flat:
             padding_free.use_varlen(base)
+        self._fuse(base)
         if checkpointing := training.activation_checkpointing:
             # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,6 +82,13 @@ class TrainableModel:
             compile_layers(self.module)
         if is_mixed(recipe, self.module):
             self.module.forward = autocast(recipe, self.module)(self.module.forward)
+
+    def _fuse(self, base: PreTrainedModel) -> None:
+        """Let the base compute with fused kernels, if the recipe and this machine want it."""
+        wanted = self.recipe.training.kernels
+        usable = fusable(str(base.config.model_type)) is None and not self.engine.capabilities.divides_weights
+        if wanted == "liger" or (wanted == "auto" and usable and not self.recipe.training.compile):
+            fuse(base)
 
     def prepare(self) -> None:
         """Let the engine place and divide the model, and make the optimizer of the trained parameters."""
@@ -131,6 +140,11 @@ class TrainableModel:
     def vocabulary(self) -> int:
         """The number of tokens that the model knows."""
         return int(self.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+    @property
+    def kernels(self) -> str:
+        """Whose kernels compute norms, rotary embedding and SwiGLU: ``liger``, or ``none`` for transformers' own."""
+        return "liger" if is_fused(self.module) else "none"
 
     @property
     def trained(self) -> int:

@@ -56,6 +56,8 @@ class Summary(TypedDict):
     validation_loss: float | None
     peak_memory_bytes: int
     strategy: str
+    kernels: str
+    """``liger`` if its kernels computed norms, rotary embedding and SwiGLU, else ``none``."""
     versions: dict[str, str]
     workers: int
     base_difference: NotRequired[float]
@@ -312,6 +314,7 @@ class Trainer:
             "validation_loss": last.get("validation_loss"),
             "peak_memory_bytes": last["peak_memory_bytes"],
             "strategy": self.recipe.distributed.strategy,
+            "kernels": self.model.kernels,
             "versions": process.versions(),
             "workers": self.accelerator.num_processes,
         }

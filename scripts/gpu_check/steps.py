@@ -18,6 +18,7 @@ TINY_FACTOR = 4.0
 """Factor by which time limits are longer on a CPU."""
 COMPARISONS: dict[str, tuple[float, str]] = {
     "bench_packed": (100, "--workload packed --engines ours --methods lora,rasa"),
+    "bench_fused": (90, "--workload packed --engines ours,peft-tuned --methods lora,rasa --kernels liger"),
     "bench_no_dropout": (80, "--workload packed --engines ours --methods lora,rasa --dropout 0"),
     "bench_peers": (90, "--workload packed --engines ours,peft-tuned,per-linear,paper --methods lora,rasa"),
     "bench_long": (70, "--workload long --engines ours --methods lora,rasa"),
@@ -54,6 +55,7 @@ def _checks(name: str, limit: float) -> Step:
 def _comparison(name: str, tiny: bool) -> Step:
     limit, given = COMPARISONS[name]
     more = TINY if tiny else PEERS if name == "bench_peers" else GPU
+    given = given.replace("--kernels liger", "") if tiny else given  # these kernels need a GPU
     arguments = shlex.split(f"{given} {more} --json")
     command = [sys.executable, "-m", "rasa_train.cli.bench", *arguments]
     judge: Judge = partial(judge_comparison, name, shlex.join(["rasa-bench", *arguments]))
