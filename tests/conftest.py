@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU: make test-gpu"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # On a GPU that is lent for minutes the tests may be killed before pytest reports at the end.
+    if os.environ.get("RASA_TEST_GPU") == "1" and report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RASA_TRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -305,7 +305,7 @@ def test_runs_of_one_card_are_put_together(tmp_path: Path) -> None:
     found = json.loads(record.record([first, second], tmp_path / "benchmarks").read_text())
     assert {name: row["outcome"] for name, row in found["steps"].items()} == {"training": OK, "extras": OK}
     assert found["extras"].keys() == {"extras check"} and found["training"].keys() == {"training check"}
-    with pytest.raises(record.Refused, match="differ in their device"):
+    with pytest.raises(record.Refused, match="are of two cards"):
         record.record([first, other], tmp_path / "benchmarks")
 
 

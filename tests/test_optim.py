@@ -66,7 +66,7 @@ def test_adamw_on_a_gpu_is_fused_and_resumes() -> None:
     values, gradients = [torch.randn(7, 5) for _ in range(9)], [torch.randn(7, 5) for _ in range(6)]
 
     def run(device: str, handed_over: bool) -> list[Tensor]:
-        parameters = [nn.Parameter(value.to(device)) for value in values]
+        parameters = [nn.Parameter(value.clone().to(device)) for value in values]  # a CPU tensor is not copied by to()
         engine = DataParallel.__new__(DataParallel)
         engine.optimizer = make_optimizer(AdamW(lr=1e-2), parameters)
         for step, gradient in enumerate(gradients):

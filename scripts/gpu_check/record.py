@@ -57,7 +57,8 @@ def _check(row: Row) -> Row:
 
 
 def record(directories: Sequence[Path], benchmarks: Path = BENCHMARKS) -> Path:
-    """Copy benchmark.json to its right name under benchmarks/. Several directories are one run and its continuations.
+    """Copy benchmark.json to its right name under benchmarks/. Several directories are one run and later runs of some
+    of its steps, which replace the earlier ones; each step then names the commit that it is of.
 
     Raises:
         Refused: there is no benchmark.json, it is that of a tiny run, or the runs do not belong together.
@@ -65,9 +66,8 @@ def record(directories: Sequence[Path], benchmarks: Path = BENCHMARKS) -> Path:
     runs = [_read(directory) for directory in directories]
     merged = runs[0]
     for other in runs[1:]:
-        for key in ("device", "commit"):
-            if other[key] != merged[key]:
-                raise Refused(f"{directories[0]} and others differ in their {key}: {merged[key]}, {other[key]}")
+        if other["device"] != merged["device"]:
+            raise Refused(f"{directories[0]} and others are of two cards: {merged['device']}, {other['device']}")
         merged = _merged(merged, other)
     failed = [name for name, row in merged["steps"].items() if row["outcome"] in (FAILED, TIMED_OUT)]
     path = benchmarks / name_of(merged)
@@ -102,6 +102,10 @@ def _read(directory: Path) -> dict[str, Any]:
 def _merged(first: Row, later: Row) -> Row:
     """One run with what a later one adds; a step that was left out later stays as it was."""
     result = dict(first)
+    if first["commit"] != later["commit"]:
+        for run in (first, later):
+            for row in run["steps"].values():
+                row.setdefault("commit", run["commit"])
     for key in ("facts", "checks", "comparisons", *GROUPS):
         result[key] = first[key] | later[key]
     ran = {name: row for name, row in later["steps"].items() if row["outcome"] != LEFT_OUT}

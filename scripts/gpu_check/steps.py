@@ -37,11 +37,12 @@ def all_steps(tiny: bool) -> list[Step]:
     listed = [
         _checks("environment", 60),
         _checks("correctness", 150),
-        Step("gpu_tests", _tests(), 90, partial(judge_tests, on_gpu=not tiny), captured=True),
         _comparison("bench_packed", tiny),
+        _comparison("bench_fused", tiny),
         _checks("training", 140),
         _checks("profile", 60),
-        *(_comparison(name, tiny) for name in COMPARISONS if name != "bench_packed"),
+        Step("gpu_tests", _tests(), 160, partial(judge_tests, on_gpu=not tiny), captured=True),
+        *(_comparison(name, tiny) for name in COMPARISONS if name not in ("bench_packed", "bench_fused")),
         _checks("extras", 90),
         _checks("rates", 90),
     ]
