@@ -149,7 +149,7 @@ def pack(groups: Iterable[Group]) -> list[Flat]:
     Returns:
         The buffers of the packed factors. The caller must call ``train`` or ``join`` of each.
     """
-    alike: dict[tuple[object, ...], list[Group]] = {}
+    alike: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         group.packed = None
         if (kind := _kind(group.members)) is not None:
@@ -164,15 +164,23 @@ def pack(groups: Iterable[Group]) -> list[Flat]:
         biases = [[member.bias for member in group.members] for group in stack]
         with torch.enable_grad():
             if kind is FactorAdapter:
-                factors = [Factors(*at_once(column, lambda adapter: adapter.factors())) for column in columns]
+                factors = [Factors(*at_once(column, _factors)) for column in columns]
                 made = pack_factors(factors, weights, biases, dtype, frozen)
             else:
-                of_blocks = [at_once(column, lambda adapter: (adapter.blocks(),))[0] for column in columns]
+                of_blocks = [at_once(column, _blocks)[0] for column in columns]
                 made = pack_blocks(of_blocks, weights, biases, dtype)
         for group, own in zip(stack, made, strict=True):
             group.packed = own
         buffers.append(made[0].flat)
     return buffers
+
+
+def _factors(adapter: FactorAdapter) -> Factors:
+    return adapter.factors()
+
+
+def _blocks(adapter: BlockAdapter) -> tuple[Tensor]:
+    return (adapter.blocks(),)
 
 
 def _kind(members: Sequence[Linear]) -> type[Adapter] | None:

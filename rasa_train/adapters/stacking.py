@@ -12,8 +12,6 @@ from torch.func import functional_call
 
 from .contract import Adapter
 
-Parts = tuple[Tensor | None, ...]
-
 _OF_MODULES = {*vars(nn.Module()), "site"}
 """Attributes of an adapter that are not its method's."""
 
@@ -33,12 +31,12 @@ def _value(value: object) -> object:
     return value if isinstance(value, bool | int | float | str | torch.dtype | None) else id(value)
 
 
-def at_once(adapters: Sequence[Adapter], parts: Callable[[Any], Parts]) -> Parts:
+def at_once(adapters: Sequence[Adapter], parts: Callable[[Any], Sequence[Any]]) -> tuple[Any, ...]:
     """Return ``parts(adapter)`` for adapters of one ``form``, each tensor with a leading dimension of adapters. A part
     that is the same for all (a tensor that sites share) is expanded: its leading stride is 0.
 
     Args:
-        parts: returns tensors that an adapter computes from its own tensors and from those that it shares.
+        parts: returns tensors, or None, that an adapter computes from its own tensors and from those that it shares.
     """
     first = adapters[0]
     names = [name for name, _ in chain(first.named_parameters(), first.named_buffers())]
@@ -46,10 +44,10 @@ def at_once(adapters: Sequence[Adapter], parts: Callable[[Any], Parts]) -> Parts
         return tuple(None if t is None else t.expand(len(adapters), *t.shape) for t in parts(first))
     tensors = [dict(chain(adapter.named_parameters(), adapter.named_buffers())) for adapter in adapters]
     own = {f"adapter.{name}": _Stack.apply(*(of[name] for of in tensors)) for name in names}  # type: ignore[no-untyped-call]
-    call, absent = _Call(first, parts), []
+    call, absent = _Call(first, parts), list[bool]()
 
     def of_one(own: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        made: Parts = functional_call(call, own)
+        made: Sequence[Any] = functional_call(call, own)
         absent[:] = [t is None for t in made]
         return tuple(t for t in made if t is not None)
 
@@ -72,9 +70,9 @@ class _Stack(torch.autograd.Function):
 class _Call(nn.Module):
     """A function of an adapter as a module, which is what ``functional_call`` calls."""
 
-    def __init__(self, adapter: Adapter, parts: Callable[[Any], Parts]) -> None:
+    def __init__(self, adapter: Adapter, parts: Callable[[Any], Sequence[Any]]) -> None:
         super().__init__()
         self.adapter, self.parts = adapter, parts
 
-    def forward(self) -> Parts:
+    def forward(self) -> Sequence[Any]:
         return self.parts(self.adapter)
