@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def form(adapter: Adapter) -> tuple[object, ...]:
 
 
 def _value(value: object) -> object:
+    if isinstance(value, MethodType):
+        return id(value.__self__), value.__func__
     return value if isinstance(value, bool | int | float | str | torch.dtype | None) else id(value)
 
 
@@ -39,7 +42,8 @@ def at_once(adapters: Sequence[Adapter], parts: Callable[[Any], Sequence[Any]]) 
         parts: returns tensors, or None, that an adapter computes from its own tensors and from those that it shares.
     """
     first = adapters[0]
-    names = [name for name, _ in chain(first.named_parameters(), first.named_buffers())]
+    named = chain(first.named_parameters(), first.named_buffers())
+    names = [name for name, _ in named if name not in first.rule_state]  # no update needs those
     if len(adapters) == 1 or not names:
         return tuple(None if t is None else t.expand(len(adapters), *t.shape) for t in parts(first))
     tensors = [dict(chain(adapter.named_parameters(), adapter.named_buffers())) for adapter in adapters]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rasa_train.adapters.inject import adapt
 from rasa_train.adapters.registry import METHODS
-from rasa_train.adapters.shared_input import packed
+from rasa_train.adapters.shared_input import pack, packed
 from rasa_train.adapters.state import adapters, groups, trainable
 from rasa_train.kernels import seeded_dropout as seeded
 from rasa_train.kernels.block_diagonal import BlockOperands, SharedBlockInput
@@ -158,6 +158,17 @@ def test_fast_is_plain(method: str, kind: str) -> None:
     ours = gradients(model)
     assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert ours.keys() == theirs.keys() and (flat(ours) - flat(theirs)).norm() < 1e-5 * flat(theirs).norm()
+
+
+@pytest.mark.parametrize("method", [name for name in WITH_SITES if name not in PLAIN])
+def test_layers_are_packed_together(method: str) -> None:
+    """Four groups of a layer, whatever the number of layers. NOLA draws another basis for each linear, and PriLoRA's
+    ranks differ from layer to layer."""
+    model = tiny("llama", torch.float32, method)
+    made = groups(model)
+    buffers = pack(made)
+    assert len(made) == 4 * model.config.num_hidden_layers > 4  # type: ignore[union-attr, operator]
+    assert len(buffers) == (len(made) if method in ("nola", "prilora") else 4)
 
 
 @pytest.mark.parametrize("method", ["lora", "rasa", "vera", "pissa", "mora"])
