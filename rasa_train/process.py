@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import __version__
 
+STORE_FILE = "RASA_TRAIN_STORE"
+"""Environment variable with the file in which the workers of one machine meet; without it they meet at MASTER_ADDR."""
+
 
 def world_size() -> int:
     """Return the number of workers that the launcher has started; 1 without a launcher."""

@@ -60,8 +60,8 @@ ELSEWHERE = {
 """Programs of others: the shell must be able to read the line, and that is all that is looked at."""
 
 FOREIGN_PACKAGES = {"gguf", "liger-kernel", "sentencepiece"}
-FOREIGN_FLAGS = {"--security-opt", "--outtype", "--lora-modules"}
-"""What the pages name of docker, of llama.cpp's converter and of vLLM."""
+FOREIGN_FLAGS = {"--security-opt", "--outtype", "--lora-modules", "--standalone"}
+"""What the pages name of docker, of llama.cpp's converter, of vLLM and of torchrun."""
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
 

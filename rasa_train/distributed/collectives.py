@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -40,18 +41,21 @@ def stop_agreed(accelerator: Accelerator, reason: str) -> bool:
 
 
 def from_first(accelerator: Accelerator, value: T) -> T:
-    """Return the first worker's ``value`` on every worker."""
-    if accelerator.num_processes == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Return the first worker's ``value``, which JSON can express, on every worker."""
+    return gather(accelerator, value if accelerator.is_main_process else None)[0]  # type: ignore[return-value]
 
 
 def gather(accelerator: Accelerator, value: T) -> list[T]:
-    """Return the ``value`` of each worker, by rank."""
+    """Return the ``value`` of each worker, by rank. It must be one that JSON can express: torch's own exchange of
+    objects unpickles what it receives, which whoever gets between two workers could replace by a program."""
     if accelerator.num_processes == 1:
         return [value]
-    every = [value] * accelerator.num_processes
-    dist.all_gather_object(every, value)
-    return every
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(accelerator.device)
+    sizes = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
+    sizes[accelerator.process_index] = len(mine)
+    dist.all_reduce(sizes)
+    padded = mine.new_zeros(int(sizes.max()))
+    padded[: len(mine)] = mine
+    every = [torch.empty_like(padded) for _ in range(accelerator.num_processes)]
+    dist.all_gather(every, padded)
+    return [json.loads(bytes(t[:size].tolist())) for t, size in zip(every, sizes.tolist(), strict=True)]

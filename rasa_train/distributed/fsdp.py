@@ -115,7 +115,7 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
         for name, tensor in tensors.items()
         if tensor is not None and not isinstance(tensor, DTensor)
     ]
-    dtypes = from_first(accelerator, [tensors[name].dtype for tensors, name in places])
+    dtypes = from_first(accelerator, [str(tensors[name].dtype).removeprefix("torch.") for tensors, name in places])
     filled: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old tensor, so that its id is not reused
     for (tensors, name), dtype in zip(places, dtypes, strict=True):
         old = tensors[name]
@@ -126,7 +126,7 @@ def _fill_from_first(module: nn.Module, accelerator: Accelerator) -> None:
                 if of_model:
                     old.data = old.data.new_empty(0)  # other references must not keep the memory
             else:
-                new = torch.empty(old.shape, dtype=dtype, device=accelerator.device)
+                new = torch.empty(old.shape, dtype=getattr(torch, dtype), device=accelerator.device)
             dist.broadcast(new.view(-1).view(torch.uint8), src=0)
             filled[id(old)] = old, nn.Parameter(new, requires_grad=old.requires_grad) if of_model else new
         tensors[name] = filled[id(old)][1]

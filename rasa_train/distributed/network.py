@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+
+from ..errors import UserError
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+def stay_on(address: str) -> None:
+    """Let gloo and NCCL listen on the interface with this address only, unless the user has chosen one. gloo may
+    otherwise listen on, and tell the others, any address of the machine: one that all can reach, or none."""
+    interface = LOOPBACK if address.startswith("127.") else {a: name for name, a in addresses().items()}.get(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # the sign: this name, not names that begin so
+
+
+def address_towards(host: str, port: int) -> str:
+    """Return this machine's address on the route to ``host``. Raises ``UserError`` if there is no route."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"--rdzv: {host} cannot be reached from here: {error.strerror or error}") from None
 
 
 def interfaces() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 import warnings
@@ -13,19 +14,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from ..errors import UserError, WorkerLost, first_line
-from ..process import here, rank, world_size
-from .network import interfaces
+from ..process import STORE_FILE, here, rank, world_size
+from . import network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+LOCALHOST = "127.0.0.1"
 
 
 def group_of_one() -> None:
     """Make this process a group of one: a single process that uses host memory needs a group as well."""
     if not dist.is_initialized():
+        network.stay_on(LOCALHOST)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, now and later
@@ -42,6 +46,8 @@ def join(timeout_seconds: int) -> list[str]:
         return [here()]
     if not _group:
         timeout = timedelta(seconds=timeout_seconds)
+        if _on_one_machine():
+            network.stay_on(LOCALHOST)
         store = _store(timeout)
         where = _roll_call(store, timeout_seconds)
         if torch.cuda.is_available():
@@ -54,7 +60,7 @@ def join(timeout_seconds: int) -> list[str]:
         except RuntimeError as error:
             raise UserError(
                 f"worker {rank()} ({where[rank()]}) could not connect to the other workers: {first_line(error)}\n"
-                f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
+                f"Its network interfaces: {network.interfaces()}. GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) chooses one.",
                 key="distributed",
             ) from None
         _group = _Group(store, where)
@@ -75,18 +81,24 @@ def places() -> list[str]:
 
 
 def _store(timeout: timedelta) -> Store:
-    """Return the key-value store of the job; under torchrun each restart has its own."""
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    """Return the key-value store of the job, whose keys begin anew with each restart of the workers."""
+    if path := os.environ.get(STORE_FILE):
+        file = FileStore(path, -1)  # -1: the file stays when workers leave
+        file.set_timeout(timeout)
+        return file
+    address, port = os.environ.get("MASTER_ADDR", LOCALHOST), int(os.environ.get("MASTER_PORT", "29500"))
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank() == 0 and not of_agent
     try:
         store = TCPStore(
             address,
             port,
             world_size(),
-            is_master=rank() == 0 and not of_agent,
+            is_master=serves,
             timeout=timeout,
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=_listening(address, port) if serves else None,
         )
     except (RuntimeError, OSError) as error:
         raise UserError(
@@ -94,6 +106,20 @@ def _store(timeout: timedelta) -> Store:
             key="distributed",
         ) from None
     return PrefixStore(f"rasa_train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _listening(address: str, port: int) -> int | None:
+    """Return a socket that listens at this address only; None if other machines do not reach it under its name, as
+    where a machine calls itself 127.0.1.1: torch then listens on all interfaces."""
+    with suppress(OSError):
+        mine = socket.gethostbyname(address)
+        if not mine.startswith("127.") or _on_one_machine():
+            return socket.create_server((mine, port)).detach()
+    return None
+
+
+def _on_one_machine() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
 
 
 def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
@@ -106,8 +132,7 @@ def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
         came = ", ".join(sorted(set(places))) or "nobody"
         raise UserError(
             f"{len(missing)} of {world_size()} workers did not come within {timeout_seconds} s: worker "
-            f"{', '.join(map(str, missing[:16]))}. There are workers on: {came}. Were all nodes started, and is "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} reachable from each?",
+            f"{', '.join(map(str, missing[:16]))}. There are workers on: {came}. Were all nodes started?",
             key="distributed.timeout_seconds",
         )
     return places
@@ -184,7 +209,8 @@ for the same lost worker time out together."""
 
 
 def _missing(store: Store) -> list[int]:
-    """Return the workers that do not answer now. Worker 0 runs the store, so a silent store means a silent worker 0."""
+    """Return the workers that do not answer now. The store is on the node of worker 0, so a silent store means a silent
+    worker 0."""
     found = [0]
 
     def call_roll() -> None:

@@ -18,6 +18,7 @@ from .. import process
 from ..adapters.contract import Method
 from ..data.prepare import PreparedData, prepare
 from ..distributed import rendezvous
+from ..distributed.door import secret
 from ..errors import DeviceLost, Stopped, UserError, WorkerLost
 from ..io.atomic import write_text
 from ..io.run_dir import RunDirectory
@@ -218,7 +219,8 @@ def _join_slurm() -> bool:
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(tasks)
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     env.setdefault("LOCAL_WORLD_SIZE", re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
-    env.setdefault("MASTER_ADDR", first_host(hosts))
+    one_machine = env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]
+    env.setdefault("MASTER_ADDR", rendezvous.LOCALHOST if one_machine else first_host(hosts))
     env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", "0")) % 20_000))
     return True
 
@@ -256,7 +258,7 @@ def _complete(workers: Workers) -> Workers:
     """Return ``workers`` with node rank and meeting point, taken from SLURM if they are not given.
 
     Raises:
-        UserError: one of them is neither given nor known to SLURM, or is wrong.
+        UserError: one of them is neither given nor known to SLURM, or is wrong; or there is no secret.
     """
     env = os.environ
     node_rank = workers.node_rank
@@ -272,4 +274,5 @@ def _complete(workers: Workers) -> Workers:
         )
     if not re.fullmatch(r".+:\d+", meeting):
         raise UserError(f"--rdzv must be HOST:PORT, got {meeting!r}")
+    secret()
     return Workers(workers.per_node, workers.nodes, node_rank, meeting, workers.max_restarts)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import stat
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -64,7 +61,6 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
     from torch.distributed.launcher.api import elastic_launch
 
     default_threads(per_node)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart finds the stale keys of the first start
     with tempfile.TemporaryDirectory(prefix="rasa-train-") as name:
         job = Path(name)
         (job / OUTCOMES).mkdir()
@@ -72,8 +68,7 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
         before = {number: signal.signal(number, _forward(job)) for number in signals()}
         failed: ChildFailedError | RendezvousError | None = None
         try:
-            config = _launch_config(workers, per_node, job, recipe.distributed.timeout_seconds)
-            with _hanging_up(job, workers, recipe.distributed.timeout_seconds):
+            with _launch_config(workers, per_node, job, recipe.distributed.timeout_seconds) as config:
                 elastic_launch(config, sys.executable)("-m", "rasa_train.launch.worker_process", str(job))
         except ChildFailedError as error:
             failed = error
@@ -94,82 +89,42 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
         report(_outcomes(job), failed, (job / STOP).exists(), workers.rendezvous)
 
 
-def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: int) -> Any:
+@contextmanager
+def _launch_config(workers: Workers, per_node: int, job: Path, timeout_seconds: int) -> Iterator[Any]:
+    """Torch's settings for its agent, whose nodes meet by way of ``distributed.meeting`` and not of torch's own
+    rendezvous: that one unpickles what anyone sends to its port."""
     import logging
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    from ..distributed.door import Door, secret
+    from ..distributed.meeting import BACKEND, Meeting
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported here, once
-    options, address, run_id = {"join_timeout": timeout_seconds}, None, "rasa-train"
-    if workers.rendezvous:
-        address = _address_towards(workers.rendezvous)
-        options["is_host"] = workers.node_rank == 0
-        # Without this setting gloo may offer 127.0.0.1 to the other nodes, which then wait for ever.
-        interface = next((name for name, mine in network.addresses().items() if mine == address), None)
-        if interface and not address.startswith("127."):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        run_id += f"-{workers.rendezvous.rpartition(':')[0]}"
-    return LaunchConfig(
-        min_nodes=workers.nodes,
-        max_nodes=workers.nodes,
-        nproc_per_node=per_node,
-        run_id=run_id,
-        rdzv_backend="c10d",
-        rdzv_endpoint=workers.rendezvous or "localhost:0",
-        rdzv_configs=options,
-        local_addr=address,
-        max_restarts=workers.max_restarts,
-        monitor_interval=0.1,
-        signals_to_handle="SIGQUIT",  # the others are passed on by _forward
-        logs_specs=DefaultLogsSpecs(log_dir=str(job / "logs")),
-    )
-
-
-@contextmanager
-def _hanging_up(job: Path, workers: Workers, timeout_seconds: int) -> Iterator[None]:
-    """Watch over torch's agent of a node: end the agent's connections to node 0 if its workers have given up on the
-    other nodes and the agent has not. On a network that neither refuses nor delivers anything, the agent's store would
-    wait for an answer for ever."""
-    over = threading.Event()
-    patience = 10.0 + (timeout_seconds + 50.0 if workers.max_restarts else 0.0)  # a new meeting takes that long
-
-    def watch() -> None:
-        while not over.wait(1.0) and job.exists():
-            lost = [outcome.ended for outcome in _outcomes(job) if outcome.kind == "lost"]
-            began = max((path.stat().st_mtime for path in job.glob(f"{STARTED}*")), default=0.0)
-            if lost and began < min(lost) < time.time() - patience:
-                _hang_up(str(workers.rendezvous))
-
-    if workers.node_rank:  # node 0 has the store
-        threading.Thread(target=watch, daemon=True).start()
+    door = None
+    if workers.nodes > 1:
+        assert workers.rendezvous
+        host, _, port = workers.rendezvous.rpartition(":")
+        known = secret()
+        network.stay_on(network.address_towards(host, int(port)))
+        door = Door(known, host, int(port), timeout_seconds)
     try:
-        yield
+        yield LaunchConfig(
+            min_nodes=workers.nodes,
+            max_nodes=workers.nodes,
+            nproc_per_node=per_node,
+            run_id="rasa-train",
+            rdzv_backend=BACKEND,
+            rdzv_configs={"meeting": Meeting(workers.nodes, workers.node_rank or 0, door, timeout_seconds)},
+            max_restarts=workers.max_restarts,
+            monitor_interval=0.1,
+            signals_to_handle="SIGQUIT",  # the others are passed on by _forward
+            logs_specs=DefaultLogsSpecs(log_dir=str(job / "logs")),
+        )
     finally:
-        over.set()
-
-
-def _hang_up(meeting: str) -> None:
-    """Shut down the sockets of this process that are connected to ``meeting``. Code that waits at one gets an error."""
-    host, _, port = meeting.rpartition(":")
-    where = (socket.gethostbyname(host), int(port))
-    for descriptor in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # closed meanwhile, or not connected
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                with socket.socket(fileno=os.dup(descriptor)) as connection:
-                    if connection.getpeername()[:2] in (where, (f"::ffff:{where[0]}", where[1])):
-                        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _address_towards(meeting: str) -> str:
-    """Return this machine's address on the route to the meeting point. Raises ``UserError`` if there is no route."""
-    host, _, port = meeting.rpartition(":")
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, int(port)))
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(f"--rdzv: {host} cannot be reached from here: {error.strerror or error}") from None
+        if door:
+            door.close()
 
 
 def _forward(job: Path) -> Any:

@@ -53,7 +53,11 @@ def main(job: Path) -> int:
         (job / f"{STARTED}{rank}").write_text(str(os.getpid()))
         if any('"user error"' in path.read_text() for path in (job / OUTCOMES).glob("*.json")):
             return 2  # a restart cannot help
-        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        # The number of the nodes' meeting is the same on each node. Torch counts only those that a node asked for.
+        restart = int(os.environ["TORCHELASTIC_RUN_ID"])
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart)
+        if os.environ["GROUP_WORLD_SIZE"] == "1":
+            os.environ[process.STORE_FILE] = str(job / f"store-{restart}")
         if restart and rank == 0:
             print(f"a worker has died; restart {restart}", file=sys.stderr)
         try:

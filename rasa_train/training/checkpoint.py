@@ -185,9 +185,12 @@ def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: En
 
 def raise_everywhere(accelerator: Accelerator, failed: OSError | None) -> None:
     """Raise on all workers the error of the lowest rank that ``failed``, if any. Every worker must call it."""
-    for error in gather(accelerator, failed):
-        if error is not None:
-            raise error
+    mine = (
+        None if failed is None else (failed.errno, failed.strerror or str(failed), str(failed.filename or "") or None)
+    )
+    for rank, words in enumerate(gather(accelerator, mine)):
+        if words is not None:
+            raise failed if failed and rank == accelerator.process_index else OSError(*words)
 
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
@@ -205,7 +208,8 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
 def agreed_newest(checkpoints: Path, warn: Callable[[str], None], accelerator: Accelerator) -> Path | None:
     """Return the first worker's ``newest``. Raises ``UserError`` on any other worker that cannot see it."""
     mine = newest(checkpoints, warn) if accelerator.is_main_process else None
-    found: Path | None = from_first(accelerator, mine)
+    name = from_first(accelerator, mine and mine.name)
+    found = checkpoints / name if name else None
     if found and not (found / TRAINER).is_file():
         raise UserError(
             f"output_dir: worker {accelerator.process_index} does not see {found}; all nodes must share its file "

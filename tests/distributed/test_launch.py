@@ -328,7 +328,8 @@ def two_hosts() -> Iterator[list[str]]:
 def on(host: str, node: int, home: Path, *options: str) -> subprocess.Popen[str]:
     nodes = ["--nnodes", "2", "--node-rank", str(node), "--rdzv", "10.78.0.1:29517", "--nproc", "1"]
     words = ["ip", "netns", "exec", host, *command(*nodes, *options)]
-    return subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "RASA_TRAIN_SECRET": "that of both hosts"}
+    return subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

@@ -65,8 +65,12 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["rasa-train", "torchrun"])
-def test_torchrun_nodes(launcher: str, home: Path, bin_directory: Path) -> None:
+def test_torchrun_nodes(launcher: str, home: Path, tmp_path: Path, bin_directory: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(0o600)
+    secret.write_text("that of the machines\n")
     env = {"NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{free_port()}", "LAUNCHER": launcher}
+    env["RASA_TRAIN_SECRET_FILE"] = str(secret)
     words = [str(SCRIPTS / "torchrun_nodes.sh"), "recipe.yaml", f"output_dir=by_{launcher}"]
     nodes = [start(["bash", *words], home, bin_directory, NODE_RANK=str(node), **env) for node in NODES]
     answers = [node.communicate(timeout=300) for node in nodes]
@@ -121,7 +125,9 @@ def test_kubernetes_structure() -> None:
         (container,) = pod["containers"]
         assert container["name"] == "pytorch", "the operator looks for this name"
         assert {m["name"] for m in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        assert all(isinstance(entry["value"], str) for entry in container["env"])
+        given = {entry["name"]: entry.get("value") or entry["valueFrom"]["secretKeyRef"] for entry in container["env"]}
+        assert given.pop("RASA_TRAIN_SECRET") == {"name": "rasa-train", "key": "secret"}
+        assert all(isinstance(value, str) for value in given.values())
         per_node = str(container["resources"]["limits"]["nvidia.com/gpu"])
         nodes = sum(r["replicas"] for r in replicas.values())
         assert job["spec"]["nprocPerNode"] == per_node
@@ -137,7 +143,8 @@ def test_kubernetes_pods(home: Path, bin_directory: Path) -> None:
         assert old in program
         program = program.replace(old, new)
     program = program.replace("/shared/", "")
-    env = {"WORLD_SIZE": "2", "PET_NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = {"RASA_TRAIN_SECRET": "that of the pods' Secret", "WORLD_SIZE": "2", "PET_NNODES": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pods = [start(["bash", "-c", program], home, bin_directory, RANK=str(node), **env) for node in NODES]
     reach(pods[0], home / "by_pods", 3)
     pods[1].send_signal(signal.SIGTERM)
