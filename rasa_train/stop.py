@@ -1,4 +1,5 @@
-"""Stop requests: SIGTERM, SIGUSR1 (SLURM's warning), Ctrl-C, or a file written by the process that started the worker.
+"""Stop requests: SIGTERM, SIGUSR1 (SLURM's warning), SIGHUP (the terminal is gone), Ctrl-C, or a file written by the
+process that started the worker.
 
 This module is light to import: a worker listens for stop requests before it loads anything that takes seconds.
 """
@@ -7,9 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from .errors import Stopped
 
 
 class StopSignal:
@@ -50,12 +56,65 @@ class StopSignal:
 
 def signals() -> list[signal.Signals]:
     """Return the signals that request a stop. SIGINT (Ctrl-C) is among them only where it reaches this process: a
-    shell's background job ignores it."""
+    shell's background job ignores it. So is SIGHUP, which ``nohup`` ignores."""
     interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if interrupts else [])]
+    return [*_requests(), *([signal.SIGINT] if interrupts else [])]
+
+
+def _requests() -> list[signal.Signals]:
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGHUP] if hangs_up else [])]
+
+
+class _StopNow(BaseException):
+    """A stop request outside training. Libraries catch an ``Exception``, but not this one."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End the work inside at once when a stop is requested, because it has nothing to save: modules are imported, data
+    are prepared. A ``StopSignal`` inside takes over for as long as there is something to save.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second request must not break what the first one ends
+        raise _StopNow(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in _requests()}
+    try:
+        yield
+    except _StopNow as stop:
+        raise Stopped(f"{stop}: stopped; the same command goes on from what is saved") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+PARENT = "RASA_TRAIN_PARENT"
+"""Environment variable with the id of the process that must not be outlived, which a sweep gives to its runs."""
+
+
+def die_with(parent: int, number: signal.Signals) -> None:
+    """Let this process receive a signal when its parent ends, however that ends (Linux).
+
+    Args:
+        parent: the process id of the parent, which may have ended already.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        with suppress(OSError):
+            ctypes.CDLL(None).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def say_interrupted() -> None:
     """Tell the user what a first Ctrl-C does. Safe in a signal handler that may interrupt a running ``print``."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nCtrl-C: the work under way is finished and kept; press Ctrl-C again to end it at once\n")
+        with suppress(OSError):  # nobody reads it
+            os.write(2, b"\nCtrl-C: the work under way is finished and kept; press Ctrl-C again to end it at once\n")

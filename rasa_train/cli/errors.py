@@ -11,12 +11,34 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import Stopped, UserError
+from ..io import streams
 from ..io.home import expanded
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """Exception for a command line that cannot be read. It comes from typer: newer versions carry a copy of click."""
+
+
+def start(app: typer.Typer, *, result_on_stdout: bool = True) -> None:
+    """Run a command to its end, as the entry point of a console script.
+
+    Whatever happens to stdout and stderr, the work is done and the exit code says how it ended. Only a command whose
+    result is what it prints fails if stdout does not take it, unless the reader has gone away (``| head``).
+
+    Args:
+        result_on_stdout: whether what the command prints is its result.
+    """
+    streams.guard()
+    code: object = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    if error := streams.lost():
+        print(f"error: stdout cannot be written: {error.strerror}", file=sys.stderr)
+        code = code or (USER_ERROR if result_on_stdout else 0)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .errors import Command, user_errors
+from .errors import Command, start, user_errors
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress
@@ -100,7 +100,7 @@ def evaluate(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 def _score(path: Path, suite: str, data: str | None, allow_unsandboxed: bool) -> dict[str, Any]:

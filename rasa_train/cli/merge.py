@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UserError
 from .completion import nearby
-from .errors import Command, DefaultVerb, user_errors
+from .errors import Command, DefaultVerb, start, user_errors
 
 if TYPE_CHECKING:
     from ..merging.extract import ExtractReport
@@ -175,7 +175,7 @@ ALONE = "--upload needs --push OWNER/NAME"
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 @dataclass(frozen=True)
