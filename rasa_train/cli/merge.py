@@ -242,12 +242,14 @@ def _write(given: Any, output: Path, wanted: _Format, base: Base, overwrite: boo
 
 
 def _verify(given: Any, report: Any, run: Path, base: Base) -> VerifyReport:
-    import yaml
-
+    from ..io.json_file import field
+    from ..io.run_dir import RunDirectory
     from ..merging import verify
 
-    recipe = run / "recipe.yaml"
-    template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
+    made, template = RunDirectory(run), "alpaca"
+    if made.recipe.is_file():
+        data = field(made.stored_recipe(), "data", dict, made.recipe, {})
+        template = field(data, "template", str, made.recipe, template)
     return verify(given, report.output, base=base, template=template, exact=report.rounding == 0.0)
 
 
