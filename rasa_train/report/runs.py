@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters.saved import CONFIG, read_adapter
 from ..analysis.mixing import mixing_weights
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.json_file import read_object
 from ..io.links import refuse_links_out
 from ..io.run_dir import LARGEST_METRICS, RunDirectory, flatten
@@ -257,7 +257,11 @@ def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[s
     except UserError as error:
         problems.append(str(error).removeprefix(f"{path} ").replace(f"{path}/", ""))
         return {}, {}
-    return mixing_weights(saved.tensors), saved.method.model_dump()
+    try:
+        return mixing_weights(saved.tensors), saved.method.model_dump()
+    except (IndexError, RuntimeError) as error:  # tensors of shapes that no method makes
+        problems.append(f"the mixing weights of the adapter cannot be read ({first_line(error)})")
+        return {}, saved.method.model_dump()
 
 
 def _scores(path: Path, measured: list[Score], problems: list[str]) -> list[Score]:
