@@ -30,8 +30,8 @@ READ = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json"
 """Files and directories of a run that commands read or write."""
 LARGEST_METRICS = 1 << 29
 """Bytes of the largest ``metrics.jsonl`` that is read, which is more than a million steps."""
-LARGEST_RECIPE, MOST_NODES = 1 << 20, 100_000
-"""Bytes of the largest recipe that is read, and the most values in it, counting those that are repeated by an alias."""
+LARGEST_RECIPE, MOST_VALUES, DEEPEST = 1 << 20, 100_000, 50
+"""Bytes of the largest recipe that is read, the most values in it, and their levels."""
 
 HARMLESS = {
     "output_dir",
@@ -187,7 +187,7 @@ class RunDirectory:
         """Return the content of ``recipe.yaml``. Raises as ``read``, and ``UserError`` if it is damaged."""
         content = self.read(self.recipe.name, LARGEST_RECIPE)
         try:
-            _check_size(yaml.compose(content, Loader=yaml.SafeLoader), self.recipe)
+            _check_size(content, self.recipe)
             value = yaml.safe_load(content)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{self.recipe} is damaged: {shown(first_line(error))}") from None
@@ -208,19 +208,29 @@ def numbered(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def _check_size(root: yaml.Node | None, where: Path) -> None:
-    """Raise ``UserError`` if the values of a YAML file are too many, aliases written out: each level of them can double
-    the number."""
-    left, waiting = MOST_NODES, [root]
-    while waiting:
-        node = waiting.pop()
-        children = node.value if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
-            children = [each for pair in node.value for each in pair]
-        left -= len(children)
-        if left < 0:
-            raise UserError(f"{where} holds more than {MOST_NODES:,} values, aliases written out: it is not a recipe")
-        waiting += children
+def _check_size(content: bytes, where: Path) -> None:
+    """Raise ``UserError`` if a YAML file is nested deeper than any recipe, or if its values are too many, aliases
+    written out: each level of them can multiply the number."""
+    open_, known = [("", 0)], dict[str, int]()  # (anchor, number of values) of each open node; closed ones by anchor
+    for event in yaml.parse(content, Loader=yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None) or ""
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((anchor, 1))
+            if len(open_) > DEEPEST:
+                raise UserError(f"{where} is nested more than {DEEPEST} levels deep: it is not a recipe")
+            continue
+        number = 0
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, number = open_.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            number = known.get(anchor, MOST_VALUES + 1)  # unknown: inside of itself
+        elif isinstance(event, yaml.ScalarEvent):
+            number = 1
+        if anchor and not isinstance(event, yaml.AliasEvent):
+            known[anchor] = number
+        open_[-1] = (open_[-1][0], open_[-1][1] + number)
+        if open_[-1][1] > MOST_VALUES:
+            raise UserError(f"{where} holds more than {MOST_VALUES:,} values, aliases written out: it is not a recipe")
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -70,7 +70,10 @@ def sleeping_reader() -> None:
     _put(reader_gone(), nobody_reads())
 
 
-@pytest.mark.parametrize("streams", [both_closed, head_and_full_disk, full_disk_and_head, terminal, sleeping_reader])
+MORE = [pytest.param(streams, marks=pytest.mark.slow) for streams in (full_disk_and_head, sleeping_reader)]
+
+
+@pytest.mark.parametrize("streams", [both_closed, head_and_full_disk, terminal, *MORE])
 def test_a_run_goes_on_without_its_terminal(streams: Callable[[], None], whole: Whole, tmp_path: Path) -> None:
     assert start("train", whole.recipe, cwd=tmp_path, setup=streams).wait() == 0
     same_result(tmp_path / "run", whole.run)
