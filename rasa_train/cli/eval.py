@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..stop import stoppable
 from .errors import Command, start, user_errors
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluate(
     rasa-eval --score samples.jsonl --suite code --json
     """
     suites = tuple(name.strip() for name in suite.split(","))
-    with user_errors():
+    with user_errors(), stoppable():
         from ..errors import UserError
 
         if (target is None) == (score is None):
