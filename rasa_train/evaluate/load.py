@@ -18,7 +18,7 @@ from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
 from ..errors import UserError
 from ..io.json_file import field, read_bytes, read_object
 from ..io.links import refuse_links_out
-from ..io.run_dir import RunDirectory
+from ..io.run_dir import RunDirectory, numbered
 from ..merging.bias import new_biases
 from ..merging.source import Source, find_adapter, find_tokenizer, open_source
 from ..merging.tied import untie
@@ -60,9 +60,9 @@ def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) ->
         RunDirectory(run).refuse_links()
     refuse_links_out(path, ["evaluation"])
     if all_checkpoints:
-        if run != path or not (found := sorted((path / "checkpoints").glob("step-*"))):
+        if run != path or not (found := [p for p in numbered(path / "checkpoints") if (p / CONFIG).is_file()]):
             raise UserError(f"--all-checkpoints needs the directory of a run with checkpoints/step-*, got {target}")
-        return [_checkpoint(p, output or path / "evaluation", run) for p in found if (p / CONFIG).is_file()]
+        return [_checkpoint(p, output or path / "evaluation", run) for p in found]
     if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
         return [Subject("model", str(path), output or path / "evaluation", False)]
     if path.is_dir():

@@ -149,7 +149,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in directories or paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a run: there is no such directory")
-        inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]
+        try:
+            inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         if not _is_run(path) and not inside:
             raise UserError(f"{path} is not a run and holds none: a run directory has one of {', '.join(PARTS)}")
         found += [path] if _is_run(path) else []
