@@ -108,7 +108,7 @@ def _cached(lm: Any, cache: Path) -> Any:
     import sqlite3
 
     from lm_eval.api.model import CachingLM
-    from sqlitedict import SqliteDict
+    from sqlitedict import SqliteDict  # type: ignore[import-untyped]
 
     model = CachingLM(lm, ":memory:")  # opens its own, which is not used
     model.dbdict.close()

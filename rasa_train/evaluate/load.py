@@ -103,7 +103,7 @@ class Plan:
         if self.subject.is_adapter:
             config = read_object(path / CONFIG)
             base = self.base or config.get("base_model", config.get("base_model_name_or_path"))
-            model = {"base": base, "adapter_sha256": _tensors_digest(path)}
+            model: dict[str, Any] = {"base": base, "adapter_sha256": _tensors_digest(path)}
         else:
             model = {"model": self.subject.path} | ({"files": _model_digest(path)} if path.is_dir() else {})
         return {**model, "dtype": self.resolved_dtype, "backend": self.backend}
