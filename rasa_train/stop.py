@@ -9,13 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
-
-from .errors import Stopped
 
 
 class StopSignal:
@@ -58,40 +55,13 @@ def signals() -> list[signal.Signals]:
     """Return the signals that request a stop. SIGINT (Ctrl-C) is among them only where it reaches this process: a
     shell's background job ignores it. So is SIGHUP, which ``nohup`` ignores."""
     interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return [*_requests(), *([signal.SIGINT] if interrupts else [])]
+    return [*requests(), *([signal.SIGINT] if interrupts else [])]
 
 
-def _requests() -> list[signal.Signals]:
+def requests() -> list[signal.Signals]:
+    """Return the signals that request a stop, but for Ctrl-C."""
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGHUP] if hangs_up else [])]
-
-
-class _StopNow(BaseException):
-    """A stop request outside training. Libraries catch an ``Exception``, but not this one."""
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """End the work inside at once when a stop is requested, because it has nothing to save: modules are imported, data
-    are prepared. A ``StopSignal`` inside takes over for as long as there is something to save.
-
-    Raises:
-        Stopped: a stop was requested.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # a second request must not break what the first one ends
-        raise _StopNow(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, handle) for number in _requests()}
-    try:
-        yield
-    except _StopNow as stop:
-        raise Stopped(f"{stop}: stopped; the same command goes on from what is saved") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 PARENT = "RASA_TRAIN_PARENT"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rasa_train.cli.errors import stoppable
 from rasa_train.errors import Stopped
-from rasa_train.stop import StopSignal, stoppable
+from rasa_train.stop import StopSignal
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..stop import stoppable
-from .errors import Command, start, user_errors
+from .errors import Command, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress

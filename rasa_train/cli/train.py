@@ -12,9 +12,9 @@ import typer
 
 from ..errors import UserError
 from ..recipe import shipped
-from ..stop import PARENT, die_with, stoppable
+from ..stop import PARENT, die_with
 from .completion import nearby
-from .errors import Command, DefaultVerb, start, user_errors
+from .errors import Command, DefaultVerb, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
