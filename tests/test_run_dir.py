@@ -228,3 +228,17 @@ def test_a_page_that_cannot_be_written_leaves_nothing(make: Callable[[Path], Non
     with pytest.raises((OSError, UnicodeError)):
         write_text(target, text)
     assert [path.name for path in tmp_path.iterdir()] == (["directory"] if target.exists() else [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_run_directory_that_may_not_be_entered_is_one_line(tmp_path: Path) -> None:
+    for parent in (tmp_path, *tmp_path.parents):  # pytest's directories are its user's alone
+        if parent.stat().st_mode & 0o777 == 0o700:
+            parent.chmod(0o711)
+    (tmp_path / "run").mkdir(mode=0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match="run cannot be written: Permission denied"):
+            RunDirectory(tmp_path / "run").create()
+    finally:
+        os.seteuid(0)

@@ -38,15 +38,15 @@ def refuse_links_out(root: Path, names: Iterable[str] | None = None) -> None:
 def _links(root: Path, names: Iterable[str] | None) -> Iterator[Path]:
     paths = [root / name for name in names] if names is not None else []
     try:
-        paths += [path for path in root.iterdir() if not path.is_dir()] if names is None else []
+        paths += [path for path in root.iterdir() if not os.path.isdir(path)] if names is None else []
     except OSError:
         return  # whoever reads it says so
     for path in paths:
-        if path.is_symlink():
+        if os.path.islink(path):
             yield path
-        elif names is not None and path.is_dir():
+        elif names is not None:
             for parent, directories, files in os.walk(path):
-                yield from (each for name in (*directories, *files) if (each := Path(parent, name)).is_symlink())
+                yield from (each for name in (*directories, *files) if os.path.islink(each := Path(parent, name)))
 
 
 def _blobs(root: Path) -> Path | None:

@@ -80,7 +80,7 @@ class RunDirectory:
     def refuse_links(self) -> None:
         """Raise ``UserError`` if one of the files and directories of the run is a link that leads out of it."""
         refuse_links_out(self.path, (*READ, ".lock"))
-        if (trackers := self.path / "trackers").is_symlink():  # what is in it belongs to the tracker
+        if os.path.islink(trackers := self.path / "trackers"):  # what is in it belongs to the tracker
             refuse_links_out(self.path, [trackers.name])
 
     def unwritable(self, error: OSError) -> UserError:

@@ -107,7 +107,7 @@ def _locked(directory: RunDirectory, fresh: bool) -> Iterator[None]:
         directory.create()
     except UserError:
         directory.refuse_links()
-        if fresh or not directory.summary.is_file():
+        if fresh or not os.path.isfile(directory.summary):
             raise
         yield
         return
