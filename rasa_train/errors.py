@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A stop was requested (SIGTERM, SIGUSR1) and the state has been saved. Commands exit with code 75."""
+    """A stop was requested (SIGTERM, SIGUSR1, SIGHUP); what there is to save is saved. Commands exit with code 75."""
 
 
 class DeviceLost(Exception):

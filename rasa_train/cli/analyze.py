@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import UserError
-from .errors import Command, Group, user_errors
+from .errors import Command, Group, start, user_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,7 +228,7 @@ def subspace(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 def _updates(source: Sequence[str], random: str | None, base: str | None, seed: int) -> Updates:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .errors import Command, user_errors
+from .errors import Command, start, user_errors
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -168,7 +168,7 @@ def _dtype(name: str, on_gpu: bool) -> Any:
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import Stopped, UserError
+from ..io import streams
 from ..io.home import expanded
+from ..stop import requests
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """Exception for a command line that cannot be read. It comes from typer: newer versions carry a copy of click."""
+
+
+def start(app: typer.Typer, *, result_on_stdout: bool = True) -> None:
+    """Run a command to its end, as the entry point of a console script.
+
+    Whatever happens to stdout and stderr, the work is done and the exit code says how it ended. Only a command whose
+    result is what it prints fails if stdout does not take it, unless the reader has gone away (``| head``).
+
+    Args:
+        result_on_stdout: whether what the command prints is its result.
+    """
+    streams.guard()
+    code: object = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    if error := streams.lost():
+        print(f"error: stdout cannot be written: {error.strerror}", file=sys.stderr)
+        code = code or (USER_ERROR if result_on_stdout else 0)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -104,3 +129,31 @@ def user_errors() -> Iterator[None]:
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+class _StopNow(BaseException):
+    """A stop request outside training. Libraries catch an ``Exception``, but not this one."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End the work inside at once when a stop is requested, because it has nothing to save: modules are imported, data
+    are prepared. A ``StopSignal`` inside takes over for as long as there is something to save.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # a second request must not break what the first one ends
+        raise _StopNow(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in requests()}
+    try:
+        yield
+    except _StopNow as stop:
+        raise Stopped(f"{stop}: stopped; the same command goes on from what is saved") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

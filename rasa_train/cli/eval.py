@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .errors import Command, user_errors
+from .errors import Command, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress
@@ -77,7 +77,7 @@ def evaluate(
     rasa-eval --score samples.jsonl --suite code --json
     """
     suites = tuple(name.strip() for name in suite.split(","))
-    with user_errors():
+    with user_errors(), stoppable():
         from ..errors import UserError
 
         if (target is None) == (score is None):
@@ -100,7 +100,7 @@ def evaluate(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 def _score(path: Path, suite: str, data: str | None, allow_unsandboxed: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UserError
 from .completion import nearby
-from .errors import Command, DefaultVerb, user_errors
+from .errors import Command, DefaultVerb, start, user_errors
 
 if TYPE_CHECKING:
     from ..merging.extract import ExtractReport
@@ -175,7 +175,7 @@ ALONE = "--upload needs --push OWNER/NAME"
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 @dataclass(frozen=True)
@@ -242,12 +242,14 @@ def _write(given: Any, output: Path, wanted: _Format, base: Base, overwrite: boo
 
 
 def _verify(given: Any, report: Any, run: Path, base: Base) -> VerifyReport:
-    import yaml
-
+    from ..io.json_file import field
+    from ..io.run_dir import RunDirectory
     from ..merging import verify
 
-    recipe = run / "recipe.yaml"
-    template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
+    made, template = RunDirectory(run), "alpaca"
+    if made.recipe.is_file():
+        data = field(made.stored_recipe(), "data", dict, made.recipe, {})
+        template = field(data, "template", str, made.recipe, template)
     return verify(given, report.output, base=base, template=template, exact=report.rounding == 0.0)
 
 

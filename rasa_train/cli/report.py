@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import Command, user_errors
+from .errors import Command, start, user_errors
 
 if TYPE_CHECKING:
     from ..report.runs import Run
@@ -71,7 +71,7 @@ def report(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    start(app)
 
 
 def _write(output: Path, page: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,9 @@ import typer
 
 from ..errors import UserError
 from ..recipe import shipped
+from ..stop import PARENT, die_with
 from .completion import nearby
-from .errors import Command, DefaultVerb, user_errors
+from .errors import Command, DefaultVerb, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -116,7 +118,7 @@ def run(
 
         rasa-train configs/demo.yaml adapter.r=16 training.epochs=2 output_dir=runs/a
     """
-    with user_errors():
+    with user_errors(), stoppable():
         if list_recipes:
             return list_(as_json)
         if print_schema:
@@ -283,8 +285,11 @@ def _check(recipe: Recipe, workers: int, nodes: int, as_json: bool) -> None:
 
 
 def main() -> None:
+    """Entry point of the console script."""
+    if parent := os.environ.pop(PARENT, None):
+        die_with(int(parent), signal.SIGTERM)
     try:
-        app()
+        start(app, result_on_stdout=False)  # the result is in the run directory
     except SystemExit as end:
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_initialized():

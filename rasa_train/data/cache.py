@@ -12,9 +12,8 @@ import json
 import logging
 import os
 import shutil
-import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..io.atomic import DRAFT, draft_name, lock, remove_drafts
 from .encode import Example, targets
 
 FORMAT = 2
@@ -91,7 +91,8 @@ class TokenDataset:
 
 
 class CacheWriter:
-    """Writer of one set, a chunk of examples at a time. Used as a context, it leaves nothing behind on an error.
+    """Writer of one set, a chunk of examples at a time. Used as a context, it leaves nothing behind on an error. What a
+    killed process has left is removed by the next writer: a set under way is locked.
 
     Args:
         directory: where the set will be after ``commit``.
@@ -102,8 +103,11 @@ class CacheWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self._draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex[:8]}")
-        self._draft.mkdir()
+        self._draft = directory.with_name(f".{directory.name}-{draft_name()}")
+        with self._others_waiting():
+            remove_drafts(directory.parent, f".*-{DRAFT}*")
+            self._draft.mkdir()
+            self._lock = lock(self._draft)
         self._open = {name: (self._draft / name).open("wb") for name in _FILES}
         self._checksums = dict.fromkeys(_FILES, 0)
         self._end = 0
@@ -118,6 +122,8 @@ class CacheWriter:
         for file in self._open.values():
             file.close()
         shutil.rmtree(self._draft, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def add(self, examples: Sequence[Example]) -> None:
         """Append examples."""
@@ -147,9 +153,7 @@ class CacheWriter:
             meta_file.write(json.dumps(meta, indent=1).encode())
             meta_file.flush()
             os.fsync(meta_file.fileno())
-        with open(self.directory.with_name(".lock"), "wb") as lock:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._others_waiting():
             if read_stats(self.directory, key) is not None:
                 return
             damaged = self._draft.with_name(f"{self._draft.name}-damaged")
@@ -157,6 +161,13 @@ class CacheWriter:
                 os.rename(self.directory, damaged)
             os.rename(self._draft, self.directory)
         shutil.rmtree(damaged, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _others_waiting(self) -> Iterator[None]:
+        with open(self.directory.with_name(".lock"), "wb") as file:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _put(self, name: str, values: Any) -> None:
         data = np.ascontiguousarray(values, _FILES[name]).tobytes()

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 
 from .. import process
 from ..errors import UserError, some
+from ..stop import die_with
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns
@@ -316,6 +318,8 @@ _encoder: Encoder  # the encoder of a worker process
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
+    if parent := multiprocessing.parent_process():
+        die_with(parent.pid or 0, signal.SIGKILL)  # it would wait for more work for ever
     _encoder = encoder
 
 

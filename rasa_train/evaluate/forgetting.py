@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,6 @@ def evaluate(
         cache: file that stores each question's likelihoods, so that an interrupted evaluation can continue.
         say: called with a line about each task.
     """
-    from lm_eval.api.model import CachingLM
     from lm_eval.evaluator import evaluate as run_tasks
 
     lm.batch_size_per_gpu = batch_size
@@ -91,7 +91,7 @@ def evaluate(
     for name, task in tasks.items():
         say(f"{name}: {min(limit or len(task.eval_docs), len(task.eval_docs))} questions")
         task.set_config(key="num_fewshot", value=0)
-        model = CachingLM(lm, str(cache)) if cache else lm
+        model = _cached(lm, cache) if cache else lm
         done = run_tasks(model, {name: task}, limit=limit, bootstrap_iters=0, log_samples=False)
         assert done is not None
         (scores,) = done["results"].values()
@@ -100,6 +100,34 @@ def evaluate(
                 metrics[f"{name}/{metric}"] = float(scores[f"{metric},none"])
     accuracies = [metrics[f"{name}/acc"] for name in tasks]
     return {"average": sum(accuracies) / len(accuracies), **metrics}
+
+
+def _cached(lm: Any, cache: Path) -> Any:
+    """Wrap a model in lm-eval's cache, but with values that are JSON: lm-eval's own are pickles, which run the code of
+    whoever wrote the file. What is not a cache of this kind is made again."""
+    import sqlite3
+
+    from lm_eval.api.model import CachingLM
+    from sqlitedict import SqliteDict  # type: ignore[import-untyped]
+
+    model = CachingLM(lm, ":memory:")  # opens its own, which is not used
+    model.dbdict.close()
+    try:
+        with closing(sqlite3.connect(cache)) as existing:
+            rows = existing.execute("SELECT value FROM likelihoods").fetchall()
+        if not all(isinstance(_values(value), tuple) for (value,) in rows):
+            raise ValueError("a value is not a likelihood")
+    except (sqlite3.Error, OSError, ValueError, TypeError, RecursionError):
+        for stale in cache.parent.glob(f"{cache.name}*"):
+            stale.unlink()
+    model.dbdict = SqliteDict(str(cache), tablename="likelihoods", autocommit=True, encode=json.dumps, decode=_values)
+    lm.set_cache_hook(model.get_cache_hook())
+    return model
+
+
+def _values(text: str) -> Any:
+    value = json.loads(text)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _files(data: str) -> dict[str, Path]:

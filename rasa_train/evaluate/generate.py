@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,12 @@ import torch
 
 from ..errors import Stopped, UserError
 from ..io.atomic import write_text
+from ..io.json_file import read_bytes
 from ..stop import StopSignal
 from .suites import Question, Suite
 
+LARGEST = 1 << 30
+"""Bytes of the largest file of responses that is read."""
 Key = tuple[int, int]
 """(index of the question, number of the sample)."""
 
@@ -70,27 +74,30 @@ class Generation:
 class SampleFile:
     """The responses so far: a first line with everything they depend on, then one JSON line per response.
 
-    An incomplete last line, left by a killed process, is dropped.
+    Damaged lines are dropped, among them an incomplete last one that a killed process has left.
 
     Args:
         path: the file; None keeps the responses in memory only.
         depends_on: protocol and model.
         fresh: whether to delete the responses that the file holds.
     Raises:
-        UserError: the file holds responses of another protocol or model.
+        UserError: the file holds responses of another protocol or model, or is no file of responses.
     """
 
     def __init__(self, path: Path | None, depends_on: dict[str, Any], *, fresh: bool = False) -> None:
         self.path, self.responses, self.continued = path, dict[Key, str](), False
+        self.damaged = 0
+        """Number of lines that were dropped, without an incomplete last one."""
         if path is None:
             return
         header = json.dumps({"depends_on": depends_on})
-        if not fresh and path.is_file() and (lines := path.read_text().split("\n")[:-1]):
-            _check_same(path, json.loads(lines[0])["depends_on"], json.loads(header)["depends_on"])
-            self.continued = True
-            for line in lines[1:]:
-                row = json.loads(line)
-                self.responses[row["index"], row["sample"]] = row["response"]
+        if not fresh and path.exists():
+            lines = read_bytes(path, LARGEST).decode(errors="replace").split("\n")[:-1]
+            if lines:
+                _check_same(path, _depends_on(path, lines[0]), json.loads(header)["depends_on"])
+            self.continued = bool(lines)
+            read = list(filter(None, map(_response, lines[1:])))
+            self.responses, self.damaged = dict(read), len(lines[1:]) - len(read)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [header, *(_line(key, text) for key, text in self.responses.items())]
         write_text(path, "\n".join(lines) + "\n")
@@ -99,7 +106,8 @@ class SampleFile:
         """Add responses and append them to the file."""
         self.responses |= responses
         if self.path is not None:
-            with self.path.open("a") as file:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with open(descriptor, "a", encoding="utf-8") as file:
                 file.write("".join(f"{_line(key, text)}\n" for key, text in responses.items()))
 
 
@@ -186,6 +194,29 @@ def _seed(suite: Suite, key: Key) -> int:
 
 def _line(key: Key, text: str) -> str:
     return json.dumps({"index": key[0], "sample": key[1], "response": text})
+
+
+def _response(line: str) -> tuple[Key, str] | None:
+    """Return the key and the text of a line; None if it is damaged."""
+    try:
+        row = json.loads(line)
+        key, text = (row["index"], row["sample"]), row["response"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (key, text) if isinstance(text, str) and all(type(number) is int for number in key) else None
+
+
+def _depends_on(path: Path, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)["depends_on"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} is damaged: its first line does not say what its responses depend on. Give another --output, or "
+            "start over with --fresh, which deletes these responses"
+        )
+    return found
 
 
 def _check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -17,7 +16,9 @@ from transformers import PreTrainedModel
 from ..adapters.fold import fold
 from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
 from ..errors import UserError
-from ..io.run_dir import RunDirectory
+from ..io.json_file import field, read_bytes, read_object
+from ..io.links import refuse_links_out
+from ..io.run_dir import RunDirectory, numbered
 from ..merging.bias import new_biases
 from ..merging.source import Source, find_adapter, find_tokenizer, open_source
 from ..merging.tied import untie
@@ -55,10 +56,13 @@ def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) ->
     """
     path = Path(target).expanduser()
     run = next((p for p in (path, path.parent, path.parent.parent) if (p / "recipe.yaml").is_file()), None)
+    if run is not None:
+        RunDirectory(run).refuse_links()
+    refuse_links_out(path, ["evaluation"])
     if all_checkpoints:
-        if run != path or not (found := sorted((path / "checkpoints").glob("step-*"))):
+        if run != path or not (found := [p for p in numbered(path / "checkpoints") if (p / CONFIG).is_file()]):
             raise UserError(f"--all-checkpoints needs the directory of a run with checkpoints/step-*, got {target}")
-        return [_checkpoint(p, output or path / "evaluation", run) for p in found if (p / CONFIG).is_file()]
+        return [_checkpoint(p, output or path / "evaluation", run) for p in found]
     if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
         return [Subject("model", str(path), output or path / "evaluation", False)]
     if path.is_dir():
@@ -97,9 +101,9 @@ class Plan:
         """Facts that identify the model in results. The base's or model's weight files are not read."""
         path = Path(self.subject.path)
         if self.subject.is_adapter:
-            config = json.loads((path / CONFIG).read_text())
+            config = read_object(path / CONFIG)
             base = self.base or config.get("base_model", config.get("base_model_name_or_path"))
-            model = {"base": base, "adapter_sha256": _tensors_digest(path)}
+            model: dict[str, Any] = {"base": base, "adapter_sha256": _tensors_digest(path)}
         else:
             model = {"model": self.subject.path} | ({"files": _model_digest(path)} if path.is_dir() else {})
         return {**model, "dtype": self.resolved_dtype, "backend": self.backend}
@@ -182,8 +186,8 @@ def _vllm(plan: Plan) -> Any:
 
 def _checkpoint(path: Path, results: Path, run: Path | None) -> Subject:
     try:
-        step = int(json.loads((path / "trainer.json").read_text())["step"])
-    except (OSError, ValueError, KeyError):
+        step = field(read_object(path / "trainer.json"), "step", int, path / "trainer.json")
+    except (FileNotFoundError, UserError):
         raise UserError(f"{path} is not a checkpoint: it has no readable trainer.json") from None
     return Subject(path.name, str(path), results, True, step, _epoch(run, step))
 
@@ -192,19 +196,16 @@ def _last(run: Path | None) -> tuple[int | None, float | None]:
     """Return the steps and epochs of a finished run, where its summary has them."""
     if run is None or not (summary := RunDirectory(run).summary).is_file():
         return None, None
-    facts = json.loads(summary.read_text())
-    return facts.get("steps"), facts.get("epochs")
+    facts = RunDirectory(run).read_summary()
+    return field(facts, "steps", int, summary), field(facts, "epochs", float, summary)
 
 
 def _epoch(run: Path | None, step: int) -> float | None:
     """Return the epoch of a step from the run's metrics; None where they do not have it."""
     if run is None or not (metrics := RunDirectory(run).metrics).is_file():
         return None
-    for line in metrics.read_text().splitlines():
-        row = json.loads(line)
-        if row.get("step") == step:
-            return float(row["epoch"])
-    return None
+    rows = (row for row in RunDirectory(run).rows() if row["step"] == step and "epoch" in row)
+    return next((field(row, "epoch", float, metrics) for row in rows), None)
 
 
 def _tensors_digest(directory: Path) -> str:
@@ -216,7 +217,7 @@ def _tensors_digest(directory: Path) -> str:
 def _model_digest(directory: Path) -> str:
     """Return a digest of the configuration and of the name, size and modification time of each weight file. The
     weights are not read, because reading those of a large model twice would take minutes."""
-    parts: list[Any] = [(directory / "config.json").read_text()]
+    parts: list[Any] = [read_bytes(directory / "config.json").decode(errors="replace")]
     for path in sorted(directory.glob("*.safetensors")):
         stat = path.stat()
         parts.append([path.name, stat.st_size, stat.st_mtime_ns])

@@ -13,12 +13,14 @@ A result has ``suite``, ``checkpoint`` (NAME), ``step`` and ``epoch`` (null wher
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..io.atomic import write_json
+from ..io.json_file import field, read_object
 
 Result = dict[str, Any]
 
@@ -29,6 +31,19 @@ def result_path(results: Path, suite: str, name: str) -> Path:
 
 def sample_path(results: Path, suite: str, name: str) -> Path:
     return results / suite / f"{name}.samples.jsonl"
+
+
+@contextmanager
+def writable(results: Path) -> Iterator[None]:
+    """Make the directory of the results. Raises ``UserError`` if it cannot be written, now or inside the context."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is not None and results not in (place := Path(str(error.filename)), *place.parents):
+            raise
+        said = error.strerror or str(error)
+        raise UserError(f"{results} cannot be written: {said}. Give another directory with --output") from None
 
 
 def write_result(results: Path, result: Result) -> None:
@@ -44,13 +59,21 @@ def finished(results: Path, suite: str, name: str, limit: int | None, depends_on
         UserError: the file is not a result.
     """
     path = result_path(results, suite, name)
-    if not path.is_file():
-        return None
     try:
-        result: Result = json.loads(path.read_text())
-        same = {"protocol": result["protocol"], "model": result["model"]}
-    except (ValueError, KeyError):
-        raise UserError(f"{path} is not a result of this command; remove it, or give another --output") from None
+        result: Result = {"step": None, "epoch": None, **read_object(path)}
+        same = {key: field(result, key, dict, path) for key in ("protocol", "model")}
+        for key, kind in {"suite": str, "checkpoint": str, "questions": int}.items():
+            field(result, key, kind, path)
+        for key in ("step", "epoch"):
+            if result[key] is not None:
+                field(result, key, float, path)
+        for metric in field(result, "metrics", dict, path):
+            field(result["metrics"], metric, float, path)
+        field(result, "not_measured", dict, path, {})
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        raise UserError(f"{error}. Remove the file: it is made again") from None
     return result if result.get("limit") == limit and same == json.loads(json.dumps(depends_on)) else None
 
 

@@ -80,7 +80,8 @@ class Evaluation:
     def evaluate(self, subject: Subject) -> list[Result]:
         """Return the results of one subject; each is written to disk as soon as it is complete."""
         model = _Lazy(subject, self.options, self.say)
-        return [self._one(subject, model, name) for name in self.options.suites]
+        with results.writable(subject.results):
+            return [self._one(subject, model, name) for name in self.options.suites]
 
     def _one(self, subject: Subject, model: _Lazy, name: str) -> Result:
         options = self.options
@@ -105,6 +106,8 @@ class Evaluation:
             questions = sum(min(options.limit or n, n) for n in (t["questions"] for t in protocol.values()))
         else:
             samples = SampleFile(path, depends_on, fresh=options.fresh)
+            if samples.damaged:
+                self.say(f"{path}: {samples.damaged} damaged lines are left out; these questions are answered again")
             rows, metrics, speed = self.answer(lambda: model.lm, self.suites[name], samples)
             questions = len(self.suites[name].questions[: options.limit])
         result = {
@@ -201,5 +204,6 @@ def evaluate_all(subjects: Sequence[Subject], evaluation: Evaluation) -> tuple[l
     if len(subjects) < 2:
         return found, None
     table = results.best_last(found)
-    write_json(subjects[0].results / "best_last.json", table)
+    with results.writable(subjects[0].results):
+        write_json(subjects[0].results / "best_last.json", table)
     return found, table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from .atomic import remove
 
 KEY = ".key"
 """Name of the file in an unfinished directory that holds the ``key`` of its content."""
@@ -110,17 +112,22 @@ def _settle_stale(output: Path, partial: Path, key: str) -> int | None:
     Returns:
         The lock of ``partial``, to which unfinished work with the same ``key`` has been moved; None if there is none.
     """
-    for trash in output.parent.glob(f".{_literal(output.name)}.removed-*"):
-        shutil.rmtree(trash)
-    for replaced in output.parent.glob(f".{_literal(output.name)}.replaced-*"):
+    name = glob.escape(output.name)
+    for trash in output.parent.glob(f".{name}.removed-*"):
+        remove(trash)
+    for replaced in output.parent.glob(f".{name}.replaced-*"):
         if output.exists():
             _discard(replaced, output)
         else:
             replaced.rename(output)
     found = None
-    for stale in output.parent.glob(f".{_literal(output.name)}.partial-*"):
+    for stale in output.parent.glob(f".{name}.partial-*"):
+        if stale.is_symlink() or not stale.is_dir():
+            remove(stale)
+            continue
         lock = _lock(stale)
-        if found is None and lock is not None and key and _read_key(stale) == key:
+        whole = not any(path.is_symlink() for path in stale.rglob("*"))  # files are written where a link leads
+        if found is None and lock is not None and key and whole and _read_key(stale) == key:
             found = lock
             if stale != partial:
                 stale.rename(partial)
@@ -142,7 +149,7 @@ def _read_key(directory: Path) -> str:
 
 def _lock(directory: Path) -> int | None:
     """Lock a directory until the returned descriptor is closed or the process ends. None: the disk has no locks."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -188,7 +195,3 @@ def _discard(replaced: Path, output: Path) -> None:
     trash = output.with_name(f".{output.name}.removed-{os.getpid()}")
     replaced.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -30,7 +30,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{path} is not a file")
-            content = file.read(largest + 1)
+            content = file.read(min(largest, found.st_size) + 1)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +18,20 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
-from .atomic import write_text
+from ..errors import UserError, first_line, shown
+from .atomic import remove, write_text
+from .json_file import read_bytes, read_object
+from .links import refuse_links_out
 
 OWN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "trackers")
 """Files and directories that ``--fresh`` removes; anything else in the run directory belongs to the user."""
+
+READ = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "evaluation")
+"""Files and directories of a run that commands read or write."""
+LARGEST_METRICS = 1 << 29
+"""Bytes of the largest ``metrics.jsonl`` that is read, which is more than a million steps."""
+LARGEST_RECIPE, MOST_VALUES, DEEPEST = 1 << 20, 100_000, 50
+"""Bytes of the largest recipe that is read, the most values in it, and their levels."""
 
 HARMLESS = {
     "output_dir",
@@ -58,19 +69,38 @@ class RunDirectory:
         self.skipped = self.path / "skipped"
 
     def create(self) -> None:
-        """Make the directory. Raises ``UserError`` if it cannot be written."""
+        """Make the directory. Raises ``UserError`` if it cannot be written, or if a link leads out of it."""
+        self.refuse_links()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}", key="output_dir") from None
+            raise self.unwritable(error) from None
+
+    def refuse_links(self) -> None:
+        """Raise ``UserError`` if one of the files and directories of the run is a link that leads out of it."""
+        refuse_links_out(self.path, (*READ, ".lock"))
+        if os.path.islink(trackers := self.path / "trackers"):  # what is in it belongs to the tracker
+            refuse_links_out(self.path, [trackers.name])
+
+    def unwritable(self, error: OSError) -> UserError:
+        where = f" ({error.filename})" if isinstance(error.filename, str) and error.filename != str(self.path) else ""
+        said = f"output_dir: {self.path} cannot be written: {error.strerror or error}{where}"
+        return UserError(said, key="output_dir")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the directory. Raises ``UserError`` if another run has locked it. A killed run leaves no lock behind."""
-        with (self.path / ".lock").open("a+") as file:
+        """Lock the directory, and remove what a killed run left half written or half removed. A killed run leaves no
+        lock behind. Raises ``UserError`` if another run has locked it."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise self.unwritable(error) from None
+        with open(descriptor, "r+") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # the other name may be somebody's file
+                raise UserError(f"{self.path}/.lock is not a file of its own: remove it", key="output_dir")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -80,20 +110,30 @@ class RunDirectory:
             file.truncate(0)
             file.write(f"process {os.getpid()}")
             file.flush()
+            own = [left for name in OWN for left in self.path.glob(f".{name}.*")]
+            for left in [*own, *self.checkpoints.glob(".step-*")]:
+                remove(left)
             yield
 
     def clear(self) -> None:
         """Remove the run in this directory (``--fresh``), and nothing else."""
         for name in OWN:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(self.path / name)
 
     def check_same_run(self, recipe_yaml: str, completed: Callable[[str], str]) -> None:
         """Raise ``UserError`` with the differences if the run in this directory was started from a recipe that computes
         something else. ``completed`` writes out what the recipe of an older version leaves to defaults."""
         if not self.recipe.exists():
             return
-        old, new = (flatten(yaml.safe_load(text)) for text in (completed(self.recipe.read_text()), recipe_yaml))
+        try:
+            stored = yaml.safe_dump(self.stored_recipe(), sort_keys=False)
+        except UserError as error:
+            raise UserError(
+                f"output_dir: {error}. Choose another output_dir, or start over with --fresh (which deletes the run "
+                "there)",
+                key="output_dir",
+            ) from None
+        old, new = (flatten(yaml.safe_load(text)) for text in (completed(stored), recipe_yaml))
         harmless = set(HARMLESS)
         if new.get("training.loss_average") == "micro_batch":
             harmless.remove("training.micro_batch_size")
@@ -114,23 +154,84 @@ class RunDirectory:
         incomplete last line."""
         if not self.metrics.exists():
             return
-        kept = [line for line in self.metrics.read_text().splitlines() if (step := _step(line)) and step <= last_step]
+        kept = [line for line in self._lines() if (step := _step(line)) and step <= last_step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     def rows(self) -> list[Any]:
         """Return the metrics that this run has written: the JSON object of each step."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self._lines() if _step(line)]
+
+    def _lines(self) -> list[str]:
+        return self.read("metrics.jsonl", LARGEST_METRICS).decode(errors="replace").split("\n")
 
     def log(self, row: Mapping[str, object]) -> None:
-        with self.metrics.open("a") as file:
+        descriptor = os.open(self.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def read(self, name: str, largest: int) -> bytes:
+        """Return the content of a file of the run.
+
+        Raises:
+            FileNotFoundError: the run has no such file.
+            UserError: the file is a link that leads out of the directory, is too large, or cannot be read.
+        """
+        refuse_links_out(self.path, [name])
+        return read_bytes(self.path / name, largest)
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``. Raises as ``read``, and ``UserError`` if it is damaged."""
+        refuse_links_out(self.path, [self.summary.name])
+        return read_object(self.summary)
+
+    def stored_recipe(self) -> dict[str, Any]:
+        """Return the content of ``recipe.yaml``. Raises as ``read``, and ``UserError`` if it is damaged."""
+        content = self.read(self.recipe.name, LARGEST_RECIPE)
+        try:
+            _check_size(content, self.recipe)
+            value = yaml.safe_load(content)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.recipe} is damaged: {shown(first_line(error))}") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{self.recipe} is damaged: it must hold a mapping, got {type(value).__name__}")
+        return value
 
 
 def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def numbered(checkpoints: Path) -> list[Path]:
+    """Return what bears the name of a checkpoint, by step. It may be damaged, and need not be a directory."""
+    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _check_size(content: bytes, where: Path) -> None:
+    """Raise ``UserError`` if a YAML file is nested deeper than any recipe, or if its values are too many, aliases
+    written out: each level of them can multiply the number."""
+    open_, known = [("", 0)], dict[str, int]()  # (anchor, number of values) of each open node; closed ones by anchor
+    for event in yaml.parse(content, Loader=yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None) or ""
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((anchor, 1))
+            if len(open_) > DEEPEST:
+                raise UserError(f"{where} is nested more than {DEEPEST} levels deep: it is not a recipe")
+            continue
+        number = 0
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, number = open_.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            number = known.get(anchor, MOST_VALUES + 1)  # unknown: inside of itself
+        elif isinstance(event, yaml.ScalarEvent):
+            number = 1
+        if anchor and not isinstance(event, yaml.AliasEvent):
+            known[anchor] = number
+        open_[-1] = (open_[-1][0], open_[-1][1] + number)
+        if open_[-1][1] > MOST_VALUES:
+            raise UserError(f"{where} holds more than {MOST_VALUES:,} values, aliases written out: it is not a recipe")
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

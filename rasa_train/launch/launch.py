@@ -6,13 +6,14 @@ launcher (torchrun, accelerate, DeepSpeed, SLURM) has started it as one of many,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .. import process
 from ..adapters.contract import Method
@@ -21,6 +22,7 @@ from ..distributed import rendezvous
 from ..distributed.door import secret
 from ..errors import DeviceLost, Stopped, UserError, WorkerLost
 from ..io.atomic import write_text
+from ..io.json_file import field
 from ..io.run_dir import RunDirectory
 from ..models.fused import fusable
 from ..models.load import check_base, load_config, load_tokenizer, meta_model
@@ -62,8 +64,7 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
         _check_input(recipe)
         start_and_watch(recipe, workers, per_node)
         return Finished(None)
-    directory.create()
-    with directory.lock():
+    with _locked(directory, fresh):
         data = _open_run(recipe, directory, fresh)
         if data is None:
             return Finished(_summary(directory), was_complete=True)
@@ -86,14 +87,34 @@ def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedD
         directory.check_same_run(dump_recipe(recipe), completed)
         if directory.summary.exists():
             return None
+    directory.create()  # says why a run that is not complete cannot be written
     data = _check_input(recipe)
-    if fresh:
-        directory.clear()
-        directory.create()
-    write_text(directory.recipe, dump_recipe(recipe))
+    try:
+        if fresh:
+            directory.clear()
+            directory.create()
+        write_text(directory.recipe, dump_recipe(recipe))
+    except OSError as error:
+        raise directory.unwritable(error) from None
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
     return data
+
+
+@contextmanager
+def _locked(directory: RunDirectory, fresh: bool) -> Iterator[None]:
+    """Make the run directory and lock it. What cannot be written but may be a complete run is not locked: it can be
+    shown."""
+    try:
+        directory.create()
+    except UserError:
+        directory.refuse_links()
+        if fresh or not os.path.isfile(directory.summary):
+            raise
+        yield
+        return
+    with directory.lock():
+        yield
 
 
 def _check_input(recipe: Recipe) -> PreparedData:
@@ -157,8 +178,16 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
 
 
 def _summary(directory: RunDirectory) -> Summary:
-    summary: Summary = json.loads(directory.summary.read_text())
-    return summary
+    """Return the summary of a complete run. Raises ``UserError`` if it is damaged."""
+    try:
+        summary = directory.read_summary()
+        field(summary, "steps", int, directory.summary)
+        if summary.get("loss") is not None:
+            field(summary, "loss", float, directory.summary)
+    except (FileNotFoundError, UserError) as error:
+        said = f"output_dir: {error}. Remove {directory.summary}: the same command then writes it again"
+        raise UserError(said, key="output_dir") from None
+    return cast("Summary", summary)
 
 
 # -- one of many ---------------------------------------------------------------------------------------------
@@ -175,7 +204,6 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def open_run() -> str:
-        directory.create()
         lock.__enter__()
         data = _open_run(recipe, directory, fresh and not restarted)
         prepared.extend([data] if data else [])
@@ -186,7 +214,7 @@ def _as_one_of_many(recipe: Recipe, fresh: bool) -> Finished:
             prepared.append(_check_input(recipe))
         return "ready"
 
-    lock = directory.lock()
+    lock = _locked(directory, fresh and not restarted)
     try:
         if rendezvous.once("run directory", first, open_run) == "complete":
             return Finished(_summary(directory) if first else None, was_complete=True)

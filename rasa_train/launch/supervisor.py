@@ -26,7 +26,7 @@ from ..io.atomic import write_text
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import say_interrupted, signals
-from .worker_process import OUTCOMES, RECIPE, STARTED, STOP, Outcome, kill
+from .worker_process import LAUNCHER, OUTCOMES, RECIPE, STARTED, STOP, Outcome, kill
 
 GOES_ON = "The same command goes on from the last checkpoint; --max-restarts does so by itself"
 
@@ -65,6 +65,7 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
         job = Path(name)
         (job / OUTCOMES).mkdir()
         write_text(job / RECIPE, dump_recipe(recipe))
+        write_text(job / LAUNCHER, str(os.getpid()))
         before = {number: signal.signal(number, _forward(job)) for number in signals()}
         failed: ChildFailedError | RendezvousError | None = None
         try:

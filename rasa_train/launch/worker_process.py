@@ -22,9 +22,10 @@ from typing import Literal
 
 from .. import process
 from ..errors import Stopped, UserError, WorkerLost
-from ..stop import StopSignal
+from ..io import streams
+from ..stop import StopSignal, die_with
 
-RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
+RECIPE, LAUNCHER, STOP, STARTED, OUTCOMES = "recipe.yaml", "launcher", "stop", "started-", "outcomes"
 
 
 @dataclass
@@ -46,8 +47,10 @@ class Outcome:
 
 def main(job: Path) -> int:
     """Train. Returns the exit code."""
-    _die_with_parent()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the launcher's result
+    # The launcher holds the lock of the run directory: no worker may outlive it.
+    die_with(int((job / LAUNCHER).read_text()), signal.SIGKILL)
+    streams.guard()
+    os.dup2(2, 1)  # stdout is for the launcher's result
     with StopSignal(job / STOP) as stop:
         rank = process.rank()
         (job / f"{STARTED}{rank}").write_text(str(os.getpid()))
@@ -96,16 +99,6 @@ def kill(started: Iterable[Path]) -> None:
         if path.exists():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """Let this process die with its launcher, which holds the lock of the run directory: no worker may outlive the
-    launcher (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import UserError
 from ..io.atomic_dir import size
+from ..io.json_file import field
+from ..io.run_dir import RunDirectory
 
 CITATION = """@inproceedings{he2025rasa,
   title     = {RaSA: Rank-Sharing Low-Rank Adaptation},
@@ -40,13 +41,15 @@ def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}"]
     what = "merged into" if merged else "an adapter for"
     parts.append(f"{report['method']} {what} `{report['base_model']}`, made with rasa_train.")
-    if (run / "recipe.yaml").is_file():
-        recipe = (run / "recipe.yaml").read_text()
-        data = yaml.safe_load(recipe).get("data", {})
+    made = RunDirectory(run)
+    if made.recipe.is_file():
+        recipe = made.stored_recipe()
+        data = field(recipe, "data", dict, made.recipe, {})
         parts.append(f"## Data\n\n`{data.get('dataset')}`, template `{data.get('template')}`.")
-        parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
-    if (run / "summary.json").is_file():
-        summary = json.loads((run / "summary.json").read_text())
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        parts.append(f"## Recipe\n\n```yaml\n{text.strip()}\n```")
+    if made.summary.is_file():
+        summary = made.read_summary()
         rows = [f"| {key} | {value} |" for key, value in summary.items() if not isinstance(value, dict)]
         parts.append("## Training\n\n| | |\n|---|---|\n" + "\n".join(rows))
     facts = {**report, **report.get("verify", {})}

@@ -23,6 +23,9 @@ from ..adapters.state import POOLS
 from ..errors import UserError
 from ..io.base_fingerprint import base_samples
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
+from ..io.json_file import read_object
+from ..io.links import refuse_links_out
+from ..io.run_dir import RunDirectory
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
 from .options import Base
@@ -121,14 +124,26 @@ def find_adapter(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an adapter directory or the output_dir of a run")
     _see(path)
-    for directory in (path, path / "adapter"):
-        if (directory / CONFIG).is_file():
-            return directory
+    if (path / CONFIG).is_file():
+        refuse_links_out(path)
+        return path
+    RunDirectory(path).refuse_links()
+    if (path / "adapter" / CONFIG).is_file():
+        return path / "adapter"
     steps = {int(m[1]): p for p in (path / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    for _, directory in sorted(steps.items(), reverse=True):
-        if (directory / CONFIG).is_file():
-            return directory
+    saved = [p for _, p in sorted(steps.items(), reverse=True) if (p / CONFIG).is_file()]
+    if found := next(filter(_has_all_files, saved), None) or next(iter(saved), None):
+        return found
     raise UserError(f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}")
+
+
+def _has_all_files(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the files that its checksums name. A run of an older version that was killed while it
+    removed a checkpoint has left a part of it."""
+    try:
+        return all((checkpoint / Path(name).name).is_file() for name in read_object(checkpoint / "checksums.json"))
+    except (FileNotFoundError, UserError):
+        return False
 
 
 def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, weights: bool) -> tuple[str, Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
 import signal
@@ -22,6 +23,7 @@ from types import FrameType
 import yaml
 
 from ..errors import Stopped, UserError
+from ..stop import PARENT, signals
 from .load import load_recipe
 
 STOPPED = 75
@@ -128,7 +130,8 @@ def run(points: Sequence[Point], options: Sequence[str], say: Callable[[str], No
 
 
 def _child(command: list[str], capture: bool) -> tuple[int, str]:
-    """Return exit code and stdout of one run. SIGTERM and SIGUSR1 are passed on to the run, which saves and exits."""
+    """Return exit code and stdout of one run. Stop requests are passed on to the run, which saves and exits; it is also
+    asked to stop if this process is killed."""
     asked: list[int] = []
     children: list[subprocess.Popen[str]] = []
 
@@ -137,9 +140,10 @@ def _child(command: list[str], capture: bool) -> tuple[int, str]:
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, pass_on) for number in signals() if number != signal.SIGINT}
     try:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
+        environment = {**os.environ, PARENT: str(os.getpid())}
+        child = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True, env=environment)
         children.append(child)
         if asked:  # before the child was known
             child.send_signal(asked[0])

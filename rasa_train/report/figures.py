@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.plots import COLOURS, DASHES, save
 from ..errors import UserError
+from ..io.links import refuse_links_out
 from .charts import Chart, Series, charts, groups
 from .runs import Run
 from .tables import differences_table, groups_table, runs_table
@@ -32,6 +33,7 @@ def write_figures(runs: Sequence[Run], directory: Path) -> list[Path]:
     written = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links_out(directory)
         for name, table in tables.items():
             if table is not None:
                 written.append(directory / f"{name}.csv")

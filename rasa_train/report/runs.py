@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import yaml
 from torch import Tensor
 
 from ..adapters.saved import CONFIG, read_adapter
 from ..analysis.mixing import mixing_weights
-from ..errors import UserError
-from ..io.run_dir import RunDirectory, flatten
+from ..errors import UserError, first_line
+from ..io.json_file import read_object
+from ..io.links import refuse_links_out
+from ..io.run_dir import LARGEST_METRICS, RunDirectory, flatten
 from ..merging.source import find_adapter
 from ..recipe.renamed import rename
 
 RECENT = 10
 """Number of steps over which the loss at the end of a run is averaged, because the loss of one batch says little."""
+LARGEST = 1e100
+"""Bound of the numbers that are shown; sums and ratios of what is beyond it overflow."""
 PARTS = ("recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "checkpoints", "evaluation")
 """Files and directories any of which makes a directory a run, complete or not."""
 LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "bits")
@@ -79,7 +85,8 @@ class Run:
             return int(known)
         last = self.metrics[-1] if self.metrics else {}
         epochs, epoch = number(self.recipe.get("training.epochs")), last.get("epoch")
-        return round(last["step"] / epoch * epochs) if epochs and epoch else None
+        total = last["step"] / epoch * epochs if epochs and epoch else math.inf
+        return round(total) if math.isfinite(total) else None
 
     def fact(self, key: str) -> float | None:
         """Return a number from the summary; None where it has none."""
@@ -111,8 +118,8 @@ class Run:
 
 
 def number(value: object) -> float | None:
-    """Return ``value`` if it is a finite number, else None, because files may hold anything."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    """Return ``value`` if it is a number that can be computed with, else None, because files may hold anything."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST:
         return value
     return None
 
@@ -142,7 +149,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in directories or paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a run: there is no such directory")
-        inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]
+        try:
+            inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _is_run(child)]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         if not _is_run(path) and not inside:
             raise UserError(f"{path} is not a run and holds none: a run directory has one of {', '.join(PARTS)}")
         found += [path] if _is_run(path) else []
@@ -158,12 +168,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, name: str) -> Run:
     """Return the run in a directory. Missing and damaged parts are listed in ``Run.problems``."""
     directory, problems = RunDirectory(path), list[str]()
-    stored = _mapping(directory.recipe, problems, "it is not known what was trained")
+    stored = _mapping(directory.stored_recipe, directory.recipe, problems, "it is not known what was trained")
     with suppress(UserError):  # with both names of a key, both are shown
         rename(stored, {})
     recipe = flatten(stored)
-    metrics, measured = _metrics(directory.metrics, problems)
-    summary = _mapping(directory.summary, [] if not directory.summary.exists() else problems, "")
+    metrics, measured = _metrics(directory, problems)
+    summary = _mapping(
+        directory.read_summary, directory.summary, problems if os.path.lexists(directory.summary) else [], ""
+    )
     if not summary:
         problems.append("no summary.json: the run is not complete")
     mixing, config = _adapter(path, problems)
@@ -199,30 +211,28 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, object]:
-    """Return the mapping in a YAML or JSON file. If there is none, return {} and add a problem."""
+def _mapping(
+    read: Callable[[], dict[str, Any]], path: Path, problems: list[str], consequence: str
+) -> dict[str, object]:
+    """Return the mapping that ``read`` finds in a file. If there is none, return {} and add a problem."""
     because = f": {consequence}" if consequence else ""
     try:
-        text = path.read_text()
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return read()
     except FileNotFoundError:
         problems.append(f"{path.name} is missing{because}")
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path.name} cannot be read ({' '.join(str(error).split())[:120]}){because}")
-        return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} does not hold a mapping{because}")
-        return {}
-    return value
+    except UserError as error:
+        why = " ".join(str(error).replace(str(path), path.name).split())
+        problems.append(f"{path.name} cannot be read ({why[:200]}){because}")
+    return {}
 
 
-def _metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, float]], list[Score]]:
+def _metrics(directory: RunDirectory, problems: list[str]) -> tuple[list[dict[str, float]], list[Score]]:
     """Return the lines by step, and the scores that were measured while training."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        problems.append("metrics.jsonl is missing: there are no curves, and the loss is that of the last step alone")
+        lines = directory.read(directory.metrics.name, LARGEST_METRICS).decode(errors="replace").splitlines()
+    except (FileNotFoundError, UserError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        problems.append(f"metrics.jsonl {why}: there are no curves, and the loss is that of the last step alone")
         return [], []
     rows: dict[int, dict[str, float]] = {}
     scores: dict[int, list[Score]] = {}
@@ -234,7 +244,7 @@ def _metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, float]], l
             step = int(finite["step"])
             scored = [(key.removeprefix("eval_"), value) for key, value in row.items() if key.startswith("eval_")]
             rows[step], scores[step] = finite, [s for suite, value in scored for s in _numbers(suite, value, finite)]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             damaged += 1
     if damaged:
         problems.append(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
@@ -250,14 +260,26 @@ def _adapter(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[s
     except UserError as error:
         problems.append(str(error).removeprefix(f"{path} ").replace(f"{path}/", ""))
         return {}, {}
-    return mixing_weights(saved.tensors), saved.method.model_dump()
+    try:
+        return mixing_weights(saved.tensors), saved.method.model_dump()
+    except (IndexError, RuntimeError) as error:  # tensors of shapes that no method makes
+        problems.append(f"the mixing weights of the adapter cannot be read ({first_line(error)})")
+        return {}, saved.method.model_dump()
 
 
 def _scores(path: Path, measured: list[Score], problems: list[str]) -> list[Score]:
     """Return the ``measured`` scores and those in the directory ``evaluation``, by step."""
     found: list[tuple[float, Score]] = [(score.step or 0.0, score) for score in measured]
-    for file in sorted((path / "evaluation").glob("*/*.json")):
-        result = _mapping(file, problems, f"it belongs to the evaluation {file.parent.name}")
+    try:
+        refuse_links_out(path, ["evaluation"])
+        files = sorted((path / "evaluation").glob("*/*.json"))
+    except UserError as error:
+        problems.append(str(error))
+        files = []
+    for file in files:
+        result = _mapping(
+            partial(read_object, file), file, problems, f"it belongs to the evaluation {file.parent.name}"
+        )
         step = number(result.get("step"))
         # a result without a step belongs to the finished adapter and comes last
         order = math.inf if file.stem == "adapter" or step is None else step

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -27,8 +26,9 @@ from ..data.cache import TokenDataset
 from ..distributed.collectives import from_first, gather
 from ..distributed.engine import Engine
 from ..errors import UserError
-from ..io.atomic import write_json
+from ..io.atomic import remove, write_json
 from ..io.base_fingerprint import base_samples
+from ..io.run_dir import numbered
 from ..io.tensor_file import TensorFile
 from .trainable_model import TrainableModel
 
@@ -151,7 +151,7 @@ def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: En
     mine: dict[str, str] = {}
     try:
         if first:
-            shutil.rmtree(beside, ignore_errors=True)
+            remove(beside)
             beside.mkdir(parents=True)
     except OSError as error:
         failed = error
@@ -171,10 +171,13 @@ def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: En
             if first:
                 write_json(beside / CHECKSUMS, {name: sums[name] for sums in every for name in sorted(sums)})
                 _fsync(beside)
-                if final.exists():
-                    shutil.rmtree(final)
+                replaced = final.with_name(f".{final.name}.replaced")
+                remove(replaced)
+                if final.exists() or final.is_symlink():
+                    final.rename(replaced)
                 beside.rename(final)
                 _fsync(final.parent)
+                remove(replaced)
         except OSError as error:
             failed = error
         raise_everywhere(accelerator, failed)
@@ -195,9 +198,7 @@ def raise_everywhere(accelerator: Accelerator, failed: OSError | None) -> None:
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint whose files all match their checksums; ``warn`` names each damaged newer one."""
-    for path in sorted(checkpoints.glob("step-*"), reverse=True):
-        if not re.fullmatch(r"step-\d{8,}", path.name):
-            continue
+    for path in reversed(numbered(checkpoints)):
         problem = damage(path)
         if problem is None:
             return path
@@ -246,8 +247,11 @@ def load_progress(path: Path, *, data_key: str) -> Progress:
 def prune(checkpoints: Path, keep_last: int | None) -> None:
     """Remove all but the newest ``keep_last`` checkpoints."""
     if keep_last is not None:
-        for path in sorted(checkpoints.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(path)
+        for path in numbered(checkpoints)[:-keep_last]:
+            removed = path.with_name(f".{path.name}.removed")
+            remove(removed)
+            path.rename(removed)  # a process that is killed here leaves no half of a checkpoint
+            remove(removed)
 
 
 def load_optimizer(path: Path, engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:

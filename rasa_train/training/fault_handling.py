@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..data.batching import Limit
 from ..data.cache import TokenDataset
 from ..errors import DeviceLost, UserError, first_line
 from ..io.atomic import write_json
-from ..io.run_dir import RunDirectory
+from ..io.run_dir import RunDirectory, numbered
 
 WINDOW, SPIKE = 32, 2.0
 """A loss is a spike if it exceeds ``SPIKE`` times the median of the last ``WINDOW`` losses (at least half as many)."""
@@ -126,8 +127,9 @@ def smaller(limit: Limit, batch: np.ndarray, lengths: np.ndarray, workers: int) 
     return replace(limit, examples=most // 2)
 
 
-BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE)
-"""Errors of a disk that accepts no data, however much room it has: a kernel makes a disk with an error read-only."""
+BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+"""Errors of a disk that accepts no data, however much room it has: a kernel makes a disk with an error read-only, and
+``ulimit -f`` bounds the size of files."""
 
 
 def disk_full(error: OSError) -> bool:
@@ -136,7 +138,8 @@ def disk_full(error: OSError) -> bool:
 
 def saved_at(directory: RunDirectory) -> str:
     """Return a sentence that says where the same command would go on."""
-    if newest := max(directory.checkpoints.glob("step-*"), default=None):
+    if saved := numbered(directory.checkpoints):
+        newest = saved[-1]
         return f"The run is saved up to step {int(newest.name.removeprefix('step-'))} ({newest})."
     return "The run has no checkpoint yet."
 
@@ -152,7 +155,8 @@ def explained(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not disk_full(error) and error.errno not in BROKEN:
+        ours = any(directory.path in Path(str(name)).parents for name in (error.filename, error.filename2) if name)
+        if not disk_full(error) and error.errno not in BROKEN and not ours:
             raise
         raise unwritable(directory, error) from None
     except torch.AcceleratorError as error:
@@ -160,9 +164,7 @@ def explained(directory: RunDirectory) -> Iterator[None]:
 
 
 def unwritable(directory: RunDirectory, error: OSError) -> UserError:
-    remedy = "Make room" if disk_full(error) else "Check the disk"
-    return UserError(
-        f"output_dir: {directory.path} cannot be written: {error.strerror}. {saved_at(directory)} {remedy}: the same "
-        "command goes on from there.",
-        key="output_dir",
-    )
+    remedies = {errno.EFBIG: "Raise the limit on the size of files (ulimit -f)"}
+    remedy = "Make room" if disk_full(error) else remedies.get(error.errno or 0, "Check the disk")
+    said = directory.unwritable(error)
+    return UserError(f"{said}. {saved_at(directory)} {remedy}: the same command goes on from there.", key=said.key)

@@ -290,7 +290,8 @@ class Trainer:
         """Write the summary and close the trackers. Returns the summary; None on all workers but the first."""
         summary = self._summary() if self.first else None
         if summary:
-            write_json(self.directory.summary, summary)
+            with fault_handling.explained(self.directory):
+                write_json(self.directory.summary, summary)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()

@@ -79,12 +79,19 @@ class Command:
 
 
 def start(
-    name: str, *arguments: object, cwd: Path, kill: Kill | None = None, clock: Callable[[float], float] | None = None
+    name: str,
+    *arguments: object,
+    cwd: Path,
+    kill: Kill | None = None,
+    clock: Callable[[float], float] | None = None,
+    setup: Callable[[], None] | None = None,
 ) -> Command:
-    """Start it. ``clock``: what ``time.time()`` is there, from what it would be (a function of a module)."""
+    """Start it. ``clock``: what ``time.time()`` is there, from what it would be; ``setup``: called before the command
+    (both functions of a module)."""
     log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
     changes = _context.Value("q", 0)
-    process = _context.Process(target=_run, args=(name, list(map(str, arguments)), cwd, log, kill, clock, changes))
+    todo = (name, list(map(str, arguments)), cwd, log, kill, clock, setup, changes)
+    process = _context.Process(target=_run, args=todo)
     process.start()
     return Command(process, log, changes)
 
@@ -96,6 +103,7 @@ def _run(
     log: Path,
     kill: Kill | None,
     clock: Callable[[float], float] | None,
+    setup: Callable[[], None] | None,
     changes: Any,
 ) -> None:
     os.chdir(cwd)
@@ -125,7 +133,11 @@ def _run(
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    importlib.import_module(f"rasa_train.cli.{name}").app(arguments)
+    command = importlib.import_module(f"rasa_train.cli.{name}")
+    sys.argv[:] = [f"rasa-{name}", *arguments]
+    if setup:
+        setup()
+    command.main()
 
 
 def kill_somewhere(

@@ -44,6 +44,22 @@ def test_every_damage_is_seen(kind: str, whole: Whole, tmp_path: Path) -> None:
         shutil.rmtree(copy)
 
 
+def test_a_file_in_the_place_of_a_checkpoint_or_of_the_adapter_is_passed_over_and_replaced(
+    whole: Whole, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole.run, run)
+    (run / "summary.json").unlink()
+    for place in (run / "adapter", run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000010"):
+        shutil.rmtree(place)
+        place.write_text("not a directory")
+    again = start("train", whole.recipe, "training.keep_last=2", cwd=tmp_path)
+    assert again.wait() == 0, again.said
+    assert again.said.count("is damaged") == 1
+    same_result(run, whole.run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 12))])
 def test_the_run_goes_on_from_the_one_before(seed: int, whole: Whole, tmp_path: Path) -> None:
     luck, run = random.Random(f"damage {seed}"), tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_a_read_only_disk(arguments: list[str], disk: Path, whole: Whole) -> Non
     assert command.wait() == 2 and "Traceback" not in command.said, command.said
     assert "Read-only file system" in command.said
     inject("read-only disk")
+
+
+def test_a_complete_run_on_a_read_only_disk_is_shown_and_read(disk: Path, whole: Whole, tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "metrics.jsonl", "summary.json"):
+        (disk / "run").mkdir(exist_ok=True)
+        shutil.copy(whole.run / name, disk / "run")
+    shutil.copytree(whole.run / "adapter", disk / "run" / "adapter")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    shown = start("train", whole.recipe, cwd=disk)
+    assert shown.wait() == 0 and "run is complete (10 steps" in shown.said, shown.said
+    merged = start("merge", "run", "--output", tmp_path / "merged", cwd=disk)
+    assert merged.wait() == 0, merged.said
+    report = start("report", "run", "--output", tmp_path / "r.html", cwd=disk)
+    assert report.wait() == 0 and "1 run, 1 complete" in report.said, report.said
+    fresh = start("train", whole.recipe, "--fresh", cwd=disk)
+    assert fresh.wait() == 2 and "Read-only file system" in fresh.said and "Traceback" not in fresh.said
 
 
 @pytest.mark.slow

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from rasa_train.errors import UserError
 from rasa_train.report.charts import MEANS, RUNS, charts, groups
@@ -115,6 +120,62 @@ def test_files_that_hold_something_else(make_run: MakeRun) -> None:
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 6] and run.best_and_last()["math score"] == (0.5, 0.5)
     assert any("3 damaged lines" in problem for problem in run.problems)
     assert json.dumps(report_json([run]), allow_nan=False) and "Training loss" in render([run])
+
+
+def bomb(path: Path) -> None:
+    levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    (path / "recipe.yaml").write_text(f"a0: &a0 [x]\n{levels}")
+
+
+def numbers_beyond_all_bounds(path: Path) -> None:
+    huge = "9" * 400
+    (path / "metrics.jsonl").write_text(
+        f'{{"step": 1, "loss": 1, "epoch": 5e-324}}\n{{"step": {huge}}}\n' + "[" * 99_999
+    )
+    (path / "summary.json").write_text(f'{{"steps": {huge}, "loss": 1e308}}')
+
+
+def pipes(path: Path) -> None:
+    for name in ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation/math/step-00000010.json"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+
+
+def not_text(path: Path) -> None:
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\xff\xfe\x00" * 50)
+
+
+def nested(path: Path) -> None:
+    for name in ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation/math/step-00000010.json"):
+        (path / name).write_text("[" * 100_000)
+
+
+def tensors_without_dimensions(path: Path) -> None:
+    file = path / "adapter" / "adapter.safetensors"
+    save_file({name: torch.zeros(()) for name in load_file(file)}, file)
+
+
+@pytest.mark.parametrize("harm", [bomb, numbers_beyond_all_bounds, pipes, not_text, nested, tensors_without_dimensions])
+def test_a_run_of_others_with_damaged_files_is_shown_as_far_as_it_can_be_read(
+    harm: Callable[[Path], None], make_run: MakeRun
+) -> None:
+    path = make_run("run")
+    harm(path)
+    run = read_run(path, "run")
+    assert run.problems and json.dumps(report_json([run]), allow_nan=False) and render([run])
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.jsonl", "adapter", "evaluation"])
+def test_a_link_out_of_a_run_is_not_followed(name: str, make_run: MakeRun, tmp_path: Path) -> None:
+    path, elsewhere = make_run("run", "seed=7"), make_run("elsewhere", "seed=54321", floor=0.1)
+    shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+    (path / name).symlink_to(elsewhere / name)
+    run = read_run(path, "run")
+    assert any("outside of" in problem for problem in run.problems), run.problems
+    lost = {"recipe.yaml": run.recipe.get("seed"), "summary.json": run.summary, "metrics.jsonl": run.metrics}
+    assert not (lost | {"adapter": run.mixing, "evaluation": run.scores})[name]
 
 
 def test_a_run_under_way(make_run: MakeRun) -> None:
