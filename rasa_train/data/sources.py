@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..errors import UserError, first_line
 from .columns import Row
-from .row_files import ROWS, file_rows
+from .row_files import columnar_rows, file_rows
 
 BUILT_IN = {
     "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
@@ -263,7 +263,8 @@ class SavedSource:
         return loaded[self.split]
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        return _arrow_rows(self._dataset, str(self.path))
+        size = sum(path.stat().st_size for path in self.path.rglob("*.arrow"))
+        return _arrow_rows(self._dataset, str(self.path), size)
 
     def fingerprint(self) -> str:
         digests = [_digest(Path(entry["filename"])) for entry in self._dataset.cache_files]
@@ -358,9 +359,6 @@ def overlap(one: Source, other: Source) -> bool:
     return one.fingerprint() == other.fingerprint()
 
 
-def _arrow_rows(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
-    number = 0
-    for table in dataset.with_format("arrow").iter(ROWS):
-        for row in table.to_pylist():
-            number += 1
-            yield f"{name} row {number}", row
+def _arrow_rows(dataset: Any, name: str, size: int | None = None) -> Iterator[tuple[str, Row]]:
+    tables = dataset.with_format("arrow")
+    return columnar_rows(lambda most: (row for table in tables.iter(most) for row in table.to_pylist()), name, size)
