@@ -25,7 +25,7 @@ _NOW = re.compile(
     r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>(?:(?!(?P=quote))[^\\])*)(?P=quote)\s*\)"""
 )
 _PROBE = "quokka"
-_MEMORY, _SECONDS, _LONGEST = 512 << 20, 30, 32 << 20  # for one conversation; the last is in bytes of its text
+_MEMORY, _SECONDS, _LONGEST = 512 << 20, 20, 32 << 20  # for one conversation; the last is in bytes of its text
 _LONGEST_TEMPLATE = 1 << 20  # characters; those of published models have 30,000 or less
 Span = tuple[int, int]  # characters [start, end)
 Conversation = tuple[str, list[Message], Variables]

@@ -19,7 +19,7 @@ MAX_ROW = 16 << 20
 """Bytes (or characters of JSON) that one row may have. What unpacks to more is an accident or an attack."""
 _AT_A_TIME = (1000, 30, 1)
 """Rows of columnar files that are decoded at a time, and what is tried instead if they are too large together."""
-_MEMORY, _SECONDS = 512 << 20, 30  # of the child process that decodes columnar files; the seconds are for one row
+_MEMORY, _SECONDS = 512 << 20, 20  # of the child process that decodes columnar files; the seconds are for one row
 _UNPACKED, _TIMES = 256 << 20, 1000  # bytes that any file may unpack to, and how many times its size a large one may
 
 
@@ -53,7 +53,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     return columnar_rows(rows, str(path), path.stat().st_size)
 
 
-def columnar_rows(rows: Callable[[int], Iterable[Row]], name: str, size: int | None) -> Iterator[tuple[str, Row]]:
+def columnar_rows(
+    rows: Callable[[int], Iterable[Row]], name: str, size: int | None, mapped: int = 0
+) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a columnar file, which a child process decodes within bounds: a few bytes can stand for any
     number of equal values.
 
@@ -61,6 +63,7 @@ def columnar_rows(rows: Callable[[int], Iterable[Row]], name: str, size: int | N
         rows: returns the rows, decoding the given number at a time.
         name: the file, for messages.
         size: bytes of the file, if it may be from anybody.
+        mapped: bytes of the files that ``rows`` maps into memory.
     Raises:
         UserError: a row is too large, or all are together.
     """
@@ -87,13 +90,15 @@ def columnar_rows(rows: Callable[[int], Iterable[Row]], name: str, size: int | N
     for at_a_time in _AT_A_TIME:
         start = number
         try:
-            with Child(decoded, memory=_MEMORY, seconds=_SECONDS, largest=MAX_ROW) as child:
+            with Child(decoded, memory=_MEMORY + mapped, seconds=_SECONDS, largest=MAX_ROW) as child:
                 for row in child.ask((at_a_time, start)):
                     number += 1
                     yield f"{name} row {number}", row
             return
         except Exceeded as error:
             problem = Exceeded(error.what, start + error.done)
+            if error.what != "memory":  # fewer rows at a time would not help
+                break
     what = {
         "memory": f"needs more than {_MEMORY >> 20:,} MiB of memory",
         "time": f"takes more than {_SECONDS} s to read",

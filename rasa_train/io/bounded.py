@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -41,9 +42,7 @@ class Child:
         largest: bytes of the largest item, as it is sent.
     """
 
-    def __init__(
-        self, answer: Callable[[Any], Iterable[Any]], *, memory: int, seconds: int, largest: int
-    ) -> None:
+    def __init__(self, answer: Callable[[Any], Iterable[Any]], *, memory: int, seconds: int, largest: int) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, far = context.Pipe()
         self._done = mmap.mmap(-1, 8)
@@ -75,6 +74,8 @@ class Child:
             reply = (what, None)
         if reply[0] == "error":
             raise UserError(reply[1][0], key=reply[1][1])
+        if reply[0] == "bug":
+            raise RuntimeError(reply[1])
         if reply[0] != "end":
             self.close()
             raise Exceeded(reply[0], int.from_bytes(self._done[:], "little"))
@@ -101,6 +102,8 @@ class Child:
                     reply = ("memory", None)
                 except UserError as error:
                     reply = ("error", (str(error), error.key))
+                except Exception:
+                    reply = ("bug", traceback.format_exc())
                 pipe.send(reply)
 
     def _answer(self, pipe: Connection, items: Iterable[Any], seconds: int, largest: int) -> tuple[str, Any]:

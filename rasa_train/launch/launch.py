@@ -18,7 +18,7 @@ from .. import process
 from ..adapters.contract import Method
 from ..data.prepare import PreparedData, prepare
 from ..distributed import rendezvous
-from ..errors import DeviceLost, Stopped, UserError, WorkerLost
+from ..errors import DeviceLost, Stopped, UserError, WorkerLost, say
 from ..io.atomic import write_text
 from ..io.run_dir import RunDirectory
 from ..models.load import check_base, load_tokenizer, meta_model
@@ -90,7 +90,7 @@ def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedD
         directory.create()
     write_text(directory.recipe, dump_recipe(recipe))
     for note in data.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", file=sys.stderr)
     return data
 
 

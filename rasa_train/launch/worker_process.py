@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import process
-from ..errors import Stopped, UserError, WorkerLost
+from ..errors import Stopped, UserError, WorkerLost, say
 from ..stop import StopSignal
 
 RECIPE, STOP, STARTED, OUTCOMES = "recipe.yaml", "stop", "started-", "outcomes"
@@ -55,7 +55,7 @@ def main(job: Path) -> int:
             return 2  # a restart cannot help
         restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if restart and rank == 0:
-            print(f"a worker has died; restart {restart}", file=sys.stderr)
+            say(f"a worker has died; restart {restart}", file=sys.stderr)
         try:
             import yaml
 
