@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -133,13 +134,12 @@ _END = object()
 
 
 def weight(value: Any) -> int:
-    """Return about the number of bytes of a value that JSON can hold: the characters of its texts, and some for the
-    rest."""
+    """Return about the number of bytes that a value takes in memory, which JSON can hold."""
     total, waiting = 0, [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, str | bytes):
-            total += len(value) + 8
+            total += sys.getsizeof(value)
         elif isinstance(value, Mapping):
             total += 64
             waiting += value.keys()
