@@ -52,13 +52,14 @@ def test_a_check_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_topics", lambda _: [(EVIL, True, EVIL)])
     result = object.__new__(CheckResult)
     result.__dict__.update(
-        estimate=None, samples=[[(EVIL, True)]], notes=[EVIL], problems=[check.Problem(message=EVIL)]
+        estimate=None, samples=[[(EVIL, True)]], notes=[EVIL], problems=[check.Problem("data", EVIL)]
     )
     result.show()
     assert f"[red]{SHOWN}" in screen.getvalue()
     assert screen.getvalue().count(SHOWN) == 6 and "\x1b]" not in screen.getvalue() and "\x07" not in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_the_reason_of_a_wrong_answer(tmp_path: Path, cli: Any) -> None:
     row = {"problem": "1 + 1", "answer": f"2{EVIL}", "response": f"The answer is: {EVIL}"}
     (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
@@ -72,7 +73,7 @@ def test_the_reason_of_a_wrong_answer(tmp_path: Path, cli: Any) -> None:
         ("train", ["check", f"r{EVIL}.yaml"]),
         ("train", [f"--x{EVIL}"]),
         ("eval", ["--score", f"s{EVIL}.jsonl"]),
-        ("merge", [f"m{EVIL}"]),
+        ("merge", [f"m{EVIL}", "--output", "out"]),
         ("report", [f"r{EVIL}"]),
     ],
 )
@@ -84,7 +85,7 @@ def test_an_error_that_names_a_file(command: str, arguments: list[str], cli: Any
 
 def test_a_line_above_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     reporter = object.__new__(Reporter)
-    reporter.console = Console(file=io.StringIO(), force_terminal=True, width=500)
+    reporter.console = Console(file=io.StringIO(), force_terminal=True, width=500, highlight=False)
     reporter.say(EVIL)
     assert harmless(reporter.console.file.getvalue())  # type: ignore[attr-defined]
 

@@ -17,6 +17,7 @@ _BLOCK = 1 << 20  # bytes or characters read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 MAX_ROW = 16 << 20
 """Bytes (or characters of JSON) that one row may have. What unpacks to more is an accident or an attack."""
+_MAX_BLANK = 1 << 20  # bytes between two rows
 _AT_A_TIME = (1000, 30, 1)
 """Rows of columnar files that are decoded at a time, and what is tried instead if they are too large together."""
 _MEMORY, _SECONDS = 512 << 20, 20  # of the child process that decodes columnar files; the seconds are for one row
@@ -116,8 +117,8 @@ def _line_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
-            if (blank := blank + len(line)) > MAX_ROW:
-                raise UserError(f"{where}: more than {MAX_ROW >> 20} MiB of empty lines", key="data.dataset")
+            if (blank := blank + len(line)) > _MAX_BLANK:
+                raise UserError(f"{where}: more than {_MAX_BLANK >> 20} MiB of empty lines", key="data.dataset")
             continue
         try:
             row = json.loads(line.decode())
@@ -172,8 +173,8 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
             start, at = at, _SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
             if at < len(buffer):
                 return buffer[at]
-            if (blank := blank + at - start) > MAX_ROW:
-                raise broken(f"more than {MAX_ROW >> 20} MiB of spaces", at)
+            if (blank := blank + at - start) > _MAX_BLANK:
+                raise broken(f"more than {_MAX_BLANK >> 20} MiB of spaces", at)
             if not more():
                 return ""
 
