@@ -46,7 +46,7 @@ def test_a_check_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     screen = io.StringIO()
     monkeypatch.setattr(
-        check, "Console", lambda **_: Console(file=screen, force_terminal=True, width=500, no_color=True)
+        check, "Console", lambda **given: Console(file=screen, force_terminal=True, width=500, no_color=True, **given)
     )
     monkeypatch.setattr(check, "_lines", lambda _: [("model", f"[red]{EVIL}")])
     monkeypatch.setattr(check, "_topics", lambda _: [(EVIL, True, EVIL)])

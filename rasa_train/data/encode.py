@@ -264,7 +264,8 @@ def _overlaps(begins: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np
         return np.zeros(len(begins), bool)
     starts, stops = np.array(spans, np.int64).T
     nearest = np.searchsorted(starts, ends, side="left") - 1  # the last span that starts before the token's end
-    return (nearest >= 0) & (stops[nearest] > begins)
+    hit: np.ndarray = (nearest >= 0) & (stops[nearest] > begins)
+    return hit
 
 
 def _question_spans(text: str) -> list[Span]:

@@ -270,7 +270,9 @@ def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk
         try:
             chunk.append((where, columns.extract(row, where), columns.variables(row, where)))
         except RecursionError:
-            raise UserError(f"{where}: lists in lists, too deep to be read; correct or remove this row") from None
+            raise UserError(
+                f"{where}: lists in lists, too deep to be read; correct or remove this row", key="data.dataset"
+            ) from None
         size += weight(chunk[-1])
         if len(chunk) == _CHUNK or size > _CHUNK_BYTES:
             yield chunk

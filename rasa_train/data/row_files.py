@@ -156,8 +156,7 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     """Rows of one JSON list, decoded one at a time: MetaMathQA is published as a single list of 400 MB."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
     decoder = json.JSONDecoder()
-    buffer, at, line = "", 0, 1  # text in hand, the place in it, the line its start is on
-    blank = 0  # spaces since the last row
+    buffer, at, line, blank = "", 0, 1, 0  # text in hand, the place in it, the line its start is on, spaces before it
 
     def more() -> bool:
         nonlocal buffer, at, line
