@@ -328,7 +328,8 @@ class HubSource:
             datasets.config.HF_HUB_OFFLINE = offline
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        return columnar_rows(lambda most: _rows(self._dataset, most), f"{self.name} [{self.split}]", None)
+        dataset = self._dataset  # loaded here, once, and not in the child process
+        return columnar_rows(lambda most: _rows(dataset, most), f"{self.name} [{self.split}]", None)
 
     def fingerprint(self) -> str:
         return "|".join(
