@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -49,6 +50,12 @@ def shown(text: str) -> str:
     """Return text of others as a terminal may be given it: control characters as escapes such as ``\\x1b``, and those
     that reorder text (bidirectional marks) or cannot be encoded likewise. Newlines, tabs and wide spaces stay."""
     return "".join(c if c.isprintable() or c in _SPACES else _escaped(c) for c in text)
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print text, in which names or values of others may be, as a terminal may be given it. ``file`` is stdout by
+    default."""
+    print(shown(str(text)), file=file, flush=True)
 
 
 _SPACES = {"\n", "\t", *(chr(i) for i in range(0xA0, 0x3001) if unicodedata.category(chr(i)) == "Zs")}

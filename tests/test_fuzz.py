@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import gzip
+import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +18,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +28,7 @@ from hypothesis import strategies as st
 
 from rasa_train.adapters.saved import read_adapter
 from rasa_train.data.columns import find_columns
+from rasa_train.data.prepare import _chunks
 from rasa_train.data.sources import find_source
 from rasa_train.errors import UserError
 from rasa_train.io.checkpoint_files import open_checkpoint
@@ -160,10 +166,10 @@ def test_ten_thousand_recipes(tmp_path: Path, **case: Any) -> None:
 
 def read_rows(path: Path) -> None:
     """Every row as training would read it, up to the tokenizer."""
-    columns = None
-    for where, row in find_source(str(path))[0].rows():
-        columns = columns or find_columns(row, where, None)
-        columns.extract(row, where)
+    rows = find_source(str(path))[0].rows()
+    if first := next(rows, None):
+        for _ in _chunks(itertools.chain([first], rows), find_columns(first[1], first[0], None)):
+            pass
 
 
 ROW = st.dictionaries(
@@ -245,6 +251,13 @@ def test_shard_names_stay_in_their_directory(name: str, tmp_path: Path) -> None:
     assert base_samples(str(base)) == {}, "nor are samples taken from outside"
 
 
+def parquet(column: str, values: Any) -> bytes:
+    """A file of 1 kB or less: equal values are written once."""
+    file = io.BytesIO()
+    pq.write_table(pa.table({column: values, "response": ["b"] * len(values)}), file, compression="zstd")
+    return file.getvalue()
+
+
 MILLION = gzip.compress(b"a" * 1_000_000)  # 1 kB
 HOSTILE: dict[str, bytes] = {
     "laughs.yaml": b"a0: &a0 [x, x]\n"
@@ -271,6 +284,13 @@ HOSTILE: dict[str, bytes] = {
     "nul.jsonl": b"\0" * 10_000_000,
     "bomb.jsonl.gz": gzip.compress(b'{"query": "') + MILLION * 1_000,
     "bomb.json.gz": gzip.compress(b'[{"query": "') + MILLION * 1_000,
+    "blank.jsonl.gz": gzip.compress(b'{"query": "a"}\n') + gzip.compress(b"\n" * 1_000_000) * 1_000,
+    "blank.json.gz": gzip.compress(b"[") + gzip.compress(b" " * 1_000_000) * 1_000,
+    "columns.jsonl": b"{" + b", ".join(b'"c%d": 1' % i for i in range(1_000_000)) + b"}\n",
+    "inner.jsonl": b'{"messages": [{"role": "user", "content": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}]}\n",
+    "brackets.jsonl": b'{"query": [' + b"[], " * 4_000_000 + b"[]]}\n",
+    "dictionary.parquet": parquet("query", pa.array(["a" * 5_000_000]).dictionary_encode().take([0] * 1000)),
+    "numbers.parquet": parquet("query", pa.ListArray.from_arrays([0, 20_000_000], np.zeros(20_000_000, np.int8))),
     "above.index.json": b'{"weight_map": {"a": "../model.safetensors"}}',
     "absolute.index.json": b'{"weight_map": {"a": "/etc/passwd.safetensors"}}',
     "nul.index.json": b'{"weight_map": {"a": "a\\u0000.safetensors"}}',

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..data.config import DataConfig
 from ..data.prepare import prepare
-from ..errors import UserError
+from ..errors import UserError, say
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 
@@ -147,4 +147,4 @@ def _peak(who: int) -> int:
 
 
 def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+    say(what, sys.stderr)

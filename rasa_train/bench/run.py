@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from ..errors import UserError, say
 from ..process import version_of, versions
 from ..training.memory_search import MARGIN
 from . import gate
@@ -124,7 +124,7 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
     skipped = {e.label: f"{e.needs} is not installed" for e in chosen if e.missing}
     chosen = [e for e in chosen if not e.missing]
 
-    print("checking that each engine computes its method", file=sys.stderr)
+    say("checking that each engine computes its method", file=sys.stderr)
     verdicts = {e.label: gate.check(e, device, fused=protocol.fused) for e in chosen}
     chosen = [e for e in chosen if verdicts[e.label].passed]
 
@@ -158,7 +158,7 @@ class Contest:
 
     def enter(self, engine: Engine) -> None:
         """Build an engine and measure the memory of a step."""
-        print(f"building {title(engine.label)}", file=sys.stderr)
+        say(f"building {title(engine.label)}", file=sys.stderr)
         try:
             self._build(engine)
             return
@@ -180,7 +180,7 @@ class Contest:
         """Drop an engine that ran out of memory, and free what it holds."""
         if label == BASE:
             raise torch.OutOfMemoryError("the frozen base alone does not fit")
-        print(f"{title(label)} does not fit", file=sys.stderr)
+        say(f"{title(label)} does not fit", file=sys.stderr)
         self.misfits[label] = f"out of memory {doing} with {self.problem.tokens:,} tokens"
         self._ready.pop(label, None)
         if self.device.type == "cuda":
@@ -189,7 +189,7 @@ class Contest:
     def timings(self) -> dict[Label, Timing]:
         """Time the engines. Returns a timing for each engine that fits in memory."""
         protocol = self.protocol
-        print(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
+        say(f"timing {protocol.warmup} + {protocol.rounds} rounds", file=sys.stderr)
         times = interleaved(
             self._ready,
             warmup=protocol.warmup,

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -17,7 +18,7 @@ from .. import process
 from ..adapters.sites import not_adapted
 from ..data.prepare import PreparedData, prepare
 from ..data.sources import SourceMissing
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..merging import merged
 from ..methods.from_peft import Peft
 from ..models.load import check_base, has_weights, load_tokenizer
@@ -100,24 +101,25 @@ class CheckResult:
         rows = _lines(self.estimate)
         if whole:
             width = max(len(name) for name, _ in rows)
-            console.print(*(f"{name:<{width}} {value}" for name, value in rows), sep="\n", markup=False, soft_wrap=True)
+            lines = (shown(f"{name:<{width}} {value}") for name, value in rows)
+            console.print(*lines, sep="\n", markup=False, soft_wrap=True)
         else:
             table = Table(show_header=False, box=None, pad_edge=False)
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*(escape(shown(cell)) for cell in row))
             console.print(table)
         for i, pieces in enumerate(self.samples):
             console.print(f"\nsample {i + 1} (what is trained on is marked »like this«)", style="bold")
             marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
-            console.print(marked, markup=False, soft_wrap=whole)
+            console.print(shown(marked), markup=False, soft_wrap=whole)
         console.print()
         for topic, fine, words in _topics(self):
             line = f"{'ok ' if fine else '-- '} {topic}: {words}"
-            console.print(line, style="green" if fine else "red", markup=False, soft_wrap=whole)
+            console.print(shown(line), style="green" if fine else "red", markup=False, soft_wrap=whole)
         for note in self.notes:
-            console.print(f"note: {note}", markup=False, soft_wrap=whole)
+            console.print(shown(f"note: {note}"), markup=False, soft_wrap=whole)
         for problem in self.problems:
-            console.print(f"not ready: {problem.message}", style="red", markup=False, soft_wrap=whole)
+            console.print(shown(f"not ready: {problem.message}"), style="red", markup=False, soft_wrap=whole)
         if self.ready:
             console.print("ready to train", style="green")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, say, shown
 from .errors import Command, Group, start, user_errors
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def reconstruct(
             ["kind", "updates", "LoRA", *(f"k={n}" for n in ks)],
             rows,
         )
-        print(said)
+        say(said)
 
 
 @app.command(cls=Command)
@@ -280,18 +280,19 @@ def _save(directory: Path, figures: Mapping[str, Figure]) -> None:
             save(figure, directory / name)
     except OSError as error:
         raise UserError(f"--plots {directory} cannot be written: {error.strerror or error}") from None
-    print(f"{2 * len(figures)} pictures in {directory}", file=sys.stderr)
+    say(f"{2 * len(figures)} pictures in {directory}", file=sys.stderr)
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(shown(cell)) for cell in row))
     Console(highlight=False).print(table)
 
 

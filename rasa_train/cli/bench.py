@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .errors import Command, start, user_errors
 
 app = typer.Typer(
@@ -105,7 +105,7 @@ def bench(
             from ..bench.run import count_all
 
             counted = count_all(shape or "llama-3.1-8b", dropout, Choice.read(engines, methods))
-            print(json.dumps(counted.as_json()) if as_json else counters_table(counted))
+            print(json.dumps(counted.as_json()) if as_json else shown(counters_table(counted)))
             return
         if data:
             if tokenizer is None:
@@ -115,7 +115,7 @@ def bench(
 
             with redirect_stdout(sys.stderr):  # DeepSpeed may print that there is no GPU; stdout is for the result
                 measured = measure(tokenizer, rows)
-            print(json.dumps(measured) if as_json else data_table(measured))
+            print(json.dumps(measured) if as_json else shown(data_table(measured)))
             return
         import torch
 
@@ -135,7 +135,7 @@ def bench(
         if protocol.fused and (why := fusable("llama")):
             raise UserError(f"--kernels liger cannot be used: {why}", key="--kernels")
         result = compare(shape or ("llama-3.1-8b" if on_gpu else LINEARS), workload, tokens, protocol, where)
-        print(json.dumps(result.as_json()) if as_json else table(result))
+        print(json.dumps(result.as_json()) if as_json else shown(table(result)))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, say
 from ..io import streams
 from ..io.home import expanded
 from ..stop import requests
@@ -49,7 +49,7 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except USAGE_ERROR as error:
-        print(f"error: {error.format_message().rstrip('.')} (--help lists the options)", file=sys.stderr)
+        say(f"error: {error.format_message().rstrip('.')} (--help lists the options)", file=sys.stderr)
         sys.exit(USER_ERROR)
 
 
@@ -122,10 +122,10 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(stop, file=sys.stderr)
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

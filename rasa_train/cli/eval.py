@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .errors import Command, start, stoppable, user_errors
+from ..errors import say, shown
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress
@@ -95,7 +96,7 @@ def evaluate(
                     suites, data, limit, base, backend, dtype, batch_tokens, fresh, allow_unsandboxed, trust_remote_code
                 )
                 output_object = _evaluate(str(target), options, all_checkpoints, output)
-        print(json.dumps(output_object) if as_json else _describe(output_object))
+        print(json.dumps(output_object) if as_json else shown(_describe(output_object)))
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def _evaluate(target: str, options: Any, all_checkpoints: bool, output: Path | N
 
     subjects = find_subjects(target, all_checkpoints=all_checkpoints, output=output)
     with StopSignal() as stop:
-        evaluation = Evaluation(options, lambda text: print(text, file=sys.stderr), _reporter, stop)
+        evaluation = Evaluation(options, lambda text: say(text, sys.stderr), _reporter, stop)
         found, table = evaluate_all(subjects, evaluation)
     return {"results": found, "best_last": table, "directory": str(subjects[0].results)}
 
@@ -151,19 +152,19 @@ def _metrics(result: dict[str, Any]) -> list[str]:
 def _reporter(title: str) -> Callable[[Progress], None]:
     """Return a callback that shows progress on stderr: one line that is rewritten in a terminal, elsewhere about ten
     lines in all."""
-    shown = -1
+    share_shown = -1
 
     def report(progress: Progress) -> None:
-        nonlocal shown
+        nonlocal share_shown
         share = progress.done * 10 // max(progress.total, 1)
         speed = f"  {progress.tokens_per_second:,.0f} tok/s" if progress.tokens else ""
         left = f"  {progress.seconds_left:,.0f} s left" if progress.done < progress.total else ""
-        line = f"{title}: {progress.done}/{progress.total}{speed}{left}"
+        line = shown(f"{title}: {progress.done}/{progress.total}{speed}{left}")
         if sys.stderr.isatty():
             print(f"\r\033[K{line}", end="" if left else "\n", file=sys.stderr, flush=True)
-        elif share != shown:
+        elif share != share_shown:
             print(line, file=sys.stderr)
-        shown = share
+        share_shown = share
 
     return report
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, say, shown
 from .completion import nearby
 from .errors import Command, DefaultVerb, start, user_errors
 
@@ -209,7 +209,7 @@ def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]
     if adapter is not None:
         directory = find_adapter(adapter)
         if directory not in (adapter, adapter / "adapter"):
-            print(f"{adapter} has no adapter/ yet: using its newest checkpoint, {directory.name}", file=sys.stderr)
+            say(f"{adapter} has no adapter/ yet: using its newest checkpoint, {directory.name}", file=sys.stderr)
         return directory, adapter
     weighted = []
     for item in adapters or ():
@@ -267,8 +267,8 @@ def _finish(
         from ..merging import hub
 
         hub.write_card(Path(report.output), run, facts)
-        print(hub.push(Path(report.output), push, upload=upload), file=sys.stderr if as_json else sys.stdout)
-    print(json.dumps(facts) if as_json else _describe(report, verified))
+        say(hub.push(Path(report.output), push, upload=upload), file=sys.stderr if as_json else sys.stdout)
+    print(json.dumps(facts) if as_json else shown(_describe(report, verified)))
 
 
 def _describe(report: MergeReport | ExportReport | ExtractReport, verified: VerifyReport | None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import Command, start, user_errors
+from ..errors import say
 
 if TYPE_CHECKING:
     from ..report.runs import Run
@@ -62,11 +63,11 @@ def report(
             return
         while live and any(run.state != "complete" for run in found):
             _write(output, render(found, reload_seconds=every))
-            print(f"{output}: {_states(found)}", file=sys.stderr)
+            say(f"{output}: {_states(found)}", file=sys.stderr)
             time.sleep(every)
             found = read_runs(find_runs(runs))
         _write(output, render(found))
-        print(f"{output}: {_states(found)}")
+        say(f"{output}: {_states(found)}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, say, shown
 from ..recipe import shipped
 from ..stop import PARENT, die_with
 from .completion import nearby
@@ -153,7 +153,7 @@ def run(
                 sys.exit(2)
             raise
         for notice in loaded.notices if first else ():
-            print(notice, file=sys.stderr)
+            say(notice, file=sys.stderr)
         try:
             from ..launch.launch import launch, number
             from ..launch.supervisor import Workers, WorkersFailed
@@ -165,7 +165,7 @@ def run(
             try:
                 finished = launch(loaded.recipe, workers, fresh=fresh)
             except WorkersFailed as error:
-                print(f"error: {error}", file=sys.stderr)
+                say(f"error: {error}", file=sys.stderr)
                 sys.exit(1)
         except UserError as error:
             raise loaded.explain(error) from None
@@ -195,7 +195,7 @@ def check(
 @app.command("list", cls=Command)
 def list_(as_json: AsJson = False) -> None:
     """List the shipped recipes with parameters and memory of each."""
-    print(json.dumps({"recipes": shipped.measured()}) if as_json else shipped.table())
+    print(json.dumps({"recipes": shipped.measured()}) if as_json else shown(shipped.table()))
 
 
 @app.command("copy", cls=Command)
@@ -214,7 +214,7 @@ def copy(
             raise UserError(MISSING)
         from ..recipe.load import copy_recipe
 
-        print(copy_recipe(recipe, destination))
+        say(copy_recipe(recipe, destination))
 
 
 @app.command("schema", cls=Command)
@@ -232,16 +232,16 @@ def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool)
     output_dir = recipe.output_dir
     loss = "unknown" if summary["loss"] is None else f"{summary['loss']:.4f}"  # every step may have been skipped
     if was_complete:
-        print(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
+        say(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
-        print(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
+        say(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
         from ..methods.from_peft import Peft
 
         if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:
-            print(f"{recipe.adapter.peft_type} adds to the prompt, not to weights, so it cannot be merged or evaluated")
-            print(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
+            say(f"{recipe.adapter.peft_type} adds to the prompt, not to weights, so it cannot be merged or evaluated")
+            say(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
         else:
-            print(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
+            say(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 
 
 def _sweep(
@@ -255,20 +255,17 @@ def _sweep(
     points = grid(recipe, overrides, sweeps)
     if print_commands:
         lines = commands(points, flags)
-        print(json.dumps(lines) if as_json else "\n".join(lines))
+        print(json.dumps(lines) if as_json else shown("\n".join(lines)))
         return 0
     flags = [*flags, "--json"] if as_json else flags
-    outcomes = run(points, flags, lambda line: print(line, file=sys.stderr, flush=True), capture=as_json)
+    outcomes = run(points, flags, lambda line: say(line, sys.stderr), capture=as_json)
     failed = [outcome for outcome in outcomes if outcome.exit_code]
     if as_json:
         print(json.dumps({"runs": [outcome.as_json() for outcome in outcomes]}))
     else:
-        print(
-            f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done",
-            *(f"  failed: {o.point.name}" for o in failed),
-            sep="\n",
-        )
-        print(f"compare them with: rasa-report {points[0].output_dir.parent}")
+        failures = [f"  failed: {o.point.name}" for o in failed]
+        say("\n".join([f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", *failures]))
+        say(f"compare them with: rasa-report {points[0].output_dir.parent}")
     return failed[0].exit_code if failed else 0
 
 

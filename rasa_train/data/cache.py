@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..io.atomic import DRAFT, draft_name, lock, remove_drafts
+from ..errors import shown
 from .encode import Example, targets
 
 FORMAT = 2
@@ -193,7 +194,7 @@ def read_stats(directory: Path, key: str) -> dict[str, Any] | None:
                 raise ValueError(f"{name} is damaged")
         return dict(meta["stats"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("tokenised data in %s cannot be used (%s) and is made again", directory, error)
+        _log.warning("tokenised data in %s cannot be used (%s) and is made again", directory, shown(str(error)))
         return None
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..io.bounded import Child, Exceeded
 from .columns import Message, Variables, text_of
 
 DATE = datetime(2024, 7, 26)
@@ -23,17 +25,30 @@ _NOW = re.compile(
     r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>(?:(?!(?P=quote))[^\\])*)(?P=quote)\s*\)"""
 )
 _PROBE = "quokka"
+_MEMORY, _SECONDS, _LONGEST = 512 << 20, 20, 32 << 20  # for one conversation; the last is in bytes of its text
+_LONGEST_TEMPLATE = 1 << 20  # characters; those of published models have 30,000 or less
 Span = tuple[int, int]  # characters [start, end)
+Conversation = tuple[str, list[Message], Variables]
+"""Place of a row, its messages as ``Columns.extract`` returns them, and what it gives to the template beside."""
+
+
+class Rendered(NamedTuple):
+    """Text of a conversation, and the characters of it that the assistant writes. ``marked`` tells that the template's
+    own marks say so."""
+
+    text: str
+    spans: list[Span]
+    marked: bool
 
 
 class ChatTemplate:
     """The chat template of a tokenizer.
 
-    What the template can take is found by trying it: whether the content of a message is text or a list of parts,
-    whether the arguments of a tool call are an object or JSON text, and whether a tool call may have no content.
+    A template is a program of whoever made the model, so it runs in a child process whose memory and time are bounded.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the template asks for the date in an unknown way.
+        UserError: the tokenizer has no chat template, or the template asks for the date in an unknown way, or takes too
+            much memory or time.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,10 +59,90 @@ class ChatTemplate:
                 key="data.template",
             )
         self._tokenizer = tokenizer
+        self._child: Child | None = None
+        self.names: frozenset[str]
+        """Names of the columns that the template uses, apart from the messages."""
+        self.prints_the_date: bool
+        try:
+            [(self.names, self.prints_the_date)] = self._ask(None)
+        except Exceeded as error:
+            raise _exceeded("", error) from None
+
+    def render(self, conversations: Sequence[Conversation], supervise: str) -> Iterator[Rendered]:
+        """Yield the text of each conversation.
+
+        Raises:
+            UserError: the template refuses a conversation, or takes too much memory or time for it.
+        """
+        try:
+            yield from self._ask((conversations, supervise))
+        except Exceeded as error:
+            raise _exceeded(f"{conversations[error.done][0]}: ", error) from None
+
+    def _ask(self, request: Any) -> Iterator[Any]:
+        if self._child is None:
+            self._child = Child(_Answers(self._tokenizer), memory=_MEMORY, seconds=_SECONDS, largest=_LONGEST)
+        return self._child.ask(request)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_child": None}  # another process makes a child of its own
+
+
+def _exceeded(where: str, error: Exceeded) -> UserError:
+    what = {
+        "memory": f"takes more than {_MEMORY >> 20:,} MiB of memory",
+        "time": f"computes for more than {_SECONDS} s",
+        "large": f"writes more than {_LONGEST >> 20} MiB of text",
+    }[error.what]
+    of = "this conversation" if where else "a conversation of two words"
+    return UserError(
+        f"{where}the tokenizer's chat template {what} for {of}; correct chat_template.jinja (or chat_template in "
+        "tokenizer_config.json), name another tokenizer in model.tokenizer, or set data.template: alpaca",
+        key="data.template",
+    )
+
+
+class _Answers:
+    """What the child process answers: facts about the template, or the texts of conversations."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._template: _Template | None = None
+
+    def __call__(self, request: tuple[Sequence[Conversation], str] | None) -> Iterator[Any]:
+        template = self._template = self._template or _Template(self._tokenizer)
+        if request is None:
+            yield template.names, template.prints_the_date
+            return
+        conversations, supervise = request
+        for where, messages, variables in conversations:
+            if supervise == "response" and template.marks_turns(variables):
+                yield Rendered(*template.render_marked(messages, variables, where), True)
+                continue
+            text = template.render(messages, variables, where)
+            everything = supervise == "all"
+            yield Rendered(
+                text, [(0, len(text))] if everything else template.turns(messages, variables, text, where), False
+            )
+
+
+class _Template:
+    """The chat template itself.
+
+    What the template can take is found by trying it: whether the content of a message is text or a list of parts,
+    whether the arguments of a tool call are an object or JSON text, and whether a tool call may have no content.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
         try:
             sources = [tokenizer.get_chat_template(tools=tools) for tools in (None, [dict[str, Any]()])]
         except ValueError as error:  # several templates, and none of them is the default
             raise UserError(f"the tokenizer's chat template: {error}", key="data.template") from None
+        if max(map(len, sources)) > _LONGEST_TEMPLATE:
+            raise UserError(
+                f"the tokenizer's chat template has more than {_LONGEST_TEMPLATE:,} characters", key="data.template"
+            )
         self.prints_the_date = any(re.search(r"\bstrftime_now\s*\(", source) for source in sources)
         self._sources = [_with_fixed_date(source) for source in sources]
         taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | tokenizer.special_tokens_map.keys()
@@ -63,10 +158,8 @@ class ChatTemplate:
         """Whether the template delimits what the assistant writes by {% generation %} marks."""
         return bool(_GENERATION.search(self._source(variables)))
 
-    def render(
-        self, messages: list[Message], variables: Variables, where: str, *, tokenize: bool = False, **options: Any
-    ) -> Any:
-        """Return the text of a conversation, or its tokens.
+    def render(self, messages: list[Message], variables: Variables, where: str, **options: Any) -> str:
+        """Return the text of a conversation.
 
         Args:
             messages: as ``Columns.extract`` returns them.
@@ -76,16 +169,25 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the conversation.
         """
-        try:
-            fitting = [self._fitting(message) for message in messages]
-            made = self._apply(fitting, variables, tokenize=tokenize, **options)
-            if isinstance(made, str):
-                made.encode()  # half a surrogate pair in a tool is not a character for any tokenizer
+        with _refusals(where):
+            made = str(self._apply([self._fitting(message) for message in messages], variables, **options))
+            made.encode()  # half a surrogate pair in a tool is not a character for any tokenizer
             return made
-        except Exception as error:  # a template may raise anything: an error of its own, or of a missing key
-            raise UserError(
-                f"{where}: the tokenizer's chat template refuses this conversation: {error}", key="data.dataset"
-            ) from error
+
+    def render_marked(self, messages: list[Message], variables: Variables, where: str) -> tuple[str, list[Span]]:
+        """Return the text of a conversation, and the characters between the template's marks. Raises as ``render``."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _refusals(where):
+            given = [{k: v for k, v in self._fitting(m).items() if v is not None} for m in messages]
+            [text], [spans] = render_jinja_template(
+                conversations=[given],
+                chat_template=self._source(variables),
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **variables},
+            )
+            text.encode()
+            return text, spans
 
     def turns(self, messages: list[Message], variables: Variables, text: str, where: str) -> list[Span]:
         """Return the characters of the assistant's turns in ``text``: each from the end of the text before (with the
@@ -110,7 +212,9 @@ class ChatTemplate:
 
     def _apply(self, messages: list[Any], variables: Variables, **options: Any) -> Any:
         source = self._source(variables)
-        return self._tokenizer.apply_chat_template(messages, chat_template=source, **variables, **options)
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, **variables, **options
+        )
 
     def _source(self, variables: Variables) -> str:
         return self._sources["tools" in variables]
@@ -166,9 +270,23 @@ class ChatTemplate:
 
     def _text(self, messages: list[Any]) -> str:
         try:
-            return str(self._apply(messages, {}, tokenize=False))
-        except Exception:  # see ``render``
+            return str(self._apply(messages, {}))
+        except MemoryError:
+            raise
+        except Exception:  # see ``_refusals``
             return ""
+
+
+@contextlib.contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # a template may raise anything: an error of its own, or of a missing key
+        raise UserError(
+            f"{where}: the tokenizer's chat template refuses this conversation: {str(error)[:1000]}", key="data.dataset"
+        ) from error
 
 
 def _with_fixed_date(source: str) -> str:
@@ -185,10 +303,10 @@ def _with_fixed_date(source: str) -> str:
 
 def _names(source: str) -> frozenset[str]:
     """Return the names that a template looks up in what it is given."""
-    import jinja2
     import jinja2.meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])  # constants are evaluated
     try:
         found = jinja2.meta.find_undeclared_variables(environment.parse(_MARKS.sub("", source)))
     except jinja2.TemplateError:  # each row says so

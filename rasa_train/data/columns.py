@@ -1,17 +1,21 @@
 """The meaning of a row: a query and its response, a conversation, or tokens that are ready."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ..errors import UserError
+from ..errors import UserError, some
 
 Row = Mapping[str, object]
 Kind = Literal["pair", "messages", "tokens"]
 OPTIONAL = {"input", "tools"}
 """Our names of the columns that ``data.columns`` may name and that a row may leave out."""
 _LISTS = {"tools", "documents"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_MOST_UNUSED, _LONGEST_NAME = 1000, 100  # columns that are told, and characters of a name
 
 # Known pairs of (query column, response column), in the order in which they are looked for.
 _PAIRS = (
@@ -94,7 +98,9 @@ class Columns:
         if isinstance(more := row.get("chat_template_kwargs"), Mapping):
             values |= {name: value for name, value in more.items() if name in self.wanted}
             used |= {"chat_template_kwargs"} if more.keys() <= self.wanted else set()
-        self.unused.update(name for name, value in row.items() if name not in used and value is not None)
+        for name, value in row.items():
+            if name not in used and value is not None and len(self.unused) < _MOST_UNUSED:
+                self.unused.add(str(name)[:_LONGEST_NAME])
         self.absent.difference_update(row)
         return {name: _without_nulls(value) for name, value in values.items() if name not in _LISTS or value}
 
@@ -132,20 +138,21 @@ def find_columns(row: Row, where: str, configured: Mapping[str, str] | None, wan
             return Columns("pair", found | {"input": "input"} if query == "instruction" else found, names)
     known = ", ".join("/".join(pair) for pair in _PAIRS)
     raise UserError(
-        f"{where}: there are no known columns among {_listed(row)}; known are input_ids, messages, {known}. "
+        f"{where}: there are no known columns among {listed(row)}; known are input_ids, messages, {known}. "
         "Say which to use with data.columns: {query: <column>, response: <column>}",
         key="data.columns",
     )
 
 
-def _listed(row: Row) -> str:
-    return ", ".join(map(str, row)) or "(none)"
+def listed(row: Row) -> str:
+    """Return the names of a row's columns, for a message."""
+    return some([str(name)[:_LONGEST_NAME] for name in row], 50) or "(none)"
 
 
 def _present(row: Row, name: str, where: str) -> None:
     if name not in row:
         raise UserError(
-            f"{where}: there is no column {name!r}; this row has {_listed(row)}. Correct the file, or name the right "
+            f"{where}: there is no column {name!r}; this row has {listed(row)}. Correct the file, or name the right "
             "columns in data.columns",
             key="data.columns",
         )
@@ -273,5 +280,5 @@ def _check_unicode(text: str, name: str, where: str) -> None:
 def _kind_of(value: object) -> str:
     if value is None:
         return "null"
-    shown = repr(value)
+    shown = _SHORT.repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"

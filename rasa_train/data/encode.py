@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .chat import ChatTemplate, Span
+from .chat import ChatTemplate, Conversation, Span
 from .columns import Kind, Message, Variables, text_of
 from .config import DataConfig
 
@@ -21,6 +21,8 @@ IGNORE = -100
 _PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
+_ENOUGH, _MARGIN = 1 << 16, 1024
+"""Characters that are tokenised at first, and tokens beyond max_length on which the cut could have an effect."""
 _INSTRUCTION = "### Instruction:\n"
 _RESPONSE = "### Response:\n"
 EncoderRow = tuple[str, Any, Variables]
@@ -193,7 +195,7 @@ class Encoder:
             texts.append(f"{prompt}{response}{' ' if alpaca else ''}{self.eos}")
             starts.append(len(prompt))
         for text, start, encoding in zip(texts, starts, self._tokenise(texts), strict=True):
-            ids, begins, ends = encoding
+            ids, begins, ends = _tokens(encoding)
             if self.config.supervise == "all":
                 supervised = np.ones(len(ids), bool)
             elif self.config.supervise == "paper":
@@ -202,29 +204,53 @@ class Encoder:
                 supervised = _overlaps(begins, np.maximum(ends, begins + 1), [(start, len(text))])
             yield _masked(ids, supervised)
 
-    def _tokenise(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield, for each text, the ids and the characters [begin, end) of each token, which may be empty (byte-level
-        lone spaces)."""
-        for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
-            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            yield np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]
+    def _tokenise(self, texts: list[str]) -> Iterator[Any]:
+        """Yield the encoding of each text; of a very long text, that of a beginning which is longer than max_length
+        tokens, since no more of it is kept."""
+        most = self.config.max_length
+        enough = max(_ENOUGH, 16 * most)
+        encoded = self.backend.encode_batch([text[:enough] for text in texts], add_special_tokens=False)
+        for text, encoding in zip(texts, encoded, strict=True):
+            at = enough
+            while at < len(text) and len(encoding) < most + _MARGIN:
+                at *= 2
+                encoding = self.backend.encode(text[:at], add_special_tokens=False)
+            yield encoding
 
     # Conversations in the tokenizer's chat template
 
     def _chat(self, rows: Sequence[EncoderRow], chat: ChatTemplate) -> Iterator[Example]:
+        given: list[Conversation] = []
         for where, parts, variables in rows:
             messages = parts
             if self.kind == "pair":
                 messages = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
-            if self.config.supervise == "response" and chat.marks_turns(variables):
-                out = chat.render(messages, variables, where, tokenize=True, return_assistant_tokens_mask=True)
-                yield _masked(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
-                continue
-            text = chat.render(messages, variables, where)
-            everything = self.config.supervise == "all"
-            spans = [(0, len(text))] if everything else chat.turns(messages, variables, text, where)
-            ids, begins, ends = next(self._tokenise([text]))
-            yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
+            given.append((where, messages, variables))
+        for text, spans, marked in chat.render(given, self.config.supervise):
+            encoding = next(self._tokenise([text]))
+            ids, begins, ends = _tokens(encoding)
+            if marked:
+                yield _masked(ids, _between_marks(encoding, spans))
+            else:
+                yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
+
+
+def _tokens(encoding: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids and the characters [begin, end) of each token, which may be empty (byte-level lone spaces)."""
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    return np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]
+
+
+def _between_marks(encoding: Any, spans: Sequence[Span]) -> np.ndarray:
+    """Return which tokens the assistant writes, as ``apply_chat_template(return_assistant_tokens_mask=True)`` does."""
+    hit = np.zeros(len(encoding), bool)
+    for start, end in spans:
+        first = encoding.char_to_token(start)
+        if first is None:  # beyond the tokens that are kept
+            break
+        last = encoding.char_to_token(end - 1) if end else None
+        hit[first : last + 1 if last else None] = True
+    return hit
 
 
 def _masked(ids: np.ndarray, supervised: np.ndarray) -> Example:
@@ -232,10 +258,13 @@ def _masked(ids: np.ndarray, supervised: np.ndarray) -> Example:
 
 
 def _overlaps(begins: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Return which tokens [begin, end) share a character with one of the spans; bool, one per token."""
-    hit = np.zeros(len(begins), bool)
-    for start, end in spans:
-        hit |= (begins < end) & (ends > start)
+    """Return which tokens [begin, end) share a character with one of the spans, which are in order; bool, one per
+    token."""
+    if not spans:
+        return np.zeros(len(begins), bool)
+    starts, stops = np.array(spans, np.int64).T
+    nearest = np.searchsorted(starts, ends, side="left") - 1  # the last span that starts before the token's end
+    hit: np.ndarray = (nearest >= 0) & (stops[nearest] > begins)
     return hit
 
 

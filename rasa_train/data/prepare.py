@@ -19,6 +19,7 @@ import numpy as np
 from .. import process
 from ..errors import UserError, some
 from ..stop import die_with
+from ..io.bounded import weight
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns
@@ -26,7 +27,7 @@ from .config import DataConfig, ValidationConfig
 from .encode import Encoded, Encoder, EncoderRow, plain_backend
 from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
 
-_CHUNK = 256  # rows
+_CHUNK, _CHUNK_BYTES = 256, 8 << 20  # rows, and about the bytes of their texts
 _MOST_NAMES = 20  # of columns, in a message
 _SEED = 42  # the seed of the reference's data scaling runs
 Chunk = list[EncoderRow]
@@ -265,8 +266,20 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
 
 
 def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk]:
-    extracted = ((where, columns.extract(row, where), columns.variables(row, where)) for where, row in rows)
-    while chunk := list(itertools.islice(extracted, _CHUNK)):
+    chunk: Chunk = []
+    size = 0
+    for where, row in rows:
+        try:
+            chunk.append((where, columns.extract(row, where), columns.variables(row, where)))
+        except RecursionError:
+            raise UserError(
+                f"{where}: lists in lists, too deep to be read; correct or remove this row", key="data.dataset"
+            ) from None
+        size += weight(chunk[-1])
+        if len(chunk) == _CHUNK or size > _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 

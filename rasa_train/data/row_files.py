@@ -5,19 +5,23 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UserError
+from ..io.bounded import Child, Exceeded, weight
 from .columns import Row
 
 _BLOCK = 1 << 20  # bytes or characters read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
-ROWS = 1000
-"""Rows that are decoded at a time from columnar files."""
-MAX_ROW = 64 << 20
-"""Bytes or characters of JSON that one row may have. What unpacks to more is an accident or an attack."""
+MAX_ROW = 16 << 20
+"""Bytes (or characters of JSON) that one row may have. What unpacks to more is an accident or an attack."""
+_MAX_BLANK = 1 << 20  # bytes between two rows
+_AT_A_TIME = (1000, 30, 1)
+"""Rows of columnar files that are decoded at a time, and what is tried instead if they are too large together."""
+_MEMORY, _SECONDS = 512 << 20, 20  # of the child process that decodes columnar files; the seconds are for one row
+_UNPACKED, _TIMES = 256 << 20, 1000  # bytes that any file may unpack to, and how many times its size a large one may
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -34,21 +38,78 @@ def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
     import pyarrow.parquet
 
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(ROWS):
-                for row in batch.to_pylist():
+    def rows(size: int) -> Iterator[Row]:
+        try:
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as file:
+                for batch in file.iter_batches(size, use_threads=False):
+                    yield from batch.to_pylist()
+        except MemoryError:
+            raise
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not a readable parquet file: {error}", key="data.dataset") from error
+
+    path.open("rb").close()  # what cannot be read is an error of this process
+    return columnar_rows(rows, str(path), path.stat().st_size)
+
+
+def columnar_rows(
+    rows: Callable[[int], Iterable[Row]], name: str, size: int | None, mapped: int = 0
+) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a columnar file, which a child process decodes within bounds: a few bytes can stand for any
+    number of equal values.
+
+    Args:
+        rows: returns the rows, decoding the given number at a time.
+        name: the file, for messages.
+        size: bytes of the file, if it may be from anybody.
+        mapped: bytes of the files that ``rows`` maps into memory.
+    Raises:
+        UserError: a row is too large, or all are together.
+    """
+
+    def decoded(request: tuple[int, int]) -> Iterator[Row]:
+        import pyarrow
+
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve more than the child may have
+        at_a_time, start = request
+        total = 0
+        most = None if size is None else max(_UNPACKED, _TIMES * size)
+        for number, row in enumerate(rows(at_a_time), 1):
+            total += weight(row)
+            if most is not None and total > most:
+                raise UserError(
+                    f"{name} row {number}: the rows up to this one are more than {most >> 20:,} MiB, in a file of "
+                    f"{size:,} bytes; if they are meant, write them as .jsonl",
+                    key="data.dataset",
+                )
+            if number > start:
+                yield row
+
+    number, problem = 0, Exceeded("memory", 0)
+    for at_a_time in _AT_A_TIME:
+        start = number
+        try:
+            with Child(decoded, memory=_MEMORY + mapped, seconds=_SECONDS, largest=MAX_ROW) as child:
+                for row in child.ask((at_a_time, start)):
                     number += 1
-                    yield f"{path} row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}", key="data.dataset") from error
+                    yield f"{name} row {number}", row
+            return
+        except Exceeded as error:
+            problem = Exceeded(error.what, start + error.done)
+            if error.what != "memory":  # fewer rows at a time would not help
+                break
+    what = {
+        "memory": f"needs more than {_MEMORY >> 20:,} MiB of memory",
+        "time": f"takes more than {_SECONDS} s to read",
+        "large": f"is a row of more than {MAX_ROW >> 20} MiB",
+    }[problem.what]
+    raise UserError(f"{name} row {problem.done + 1}: {what}; correct or remove this row", key="data.dataset")
 
 
 def _line_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    blank = 0
     for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), b""), 1):
         where = f"{path}:{number}"
         if len(line) > MAX_ROW:
@@ -56,6 +117,8 @@ def _line_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
+            if (blank := blank + len(line)) > _MAX_BLANK:
+                raise UserError(f"{where}: more than {_MAX_BLANK >> 20} MiB of empty lines", key="data.dataset")
             continue
         try:
             row = json.loads(line.decode())
@@ -71,6 +134,7 @@ def _line_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
                 key="data.dataset",
             ) from None
         yield where, _object(row, where)
+        blank = 0
 
 
 def _object(row: Any, where: str) -> Row:
@@ -92,7 +156,7 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     """Rows of one JSON list, decoded one at a time: MetaMathQA is published as a single list of 400 MB."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
     decoder = json.JSONDecoder()
-    buffer, at, line = "", 0, 1  # text in hand, the place in it, the line its start is on
+    buffer, at, line, blank = "", 0, 1, 0  # text in hand, the place in it, the line its start is on, spaces before it
 
     def more() -> bool:
         nonlocal buffer, at, line
@@ -103,16 +167,19 @@ def _list_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
         return bool(added)
 
     def next_character() -> str:
-        nonlocal at
+        nonlocal at, blank
         while True:
-            at = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
+            start, at = at, _SPACE.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
             if at < len(buffer):
                 return buffer[at]
+            if (blank := blank + at - start) > _MAX_BLANK:
+                raise broken(f"more than {_MAX_BLANK >> 20} MiB of spaces", at)
             if not more():
                 return ""
 
     def next_value() -> Any:
-        nonlocal at
+        nonlocal at, blank
+        blank = 0
         while True:
             try:
                 value, at = decoder.raw_decode(buffer, at)

@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, some
+from ..io.json_file import field, read_object
 from .columns import Row
-from .row_files import ROWS, file_rows
+from .row_files import columnar_rows, file_rows
 
 BUILT_IN = {
     "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
@@ -116,8 +117,8 @@ def splits_of(dataset: str) -> tuple[str, ...] | None:
         return None
     if (listed := path / "dataset_dict.json").exists():
         try:
-            return tuple(json.loads(listed.read_bytes())["splits"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return tuple(map(str, field(read_object(listed), "splits", list, listed)))
+        except (OSError, UserError):
             return ()
     if (path / "state.json").exists():
         return ()
@@ -243,31 +244,40 @@ class SavedSource:
     split: str
 
     @cached_property
-    def _dataset(self) -> Any:
-        import datasets
+    def _directory(self) -> Path:
+        if not (self.path / "dataset_dict.json").exists():
+            return self.path
+        splits = [str(name) for name in field(_object(self.path / "dataset_dict.json"), "splits", list, self.path)]
+        if self.split not in splits:
+            raise UserError(f"{self.path}: no split {self.split!r}, there is {some(splits, 20)}", key="data.split")
+        return self.path / self.split
 
-        try:
-            loaded = datasets.load_from_disk(str(self.path))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{self.path}: cannot be read as a directory of datasets.save_to_disk: {error}",
-                key="data.dataset",
-            ) from error
-        if not isinstance(loaded, datasets.DatasetDict):
-            return loaded
-        if self.split not in loaded:
-            raise UserError(
-                f"{self.path}: no split {self.split!r}, there is {', '.join(map(str, loaded))}",
-                key="data.split",
-            )
-        return loaded[self.split]
+    @cached_property
+    def _files(self) -> list[Path]:
+        state = self._directory / "state.json"
+        names = [entry.get("filename") for entry in field(_object(state), "_data_files", list, state)]
+        if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise UserError(f"{state}: {wrong[0]!r} is not the name of a file beside it", key="data.dataset")
+        return [self._directory / name for name in names]
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        return _arrow_rows(self._dataset, str(self.path))
+        import datasets
+
+        def rows(most: int) -> Iterator[Row]:
+            try:
+                yield from _rows(datasets.load_from_disk(str(self._directory)), most)
+            except MemoryError:
+                raise
+            except Exception as error:  # pyarrow's, OSError, KeyError: the files are whatever somebody wrote
+                raise UserError(
+                    f"{self.path}: cannot be read as a directory of datasets.save_to_disk: {error}", key="data.dataset"
+                ) from error
+
+        size = sum(_size(file) for file in self._files)
+        return columnar_rows(rows, str(self.path), size, mapped=size)
 
     def fingerprint(self) -> str:
-        digests = [_digest(Path(entry["filename"])) for entry in self._dataset.cache_files]
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return hashlib.sha256(b"".join(_digest(file) for file in self._files)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -318,7 +328,8 @@ class HubSource:
             datasets.config.HF_HUB_OFFLINE = offline
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        return _arrow_rows(self._dataset, f"{self.name} [{self.split}]")
+        dataset = self._dataset  # loaded here, once, and not in the child process
+        return columnar_rows(lambda most: _rows(dataset, most), f"{self.name} [{self.split}]", None)
 
     def fingerprint(self) -> str:
         return "|".join(
@@ -358,9 +369,21 @@ def overlap(one: Source, other: Source) -> bool:
     return one.fingerprint() == other.fingerprint()
 
 
-def _arrow_rows(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
-    number = 0
-    for table in dataset.with_format("arrow").iter(ROWS):
-        for row in table.to_pylist():
-            number += 1
-            yield f"{name} row {number}", row
+def _rows(dataset: Any, at_a_time: int) -> Iterator[Row]:
+    """Yield the rows of a set of the library ``datasets``."""
+    for table in dataset.with_format("arrow").iter(at_a_time):
+        yield from table.to_pylist()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"a directory of datasets.save_to_disk: {error}", key="data.dataset") from None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}", key="data.dataset") from error

@@ -6,13 +6,13 @@ and the average of ``acc`` is the headline.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
+from .problems import local_rows
 from .suites import DEFINITIONS, digest, needs_harness
 
 TASKS = {
@@ -152,8 +152,7 @@ def _definition(task: str, path: Path | None, theirs: Path) -> dict[str, Any]:
 
     if path is None:
         return dict(load_yaml(theirs / TASKS[task]))
-    with path.open() as file:
-        ready_made = "gold" in json.loads(file.readline())
+    ready_made = "gold" in next(local_rows(path), ("", {}))[1]
     source = DEFINITIONS / f"{LOCAL}{task}.yaml" if ready_made else theirs / TASKS[task]
     files = {"data_files": {split: str(path) for split in ("train", "validation", "test")}}
     return dict(load_yaml(source)) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from ..data.columns import listed
 from ..data.demo_problems import held_out
 from ..data.sources import HubSource, find_source
 from ..errors import UserError
+from ..io.bounded import weight
 from .answers import boxed_answer, gsm8k_answer, marked_answer
 
 Row = dict[str, Any]
+
+MOST = 1 << 30
+"""Bytes of questions, or of samples, that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,15 @@ def load(suite: str, data: str | None) -> list[Row]:
     return rows
 
 
+def local_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file and their places. Raises ``UserError`` when they do not fit into memory together."""
+    total = 0
+    for where, row in find_source(str(path))[0].rows():
+        if (total := total + weight(row)) > MOST:
+            raise UserError(f"{where}: the rows up to this one take more than {MOST >> 20:,} MiB; split the file")
+        yield where, dict(row)
+
+
 def find_file(suite: str, data: str, patterns: Iterable[str]) -> Path:
     """Return the file that ``--data`` names for a suite. Raises ``UserError`` when there is no such file."""
     path = Path(data).expanduser()
@@ -112,7 +126,7 @@ def math_problem(row: Row, where: str = "row") -> Row:
     if problem is None or not gold:
         raise UserError(
             f"{where}: a mathematics problem must have `problem` (or `question`, `query`), and either `solution` with "
-            f"a boxed answer or `answer`; the row has {', '.join(row)}"
+            f"a boxed answer or `answer`; the row has {listed(row)}"
         )
     return {**row, "problem": problem, "gold": gold}
 
@@ -215,8 +229,7 @@ def _raw(suite: str, data: str | None) -> Iterable[tuple[str, Row]]:
     if data == "demo" and suite != "code":
         return ((f"demo problem {i + 1}", dict(row)) for i, row in enumerate(held_out()))
     if data is not None:
-        source, _ = find_source(str(find_file(suite, data, ORIGINS[suite].files)))
-        return ((where, dict(row)) for where, row in source.rows())
+        return local_rows(find_file(suite, data, ORIGINS[suite].files))
     return ((f"row {i + 1}", row) for i, row in enumerate(_hub(suite, ORIGINS[suite].hub)))
 
 

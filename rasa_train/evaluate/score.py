@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..data.sources import find_source
+from ..data.columns import listed
 from ..errors import UserError
 from .answers import Checker, given_answer, marked_answer
 from .passk import mean_pass_at_k, without_pass_at_k
-from .problems import Row, code_problem, load, math_problem, program
+from .problems import Row, code_problem, load, local_rows, math_problem, program
 from .sandbox import Sandbox
 
 Tick = Callable[[int, int], None]
@@ -123,7 +123,7 @@ def score_file(
     """
     if suite not in ("math", "gsm8k", "code"):
         raise UserError(f"--score needs --suite code, math or gsm8k, got {suite!r}")
-    samples = [(where, dict(row)) for where, row in find_source(str(_existing(path)))[0].rows()]
+    samples = list(local_rows(_existing(path)))
     if not samples:
         raise UserError(f"{path} has no samples")
     missing: dict[str, str] = {}
@@ -164,7 +164,7 @@ def _text(row: Row, key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         other = " (or `solution`, a whole program)" if key == "completion" else ""
-        raise UserError(f"{where}: `{key}` must be text{other}; the row has {', '.join(row)}")
+        raise UserError(f"{where}: `{key}` must be text{other}; the row has {listed(row)}")
     return value
 
 

@@ -20,7 +20,7 @@ from ..adapters.contract import Method
 from ..data.prepare import PreparedData, prepare
 from ..distributed import rendezvous
 from ..distributed.door import secret
-from ..errors import DeviceLost, Stopped, UserError, WorkerLost
+from ..errors import DeviceLost, Stopped, UserError, WorkerLost, say
 from ..io.atomic import write_text
 from ..io.json_file import field
 from ..io.run_dir import RunDirectory
@@ -97,7 +97,7 @@ def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedD
     except OSError as error:
         raise directory.unwritable(error) from None
     for note in data.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", file=sys.stderr)
     return data
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import process
-from ..errors import Stopped, UserError, WorkerLost
+from ..errors import Stopped, UserError, WorkerLost, say
 from ..io import streams
 from ..stop import StopSignal, die_with
 
@@ -62,7 +62,7 @@ def main(job: Path) -> int:
         if os.environ["GROUP_WORLD_SIZE"] == "1":
             os.environ[process.STORE_FILE] = str(job / f"store-{restart}")
         if restart and rank == 0:
-            print(f"a worker has died; restart {restart}", file=sys.stderr)
+            say(f"a worker has died; restart {restart}", file=sys.stderr)
         try:
             import yaml
 

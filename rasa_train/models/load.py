@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import process
-from ..errors import UserError, some
+from ..errors import UserError, shown, some
 from .config import ModelConfig, torch_dtype
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 
@@ -126,7 +126,7 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
             key="model.name",
         )
     if unexpected and process.rank() == 0:
-        _log.warning("model.name: %s holds tensors that the model does not use: %s", name, some(unexpected))
+        _log.warning("model.name: %s holds tensors that the model does not use: %s", name, shown(some(unexpected)))
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..errors import shown
+
 
 class MetricsRow(TypedDict):
     """A line of ``metrics.jsonl``: one optimizer step."""
@@ -72,7 +74,7 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """Print a message on a line of its own, above the bar."""
-        self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(shown(message), markup=False, soft_wrap=not self.console.is_terminal)
 
     def step(self, row: MetricsRow) -> None:
         """Report that a step is done."""

@@ -149,3 +149,19 @@ def test_canonical_solutions_pass(name: str) -> None:
     verdicts = list(Sandbox().run_all(programs))
     assert len(verdicts) == 164
     assert [row["task_id"] for row, v in zip(rows, verdicts, strict=True) if not v.passed] == []
+
+
+def test_samples_that_do_not_fit_into_memory_together(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rasa_train.evaluate import problems
+
+    monkeypatch.setattr(problems, "MOST", 5 << 20)
+    row = {"problem": "1 + 1", "answer": "2", "response": "a" * 1_000_000}
+    said = cli("eval", "--score", write(tmp_path / "s.jsonl", [row] * 9), "--suite", "math")
+    assert said.returncode == 2 and "s.jsonl:6: the rows up to this one take more than 5 MiB" in said.stderr
+
+
+def test_a_sample_with_many_columns(cli: Any, tmp_path: Path) -> None:
+    said = cli("eval", "--score", write(tmp_path / "s.jsonl", [{f"c{i}": 1 for i in range(20_000)}]), "--suite", "math")
+    assert said.returncode == 2 and len(said.stderr) < 2000 and "more" in said.stderr
