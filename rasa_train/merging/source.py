@@ -21,7 +21,7 @@ from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
 from ..errors import UserError
-from ..io.base_fingerprint import base_samples
+from ..io.base_fingerprint import compare
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
@@ -100,15 +100,13 @@ def check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
     Raises:
         UserError: the base is a different one.
     """
-    found = base_samples(str(base_dir), only=saved.base_tensors)
-    different = [name for name, sample in found.items() if sample != saved.base_tensors[name]]
-    if different:
+    found = compare(saved.base_tensors, str(base_dir))
+    if found.problem:
         raise UserError(
             f"{base_dir} is not the base that {saved.directory} was trained on ({saved.base_model}): its "
-            f"{different[0]} differs ({len(different)} of {len(found)} sampled tensors do). Give the right base "
-            "with --base, or add --any-base if you want this one"
+            f"{found.problem}. Give the right base with --base, or add --any-base if you want this one"
         )
-    return bool(found)
+    return found.compared > 0
 
 
 def find_adapter(path: Path) -> Path:
