@@ -15,6 +15,7 @@ from ..adapters.contract import Method, PeftConfig
 from ..adapters.saved import CONFIG, PEFT_TENSORS, SavedAdapter, read_adapter, tokenizer_files
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
+from ..io.checksums import write_checksums
 from ..methods.dora import DoRA
 from ..methods.from_peft import Peft
 from ..methods.lora import LoRA
@@ -64,6 +65,7 @@ def export_peft(
         # write_bytes follows the umask, so others may be able to read the file
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         tried = peft_load.is_installed()
         if tried and (why := peft_load.refusal(partial, source.directory, scale=None)):
             raise UserError(
@@ -103,6 +105,7 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
         (partial / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": name}, indent=2) + "\n")
         for path in tokenizer_files(saved.directory):
             shutil.copyfile(path, partial / path.name)
+        write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(
         output=str(output),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter, tokenizer_files
+from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, damage, read_adapter, tokenizer_files
 from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
@@ -111,7 +112,7 @@ def check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
 
 def find_adapter(path: Path) -> Path:
     """Return the adapter directory for ``path``: ``path`` itself, the ``adapter/`` of a run, or the run's newest
-    checkpoint.
+    checkpoint that is not damaged.
 
     Raises:
         UserError: ``path`` is not and does not hold an adapter.
@@ -124,8 +125,14 @@ def find_adapter(path: Path) -> Path:
             return directory
     steps = {int(m[1]): p for p in (path / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
     for _, directory in sorted(steps.items(), reverse=True):
-        if (directory / CONFIG).is_file():
+        problem = damage(directory) if (directory / CONFIG).is_file() else f"{CONFIG} is missing"
+        if problem is None:
             return directory
+        print(f"note: {directory} is damaged ({problem}); it is passed over for the one before", file=sys.stderr)
+    if steps:
+        raise UserError(
+            f"{path} holds no whole adapter: all of its checkpoints are damaged, and it has no adapter/{CONFIG}"
+        )
     raise UserError(f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}")
 
 
