@@ -82,7 +82,7 @@ def test_a_complete_run_is_not_complete_if_its_adapter_is(
     do(run / "adapter")
     assert not is_complete(recipe, RunDirectory(run)) and not (run / "summary.json").exists()
     noted = capsys.readouterr().err
-    assert said in noted and "goes on from run/checkpoints/step-00000006" in noted and noted.count("\n") == 1
+    assert said in noted and "checkpoints/step-00000006" in noted and noted.count("\n") == 1
 
 
 def test_a_user_starts_a_complete_run_again_whose_adapter_is_torn(run: Path, finished: Path, cli: Cli) -> None:
