@@ -64,8 +64,7 @@ def export_peft(
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         # write_bytes follows the umask, so others may be able to read the file
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
+        _complete(partial, config)
         tried = peft_load.is_installed()
         if tried and (why := peft_load.refusal(partial, source.directory, scale=None)):
             raise UserError(
@@ -102,10 +101,9 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         method.save(model, saved.tensors, partial)
         config = json.loads((partial / CONFIG).read_text())
-        (partial / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": name}, indent=2) + "\n")
+        _complete(partial, {**config, "base_model_name_or_path": name})
         for path in tokenizer_files(saved.directory):
             shutil.copyfile(path, partial / path.name)
-        write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(
         output=str(output),
@@ -123,6 +121,12 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
         max_lora_rank=None,
         peft_loads=True,
     )
+
+
+def _complete(directory: Path, config: PeftConfig) -> None:
+    """Write the configuration beside the tensors, and the checksums of both."""
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_checksums(directory, [directory / CONFIG, directory / PEFT_TENSORS])
 
 
 def _format(method: Method) -> tuple[PeftConfig, dict[str, str]]:
