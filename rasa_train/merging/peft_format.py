@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -123,7 +124,7 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     )
 
 
-def _complete(directory: Path, config: PeftConfig) -> None:
+def _complete(directory: Path, config: Mapping[str, object]) -> None:
     """Write the configuration beside the tensors, and the checksums of both."""
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     write_checksums(directory, [directory / CONFIG, directory / PEFT_TENSORS])
