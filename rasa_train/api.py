@@ -23,7 +23,7 @@ from .adapters.packed_forward import PackedForward
 from .adapters.saved import SavedAdapter, load_tensors, read_adapter, write_adapter
 from .adapters.state import saved_tensors
 from .errors import UserError
-from .io.base_fingerprint import base_samples
+from .io.base_fingerprint import base_identity
 
 ADAPTED = "rasa_train_adapted"
 """Name of the attribute of an adapted model that holds its method and the hooks of its fast path."""
@@ -88,8 +88,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
         name = str(Path(name).resolve())  # so that it is found from any working directory
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    samples = base_samples(name)
-    write_adapter(path, method, saved_tensors(model), base_model=name, base_revision=None, base_tensors=samples)
+    identity = base_identity(name)
+    write_adapter(path, method, saved_tensors(model), base_model=name, base_revision=None, base_tensors=identity)
     return path
 
 

@@ -8,19 +8,23 @@ Only safetensors files are ever opened, never a pickle.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..io import checksums
+from ..io.atomic import write_text
 from ..io.checkpoint_files import opened
+from ..io.checksums import CHECKSUMS, write_checksums
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from .contract import Method, PeftConfig
@@ -46,6 +50,8 @@ PEFT_PLACES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 PEFT_METHOD = "peft"
 """Name of the method that leaves everything to PEFT."""
 FORMAT_VERSION = 1
+OF_CHECKPOINTS = ("optimizer", "rule.", "trainer.")
+"""Beginnings of the names of files that a checkpoint has in addition to those of an adapter."""
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -71,9 +77,9 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
     base_model: str | None
     base_revision: str | None
-    base_tensors: Mapping[str, str] = field(default_factory=dict)
-    """Fingerprint of the base that the adapter was trained on (``io.base_fingerprint.base_samples``); empty if no
-    fingerprint was recorded."""
+    base_tensors: Mapping[str, Any] = field(default_factory=dict)
+    """Identity of the base that the adapter was trained on (``io.base_fingerprint.base_identity``); empty if none was
+    recorded."""
     base_path: str | None = None
     """Absolute path of a base that was named by a relative one."""
 
@@ -85,9 +91,12 @@ def write_adapter(
     *,
     base_model: str,
     base_revision: str | None,
-    base_tensors: Mapping[str, str] | None = None,
+    base_tensors: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one adapter into ``directory``, which must exist. Tensors are stored unchanged, sorted by name."""
+    """Write one adapter into ``directory``, which must exist. Tensors are stored unchanged, sorted by name.
+
+    The checksums come last: until then those of an adapter that was there before tell that the files do not belong
+    together."""
     write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     # Not by save_file, whose files only their owner can read, whatever the umask. And not over the old file, from which
@@ -95,6 +104,7 @@ def write_adapter(
     partial = directory / f"{TENSORS}.partial"
     partial.write_bytes(save(plain, metadata={"format": "pt"}))
     partial.replace(directory / TENSORS)
+    write_checksums(directory, [directory / CONFIG, directory / TENSORS])
 
 
 def write_config(
@@ -103,11 +113,11 @@ def write_config(
     *,
     base_model: str,
     base_revision: str | None,
-    base_tensors: Mapping[str, str] | None = None,
+    base_tensors: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the file that describes the tensors of an adapter directory. Returns the path of the file.
 
-    ``base_tensors`` is the fingerprint of the base (``io.base_fingerprint.base_samples``), by which a merge recognises
+    ``base_tensors`` is the identity of the base (``io.base_fingerprint.base_identity``), by which a merge recognises
     the base.
     """
     config = {
@@ -120,7 +130,7 @@ def write_config(
     }
     if (path := Path(base_model).expanduser()).is_dir() and str(path.absolute()) != base_model:
         config["base_path"] = str(path.absolute())
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     return directory / CONFIG
 
 
@@ -147,6 +157,30 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     """
     directory = Path(directory)
     config = _read_config(directory)
+    if problem := damage(directory):
+        raise UserError(
+            f"the adapter in {directory} is damaged: {problem}. Restore it from a copy, or make it again; if its files "
+            f"were changed on purpose, delete {CHECKSUMS} beside them"
+        )
+    saved = _read(directory, config)
+    for name, tensor in saved.tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"the adapter in {directory} is damaged: {shown(name)} has values that are not finite")
+    return saved
+
+
+def damage(directory: Path) -> str | None:
+    """Return which file of an adapter directory does not match its checksum; None if all do, or if the directory has no
+    checksums, as those of PEFT and of older versions."""
+    if not os.path.lexists(directory / CHECKSUMS):
+        return None
+    stored = [
+        path.name for name in (TENSORS, PEFT_TENSORS) for path in directory.glob(f"{Path(name).stem}*.safetensors")
+    ]
+    return checksums.damage(directory, [CONFIG, *(stored or [TENSORS])], unread=OF_CHECKPOINTS)
+
+
+def _read(directory: Path, config: dict[str, object]) -> SavedAdapter:
     if config.get("format") == "rasa_train":
         return _read_ours(directory, config)
     if _is_peft(config):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .errors import Command, start, stoppable, user_errors
 from ..errors import say, shown
+from .errors import Command, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import Command, start, user_errors
 from ..errors import say
+from .errors import Command, start, user_errors
 
 if TYPE_CHECKING:
     from ..report.runs import Run

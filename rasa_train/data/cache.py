@@ -21,8 +21,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..io.atomic import DRAFT, draft_name, lock, remove_drafts
 from ..errors import shown
+from ..io.atomic import DRAFT, draft_name, lock, remove_drafts
 from .encode import Example, targets
 
 FORMAT = 2

@@ -18,8 +18,8 @@ import numpy as np
 
 from .. import process
 from ..errors import UserError, some
-from ..stop import die_with
 from ..io.bounded import weight
+from ..stop import die_with
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns

@@ -6,6 +6,7 @@ and the average of ``acc`` is the headline.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path

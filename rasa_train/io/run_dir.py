@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from .atomic import remove, write_text
 from .json_file import read_bytes, read_object
 from .links import refuse_links_out
 
-OWN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "trackers")
-"""Files and directories that ``--fresh`` removes; anything else in the run directory belongs to the user."""
+OWN = ("summary.json", "adapter", "checkpoints", "skipped", "trackers", "metrics.jsonl", "recipe.yaml")
+"""Files and directories that ``--fresh`` removes; anything else in the run directory belongs to the user. In this order
+what is left at any moment is a run that is not complete, and the recipe tells which run."""
 
 READ = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json", "skipped", "evaluation")
 """Files and directories of a run that commands read or write."""
@@ -120,9 +121,10 @@ class RunDirectory:
         for name in OWN:
             remove(self.path / name)
 
-    def check_same_run(self, recipe_yaml: str, completed: Callable[[str], str]) -> None:
+    def check_same_run(self, recipe_yaml: str, completed: Callable[[str], str], alike: Iterable[str] = ()) -> None:
         """Raise ``UserError`` with the differences if the run in this directory was started from a recipe that computes
-        something else. ``completed`` writes out what the recipe of an older version leaves to defaults."""
+        something else. ``completed`` writes out what the recipe of an older version leaves to defaults; ``alike`` names
+        more keys that may differ."""
         if not self.recipe.exists():
             return
         try:
@@ -134,7 +136,7 @@ class RunDirectory:
                 key="output_dir",
             ) from None
         old, new = (flatten(yaml.safe_load(text)) for text in (completed(stored), recipe_yaml))
-        harmless = set(HARMLESS)
+        harmless = HARMLESS | set(alike)
         if new.get("training.loss_average") == "micro_batch":
             harmless.remove("training.micro_batch_size")
         changed = [
@@ -149,20 +151,24 @@ class RunDirectory:
                 key="output_dir",
             )
 
-    def start_metrics(self, last_step: int) -> None:
+    def start_metrics(self, last_step: int) -> list[int]:
         """Drop the lines after ``last_step`` (steps after the last checkpoint, which the resumed run repeats) and an
-        incomplete last line."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in self._lines() if (step := _step(line)) and step <= last_step]
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        incomplete last line. Returns the steps up to ``last_step`` that have no line."""
+        lines = self._lines()
+        kept = [(step, line) for line in lines if (step := _step(line)) and step <= last_step]
+        if lines:
+            write_text(self.metrics, "".join(line + "\n" for _, line in kept))
+        return sorted(set(range(1, last_step + 1)) - {step for step, _ in kept})
 
     def rows(self) -> list[Any]:
         """Return the metrics that this run has written: the JSON object of each step."""
         return [json.loads(line) for line in self._lines() if _step(line)]
 
     def _lines(self) -> list[str]:
-        return self.read("metrics.jsonl", LARGEST_METRICS).decode(errors="replace").split("\n")
+        try:
+            return self.read("metrics.jsonl", LARGEST_METRICS).decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            return []
 
     def log(self, row: Mapping[str, object]) -> None:
         descriptor = os.open(self.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)

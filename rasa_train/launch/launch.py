@@ -27,9 +27,10 @@ from ..io.run_dir import RunDirectory
 from ..models.fused import fusable
 from ..models.load import check_base, load_config, load_tokenizer, meta_model
 from ..models.suitable import check_vocabulary
-from ..recipe.load import completed, dump_recipe
+from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
+from .continued import is_complete
 from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_and_watch
 
 if TYPE_CHECKING:
@@ -83,10 +84,8 @@ def launch(recipe: Recipe, workers: Workers | None = None, *, fresh: bool = Fals
 def _open_run(recipe: Recipe, directory: RunDirectory, fresh: bool) -> PreparedData | None:
     """Set up the directory for this run, and prepare its data. Returns None if the run is complete. Wrong input is
     reported here, before the old run is deleted and before the weights are loaded."""
-    if not fresh:
-        directory.check_same_run(dump_recipe(recipe), completed)
-        if directory.summary.exists():
-            return None
+    if not fresh and is_complete(recipe, directory):
+        return None
     directory.create()  # says why a run that is not complete cannot be written
     data = _check_input(recipe)
     try:

@@ -22,7 +22,7 @@ from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
-from ..io.base_fingerprint import base_samples
+from ..io.base_fingerprint import base_identity
 from ..lowrank.reconstruct import Reconstruction, reconstruct, truncated
 from ..methods.lora import LoRA
 from ..methods.rasa import RaSA
@@ -132,8 +132,8 @@ def extract(
             done += sum(site.out_features * site.in_features for site in group)
             if writing.progress is not None:
                 writing.progress(done, total)
-        samples = base_samples(str(before.directory))
-        write_adapter(partial, config, tensors, base_model=base, base_revision=None, base_tensors=samples)
+        identity = base_identity(str(before.directory))
+        write_adapter(partial, config, tensors, base_model=base, base_revision=None, base_tensors=identity)
         nbytes = (partial / TENSORS).stat().st_size
         facts = {name: asdict(report) for name, report in kinds.items()}
         (partial / "extraction.json").write_text(json.dumps({"finetuned": finetuned, "kinds": facts}, indent=2) + "\n")

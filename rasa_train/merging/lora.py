@@ -31,6 +31,7 @@ from ..adapters.site import Site
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import tensor_bytes, write_tensors
+from ..io.checksums import write_checksums
 from ..lowrank.product_svd import product_svd
 from ..models.families import EXPERT_LINEARS
 from . import peft_load
@@ -119,6 +120,7 @@ def export_lora(
         (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
         for path in find_tokenizer(source):
             shutil.copyfile(path, partial / path.name)
+        write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         tried = peft_load.is_installed()
         if tried and (why := peft_load.refusal(partial, source.directory)):
             raise UserError(

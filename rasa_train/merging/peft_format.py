@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -15,6 +16,7 @@ from ..adapters.contract import Method, PeftConfig
 from ..adapters.saved import CONFIG, PEFT_TENSORS, SavedAdapter, read_adapter, tokenizer_files
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
+from ..io.checksums import write_checksums
 from ..methods.dora import DoRA
 from ..methods.from_peft import Peft
 from ..methods.lora import LoRA
@@ -63,7 +65,7 @@ def export_peft(
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         # write_bytes follows the umask, so others may be able to read the file
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _complete(partial, config)
         tried = peft_load.is_installed()
         if tried and (why := peft_load.refusal(partial, source.directory, scale=None)):
             raise UserError(
@@ -100,7 +102,7 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         method.save(model, saved.tensors, partial)
         config = json.loads((partial / CONFIG).read_text())
-        (partial / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": name}, indent=2) + "\n")
+        _complete(partial, {**config, "base_model_name_or_path": name})
         for path in tokenizer_files(saved.directory):
             shutil.copyfile(path, partial / path.name)
         written = (partial / PEFT_TENSORS).stat().st_size
@@ -120,6 +122,12 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
         max_lora_rank=None,
         peft_loads=True,
     )
+
+
+def _complete(directory: Path, config: Mapping[str, object]) -> None:
+    """Write the configuration beside the tensors, and the checksums of both."""
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_checksums(directory, [directory / CONFIG, directory / PEFT_TENSORS])
 
 
 def _format(method: Method) -> tuple[PeftConfig, dict[str, str]]:

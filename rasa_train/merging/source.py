@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,14 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, read_adapter, tokenizer_files
+from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, damage, read_adapter, tokenizer_files
 from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
-from ..errors import UserError
-from ..io.base_fingerprint import base_samples
+from ..errors import UserError, say
+from ..io.base_fingerprint import compare
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
-from ..io.json_file import read_object
 from ..io.links import refuse_links_out
 from ..io.run_dir import RunDirectory
 from ..models.config import ModelConfig
@@ -103,20 +103,18 @@ def check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
     Raises:
         UserError: the base is a different one.
     """
-    found = base_samples(str(base_dir), only=saved.base_tensors)
-    different = [name for name, sample in found.items() if sample != saved.base_tensors[name]]
-    if different:
+    found = compare(saved.base_tensors, str(base_dir))
+    if found.problem:
         raise UserError(
             f"{base_dir} is not the base that {saved.directory} was trained on ({saved.base_model}): its "
-            f"{different[0]} differs ({len(different)} of {len(found)} sampled tensors do). Give the right base "
-            "with --base, or add --any-base if you want this one"
+            f"{found.problem}. Give the right base with --base, or add --any-base if you want this one"
         )
-    return bool(found)
+    return found.compared > 0
 
 
 def find_adapter(path: Path) -> Path:
     """Return the adapter directory for ``path``: ``path`` itself, the ``adapter/`` of a run, or the run's newest
-    checkpoint.
+    checkpoint that is not damaged.
 
     Raises:
         UserError: ``path`` is not and does not hold an adapter.
@@ -131,19 +129,16 @@ def find_adapter(path: Path) -> Path:
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
     steps = {int(m[1]): p for p in (path / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    saved = [p for _, p in sorted(steps.items(), reverse=True) if (p / CONFIG).is_file()]
-    if found := next(filter(_has_all_files, saved), None) or next(iter(saved), None):
-        return found
+    for _, directory in sorted(steps.items(), reverse=True):
+        problem = damage(directory) if (directory / CONFIG).is_file() else f"{CONFIG} is missing"
+        if problem is None:
+            return directory
+        say(f"note: {directory} is damaged ({problem}); it is passed over for the one before", file=sys.stderr)
+    if steps:
+        raise UserError(
+            f"{path} holds no whole adapter: all of its checkpoints are damaged, and it has no adapter/{CONFIG}"
+        )
     raise UserError(f"{path} holds no adapter: no {CONFIG}, no adapter/{CONFIG} and no checkpoints/step-*/{CONFIG}")
-
-
-def _has_all_files(checkpoint: Path) -> bool:
-    """Whether a checkpoint has the files that its checksums name. A run of an older version that was killed while it
-    removed a checkpoint has left a part of it."""
-    try:
-        return all((checkpoint / Path(name).name).is_file() for name in read_object(checkpoint / "checksums.json"))
-    except (FileNotFoundError, UserError):
-        return False
 
 
 def find_base(saved: SavedAdapter, base: str | None, revision: str | None, *, weights: bool) -> tuple[str, Path]:

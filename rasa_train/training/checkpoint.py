@@ -10,57 +10,76 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.saved import TENSORS, part, read_safetensors, write_config, write_tokenizer
+from ..adapters.saved import CONFIG, TENSORS, part, read_safetensors, write_config, write_tokenizer
 from ..data.cache import TokenDataset
 from ..distributed.collectives import from_first, gather
 from ..distributed.engine import Engine
 from ..errors import UserError
+from ..io import checksums
 from ..io.atomic import remove, write_json
-from ..io.base_fingerprint import base_samples
+from ..io.checksums import CHECKSUMS, sha256
 from ..io.run_dir import numbered
 from ..io.tensor_file import TensorFile
+from .evaluation import with_score
 from .trainable_model import TrainableModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CHECKSUMS, OPTIMIZER, RULE, TRAINER = (
-    "checksums.json",
-    "optimizer.safetensors",
-    "rule.safetensors",
-    "trainer.json",
-)
+OPTIMIZER, RULE, TRAINER = "optimizer.safetensors", "rule.safetensors", "trainer.json"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run. ``step`` is the number of optimizer steps done."""
+    """Progress of a run, with what its summary says of the steps so far: lines of the metrics may be lost. ``step`` is
+    the number of optimizer steps done."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
+    loss: float | None = None
+    """Loss of the last step that was not skipped."""
+    validation_loss: float | None = None
+    peak_memory_bytes: int = 0
+    """Value at the last step; 0 in the checkpoints of older versions, which do not hold the fields from ``skipped``."""
+    evaluation: dict[str, Any] | None = None
+    """Best and last score of ``training.evaluate``."""
 
     def after(self, batch: np.ndarray, data: TokenDataset, seconds: float) -> Progress:
         """Return the progress after one more step; ``batch`` holds the indices of its examples."""
-        return Progress(
-            self.step + 1,
-            self.samples + len(batch),
-            self.tokens + int(data.lengths[batch].sum()),
-            self.supervised_tokens + int(data.supervised[batch].sum()),
-            self.seconds + seconds,
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + len(batch),
+            tokens=self.tokens + int(data.lengths[batch].sum()),
+            supervised_tokens=self.supervised_tokens + int(data.supervised[batch].sum()),
+            seconds=self.seconds + seconds,
+        )
+
+    def noted(self, row: Mapping[str, Any]) -> Progress:
+        """Return the progress with what a step's row of the metrics adds to the summary."""
+        return replace(
+            self,
+            skipped=self.skipped + row.get("skipped", 0),
+            loss=self.loss if row.get("loss") is None else row["loss"],
+            validation_loss=row.get("validation_loss"),
+            peak_memory_bytes=row.get("peak_memory_bytes", self.peak_memory_bytes),
+            evaluation=with_score(self.evaluation, row),
         )
 
 
@@ -104,7 +123,7 @@ def write_adapter(model: TrainableModel, directory: Path, writers: int = 1) -> l
             model.recipe.adapter,
             base_model=base.name,
             base_revision=base.revision,
-            base_tensors=base_samples(base.name, base.revision),
+            base_tensors=model.base_identity,
         )
         written += [config, *write_tokenizer(directory, base)]
     tensors = model.engine.gathered(model.saved_tensors, model.shapes)
@@ -159,7 +178,7 @@ def write_directory(final: Path, write: Callable[[Path], list[Path]], engine: En
     try:
         try:
             for path in write(beside):
-                mine[path.name] = _sha256(path)
+                mine[path.name] = sha256(path)
                 _fsync(path)
         except OSError as error:
             if engine.sharded and accelerator.num_processes > 1:
@@ -222,14 +241,14 @@ def agreed_newest(checkpoints: Path, warn: Callable[[str], None], accelerator: A
 
 def damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is undamaged."""
-    try:
-        checksums = json.loads((path / CHECKSUMS).read_text())
-        for name, expected in checksums.items():
-            if _sha256(path / name) != expected:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    stored = [file.name for file in path.glob("*.safetensors")]
+    kinds = {
+        stem: any(re.fullmatch(rf"{stem}(-\d+-of-\d+)?", name[: -len(".safetensors")]) for name in stored)
+        for stem in (Path(TENSORS).stem, Path(OPTIMIZER).stem)
+    }
+    if lacking := [stem for stem, there in kinds.items() if not there]:
+        return f"{lacking[0]}.safetensors is missing"
+    return checksums.damage(path, [CONFIG, TRAINER, *stored])
 
 
 def load_progress(path: Path, *, data_key: str) -> Progress:
@@ -273,11 +292,6 @@ def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
 def digest(text: str) -> str:
     """Return a short digest of ``text``, for comparison."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

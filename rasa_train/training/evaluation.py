@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,19 +62,17 @@ class TrainingEvaluation:
         return metrics[HEADLINE[self.name]]
 
 
-def best_of(rows: list[Any]) -> dict[str, object] | None:
-    """Return the best and the last of the ``eval_SUITE`` values in a run's metrics; None if there are none."""
-    scored = [(row, key) for row in rows for key in row if key.startswith("eval_")]
-    if not scored:
-        return None
-    key = scored[-1][1]
-    own = [{"step": row["step"], "epoch": row["epoch"], "value": row[key]} for row, name in scored if name == key]
-    return {
-        "suite": key.removeprefix("eval_"),
-        "metric": HEADLINE[key.removeprefix("eval_")],
-        "best": max(own, key=lambda point: point["value"]),
-        "last": own[-1],
-    }
+def with_score(known: dict[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the best and the last of the ``eval_SUITE`` values in a run's metrics: those ``known``, and those of one
+    more row. None if there are none."""
+    for key in row:
+        if key.startswith("eval_"):
+            suite = key.removeprefix("eval_")
+            last = {"step": row["step"], "epoch": row["epoch"], "value": row[key]}
+            best = known["best"] if known and known["suite"] == suite else last
+            best = max(best, last, key=lambda point: point["value"])
+            known = {"suite": suite, "metric": HEADLINE[suite], "best": best, "last": last}
+    return known
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..adapters.site import Site
 from ..adapters.state import adapters, effective_ranks, groups, rule_state, saved_tensors, trainable
 from ..distributed import rendezvous
 from ..distributed.engine import Engine
+from ..io.base_fingerprint import base_identity
 from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
@@ -50,6 +52,8 @@ class TrainableModel:
     """The adapters, by the path of their site."""
     shapes: dict[str, tuple[int, ...]]
     """Undivided shapes of all tensors of the adapter's file, by name."""
+    base_identity: dict[str, Any]
+    """Identity of the base as it was when the run started; only the first worker has it."""
     ranks: dict[str, int]
     """The largest effective rank of each kind of linear."""
 
@@ -61,6 +65,8 @@ class TrainableModel:
         """
         self.recipe, self.engine = recipe, engine
         training = recipe.training
+        name, revision = recipe.model.name, recipe.model.revision
+        self.base_identity = base_identity(name, revision) if engine.accelerator.is_main_process else {}
         divide = engine.capabilities.divides_as_it_loads and not needs_whole_base(recipe)
         with engine.loading(torch_dtype(recipe.model), divide=divide):
             base = read_base(recipe, engine)

@@ -30,7 +30,7 @@ from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from . import checkpoint, fault_handling
 from .checkpoint import Progress
-from .evaluation import TrainingEvaluation, best_of
+from .evaluation import TrainingEvaluation
 from .micro_batches import Step, fit, plan_steps, step_of
 from .proof import Proof
 from .reporter import MetricsRow, Reporter
@@ -134,8 +134,12 @@ class Trainer:
             self.progress = checkpoint.load_progress(self.found, data_key=self.data.key)
             checkpoint.load_optimizer(self.found, self.engine, self.model.parameters)
             checkpoint.load_rule_state(self.found, self.model.rule_state)
-        if self.first:
-            self.directory.start_metrics(self.progress.step)
+        if self.first and (lost := self.directory.start_metrics(self.progress.step)):
+            steps = f"{len(lost)} of the {self.progress.step} steps before this start (first: {lost[0]})"
+            self.say(f"metrics.jsonl lacks {steps}: curves have gaps; the summary counts what the checkpoint knows")
+        if self.first and self.progress.step and not self.progress.peak_memory_bytes:  # an older version saved it
+            for row in self.directory.rows():
+                self.progress = self.progress.noted(row)
         if self.recipe.tracking.trackers:
             self.accelerator.init_trackers(self.recipe.tracking.project)
         count, done = self.model.trained, self.progress.step
@@ -238,6 +242,7 @@ class Trainer:
 
     def log(self, row: MetricsRow) -> None:
         """Write the row to the metrics and the trackers, and show it."""
+        self.progress = self.progress.noted(row)
         if self.first:
             self.directory.log(row)
         if self.recipe.tracking.trackers:
@@ -298,22 +303,20 @@ class Trainer:
         return summary
 
     def _summary(self) -> Summary:
-        rows: list[MetricsRow] = self.directory.rows()
-        last = rows[-1]
         summary: Summary = {
             "method": self.recipe.adapter.method,
             "trainable_parameters": self.model.trained,
             "effective_rank": self.model.ranks,
             "steps": self.progress.step,
-            "epochs": last["epoch"],
+            "epochs": self.progress.step / self.steps_per_epoch,
             "examples": len(self.data.train),
             "tokens": self.progress.tokens,
             "supervised_tokens": self.progress.supervised_tokens,
             "seconds": self.progress.seconds,
-            "loss": next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None),
-            "skipped_steps": sum(row.get("skipped", 0) for row in rows),
-            "validation_loss": last.get("validation_loss"),
-            "peak_memory_bytes": last["peak_memory_bytes"],
+            "loss": self.progress.loss,
+            "skipped_steps": self.progress.skipped,
+            "validation_loss": self.progress.validation_loss,
+            "peak_memory_bytes": self.progress.peak_memory_bytes,
             "strategy": self.recipe.distributed.strategy,
             "kernels": self.model.kernels,
             "versions": process.versions(),
@@ -322,5 +325,5 @@ class Trainer:
         if self.base_difference is not None:
             summary["base_difference"] = self.base_difference
         if self.training.evaluate:
-            summary["evaluation"] = best_of(rows)
+            summary["evaluation"] = self.progress.evaluation
         return summary

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rasa_train.training.checkpoint import CHECKSUMS, damage
+from rasa_train.io.checksums import CHECKSUMS
+from rasa_train.training.checkpoint import damage
 
 from .conftest import Whole
 from .harness import inject, same_result, start
