@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.checkpoint_files import opened
+from ..io.model_dir import TOKENIZER, VOCABULARIES, check_files
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from .contract import Method, PeftConfig
@@ -46,20 +47,6 @@ PEFT_PLACES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 PEFT_METHOD = "peft"
 """Name of the method that leaves everything to PEFT."""
 FORMAT_VERSION = 1
-VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-TOKENIZER = (
-    *VOCABULARIES,
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    "chat_template.json",
-)
-"""Names of the files of a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +209,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _read_config(directory: Path) -> dict[str, object]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not an adapter: there is no such directory")
+    check_files(directory)
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text())

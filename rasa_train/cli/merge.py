@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, shown, some
 from .completion import nearby
 from .errors import Command, DefaultVerb, user_errors
 
@@ -242,12 +242,12 @@ def _write(given: Any, output: Path, wanted: _Format, base: Base, overwrite: boo
 
 
 def _verify(given: Any, report: Any, run: Path, base: Base) -> VerifyReport:
-    import yaml
-
     from ..merging import verify
+    from ..recipe.yaml_lines import parse_file
 
-    recipe = run / "recipe.yaml"
-    template = yaml.safe_load(recipe.read_text())["data"].get("template", "alpaca") if recipe.is_file() else "alpaca"
+    recipe = parse_file(run / "recipe.yaml")[0] if (run / "recipe.yaml").is_file() else None
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    template = str(data.get("template", "alpaca")) if isinstance(data, dict) else "alpaca"
     return verify(given, report.output, base=base, template=template, exact=report.rounding == 0.0)
 
 
@@ -307,6 +307,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
         if report.tokenizer:
             lines.append(f"the tokenizer is the one that was trained with, from {report.tokenizer}")
+        if report.left_out:
+            lines.append(f"not copied from the base: {shown(some(report.left_out))}")
     if not report.base_checked:
         lines.append("note: the adapter does not record which weights it was trained on; only shapes were checked")
     if verified:

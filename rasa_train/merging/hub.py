@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import UserError
 from ..io.atomic_dir import size
+from ..io.json_file import read_object
+from ..io.model_dir import check_files
+from ..recipe.yaml_lines import parse_file
 
 CITATION = """@inproceedings{he2025rasa,
   title     = {RaSA: Rank-Sharing Low-Rank Adaptation},
@@ -40,13 +42,15 @@ def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}"]
     what = "merged into" if merged else "an adapter for"
     parts.append(f"{report['method']} {what} `{report['base_model']}`, made with rasa_train.")
+    check_files(run, ["recipe.yaml", "summary.json"])  # the card is for the public
     if (run / "recipe.yaml").is_file():
-        recipe = (run / "recipe.yaml").read_text()
-        data = yaml.safe_load(recipe).get("data", {})
-        parts.append(f"## Data\n\n`{data.get('dataset')}`, template `{data.get('template')}`.")
-        parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
+        recipe, _ = parse_file(run / "recipe.yaml")
+        data = recipe.get("data") if isinstance(recipe, dict) else None
+        if isinstance(data, dict):
+            parts.append(f"## Data\n\n`{data.get('dataset')}`, template `{data.get('template')}`.")
+        parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```")
     if (run / "summary.json").is_file():
-        summary = json.loads((run / "summary.json").read_text())
+        summary = read_object(run / "summary.json")
         rows = [f"| {key} | {value} |" for key, value in summary.items() if not isinstance(value, dict)]
         parts.append("## Training\n\n| | |\n|---|---|\n" + "\n".join(rows))
     facts = {**report, **report.get("verify", {})}

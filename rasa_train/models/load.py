@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import process
 from ..errors import UserError, some
+from ..io.model_dir import check_files
 from .config import ModelConfig, torch_dtype
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 
@@ -29,6 +30,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """Return the architecture. Raises ``UserError`` if the model does not exist or transformers does not know it."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
+    if Path(config.name).is_dir():
+        check_files(Path(config.name))
     check_no_adapter(config.name)
     from transformers import AutoConfig
 
@@ -203,6 +206,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
     name, key = (config.tokenizer, "model.tokenizer") if config.tokenizer else (config.name, "model.name")
     _check_name(name, key)
     _check_remote_code(config)
+    if Path(name).is_dir():
+        check_files(Path(name))
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / n).is_file() for n in names):
         return None
