@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from ..adapters.saved import CONFIG, read_adapter
@@ -18,6 +17,7 @@ from ..errors import UserError
 from ..io.run_dir import RunDirectory, flatten
 from ..merging.source import find_adapter
 from ..recipe.renamed import rename
+from ..recipe.yaml_lines import parse
 
 RECENT = 10
 """Number of steps over which the loss at the end of a run is averaged, because the loss of one batch says little."""
@@ -204,11 +204,11 @@ def _mapping(path: Path, problems: list[str], consequence: str) -> dict[str, obj
     because = f": {consequence}" if consequence else ""
     try:
         text = path.read_text()
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        value = json.loads(text) if path.suffix == ".json" else parse(text, path.name)[0]
     except FileNotFoundError:
         problems.append(f"{path.name} is missing{because}")
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, UserError) as error:
         problems.append(f"{path.name} cannot be read ({' '.join(str(error).split())[:120]}){because}")
         return {}
     if not isinstance(value, dict):
