@@ -22,7 +22,7 @@ from ..io.json_file import read_object
 
 T = TypeVar("T")
 
-COUNTS = re.compile(r"(num|n)_(?!positions|ctx|vocab)|(layers?|blocks?|experts?|heads?|labels)$")
+COUNTS = re.compile(r"^(num|n)_(?!positions|ctx|vocab)|(layers?|blocks?|experts?|heads?|labels)$")
 """Names of keys that count things, each of which becomes a module, or an entry of a list."""
 MOST, MOST_COUNTED, MOST_LISTED = 2**40, 100_000, 10_000_000
 """The largest whole number in a ``config.json``, the largest that counts things, and the largest in a list, where it
