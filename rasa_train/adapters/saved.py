@@ -270,7 +270,13 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items() if name != PEFT_METHOD)
     try:
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is missing, or a value is not a number
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # a key is missing, or a value is not a number
         raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
@@ -289,7 +295,7 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
     _check_ranks(directory, method.model_dump(), stored)
     try:
         tensors = cls.convert_peft(config, {str(ours): stored[key].float() for key, ours in renamed.items()})
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
         raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if not exactly:
         paths = {key.rpartition(".")[0] for key in tensors if not key.startswith(f"{POOLS}.")}

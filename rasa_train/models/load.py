@@ -138,8 +138,12 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """Return a model of the same architecture on the meta device: names and shapes without memory."""
+    sizes = _stored_sizes(config)
     with torch.device("meta"):
-        return _from_config(config, _stored_sizes(config))
+        model = _from_config(config, sizes)
+        if sizes is not None and not quantization_of(model.config):
+            check_sizes(model, config.name, sizes)
+    return model
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
@@ -162,8 +166,7 @@ def _check_stored(config: ModelConfig, architecture: PretrainedConfig) -> list[i
     their sizes; None for those of the hub."""
     sizes = _stored_sizes(config)
     if sizes is not None and not quantization_of(architecture):
-        with torch.device("meta"):
-            check_sizes(_from_config(config, sizes), config.name, sizes)
+        meta_model(config)
     return sizes
 
 
