@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from pydantic import ValidationError
@@ -268,7 +268,7 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
         raise UserError(f"{origin}: {values} is not supported: the result would be another adapter")
     _check_peft_fields(origin, config)
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items() if name != PEFT_METHOD)
-    try:
+    try:  # a key may be missing, or a value be no number
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
     except (
         KeyError,
@@ -343,7 +343,8 @@ def _as_peft(directory: Path, config: PeftConfig, stored: Mapping[str, Tensor], 
     if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported{why and f': {why}'}")
     method = _method(directory, PEFT_METHOD, {"method": PEFT_METHOD, **fields})
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    pattern: Any = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *pattern.values()]
     _check_ranks(directory, {"r": max((r for r in ranks if isinstance(r, int)), default=0)}, stored)
     tensors = {name: tensor.float() for name, tensor in stored.items()}
     return SavedAdapter(

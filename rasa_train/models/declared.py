@@ -62,16 +62,17 @@ def _check_numbers(value: Any, key: str, path: Path, *, listed: bool = False) ->
 
 
 @contextmanager
-def bounded_modules(name: str, tensors: int | None) -> Iterator[None]:
+def bounded_modules(name: str, sizes: list[int] | None) -> Iterator[None]:
     """Build a model inside the block; one with far more modules than its files have tensors is refused amid its
     construction.
 
     Args:
         name: the base, for the message.
-        tensors: the number of tensors in its files; None if they are not here.
+        sizes: the sizes of the tensors in its files; None if they are not here.
     Raises:
         UserError: the model would have too many modules.
     """
+    tensors = None if sizes is None else len(sizes)
     most = UNKNOWN_MODULES if tensors is None else MODULES + MODULES_A_TENSOR * tensors
     count = 0
 

@@ -89,7 +89,7 @@ def _opened(config: ModelConfig, *, quiet: bool, **options: Any) -> PreTrainedMo
     shown = transformers_logging.is_progress_bar_enabled()
     if quiet:
         transformers_logging.disable_progress_bar()
-    with bounded_modules(config.name, sizes and len(sizes)):
+    with bounded_modules(config.name, sizes):
         model, report = _from_hub(
             _auto_class(architecture, config).from_pretrained,
             config.name,
@@ -179,7 +179,7 @@ def _from_config(config: ModelConfig, sizes: list[int] | None, **options: Any) -
     architecture = load_config(config)
     build = _auto_class(architecture, config).from_config
     options |= {"dtype": torch_dtype(config), "trust_remote_code": config.trust_remote_code}
-    with bounded_modules(config.name, sizes and len(sizes)):
+    with bounded_modules(config.name, sizes):
         model: PreTrainedModel = reading(lambda: build(architecture, **options), refuse)
     return model
 
