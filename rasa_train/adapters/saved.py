@@ -316,8 +316,9 @@ def _check_peft_fields(origin: str, config: PeftConfig) -> None:
         for key in keys:
             if not isinstance(value := config.get(key), kind):
                 raise UserError(f"{origin}: {key} must be {str(kind).replace(' | None', '')}, got {value!r:.60}")
+    values: dict[str, Any] = {**config}
     numbers = [(k, v) for k, v in config.items() if isinstance(v, int | float) and not k.endswith(("seed", "key"))]
-    numbers += [(key, v) for key in ("rank_pattern", "alpha_pattern") for v in (config.get(key) or {}).values()]
+    numbers += [(key, v) for key in ("rank_pattern", "alpha_pattern") for v in (values.get(key) or {}).values()]
     for key, value in numbers:
         if not isinstance(value, int | float) or not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
             raise UserError(f"{origin}: {key} must be a number of at most {LARGEST_NUMBER:,}, got {value!r:.60}")
