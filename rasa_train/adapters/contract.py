@@ -171,7 +171,7 @@ class PeftConfig(TypedDict, total=False):
 class Method(BaseModel, ABC):
     """Validated hyper-parameters of one method; the section ``adapter:`` of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     method: str
     targets: str | list[str] = "all-linear"

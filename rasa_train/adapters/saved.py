@@ -25,6 +25,8 @@ from ..io import checksums
 from ..io.atomic import write_text
 from ..io.checkpoint_files import opened
 from ..io.checksums import CHECKSUMS, write_checksums
+from ..io.json_file import read_object
+from ..io.model_dir import TOKENIZER, VOCABULARIES, check_files
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from .contract import Method, PeftConfig
@@ -52,20 +54,10 @@ PEFT_METHOD = "peft"
 FORMAT_VERSION = 1
 OF_CHECKPOINTS = ("optimizer", "rule.", "trainer.")
 """Beginnings of the names of files that a checkpoint has in addition to those of an adapter."""
-VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-TOKENIZER = (
-    *VOCABULARIES,
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    "chat_template.json",
-)
-"""Names of the files of a tokenizer."""
+SMALL_RANK = 4_096
+"""Rank that an adapter may have without a tensor of that size in its files, as those of NoLA."""
+LARGEST_NUMBER = 1_000_000_000
+"""Largest number in a PEFT config. Seeds and steps may be larger than ranks."""
 
 
 @dataclass(frozen=True)
@@ -256,16 +248,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _read_config(directory: Path) -> dict[str, object]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not an adapter: there is no such directory")
-    path = directory / CONFIG
+    check_files(directory)
     try:
-        config = json.loads(path.read_text())
+        return read_object(directory / CONFIG)
     except FileNotFoundError:
         raise UserError(f"{directory} is not an adapter: it has no {CONFIG}") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold one JSON object, got {type(config).__name__}")
-    return config
 
 
 def _is_peft(config: dict[str, object]) -> TypeGuard[PeftConfig]:
@@ -280,13 +267,15 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     base_tensors, base_path = config.pop("base_tensors", None) or {}, config.pop("base_path", None)
     if not all(isinstance(value, str | None) for value in (base_model, base_revision, base_path)):
         raise UserError(f"{directory / CONFIG}: base_model, base_revision and base_path must be text")
-    if not isinstance(base_tensors, dict):
-        raise UserError(f"{directory / CONFIG}: base_tensors must be an object")
+    if not isinstance(base_tensors, dict) or not all(isinstance(sample, str) for sample in base_tensors.values()):
+        raise UserError(f"{directory / CONFIG}: base_tensors must be an object of texts, got {base_tensors!r:.60}")
     method = _method(directory, str(config.get("method")), config)
+    tensors = read_safetensors(directory / TENSORS)
+    _check_ranks(directory, method.model_dump(), tensors)
     return SavedAdapter(
         directory,
         method,
-        read_safetensors(directory / TENSORS),
+        tensors,
         base_model,  # type: ignore[arg-type]
         base_revision,  # type: ignore[arg-type]
         base_tensors,
@@ -294,15 +283,34 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     )
 
 
+def _check_ranks(directory: Path, fields: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``UserError`` if a method asks for more ranks than any of its tensors has, before tensors of that size are
+    made."""
+    most = max([SMALL_RANK, *(size for tensor in tensors.values() for size in tensor.shape)])
+    for key, value in fields.items():
+        if type(value) is int and value > most and not key.endswith(("seed", "_every")):
+            raise UserError(
+                f"{directory / CONFIG}: {key} is {str(value)[:30]}, and no tensor of the adapter has more than {most} "
+                "rows or columns: the files do not belong together"
+            )
+
+
 def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
     origin = f"{directory / CONFIG}"
     if refused := [key for key in PEFT_REFUSED if config.get(key)]:
         values = ", ".join(f"{key}={config.get(key)!r}" for key in refused)
         raise UserError(f"{origin}: {values} is not supported: the result would be another adapter")
+    _check_peft_fields(origin, config)
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items() if name != PEFT_METHOD)
-    try:
+    try:  # a key may be missing, or a value be no number
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key is missing, or a value is not a number
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # a key is missing, or a value is not a number
         raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
@@ -318,9 +326,10 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
         return _as_peft(directory, config, stored, f"unexpected tensor {strange[0]!r}" if strange else "")
     fields["targets"], exactly = _targets(origin, config)
     method = _method(directory, name, {"method": name, **fields})
+    _check_ranks(directory, method.model_dump(), stored)
     try:
         tensors = cls.convert_peft(config, {str(ours): stored[key].float() for key, ours in renamed.items()})
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
         raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if not exactly:
         paths = {key.rpartition(".")[0] for key in tensors if not key.startswith(f"{POOLS}.")}
@@ -328,6 +337,25 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
     return SavedAdapter(
         directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")
     )
+
+
+def _check_peft_fields(origin: str, config: PeftConfig) -> None:
+    """Raise ``UserError`` for values of another type than PEFT's, and for numbers that no adapter has."""
+    kinds = {
+        str | None: ("base_model_name_or_path", "revision", "peft_type"),
+        str | list | None: ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"),
+        dict | None: ("rank_pattern", "alpha_pattern"),
+    }
+    for kind, keys in kinds.items():
+        for key in keys:
+            if not isinstance(value := config.get(key), kind):
+                raise UserError(f"{origin}: {key} must be {str(kind).replace(' | None', '')}, got {value!r:.60}")
+    values: dict[str, Any] = {**config}
+    numbers = [(k, v) for k, v in config.items() if isinstance(v, int | float) and not k.endswith(("seed", "key"))]
+    numbers += [(key, v) for key in ("rank_pattern", "alpha_pattern") for v in (values.get(key) or {}).values()]
+    for key, value in numbers:
+        if not isinstance(value, int | float) or not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+            raise UserError(f"{origin}: {key} must be a number of at most {LARGEST_NUMBER:,}, got {value!r:.60}")
 
 
 def _targets(origin: str, config: PeftConfig) -> tuple[str | list[str], bool]:
@@ -350,6 +378,9 @@ def _as_peft(directory: Path, config: PeftConfig, stored: Mapping[str, Tensor], 
     if fields is None:
         raise UserError(f"{directory / CONFIG}: peft_type {config['peft_type']!r} is not supported{why and f': {why}'}")
     method = _method(directory, PEFT_METHOD, {"method": PEFT_METHOD, **fields})
+    pattern: Any = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *pattern.values()]
+    _check_ranks(directory, {"r": max((r for r in ranks if isinstance(r, int)), default=0)}, stored)
     tensors = {name: tensor.float() for name, tensor in stored.items()}
     return SavedAdapter(
         directory, method, tensors, config.get("base_model_name_or_path") or None, config.get("revision")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -13,6 +12,7 @@ from ..errors import UserError
 from ..models.families import EXPERT_NAMES, SKIPPED_LAYERS, adapts_by_default, text_layers
 from .experts import expert_sites, is_fused, is_supported
 from .linear import maps_vectors
+from .patterns import path_pattern
 from .site import Site
 
 
@@ -104,13 +104,8 @@ def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Sit
     ``mlp.up_proj``)."""
     kinds = sorted({site.kind for site in sites})
     if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise UserError(
-                f"adapter.{key} is not a regular expression: {error}, got {targets!r}", key=f"adapter.{key}"
-            ) from None
-        matched = [site for site in sites if pattern.fullmatch(site.path) or pattern.fullmatch(site.kind)]
+        matches = path_pattern(targets, f"adapter.{key}")
+        matched = [site for site in sites if matches(site.path) or matches(site.kind)]
         if not matched:
             raise UserError(
                 f"adapter.{key}: the pattern {targets!r} matches no linear; the model has {', '.join(kinds)}",

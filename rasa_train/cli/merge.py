@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import UserError, say, shown
+from ..errors import UserError, say, shown, some
 from .completion import nearby
 from .errors import Command, DefaultVerb, start, user_errors
 
@@ -309,6 +309,8 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
         if report.tokenizer:
             lines.append(f"the tokenizer is the one that was trained with, from {report.tokenizer}")
+        if report.left_out:
+            lines.append(f"not copied from the base: {shown(some(report.left_out))}")
     if not report.base_checked:
         lines.append("note: the adapter does not record which weights it was trained on; only shapes were checked")
     if verified:

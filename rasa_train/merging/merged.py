@@ -10,30 +10,26 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from .. import __version__, process
-from ..adapters.saved import CONFIG, TOKENIZER
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
+from ..io.json_file import read_object
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .names import locate
 from .options import WRITING, Base, Progress, Writing
-from .source import Adapters, Source, architecture, find_tokenizer, open_source
+from .small_files import copy_small_files, copy_tokenizer
+from .source import Adapters, architecture, open_source
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".npz"}
-"""Suffixes of files that hold weights. These files are not copied, because they would contradict the merged weights."""
-SMALL = 200_000_000
-"""Bytes. A larger file beside a model is not a tokenizer and is not copied."""
 FINISHED = ".finished.json"
 """File in an unfinished output directory that lists the complete files on the disk, with their tallies."""
 BYTES_A_VALUE = 10
@@ -66,6 +62,9 @@ class MergeReport:
     the output's dtype. 0 for fp32; None when the update is zero."""
     tokenizer: str | None = None
     """Directory of the adapter that the tokenizer is from; None for the base's tokenizer."""
+    left_out: list[str] = field(default_factory=list)
+    """Names of files beside the base's weights that are not copied, because they are no part of a model or are links
+    out of the base's directory."""
 
 
 def merge(
@@ -107,7 +106,7 @@ def merge(
             index["weight_map"] |= {name: file for file, added in folding.added.items() for name in added}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _copy_small_files(source.directory, partial)
+        left_out = copy_small_files(source.directory, partial)
         tokenizer = copy_tokenizer(source, partial)
         if dtype is not None or folding.switches:
             _switch(config, folding.switches)
@@ -115,7 +114,7 @@ def merge(
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     report = _report(str(output), folding, [*tallies, folding.of_added], time.perf_counter() - start)
-    return replace(report, tokenizer=tokenizer)
+    return replace(report, tokenizer=tokenizer, left_out=left_out)
 
 
 def check_base(directory: Path) -> None:
@@ -231,13 +230,10 @@ def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 def _read_config(base_dir: Path) -> dict[str, object]:
-    try:
-        config = json.loads((base_dir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{base_dir / 'config.json'} cannot be read: {error}") from None
+    config = read_object(base_dir / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{base_dir} has a quantization_config: {QUANTISED}")
-    return dict(config)
+    return config
 
 
 def _switch(config: dict[str, object], switches: Mapping[str, bool]) -> None:
@@ -257,26 +253,3 @@ def _set_dtype(config: dict[str, object], dtype: str) -> None:
             _set_dtype(value, dtype)
     if "model_type" in config and "torch_dtype" not in config:
         config["dtype"] = dtype
-
-
-def copy_tokenizer(source: Source, output: Path) -> str | None:
-    """Replace the tokenizer of an output by the one that is stored with the adapter, if any. Returns where that is."""
-    files = find_tokenizer(source)
-    if not files:
-        return None
-    for name in TOKENIZER:
-        (output / name).unlink(missing_ok=True)
-    for path in files:
-        shutil.copyfile(path, output / path.name)
-    return str(files[0].parent)
-
-
-def _copy_small_files(base_dir: Path, output: Path) -> None:
-    """Copy configuration, tokenizer, chat templates and licence: all files but weights and hidden or large files."""
-    for path in sorted([*base_dir.iterdir(), *(base_dir / "additional_chat_templates").glob("*.jinja")]):
-        weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name == CONFIG
-        if weights or path.name.startswith(".") or not path.is_file() or path.stat().st_size > SMALL:
-            continue
-        target = output / path.relative_to(base_dir)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)

@@ -25,6 +25,7 @@ from ..errors import UserError, say
 from ..io.base_fingerprint import compare
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
 from ..io.links import refuse_links_out
+from ..io.model_dir import check_files
 from ..io.run_dir import RunDirectory
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
@@ -198,6 +199,7 @@ def find_model(name: str, revision: str | None, *, weights: bool, hint: str = ""
         _see(path)
         if not (path / "config.json").is_file():
             raise UserError(f"base model: {name} is a directory without a config.json, so it is not a model")
+        check_files(path)
         return path
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"base model: {name!r} does not exist{hint}")

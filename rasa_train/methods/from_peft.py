@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.contract import Built, Method, PeftConfig
+from ..adapters.patterns import path_pattern
 from ..adapters.site import Site
 from ..errors import UserError
 
@@ -82,6 +83,7 @@ class Peft(Method):
             UserError: PEFT is not installed or does not know the method or a key, or the method does not fit the model.
         """
         config = self._config()
+        _bound_patterns(config, model)
         import peft
 
         try:
@@ -239,3 +241,29 @@ def _without_prompt(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     given: Tensor = args[0] if args else kwargs["input_ids"]
     output.logits = output.logits[:, -given.shape[1] :]
     return output
+
+
+def _bound_patterns(config: Any, model: nn.Module) -> None:
+    """Match the expressions of a configuration within a bound of time, which PEFT does not have: those that select
+    modules become lists of names."""
+    names = [name for name, _ in model.named_modules() if name]
+    for key in ("target_modules", "exclude_modules"):
+        text = getattr(config, key, None)
+        if isinstance(text, str) and text.lower() != "all-linear":
+            matches = path_pattern(text, f"adapter.config.{key}")
+            found = {name for name in names if matches(name)}
+            if key == "target_modules" and not found:
+                raise UserError(
+                    f"adapter.config.{key}: the pattern {text!r:.200} matches no module", key="adapter.config"
+                )
+            setattr(config, key, found or None)
+    for key in ("rank_pattern", "alpha_pattern"):
+        values = getattr(config, key, None) or {}
+        found_values: dict[str, object] = {}
+        for text, value in values.items():
+            matches = path_pattern(rf"(.*\.)?({text})", f"adapter.config.{key}")
+            for name in names:
+                if matches(name):
+                    found_values.setdefault(re.escape(name), value)
+        if values:
+            setattr(config, key, found_values)

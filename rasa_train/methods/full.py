@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from torch import nn
 
 from ..adapters.contract import Built, Method
+from ..adapters.patterns import path_pattern
 from ..adapters.site import Site
 from ..errors import UserError
 from ..models.families import decoder_layers, layer_lists
@@ -80,12 +81,7 @@ def _named(item: str, names: Iterable[str], key: str, known: Iterable[str]) -> l
 
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    try:
-        fits: Callable[[str], object] = re.compile(pattern).fullmatch
-    except re.error as error:
-        raise UserError(
-            f"adapter.targets is not a regular expression: {error}, got {pattern!r}", key="adapter.targets"
-        ) from None
+    fits = path_pattern(pattern, "adapter.targets")
     found = [name for name in names if fits(name) or fits(name.rpartition(".")[0])]
     return found or _nothing(f"the pattern {pattern!r}", "targets", names)
 

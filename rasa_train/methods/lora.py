@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.contract import Built, FactorAdapter, Method, PeftConfig, kaiming_uniform, zeros
 from ..adapters.experts import peft_linears, peft_parameter
+from ..adapters.patterns import path_pattern
 from ..adapters.site import Site
 from ..kernels.low_rank import Factors
 
@@ -84,7 +85,11 @@ class LoRA(Method):
 
 def _of_pattern(patterns: Mapping[str, T] | None, path: str, default: T) -> T:
     """Return the value that PEFT uses for a module: that of the first pattern that its path ends with or equals."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path))
+    found = (
+        value
+        for pattern, value in (patterns or {}).items()
+        if path_pattern(rf"(.*\.)?({pattern})", "rank_pattern or alpha_pattern")(path)
+    )
     return next(found, default)
 
 

@@ -15,7 +15,9 @@ from torch import nn
 
 from .. import process
 from ..errors import UserError, shown, some
+from ..io.model_dir import check_files
 from .config import ModelConfig, torch_dtype
+from .declared import bounded_modules, check_config, check_sizes, reading, stored_sizes
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """Return the architecture. Raises ``UserError`` if the model does not exist or transformers does not know it."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
+    if Path(config.name).is_dir():
+        check_files(Path(config.name))
+        check_config(Path(config.name))
     check_no_adapter(config.name)
     from transformers import AutoConfig
 
@@ -80,22 +85,24 @@ def _opened(config: ModelConfig, *, quiet: bool, **options: Any) -> PreTrainedMo
     architecture = load_config(config)
     if Path(config.name).is_dir() and not has_weights(config):
         raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
+    sizes = _check_stored(config, architecture)
     shown = transformers_logging.is_progress_bar_enabled()
     if quiet:
         transformers_logging.disable_progress_bar()
-    model, report = _from_hub(
-        _auto_class(architecture, config).from_pretrained,
-        config.name,
-        config,
-        key="model.name",
-        config=architecture,
-        dtype=torch_dtype(config),
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the report has them all; transformers would raise an error about the first
-        **_attention(config),
-        **options,
-    )
+    with bounded_modules(config.name, sizes):
+        model, report = _from_hub(
+            _auto_class(architecture, config).from_pretrained,
+            config.name,
+            config,
+            key="model.name",
+            config=architecture,
+            dtype=torch_dtype(config),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report has them all; transformers would raise an error about the first
+            **_attention(config),
+            **options,
+        )
     if shown:
         transformers_logging.enable_progress_bar()
     _check_report(config.name, report)
@@ -131,8 +138,12 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """Return a model of the same architecture on the meta device: names and shapes without memory."""
+    sizes = _stored_sizes(config)
     with torch.device("meta"):
-        return _from_config(config)
+        model = _from_config(config, sizes)
+        if sizes is not None and not quantization_of(model.config):
+            check_sizes(model, config.name, sizes)
+    return model
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
@@ -140,16 +151,36 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
     have their values."""
     from accelerate import init_empty_weights
 
+    sizes = _check_stored(config, load_config(config))
     with init_empty_weights(include_buffers=False):
-        model = _from_config(config, **_attention(config))
+        model = _from_config(config, sizes, **_attention(config))
     return model.eval()
 
 
-def _from_config(config: ModelConfig, **options: Any) -> PreTrainedModel:
+def _stored_sizes(config: ModelConfig) -> list[int] | None:
+    return stored_sizes(Path(config.name)) if Path(config.name).is_dir() else None
+
+
+def _check_stored(config: ModelConfig, architecture: PretrainedConfig) -> list[int] | None:
+    """Raise ``UserError`` if the weights on this machine are damaged, or far fewer than the architecture has. Returns
+    their sizes; None for those of the hub."""
+    sizes = _stored_sizes(config)
+    if sizes is not None and not quantization_of(architecture):
+        meta_model(config)
+    return sizes
+
+
+def _from_config(config: ModelConfig, sizes: list[int] | None, **options: Any) -> PreTrainedModel:
+    def refuse(why: str) -> UserError:
+        return UserError(
+            f"model.name: no model can be made of the config.json of {config.name}: {why}", key="model.name"
+        )
+
     architecture = load_config(config)
-    model: PreTrainedModel = _auto_class(architecture, config).from_config(
-        architecture, dtype=torch_dtype(config), trust_remote_code=config.trust_remote_code, **options
-    )
+    build = _auto_class(architecture, config).from_config
+    options |= {"dtype": torch_dtype(config), "trust_remote_code": config.trust_remote_code}
+    with bounded_modules(config.name, sizes):
+        model: PreTrainedModel = reading(lambda: build(architecture, **options), refuse)
     return model
 
 
@@ -203,6 +234,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
     name, key = (config.tokenizer, "model.tokenizer") if config.tokenizer else (config.name, "model.name")
     _check_name(name, key)
     _check_remote_code(config)
+    if Path(name).is_dir():
+        check_files(Path(name))
+        check_config(Path(name))
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / n).is_file() for n in names):
         return None
@@ -238,11 +272,12 @@ def _check_remote_code(config: ModelConfig) -> None:
 
 
 def _from_hub(load: Any, name: str, model: ModelConfig, *, key: str, **kwargs: Any) -> Any:
-    try:
-        return load(name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    def refuse(why: str) -> UserError:
         set_offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
         offline = set_offline and not Path(name).is_dir()
-        why = re.split(" Check(?:out)? your internet", " ".join(str(error).split()))[0][:400]
+        why = re.split(" Check(?:out)? your internet", why)[0]
         hint = " HF_HUB_OFFLINE is set, so only models already on this machine can be used." if offline else ""
-        raise UserError(f"{key}: {name!r} cannot be loaded: {why}{hint}", key=key) from None
+        return UserError(f"{key}: {name!r} cannot be loaded: {why}{hint}", key=key)
+
+    options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code, **kwargs}
+    return reading(lambda: load(name, **options), refuse)

@@ -17,10 +17,10 @@ from ..adapters.contract import Method
 from ..adapters.registry import METHODS
 from ..errors import UserError
 from ..io.home import expanded
+from .extends import Files, Layer, find
 from .renamed import rename
 from .schema import Recipe
-from .shipped import configs_dir
-from .yaml_lines import Key, Location, nearest, parse, parse_file, short
+from .yaml_lines import Key, Location, nearest, parse, short
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,6 @@ class LoadedRecipe:
     def explain(self, error: UserError) -> UserError:
         """Return the same error with the place of its key in the recipe."""
         return explain(error, self.locations)
-
-
-@dataclass
-class _Layer:
-    values: dict[str, Any]
-    locations: dict[Key, Location]
 
 
 def explain(error: UserError, locations: dict[Key, Location]) -> UserError:
@@ -58,10 +52,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Raises:
         UserError: the recipe is wrong; the message has the key, the value, what is allowed, and the line.
     """
-    file = _find(str(path))
-    layers = [*_file_layers(file, ()), _override_layer(overrides)]
+    file = find(str(path))
+    layers = [*Files().layers(file), _override_layer(overrides)]
     notices = [rename(layer.values, layer.locations) for layer in layers]
-    merged = _Layer({}, {})
+    merged = Layer({}, {})
     for layer in layers:
         _merge(merged, layer)
     _refuse_secrets(merged.values, (), merged.locations)
@@ -84,7 +78,7 @@ def copy_recipe(name: str, destination: str | None = None) -> Path:
     The recipes that the copy extends are found from anywhere. Raises ``UserError`` if there is no such recipe, or if
     the file exists or cannot be written.
     """
-    source = _find(name)
+    source = find(name)
     target = Path(expanded(destination or "."))
     target = target / source.name if target.is_dir() else target
     try:
@@ -106,9 +100,11 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def completed(stored: str) -> str:
     """Return the recipe of a run's directory as this version would write it: a key that is absent has its default. A
-    recipe that this version cannot read is returned as it is."""
+    recipe that this version cannot read is returned as it is. Raises ``UserError`` for a text that is not YAML, or is
+    beyond the limits of a recipe."""
+    values, _ = parse(stored, "the recipe.yaml of the run")
     try:
-        rename(values := yaml.safe_load(stored), {})
+        rename(values, {})
         return dump_recipe(Recipe.model_validate(values))
     except (AttributeError, UserError, ValidationError):
         return stored
@@ -117,61 +113,8 @@ def completed(stored: str) -> str:
 # -- layers ----------------------------------------------------------------------------------------------
 
 
-def _find(name: str) -> Path:
-    path = Path(expanded(name))
-    if _is_file(path):
-        return path
-    shipped = {str(p.relative_to(configs_dir()).with_suffix("")): p for p in sorted(configs_dir().rglob("*.yaml"))}
-    known = name.removeprefix("configs/").removesuffix(".yaml")
-    if known in shipped:
-        return shipped[known]
-    try:
-        if path.is_dir():
-            raise UserError(f"{name} is a directory; a recipe is a YAML file")
-        near = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-    except OSError as error:  # a name too long, a directory that may not be entered
-        raise UserError(f"recipe {name[:80]!r} cannot be read: {error.strerror}") from None
-    close = difflib.get_close_matches(name, near + list(shipped), n=1, cutoff=0.5)
-    raise UserError(f"recipe {name!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long for a file
-        return False
-
-
-def _file_layers(path: Path, chain: tuple[Path, ...]) -> list[_Layer]:
-    """Return the layers of the file and of all files it extends, most basic first."""
-    if path.resolve() in chain:
-        raise UserError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*chain, path))}")
-    values, locations = parse_file(path)
-    if not isinstance(values, dict):
-        kind = "empty" if values is None else f"a {type(values).__name__}"
-        raise UserError(
-            f"{path}: a recipe is a mapping with the sections model, adapter, data, ...; this file is {kind}"
-        )
-    bases = values.pop("extends", None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(
-            f"extends must be a file's name or a list of them, got {bases!r}\n  at {locations[('extends',)]}",
-            key="extends",
-        )
-    layers: list[_Layer] = []
-    for base in bases:
-        beside = path.parent / base
-        try:
-            found = beside if _is_file(beside) else _find(base)
-        except UserError as error:
-            raise UserError(f"{error}\n  at {locations[('extends',)]}", key="extends") from None
-        layers += _file_layers(found, (*chain, path.resolve()))
-    return [*layers, _Layer(values, locations)]
-
-
-def _override_layer(overrides: Iterable[str]) -> _Layer:
-    layer = _Layer({}, {})
+def _override_layer(overrides: Iterable[str]) -> Layer:
+    layer = Layer({}, {})
     for override in overrides:
         name, equals, text = override.partition("=")
         parts = name.split(".")
@@ -188,7 +131,7 @@ def _override_layer(overrides: Iterable[str]) -> _Layer:
     return layer
 
 
-def _merge(below: _Layer, above: _Layer) -> None:
+def _merge(below: Layer, above: Layer) -> None:
     """Put ``above`` over ``below``, key by key. If ``above`` names another adapter method or optimizer, the keys of the
     old one that the new one does not have or use are dropped."""
     for section, tag in ((("adapter",), "method"), (("training", "optimizer"), "name")):

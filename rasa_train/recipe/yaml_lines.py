@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..io.json_file import read_bytes
 
 MAX_NODES, MAX_DEPTH, MAX_LENGTH, MAX_BYTES = 20_000, 40, 4_096, 1 << 18
 """Limits of a recipe, which has some dozens of values. Aliases that expand to more than ``MAX_NODES`` values are an
@@ -62,6 +63,8 @@ def parse(text: str, source: str) -> tuple[Any, dict[Key, Location]]:
         UserError: wrong syntax (with line and column), a duplicate key, a key that is not a string, a tag, or a text
             beyond the limits of a recipe.
     """
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{source} is not a recipe: it has {len(text):,} characters; at most {MAX_BYTES:,} are read")
     try:
         _refuse_odd(text, source)
         loader = _Loader(text)
@@ -87,11 +90,13 @@ def parse_file(path: Path) -> tuple[Any, dict[Key, Location]]:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise UserError(f"{path} is not a recipe: it has {size:,} bytes; at most {MAX_BYTES:,} are read")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        text = read_bytes(path, MAX_BYTES).decode()
+    except FileNotFoundError:
+        raise UserError(f"{path} cannot be read: there is no such file") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     return parse(text, str(path))
 
 

@@ -54,7 +54,7 @@ def test_json_is_the_only_thing_on_stdout(case, tmp_path):
     assert report.pop("seconds") > 0
     assert report == {
         "output": str(tmp_path / "out"), "format": "merged", "method": "rasa", "base_model": str(base),
-        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0, "tokenizer": None,
+        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0, "tokenizer": None, "left_out": [],
         "bytes": (tmp_path / "out" / "model.safetensors").stat().st_size,
     }  # fmt: skip
     code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora", "--json")
@@ -516,7 +516,7 @@ def test_interrupted(case, tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rasa_train.merging.merged._copy_small_files", interrupt)
+    monkeypatch.setattr("rasa_train.merging.merged.copy_small_files", interrupt)
     before = set(tmp_path.iterdir())
     assert run(adapter, "--output", tmp_path / "out")[0] == 130
     assert set(tmp_path.iterdir()) == before
