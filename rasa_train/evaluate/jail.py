@@ -52,18 +52,24 @@ SETUP_FAILED = 97
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
-# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and programs,
-# access to other processes, mounts, and kernel interfaces with a history of vulnerabilities. Threads are allowed.
+# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and programs, access
+# to other processes, mounts, and kernel interfaces with a history of vulnerabilities; in the last two lines memory that
+# the limit of address space does not count: System V's shared memory, semaphores and messages, files in memory,
+# message queues, and pages that are given to a pipe. Threads are allowed.
 DENIED = {
     "x86_64": (
-        62, 200, 129, 297,
+        62, 200, 129, 297, 424,
         41, 53, 57, 58, 59, 322, 101, 310, 311, 434, 438, 165, 166, 155, 161, 272, 308, 428, 429, 430, 442,
-        321, 248, 249, 250, 298, 323, 425, 175, 313, 246, 317,
+        321, 248, 249, 250, 298, 323, 425, 175, 313, 246, 317, 312, 426, 427, 300, 440, 447,
+        29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71,
+        319, 240, 242, 278,
     ),
     "aarch64": (
-        129, 130, 138, 240,
+        129, 130, 138, 240, 424,
         198, 199, 221, 281, 117, 270, 271, 434, 438, 40, 39, 41, 51, 97, 268, 428, 429, 430, 442,
-        280, 217, 218, 219, 241, 282, 425, 105, 273, 104, 277,
+        280, 217, 218, 219, 241, 282, 425, 105, 273, 104, 277, 272, 426, 427, 262, 440, 447,
+        194, 195, 196, 197, 190, 191, 192, 193, 186, 187, 188, 189,
+        279, 180, 182, 75,
     ),
 }  # fmt: skip
 CLONE = {"x86_64": 56, "aarch64": 220}
