@@ -243,9 +243,11 @@ def run(request: dict[str, Any], result: int, values: Any, peers: Any) -> NoRetu
             pipes = keep(down[0], up[1])
             limit(limits)
             os.write(pipes[1], STARTED)
-            peers.hold_program(peers.Peer(values.Codec, pipes, False, lambda why: os._exit(0)), request["program"])
+            peer = peers.Peer(values.Codec, pipes, request["prompt"], lambda why: os._exit(0))
+            peers.hold_program(peer, request["program"])
         finally:
             os._exit(1)
+    prompt = request["prompt"]
     request.clear()
     os.close(down[0])
     os.close(up[1])
@@ -263,12 +265,12 @@ def run(request: dict[str, Any], result: int, values: Any, peers: Any) -> NoRetu
             leave(os.waitpid(child, 0)[1])
         say(why)
 
-    peer = peers.Peer(values.Codec, (up[0], down[1]), True, fail)
+    peer = peers.Peer(values.Codec, (up[0], down[1]), prompt, fail, hostile=True)
     if not os.read(up[0], 1):
         leave(os.waitpid(child, 0)[1])
     os.write(result, STARTED)
     try:
-        peers.check(peer, task["prompt"], task["test"], task["entry_point"])
+        peers.check(peer, prompt, task["test"], task["entry_point"])
     except BaseException as error:
         say(peers.reason(peer, error))
     say(task["nonce"])

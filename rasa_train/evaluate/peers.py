@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -25,6 +26,7 @@ MESSAGE_BYTES = 16 << 20
 PROGRAM = "solution"
 """Name of the module that the program is; not ``__main__``, whose part of a program is for use as a command."""
 TEST = "problem"
+"""Name of the module that the test is, with what the problem's own text defines."""
 
 
 class Remote:
@@ -86,14 +88,22 @@ class Made(RemoteObject, RemoteFunction):
     """A class of the program that the test asked for by name, or an object that the test made of one. The class is what
     is tested, so it has its methods, and decides when two of its objects are equal."""
 
+    def __getattr__(self, name: str) -> Any:
+        return _made(super().__getattr__(name))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        value = super().__call__(*args, **kwargs)
-        return Made(self._peer, value._number, value._name) if type(value) is RemoteObject else value
+        return _made(super().__call__(*args, **kwargs))
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Remote) and bool(self._peer.ask("eq", self._number, other)))
 
     __hash__ = Remote.__hash__
+
+
+def _made(value: Any) -> Any:
+    if type(value) in (RemoteObject, RemoteFunction, RemoteClass):
+        value._peer.theirs[value._number] = value = Made(value._peer, value._number, value._name)
+    return value
 
 
 def _exactly(kind: type, value: Any) -> Any:
@@ -123,24 +133,34 @@ class Peer:
     Args:
         codec: ``values.Codec``.
         pipes: descriptors to read from and to write to.
-        hostile: whether the other process holds the program.
+        prompt: the problem's own text. Objects of its classes are sent by their attributes.
         fail: ends this process; called with the reason when the other process has ended (None) or breaks the rules.
+        hostile: whether the other process holds the program.
     """
 
     def __init__(
-        self, codec: type[Codec], pipes: tuple[int, int], hostile: bool, fail: Callable[[str | None], NoReturn]
+        self,
+        codec: type[Codec],
+        pipes: tuple[int, int],
+        prompt: str,
+        fail: Callable[[str | None], NoReturn],
+        hostile: bool = False,
     ) -> None:
         refer = {
             "object": ((int, str, str), self._refer),
             "yours": ((int,), lambda codec, number: self.mine[number]),
             "exception": ((list,), lambda codec, names: self.exception_class(names)),
+            "instance": ((str, list), self._instance),
+            "member": ((str, str), lambda codec, name, member: self._class(name)[member]),
         }
         self.codec, self.pipes, self.hostile, self.fail = codec(self._hold, refer), pipes, hostile, fail
+        self.shared = frozenset(re.findall(r"^class (\w+)", prompt, re.M))
         self.namespace: dict[str, Any] = {}
         self.mine: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.theirs: dict[int, Remote] = {}
         self.stubs: dict[str, type[BaseException]] = {}
+        self.open: set[int] = set()
         self.strange = ""
         self.line: tuple[BaseException | None, int] = (None, 0)
         # Bound now, because the program may replace what the module has.
@@ -152,11 +172,34 @@ class Peer:
             return ["yours", value._number]
         if isinstance(value, type) and issubclass(value, BaseException):
             return ["exception", [[c.__module__, c.__name__] for c in value.__mro__]]
+        name = type(value).__name__
+        if name in self.shared and self.namespace.get(name) is type(value) and id(value) not in self.open:
+            if hasattr(value, "__dict__") and not hasattr(type(value), "__members__"):
+                self.open.add(id(value))
+                try:
+                    return ["instance", name, self.codec.encode(dict(vars(value)))]
+                finally:
+                    self.open.discard(id(value))
+            if hasattr(value, "name"):
+                return ["member", name, value.name]
         number = self.numbers.setdefault(id(value), len(self.mine))
         if number == len(self.mine):
             self.mine.append(value)
         sort = "function" if callable(value) else "iterator" if hasattr(type(value), "__next__") else "object"
         return ["object", number, "class" if isinstance(value, type) else sort, str(type(value).__name__)]
+
+    def _class(self, name: str) -> Any:
+        if name not in self.shared:
+            raise ValueError(f"the problem has no class {name[:50]}")
+        return self.namespace[name]
+
+    def _instance(self, codec: Codec, name: str, state: list[Any]) -> Any:
+        kind, attributes = self._class(name), codec.decode(state)
+        if any(callable(getattr(kind, key, None)) for key in attributes):
+            raise ValueError("an attribute has the name of a method")
+        value = object.__new__(kind)
+        vars(value).update(attributes)
+        return value
 
     def _refer(self, codec: Codec, number: int, sort: str, name: str) -> Remote:
         kinds = {"function": RemoteFunction, "class": RemoteClass, "iterator": RemoteIterator}
@@ -176,7 +219,7 @@ class Peer:
             if kind == "value":
                 value, changed = rest
                 if changed is not None:
-                    _update([*message[2]], [*changed])
+                    self.codec.update([*message[2]], [*changed])
                 return value
             if kind == "raise":
                 error = self.exception(*rest)
@@ -278,36 +321,6 @@ def _allowed(kind: str, target: Any, rest: tuple[Any, ...]) -> bool:
     return kind in ("call", "next", "iter", "len", "bool", "item")
 
 
-def _update(old: Any, new: Any) -> None:
-    """Make the contents of ``old`` those of ``new``, in place, where both are of the same type and can be changed."""
-    if type(old) is not type(new):
-        return
-    if isinstance(old, list | tuple):
-        for index, (a, b) in enumerate(zip(old, new, strict=False)):
-            if type(a) is type(b) and isinstance(a, list | tuple | dict | set | bytearray):
-                _update(a, b)
-            elif isinstance(old, list):
-                old[index] = b
-        if isinstance(old, list):
-            old[len(new) :] = new[len(old) :]
-    elif isinstance(old, dict):
-        kept = {key: old[key] for key in old.keys() & new.keys()}
-        old.clear()
-        for key, value in new.items():
-            if key in kept and type(kept[key]) is type(value) and isinstance(value, list | dict | set):
-                _update(kept[key], value)
-                value = kept[key]
-            old[key] = value
-    elif isinstance(old, set):
-        old.clear()
-        old.update(new)
-    elif type(old).__name__ == "ndarray" and old.shape == new.shape:
-        old[...] = new
-    elif isinstance(old, bytearray) or type(old).__name__ == "deque":
-        old.clear()
-        old.extend(new)
-
-
 def hold_program(peer: Peer, source: str) -> NoReturn:
     """Run the program as a module, then serve the test's process."""
     module = ModuleType(PROGRAM)
@@ -341,7 +354,7 @@ def check(peer: Peer, prompt: str, test: str, entry_point: str) -> None:
         except KeyError:
             continue
         made = isinstance(value, RemoteClass) and not (function and name == entry)
-        names[name] = Made(peer, value._number, name) if made else value
+        names[name] = _made(value) if made else value
     peer.strange = ""
     exec(code, names)
 

@@ -166,6 +166,7 @@ class Sandbox:
         limits = self.limits
         request: dict[str, Any] = {
             "program": program.source,
+            "prompt": program.prompt,
             "modules": MODULES,
             "result_fd": result_fd,
             "isolated": self.isolated,
@@ -181,7 +182,7 @@ class Sandbox:
                 **({"RLIMIT_NPROC": limits.threads} if self.isolated else {}),
             },
         }
-        task = {"nonce": nonce, "prompt": program.prompt, "test": program.test, "entry_point": program.entry_point}
+        task = {"nonce": nonce, "test": program.test, "entry_point": program.entry_point}
         first = json.dumps(request).encode()
         return len(first).to_bytes(8, "big") + first + json.dumps(task).encode()
 

@@ -61,7 +61,10 @@ def math_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def score_code(
-    programs: Sequence[tuple[str, Program | str]], sandbox: Sandbox, workers: int | None = None, tick: Tick | None = None
+    programs: Sequence[tuple[str, Program | str]],
+    sandbox: Sandbox,
+    workers: int | None = None,
+    tick: Tick | None = None,
 ) -> list[Row]:
     """Return a verdict for each (task id, program): ``index``, ``task_id``, ``passed``, ``correct``, ``reason``."""
     rows: list[Row] = []
@@ -142,7 +145,9 @@ def score_file(
     return {"suite": suite, "samples": len(rows), "metrics": metrics, "not_measured": missing, "rows": rows}
 
 
-def _programs(samples: Sequence[tuple[str, Row]], data: str | None) -> tuple[list[tuple[str, Program | str]], list[str]]:
+def _programs(
+    samples: Sequence[tuple[str, Row]], data: str | None
+) -> tuple[list[tuple[str, Program | str]], list[str]]:
     """Return (task id, program) of each sample, and the ids of the problems that have none."""
     own = all(isinstance(row.get("test"), str) for _, row in samples)
     problems = {} if own and data is None else {row["task_id"]: row for row in load("code", data)}

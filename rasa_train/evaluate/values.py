@@ -47,6 +47,9 @@ class Codec:
     def unpack(self, data: bytes) -> Any:
         return self.decode(json.loads(data))
 
+    def update(self, old: Any, new: Any) -> None:
+        update(old, new)
+
     def encode(self, value: Any) -> Any:
         kind = type(value)
         if kind in SIMPLE or (kind is int and -SMALL < value < SMALL):
@@ -62,7 +65,7 @@ class Codec:
     def encode_all(self, values: Iterable[Any]) -> list[Any]:
         items = [*values]
         kinds = {*map(type, items)}
-        if kinds <= SIMPLE or (kinds == {int} and -SMALL < min(items) and max(items) < SMALL):
+        if kinds <= SIMPLE or (kinds == {int} and min(items) > -SMALL and max(items) < SMALL):
             return items
         return [self.encode(item) for item in items]
 
@@ -243,3 +246,40 @@ DECODERS: dict[str, Decoder] = {
 
 def _from_iso(name: str, text: str) -> Any:
     return getattr(importlib.import_module("datetime"), name).fromisoformat(text)
+
+
+def _holds(value: Any) -> bool:
+    """Return whether the value has contents that may change."""
+    return isinstance(value, list | tuple | dict | set | bytearray) or hasattr(value, "__dict__")
+
+
+def update(old: Any, new: Any) -> None:
+    """Make the contents of ``old`` those of ``new``, in place, where both are of the same type and can be changed."""
+    if old is new or type(old) is not type(new):
+        return
+    if isinstance(old, list | tuple):
+        for index, (a, b) in enumerate(zip(old, new, strict=False)):
+            if type(a) is type(b) and _holds(a):
+                update(a, b)
+            elif isinstance(old, list):
+                old[index] = b
+        if isinstance(old, list):
+            old[len(new) :] = new[len(old) :]
+    elif isinstance(old, dict):
+        kept = {key: old[key] for key in old.keys() & new.keys()}
+        old.clear()
+        for key, value in new.items():
+            if key in kept and type(kept[key]) is type(value) and _holds(value):
+                update(kept[key], value)
+                value = kept[key]
+            old[key] = value
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    elif type(old).__name__ == "ndarray" and old.shape == new.shape:
+        old[...] = new
+    elif hasattr(old, "__dict__"):
+        update(vars(old), vars(new))
+    elif isinstance(old, bytearray) or type(old).__name__ == "deque":
+        old.clear()
+        old.extend(new)
