@@ -10,137 +10,173 @@ from rasa_train.errors import UserError
 from rasa_train.evaluate.problems import code_problem, program
 from rasa_train.evaluate.sandbox import Limits, Program, Sandbox, Verdict
 
-ROOT = {
-    "task_id": "Fool/0",
-    "prompt": 'def halves(numbers, scale):\n    """ Half of each number, times scale. """\n',
-    "entry_point": "halves",
-    "test": """
-import copy, json, math
-from typing import List
 
-EXPECTED = json.loads("[2.5, 5.0, 7.5]")
+def case(solution: str, test: str, prompt: str = "", entry_point: str = "f", before: str = "") -> Program:
+    """Return a program with the test whose ``check`` has the given lines, after the lines ``before``."""
+    body = "".join(f"    {line}\n" for line in test.splitlines())
+    row: dict[str, Any] = {"task_id": "T", "prompt": prompt, "entry_point": entry_point}
+    return program(code_problem({**row, "test": f"{before}\ndef check(candidate):\n{body}"}), solution)
 
-def check(candidate):
-    inputs = [5, 10, 15]
-    got = candidate(copy.deepcopy(inputs), 1.0)
-    assert len(got) == len(EXPECTED)
-    assert all(abs(g - e) < 1e-6 for g, e in zip(got, EXPECTED))
-    assert sorted(got) == sorted(EXPECTED) and isinstance(got, list)
-    assert any(math.isclose(g, 7.5) for g in got), "the marker is SECRET-731"
-    assert candidate([], 2.0) == []
-    assert candidate([4], 2.0) == [4.0] and halves([1], 1.0) == [0.5]
-""",
-}
-HONEST = "def halves(numbers, scale):\n    return [n / 2 * scale for n in numbers]\n"
-WRONG = "def halves(numbers, scale):\n    return [1.0 for n in numbers]\n"
-SAME = "    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n    __hash__ = None\n"
-ARITHMETIC = "".join(
-    f"    __{name}__ = lambda self, other: 0.0\n" for name in ("sub", "rsub", "add", "radd", "mul", "rmul")
-) + "".join(f"    __{name}__ = lambda self, other: True\n" for name in ("lt", "le", "gt", "ge", "contains"))
-UNARY = "    __abs__ = __neg__ = __float__ = lambda self: 0.0\n    __len__ = lambda self: 3\n"
-WRITES = "import os\nfor fd in range(3, 64):\n    try:\n        os.write(fd, {})\n    except OSError:\n        pass\n"
-WALK = """
-import gc, inspect, os, sys
+
+PROMPT = 'def f(x):\n    """ Half of x. """\n'
+EQUAL = "assert candidate(5) == 2.5"
+NEAR = "assert abs(candidate(5) - 2.5) < 1e-6"
+WRONG = "def f(x):\n    return 1.0\n"
+SAME = "    __eq__ = __contains__ = lambda *args: True\n    __ne__ = lambda *args: False\n    __hash__ = None\n"
+ZERO = "".join(f"    __{name}__ = lambda *args: 0.0\n" for name in ("sub", "rsub", "abs", "float", "add", "mul"))
+ORDER = "".join(f"    __{name}__ = lambda *args: True\n" for name in ("lt", "le", "gt", "ge", "bool"))
+WRITES = "for fd in range(3, 64):\n    try:\n        os.write(fd, {})\n    except OSError:\n        pass\n"
+MARKER = """
+import gc, os, sys
 found = []
 def look(value, depth=0):
     if isinstance(value, str) and len(value) == 32:
         found.append(value)
-    elif isinstance(value, dict) and depth < 4:
+    elif isinstance(value, dict) and depth < 3:
         for item in list(value.values()):
             look(item, depth + 1)
 frame = sys._getframe()
 while frame:
     look(frame.f_locals)
-    look(frame.f_globals)
     frame = frame.f_back
+marker = found[0].encode() if found else b"none"
 """
-PATCHED = "import builtins\nbuiltins.{name} = lambda *args, **kwargs: {value}\n" + WRONG
+
+
+def hides(base: str, made: str) -> str:
+    """Return a program whose result is an object of a class derived from ``base`` that is equal to everything."""
+    return f"class A({base}):\n{SAME}{ZERO}{ORDER}def f(x):\n    return {made}\n"
+
+
+def replaces(what: str, value: str) -> str:
+    """Return a program that puts its own function in the place of one that the test calls."""
+    module = what.rpartition(".")[0]
+    return f"import {module}\n{what} = lambda *args, **kwargs: {value}\n{WRONG}"
+
+
+def knows(lines: str) -> str:
+    """Return a program that looks for ``EXPECTED`` and returns it."""
+    body = "".join(f"    {line}\n" for line in lines.splitlines())
+    return f"import gc, os, sys\ndef f(x):\n{body}    return 1.0\n"
+
+
+def expects(solution: str) -> Program:
+    return case(solution, "assert candidate(5) == EXPECTED[0]", PROMPT, before="EXPECTED = [2.5]")
+
+
+def plain(solution: str, test: str = EQUAL) -> Program:
+    return case(solution, test, PROMPT)
+
+
 FOOLING = {
-    # the seven cheap ones
-    "an object that is equal to everything": f"class A:\n{SAME}{ARITHMETIC}{UNARY}def halves(n, s):\n    return A()\n",
-    "a number that is equal to everything": f"class F(float):\n{SAME}{ARITHMETIC}"
-    "    __abs__ = lambda self: 0.0\ndef halves(n, s):\n    return [F(1)] * len(n)\n",
-    "abs of its own": PATCHED.format(name="abs", value="0.0"),
-    "json.loads of its own": "import json\njson.loads = lambda *args: [1.0, 1.0, 1.0]\n" + WRONG,
-    "copy.deepcopy of its own": "import copy\ncopy.deepcopy = lambda value, memo=None: []\n" + WRONG,
-    "the success marker from a frame": WALK + WRITES.format("found[-1].encode() if found else b'x'") + "os._exit(0)\n",
-    "os.write of its own": "import os\nreal = os.write\nos.write = lambda fd, data: real(fd, data) if False else 0\n"
-    + WRONG,
-    # text, whole numbers and lists that claim to be equal
-    "text": f"class S(str):\n{SAME}def halves(n, s):\n    return S()\n",
-    "a whole number": f"class I(int):\n{SAME}{ARITHMETIC}def halves(n, s):\n    return [I(1)] * len(n)\n",
-    "a list": f"class L(list):\n{SAME}    __len__ = lambda self: 3\n    __iter__ = lambda self: iter([2.5, 5.0, 7.5])\n"
-    "def halves(n, s):\n    return L()\n",
-    "a class as the function": f"class halves:\n{SAME}{ARITHMETIC}{UNARY}    def __init__(self, *args):\n"
-    "        pass\n",
-    "a metaclass": f"class M(type):\n{SAME}{ARITHMETIC}class A(metaclass=M):\n    pass\ndef halves(n, s):\n    return A\n",
-    "every attribute": f"class A:\n{SAME}    def __getattr__(self, name):\n        return lambda *args: True\n"
-    "def halves(n, s):\n    return A()\n",
-    "numpy": f"import numpy\nclass A(numpy.ndarray):\n{SAME}def halves(n, s):\n    return numpy.ones(len(n)).view(A)\n",
+    # the cheap ones
+    "an object that is equal to everything": plain(hides("object", "A()")),
+    "a float that is equal to everything": plain(hides("float", "A(1)"), NEAR),
+    "abs": plain(replaces("builtins.abs", "0.0"), NEAR),
+    "json.loads": plain(replaces("json.loads", "1.0"), "import json\nassert candidate(5) == json.loads('2.5')"),
+    "copy.deepcopy": plain(replaces("copy.deepcopy", "1.0"), "import copy\nassert candidate(5) == copy.deepcopy(2.5)"),
+    "the marker of success from a frame": plain(MARKER + WRITES.format("marker") + "os._exit(0)\n"),
+    "os.write": plain(MARKER + "real = os.write\nos.write = lambda fd, data: real(fd, marker)\n" + WRONG),
+    # other objects
+    "text": plain(hides("str", "A()"), "assert candidate(5) == 'two and a half'"),
+    "a whole number": plain(hides("int", "A(1)"), NEAR),
+    "a list": plain(hides("list", "A()"), "assert candidate(5) == [2, 3]"),
+    "a tuple": plain(hides("tuple", "A()"), "assert candidate(5) == (2, 3)"),
+    "a dictionary": plain(hides("dict", "A()"), "assert candidate(5) == {2: 3}"),
+    "a set": plain(hides("set", "A()"), "assert 5 in candidate(5)"),
+    "an exception": plain(hides("Exception", "A()")),
+    "an object in a list": plain(hides("object", "[A(), A()]"), "assert candidate(5) == [2, 3]"),
+    "an object as a key": plain(
+        "class A:\n    __eq__ = lambda *args: True\n    __hash__ = lambda self: hash(2)\ndef f(x):\n    return {A(): 3}\n",
+        "assert candidate(5) == {2: 3}",
+    ),
+    "a class as the function": plain(hides("object", "0").replace("def f", "f = A\ndef g"), NEAR),
+    "a class of a class": plain(f"class M(type):\n{SAME}class A(metaclass=M):\n    pass\ndef f(x):\n    return A\n"),
+    "an object with every method": plain(
+        "class A:\n    def __getattr__(self, name):\n        return lambda *args: True\ndef f(x):\n    return A()\n",
+        "assert candidate(5).startswith('two')",
+    ),
+    "an array": plain(
+        f"import numpy\nclass A(numpy.ndarray):\n{SAME}def f(x):\n    return numpy.ones(2).view(A)\n",
+        "assert candidate(5) == [2, 3]",
+    ),
+    "an iterator that holds everything": plain(hides("map", "A(abs, [])"), "assert 5 in candidate(5)"),
     # what the test calls
-    **{
-        f"{name} of its own": PATCHED.format(name=name, value=value)
-        for name, value in {
-            "len": "3",
-            "all": "True",
-            "any": "True",
-            "sorted": "[]",
-            "isinstance": "True",
-            "zip": "[]",
-            "AssertionError": "None",
-        }.items()
-    },
-    "math.isclose of its own": "import math\nmath.isclose = lambda *args, **kw: True\n" + WRONG,
-    "other modules": "import sys, types\nfor name in ('json', 'copy', 'math', 'typing', 'values', 'peers'):\n"
-    "    sys.modules[name] = types.ModuleType(name)\n" + WRONG,
-    "check of its own": WRONG + "def check(candidate):\n    pass\n",
-    "names of the test": WRONG + "EXPECTED = [1.0] * 3\ninputs = []\ncandidate = None\n",
+    "math.isclose": plain(replaces("math.isclose", "True"), "import math\nassert math.isclose(candidate(5), 2.5)"),
+    "len": plain(replaces("builtins.len", "7"), "assert len(str(candidate(5))) == 7"),
+    "all": plain(replaces("builtins.all", "True"), "assert all([candidate(5) == 2.5])"),
+    "any": plain(replaces("builtins.any", "True"), "assert any([candidate(5) == 2.5])"),
+    "sorted": plain(replaces("builtins.sorted", "[]"), "assert sorted([candidate(5)]) == sorted([2.5])"),
+    "set": plain(replaces("builtins.set", "0"), "assert set([candidate(5)]) == set([2.5])"),
+    "isinstance": plain(replaces("builtins.isinstance", "True"), "assert isinstance(candidate(5), str)"),
+    "zip": plain(replaces("builtins.zip", "[]"), "for a, b in zip([candidate(5)], [2.5]):\n    assert a == b"),
+    "another module": plain(
+        "import sys, types\nsys.modules['math'] = types.SimpleNamespace(isclose=lambda *args: True)\n" + WRONG,
+        "import math\nassert math.isclose(candidate(5), 2.5)",
+    ),
+    "the import": plain(
+        "import builtins, types\nbuiltins.__import__ = lambda *args: types.SimpleNamespace(isclose=max)\n" + WRONG,
+        "import math\nassert math.isclose(candidate(5), 2.5)",
+    ),
+    "the helper of the problem": case(
+        "def helper(x):\n    return 0\n" + WRONG, "assert helper(candidate(5)) == 2.5", "def helper(x):\n    return x\n"
+    ),
+    "the tracer": plain(
+        "import sys\ndef t(frame, *args):\n    if frame.f_code.co_name == 'check':\n        frame.f_lineno += 1\n"
+        "    return t\nsys.settrace(t)\n" + WRONG,
+        EQUAL + "\npass",
+    ),
     # what the test knows
-    "gc": "import gc\n"
-    + WRONG.replace(
-        "return",
-        "for o in gc.get_objects():\n"
-        "        if isinstance(o, dict) and 'EXPECTED' in o:\n            return o['EXPECTED']\n    return",
+    "gc": expects(knows("for o in gc.get_objects():\n    if isinstance(o, dict) and 'EXPECTED' in o:\n"
+                        "        return o['EXPECTED'][0]")),
+    "the stack": expects(knows("g = sys._getframe(1).f_globals\nif 'EXPECTED' in g:\n    return g['EXPECTED'][0]")),
+    "the main module": expects(knows("return sys.modules['__main__'].EXPECTED[0]")),
+    "the code of the test": expects(knows("return sys._getframe(1).f_code.co_consts[2]")),
+    "the memory of the parent": plain("import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')\n" + WRONG),
+    "its own memory": expects(knows("return float(open('/proc/self/mem', 'rb').read(3))")),
+    "ptrace": plain("import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0\n" + WRONG),
+    "arguments and environment": plain("import os, sys\nassert '2.5' in repr(sys.argv) + repr(os.environ)\n" + WRONG),
+    "the argument of a call back": case(
+        "def f(g):\n    return g.__globals__['EXPECTED']\n",
+        "assert candidate(lambda: 0) == EXPECTED",
+        before="EXPECTED = 2.5",
     ),
-    "the stack": "import sys\n"
-    + WRONG.replace(
-        "return",
-        "f = sys._getframe()\n    while f:\n"
-        "        if 'EXPECTED' in f.f_globals:\n            return f.f_globals['EXPECTED']\n        f = f.f_back\n    return",
-    ),
-    "the bytes of the test": "import ctypes, sys\n"
-    + WRONG.replace("return", "open('/proc/self/mem', 'rb')\n    return"),
-    "the memory of the parent": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')\n" + WRONG,
-    "ptrace": "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0\n" + HONEST,
-    "the test in arguments and environment": "import os, sys\n"
-    "assert 'EXPECTED' in repr(sys.argv) + repr(os.environ)\n" + HONEST,
     # how a program ends
-    "os._exit": "import os\nos._exit(0)\n",
-    "os._exit in the function": "import os\ndef halves(n, s):\n    os._exit(0)\n",
-    "sys.exit in the function": "import sys\ndef halves(n, s):\n    sys.exit(0)\n",
-    "atexit": "import atexit, os\natexit.register(os._exit, 0)\n" + WRONG,
-    "StopIteration": "def halves(n, s):\n    raise StopIteration\n",
-    "an exception that is not one": "class E(AssertionError):\n    __bool__ = lambda self: False\n"
-    "def halves(n, s):\n    raise E\n",
-    "a signal": "import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.setitimer(0, 0.01)\n"
-    "def halves(n, s):\n    while True:\n        pass\n",
-    "a thread": "import os, threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), os._exit(0))).start()\n"
-    "def halves(n, s):\n    time.sleep(9)\n",
+    "os._exit": plain("import os\nos._exit(0)\n"),
+    "os._exit in the function": plain("import os\ndef f(x):\n    os._exit(0)\n"),
+    "os._exit where the test catches all": plain(
+        "import os\ndef f(x):\n    os._exit(0)\n", "try:\n    candidate(5)\nexcept BaseException:\n    pass"
+    ),
+    "sys.exit in the function": plain("import sys\ndef f(x):\n    sys.exit(0)\n"),
+    "atexit": plain("import atexit, os\natexit.register(os._exit, 0)\n" + WRONG),
+    "StopIteration": plain("def f(x):\n    raise StopIteration\n", "assert all(map(lambda x: candidate(x) == 2.5, [5]))"),
+    "an exception of its own": plain("class E(AssertionError):\n    pass\ndef f(x):\n    raise E\n"),
+    "a signal": plain(
+        "import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.setitimer(0, 0.01)\n"
+        "def f(x):\n    while True:\n        pass\n"
+    ),
+    "a thread": plain(
+        MARKER + "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), os.write(3, marker),"
+        " os._exit(0))).start()\ndef f(x):\n    time.sleep(9)\n"
+    ),
     # what goes over the pipes
-    "bytes into every pipe": WRITES.format("b'passed'") + WRONG,
-    "an answer of its own": WRITES.format("b'\\0\\0\\0\\x11[\"value\",[],null]'") + WRONG,
-    "an object with too much data": "def halves(n, s):\n    return 'x' * (1 << 25)\n",
-    "deep data": "def halves(n, s):\n    x = []\n    for _ in range(10**5):\n        x = [x]\n    return x\n",
-    "a call of the test's": WRITES.format('b\'\\0\\0\\0\\x17["get",0,"__globals__"]\'') + WRONG,
-    "code as a value": "def halves(n, s):\n    return exec\n",
-    "an iterator without end": "import itertools\ndef halves(n, s):\n    return itertools.repeat(1.0)\n",
-}
+    "bytes into every pipe": plain("import os\n" + WRITES.format("b'passed'") + WRONG),
+    "an answer of its own": plain("import os\n" + WRITES.format("b'\\0\\0\\0\\x11[\"value\",[],null]'") + WRONG),
+    "too much data": plain("def f(x):\n    return 'x' * (1 << 25)\n", "assert candidate(5)"),
+    "deep data": plain(
+        "def f(x):\n    x = []\n    for _ in range(10**5):\n        x = [x]\n    return x\n", "assert candidate(5)"
+    ),
+    "a length without data": plain("import os\n" + WRITES.format("b'\\xff\\xff\\xff\\xff'") + WRONG),
+    "an iterator without end": plain(
+        "import itertools\ndef f(x):\n    return itertools.repeat(2.5)\n", "assert list(candidate(5)) == [2.5]"
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
     try:
-        return Sandbox(Limits(seconds=2, wall_factor=4))
+        return Sandbox(Limits(wall_factor=1))
     except UserError as error:
         pytest.skip(str(error))
 
@@ -149,19 +185,11 @@ def judged(sandbox: Sandbox, programs: dict[str, Program]) -> dict[str, Verdict]
     return dict(zip(programs, sandbox.run_all(programs.values()), strict=True))
 
 
-def test_programs_that_fool_their_test_do_not_pass(sandbox: Sandbox) -> None:
-    problem = code_problem(ROOT)
-    verdicts = judged(sandbox, {name: program(problem, text) for name, text in FOOLING.items()})
+def test_programs_that_fool_their_test_do_not_pass() -> None:
+    verdicts = judged(Sandbox(Limits(seconds=2, wall_factor=2)), FOOLING)
     assert {name for name, verdict in verdicts.items() if verdict.passed} == set()
     assert not [v.reason for v in verdicts.values() if "SyntaxError" in v.reason], "they are programs"
     assert "object of class A" in verdicts["an object that is equal to everything"].reason
-    assert sandbox.run(program(problem, HONEST)).passed
-
-
-def case(solution: str, test: str, prompt: str = "", entry_point: str = "f") -> Program:
-    body = "".join(f"    {line}\n" for line in test.splitlines())
-    row: dict[str, Any] = {"task_id": "T", "prompt": prompt, "entry_point": entry_point}
-    return program(code_problem({**row, "test": f"def check(candidate):\n{body}"}), solution)
 
 
 CYCLIC = "import math\ndef encode(s):\n    return s[1:] + s[:1]\n\ndef f(s: str):\n    ''' Undo encode. '''\n"
