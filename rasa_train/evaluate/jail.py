@@ -52,10 +52,10 @@ SETUP_FAILED = 97
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
-# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and programs, access
-# to other processes, mounts, and kernel interfaces with a history of vulnerabilities; in the last two lines memory that
-# the limit of address space does not count: System V's shared memory, semaphores and messages, files in memory,
-# message queues, and pages that are given to a pipe. Threads are allowed.
+# Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and programs,
+# access to other processes, mounts, and kernel interfaces with a history of vulnerabilities; in the last two lines
+# memory that the limit of address space does not count: System V's shared memory, semaphores and messages, files in
+# memory, message queues, and pages that are given to a pipe. Threads are allowed.
 DENIED = {
     "x86_64": (
         62, 200, 129, 297, 424,
@@ -121,7 +121,7 @@ def setting_up(step: Callable[[], None]) -> None:
         os._exit(SETUP_FAILED)
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """Exit with the child's exit code, or with 128 + N if signal N killed the child."""
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
@@ -261,9 +261,9 @@ def run(request: dict[str, Any], result: int, values: Any, peers: Any) -> NoRetu
         os._exit(0 if text == task["nonce"] else 1)
 
     def fail(why: str | None) -> NoReturn:
-        if why is None:
-            leave(os.waitpid(child, 0)[1])
-        say(why)
+        if why:
+            say(why)
+        leave(os.waitpid(child, 0)[1])
 
     peer = peers.Peer(values.Codec, (up[0], down[1]), prompt, fail, hostile=True)
     if not os.read(up[0], 1):

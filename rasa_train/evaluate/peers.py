@@ -19,7 +19,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from .values import Codec
+    from .values import Codec, Decoder
 
 MESSAGE_BYTES = 16 << 20
 """Most bytes of one message, i.e. of the arguments of a call, or of its result."""
@@ -34,37 +34,46 @@ class Remote:
 
     def __init__(self, peer: Peer, number: int, name: str) -> None:
         self._peer, self._number, self._name = peer, number, name
+        self._seen: dict[Any, Any] = {}
+
+    def _ask(self, request: str, *key: Any) -> Any:
+        """Return an answer, the first one every time, so that an object is not another one for each check."""
+        where = (request, *key)
+        if where not in self._seen:
+            self._seen[where] = self._peer.ask(request, self._number, *key)
+        return self._seen[where]
 
     def __getattr__(self, name: str) -> Any:
-        value = self._peer.ask("get", self._number, str(name))
-        if isinstance(value, RemoteFunction) and self._peer.hostile and not isinstance(self, Made):
+        if name.startswith("__") and name not in ("__name__", "__doc__"):
+            raise AttributeError(name)
+        value = self._ask("get", str(name))
+        if isinstance(value, RemoteFunction) and self._peer.hostile:
             raise TypeError(f"the program returned an object of class {self._name}, whose methods a test cannot trust")
         return value
 
     def __str__(self) -> str:
-        return _exactly(str, self._peer.ask("str", self._number))
+        return _text(self._ask("str"))
 
     def __repr__(self) -> str:
-        return _exactly(str, self._peer.ask("repr", self._number))
+        return _text(self._ask("repr"))
 
 
 class RemoteObject(Remote):
-    """An object whose attributes and items are data: it has no methods here."""
+    """An object whose attributes and items are data: it has no methods here, and no length that may not be true."""
 
     def __bool__(self) -> bool:
-        return bool(self._peer.ask("bool", self._number))
-
-    def __len__(self) -> int:
-        return _exactly(int, self._peer.ask("len", self._number))
+        return bool(self._ask("bool"))
 
     def __iter__(self) -> Iterator[Any]:
-        found = self._peer.ask("iter", self._number)
-        if not isinstance(found, Remote):
-            raise TypeError(f"{self._name} object is not iterable")
-        return RemoteIterator(self._peer, found._number, found._name)
+        if "items" not in self._seen:
+            found = self._peer.ask("iter", self._number)
+            if not isinstance(found, Remote):
+                raise TypeError(f"{self._name} object is not iterable")
+            self._seen["items"] = [*RemoteIterator(self._peer, found._number, found._name)]
+        return iter(self._seen["items"])
 
     def __getitem__(self, key: Any) -> Any:
-        return self._peer.ask("item", self._number, key)
+        return self._ask("item", key)
 
 
 class RemoteIterator(Remote):
@@ -88,14 +97,24 @@ class Made(RemoteObject, RemoteFunction):
     """A class of the program that the test asked for by name, or an object that the test made of one. The class is what
     is tested, so it has its methods, and decides when two of its objects are equal."""
 
+    def _ask(self, request: str, *key: Any) -> Any:
+        return self._peer.ask(request, self._number, *key)
+
     def __getattr__(self, name: str) -> Any:
-        return _made(super().__getattr__(name))
+        return _made(self._ask("get", str(name)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _made(super().__call__(*args, **kwargs))
 
+    def __len__(self) -> int:
+        return operator.index(self._ask("len"))
+
+    def __iter__(self) -> Iterator[Any]:
+        self._seen.clear()
+        return super().__iter__()
+
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Remote) and bool(self._peer.ask("eq", self._number, other)))
+        return self is other or (isinstance(other, Remote) and bool(self._ask("eq", other)))
 
     __hash__ = Remote.__hash__
 
@@ -106,9 +125,9 @@ def _made(value: Any) -> Any:
     return value
 
 
-def _exactly(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"got an object of another type than {kind.__name__}")
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError("got an object that is no text")
     return value
 
 
@@ -146,10 +165,10 @@ class Peer:
         fail: Callable[[str | None], NoReturn],
         hostile: bool = False,
     ) -> None:
-        refer = {
+        refer: dict[str, Decoder] = {
             "object": ((int, str, str), self._refer),
             "yours": ((int,), lambda codec, number: self.mine[number]),
-            "exception": ((list,), lambda codec, names: self.exception_class(names)),
+            "exception": ((list,), lambda codec, names: codec.exception_class(names, self._own())),
             "instance": ((str, list), self._instance),
             "member": ((str, str), lambda codec, name, member: self._class(name)[member]),
         }
@@ -159,7 +178,6 @@ class Peer:
         self.mine: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.theirs: dict[int, Remote] = {}
-        self.stubs: dict[str, type[BaseException]] = {}
         self.open: set[int] = set()
         self.strange = ""
         self.line: tuple[BaseException | None, int] = (None, 0)
@@ -172,21 +190,23 @@ class Peer:
             return ["yours", value._number]
         if isinstance(value, type) and issubclass(value, BaseException):
             return ["exception", [[c.__module__, c.__name__] for c in value.__mro__]]
-        name = type(value).__name__
-        if name in self.shared and self.namespace.get(name) is type(value) and id(value) not in self.open:
-            if hasattr(value, "__dict__") and not hasattr(type(value), "__members__"):
-                self.open.add(id(value))
-                try:
-                    return ["instance", name, self.codec.encode(dict(vars(value)))]
-                finally:
-                    self.open.discard(id(value))
-            if hasattr(value, "name"):
+        name, kind = type(value).__name__, type(value)
+        if name in self.shared and self.namespace.get(name) is kind and id(value) not in self.open:
+            if hasattr(kind, "__members__"):
                 return ["member", name, value.name]
+            if hasattr(value, "__dict__"):
+                self.open.add(id(value))
+                state = self.codec.encode(dict(vars(value)))
+                self.open.discard(id(value))
+                return ["instance", name, state]
         number = self.numbers.setdefault(id(value), len(self.mine))
         if number == len(self.mine):
             self.mine.append(value)
         sort = "function" if callable(value) else "iterator" if hasattr(type(value), "__next__") else "object"
         return ["object", number, "class" if isinstance(value, type) else sort, str(type(value).__name__)]
+
+    def _own(self) -> dict[str, dict[str, Any]]:
+        return {PROGRAM: self.namespace, TEST: self.namespace}
 
     def _class(self, name: str) -> Any:
         if name not in self.shared:
@@ -195,8 +215,8 @@ class Peer:
 
     def _instance(self, codec: Codec, name: str, state: list[Any]) -> Any:
         kind, attributes = self._class(name), codec.decode(state)
-        if any(callable(getattr(kind, key, None)) for key in attributes):
-            raise ValueError("an attribute has the name of a method")
+        if any(callable(getattr(kind, key, None)) or callable(value) for key, value in attributes.items()):
+            raise ValueError("an attribute of an object is a function, or has the name of one")
         value = object.__new__(kind)
         vars(value).update(attributes)
         return value
@@ -291,26 +311,13 @@ class Peer:
         return bytes(data)
 
     def exception(self, names: list[Any], args: list[Any] | None, text: str, line: int) -> BaseException:
-        kind = self.exception_class(names)
+        kind = self.codec.exception_class(names, self._own())
         try:
             error = kind(*([text] if args is None else args))
         except Exception:
             error = kind.__new__(kind)
         self.line = error, line
         return error
-
-    def exception_class(self, names: list[Any]) -> type[BaseException]:
-        """Return the class of an exception from the other process, given (module, name) of the class and its bases: the
-        first of them that is known here, or else a class that is derived from it."""
-        for position, (module, name) in enumerate(names):
-            own = module in (PROGRAM, TEST)
-            known = self.stubs | self.namespace if own else vars(sys.modules[module]) if module in sys.modules else {}
-            found = known.get(name)
-            if isinstance(found, type) and issubclass(found, BaseException):
-                if position:
-                    found = self.stubs[names[0][1]] = type(str(names[0][1]), (found,), {})
-                return found
-        return Exception
 
 
 def _allowed(kind: str, target: Any, rest: tuple[Any, ...]) -> bool:
@@ -338,7 +345,9 @@ def hold_program(peer: Peer, source: str) -> NoReturn:
 
 def check(peer: Peer, prompt: str, test: str, entry_point: str) -> None:
     """Run the test on the program of the other process. Raises what the program or the test raises."""
-    _answer(peer)
+    kind, *rest = peer.receive()
+    if kind == "raise":
+        raise peer.exception(*rest)
     if not test:
         return
     module = ModuleType(TEST)
@@ -348,22 +357,15 @@ def check(peer: Peer, prompt: str, test: str, entry_point: str) -> None:
     _define(prompt, names)
     entry = entry_point.partition(".")[0].partition("(")[0].strip()
     function = isinstance(names.pop(entry, None), FunctionType)
-    for name in sorted(_names(code) - names.keys() - vars(builtins).keys()):
+    for name in sorted(_names(code) - names.keys() - vars(builtins).keys() - {"check"}):
         try:
             value = peer.ask("item", 0, name)
         except KeyError:
             continue
-        made = isinstance(value, RemoteClass) and not (function and name == entry)
+        made = isinstance(value, RemoteClass) and name[0].isupper() and not (function and name == entry)
         names[name] = _made(value) if made else value
     peer.strange = ""
     exec(code, names)
-
-
-def _answer(peer: Peer) -> None:
-    """Wait until the program has run."""
-    kind, *rest = peer.receive()
-    if kind == "raise":
-        raise peer.exception(*rest)
 
 
 def _define(prompt: str, names: dict[str, Any]) -> None:
@@ -371,14 +373,10 @@ def _define(prompt: str, names: dict[str, Any]) -> None:
     a function, and may be no program at all."""
     for text in (prompt, f"{prompt.rstrip()}\n    pass\n"):
         try:
-            code = compile(text, f"<{TEST}>", "exec")
-        except (SyntaxError, ValueError):
-            continue
-        try:
-            exec(code, names)
+            exec(compile(text, f"<{TEST}>", "exec"), names)
+            return
         except Exception:
             continue
-        return
 
 
 def _names(code: CodeType) -> set[str]:

@@ -17,12 +17,14 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable
 from itertools import chain
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 SMALL = 1 << 1000
 """Bound of the integers that stand for themselves: Python limits the decimal digits that it reads."""
 SIMPLE = frozenset({str, float, bool, type(None)})
 PLAIN = SIMPLE | {int}
+SKIPS = re.compile(r"unittest|_?pytest")
 DTYPE = re.compile(r"[<>|=]([biufcSU]\d{1,9}|[mM]8\[\w{1,9}\])")
 
 
@@ -40,6 +42,7 @@ class Codec:
 
     def __init__(self, hold: Callable[[Any], list[Any]], refer: dict[str, Decoder]) -> None:
         self.hold, self.decoders = hold, DECODERS | refer
+        self.exceptions: dict[str, Any] = {}
 
     def pack(self, value: Any) -> bytes:
         return json.dumps(self.encode(value), separators=(",", ":")).encode()
@@ -49,6 +52,22 @@ class Codec:
 
     def update(self, old: Any, new: Any) -> None:
         update(old, new)
+
+    def exception_class(self, names: list[Any], own: dict[str, dict[str, Any]]) -> type[BaseException]:
+        """Return the class of an exception from the other process, given (module, name) of the class and its bases: the
+        first of them that a module here has, or else a class that is derived from it. What skips a test counts as
+        unknown. ``own`` has the contents of modules that are not in ``sys.modules``."""
+        for position, (module, name) in enumerate(names):
+            if module in own:
+                known = self.exceptions | own[module]
+            else:
+                known = vars(sys.modules[module]) if module in sys.modules and not SKIPS.match(module) else {}
+            found = known.get(name)
+            if isinstance(found, type) and issubclass(found, BaseException):
+                if position:
+                    found = self.exceptions[names[0][1]] = type(str(names[0][1]), (found,), {})
+                return found
+        return Exception
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
@@ -104,7 +123,16 @@ def _library(value: Any) -> list[Any] | None:
 def _from_library(codec: Codec, module: str, name: str) -> Any:
     if module not in sys.stdlib_module_names | {"builtins"}:
         raise NotAValue(f"no module {module[:50]}")
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, type | FunctionType | BuiltinFunctionType):
+        raise NotAValue(f"no class or function {name[:50]}")
+    return found
+
+
+def _module(codec: Codec, name: str) -> Any:
+    if name.partition(".")[0] not in sys.stdlib_module_names | {"numpy"}:
+        raise NotAValue(f"no module {name[:50]}")
+    return importlib.import_module(name)
 
 
 def _array(codec: Codec, base: Any, value: Any) -> list[Any] | None:
@@ -131,7 +159,10 @@ def _namedtuple(codec: Codec, name: str, fields: list[Any], items: list[Any]) ->
     if {*map(type, fields)} - {str}:
         raise NotAValue("no fields")
     kind = _tuples.setdefault((name, *fields), namedtuple(name, fields))  # type: ignore[misc]
-    return kind(*codec.decode_all(items))
+    values = codec.decode_all(items)
+    if any(map(callable, values)):
+        raise NotAValue("a function in the place of a method")
+    return kind(*values)
 
 
 def _text_of(codec: Codec, base: Any, value: Any) -> list[Any]:
@@ -160,7 +191,12 @@ ENCODERS: dict[str, Encoder] = {
     **{f"builtins.{name}": _elements for name in ("list", "tuple", "set", "frozenset")},
     **{f"builtins.dict_{name}": _elements for name in ("keys", "values", "items")},
     "builtins.dict": _flat,
-    **{f"collections.{name}": _flat for name in ("OrderedDict", "Counter", "defaultdict")},
+    **{f"collections.{name}": _flat for name in ("OrderedDict", "Counter")},
+    "collections.defaultdict": lambda codec, base, value: [
+        codec.encode_all([value.default_factory]),
+        *_flat(codec, base, value),
+    ],
+    "array.array": lambda codec, base, value: [str(value.typecode), codec.encode_all(value)],
     "collections.deque": lambda codec, base, value: [codec.encode_all(deque.__iter__(value)), str(value.maxlen)],
     **{
         f"builtins.{name}": lambda codec, base, value: [codec.encode_all((value.start, value.stop, value.step))]
@@ -218,7 +254,14 @@ DECODERS: dict[str, Decoder] = {
     "builtins.dict": ((list,), _pairs),
     "collections.OrderedDict": ((list,), lambda codec, items: OrderedDict(_pairs(codec, items))),
     "collections.Counter": ((list,), lambda codec, items: Counter(_pairs(codec, items))),
-    "collections.defaultdict": ((list,), lambda codec, items: defaultdict(None, _pairs(codec, items))),
+    "collections.defaultdict": (
+        (list, list),
+        lambda codec, factory, items: defaultdict(codec.decode_all(factory)[0], _pairs(codec, items)),
+    ),
+    "array.array": (
+        (str, list),
+        lambda codec, kind, items: _of("array", "array")(codec, kind, codec.decode_all(items)),
+    ),
     "collections.deque": (
         (list, str),
         lambda codec, items, most: deque(codec.decode_all(items), None if most == "None" else int(most)),
@@ -226,7 +269,7 @@ DECODERS: dict[str, Decoder] = {
     **{f"builtins.{kind.__name__}": ((list,), _call_with(kind)) for kind in (range, slice)},
     "builtins.ellipsis": ((), lambda codec: ...),
     "builtins.NotImplementedType": ((), lambda codec: NotImplemented),
-    "builtins.module": ((str,), lambda codec, name: importlib.import_module(name)),
+    "builtins.module": ((str,), _module),
     "decimal.Decimal": ((str,), _of("decimal", "Decimal")),
     "fractions.Fraction": ((list,), lambda codec, items: _of("fractions", "Fraction")(codec, *codec.decode_all(items))),
     "uuid.UUID": ((str,), _of("uuid", "UUID")),

@@ -101,6 +101,44 @@ FOOLING = {
         "assert candidate(5) == [2, 3]",
     ),
     "an iterator that holds everything": plain(hides("map", "A(abs, [])"), "assert 5 in candidate(5)"),
+    "an object whose length is not that of its items": plain(
+        "class A:\n    __len__ = lambda self: 3\n    __iter__ = lambda self: iter([])\ndef f(x):\n    return A()\n",
+        "got = candidate(5)\nassert len(got) == 3 and all(a == b for a, b in zip(got, [1, 2, 3]))",
+    ),
+    "other items every time": plain(
+        "class A:\n    n = 0\n    def __iter__(self):\n        self.n += 1\n        return iter([7] * (self.n - 1))\n"
+        "def f(x):\n    return A()\n",
+        "got = candidate(5)\nassert all(x == 2 for x in got)\nassert list(got)",
+    ),
+    "a field that is a method": plain(
+        "from collections import namedtuple\ndef f(x):\n    return namedtuple('A', 'startswith')(lambda text: True)\n",
+        "assert candidate(5).startswith('two')",
+    ),
+    "an attribute that is a method": case(
+        "class A:\n    pass\ndef f(x):\n    a = A()\n    a.good = lambda *args: True\n    return a\n",
+        "assert candidate(5).good()",
+        "class A:\n    def good(self):\n        return False\n",
+    ),
+    "the library's object that is equal to everything": plain(
+        "import json, os, unittest.mock\ndef f(x):\n    return unittest.mock.ANY\n"
+    ),
+    "the same by its name": plain(
+        "import os\ndef f(x):\n    t = b'[\"value\",[\"library\",\"unittest.mock\",\"ANY\"],null]'\n    "
+        + (WRITES.replace("\n", "\n    ")).format("len(t).to_bytes(4, 'big') + t") + "return 1.0\n"
+    ),
+    "an array at an address": plain(
+        "class A:\n    __array_interface__ = {'shape': (1,), 'typestr': '<f8', 'data': (id(2.5) + 16, True), 'version': 3}\n"
+        "def f(x):\n    return A()\n",
+        "import numpy\nassert numpy.asarray(candidate(5)).shape == (1,)",
+    ),
+    "a test that is skipped": plain(
+        "import unittest\ndef f(x):\n    raise unittest.SkipTest\n",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        assert candidate(5) == 2.5\n"
+        "assert T('test').run().wasSuccessful()",
+    ),
+    "a check of its own": Program(
+        "def check(f):\n    pass\n" + WRONG, PROMPT, "def chek(candidate):\n    assert candidate(5) == 2.5\n", "f"
+    ),
     # what the test calls
     "math.isclose": plain(replaces("math.isclose", "True"), "import math\nassert math.isclose(candidate(5), 2.5)"),
     "len": plain(replaces("builtins.len", "7"), "assert len(str(candidate(5))) == 7"),
@@ -176,7 +214,7 @@ FOOLING = {
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
     try:
-        return Sandbox(Limits(wall_factor=1))
+        return Sandbox(Limits(wall_factor=2))
     except UserError as error:
         pytest.skip(str(error))
 
@@ -186,7 +224,7 @@ def judged(sandbox: Sandbox, programs: dict[str, Program]) -> dict[str, Verdict]
 
 
 def test_programs_that_fool_their_test_do_not_pass() -> None:
-    verdicts = judged(Sandbox(Limits(seconds=2, wall_factor=2)), FOOLING)
+    verdicts = judged(Sandbox(Limits(seconds=1, wall_factor=2)), FOOLING)
     assert {name for name, verdict in verdicts.items() if verdict.passed} == set()
     assert not [v.reason for v in verdicts.values() if "SyntaxError" in v.reason], "they are programs"
     assert "object of class A" in verdicts["an object that is equal to everything"].reason
@@ -223,7 +261,7 @@ CORRECT = {
         "from fractions import Fraction\nexpected = [Counter('baa'), OrderedDict(b=1, a=2), {'a': 1}, deque([1, 2]), Decimal('1.1'), Fraction(1, 3),"
         " datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2, 3), datetime.timedelta(1, 2), (1, 2), {1},"
         " {(1, 2)}, int]\nfor k, e in enumerate(expected):\n    assert candidate(k) == e, e\n"
-        "assert candidate(0).most_common(1) == [('a', 2)] and candidate(9).y == 2"),
+        "assert candidate(0).most_common(1) == [('a', 2)] and candidate(9).y == 2 and candidate(2)['z'] == 0"),
     "subclasses that hold what they are": case(
         "import enum\nclass L(list):\n    pass\nclass C(enum.IntEnum):\n    A = 3\ndef f(k):\n    return [L([1]), C.A][k]",
         "assert candidate(0) == [1] and candidate(1) == 3"),
