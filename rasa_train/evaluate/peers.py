@@ -350,8 +350,7 @@ def check(peer: Peer, prompt: str, test: str, entry_point: str) -> None:
         raise peer.exception(*rest)
     if not test:
         return
-    module = ModuleType(TEST)
-    sys.modules[TEST] = module
+    sys.modules[TEST] = module = ModuleType(TEST)
     peer.namespace = names = vars(module)
     code = compile(f"{test}\n\ncheck({entry_point})\n", f"<{TEST}>", "exec")
     _define(prompt, names)

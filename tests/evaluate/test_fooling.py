@@ -87,7 +87,8 @@ FOOLING = {
     "an exception": plain(hides("Exception", "A()")),
     "an object in a list": plain(hides("object", "[A(), A()]"), "assert candidate(5) == [2, 3]"),
     "an object as a key": plain(
-        "class A:\n    __eq__ = lambda *args: True\n    __hash__ = lambda self: hash(2)\ndef f(x):\n    return {A(): 3}\n",
+        "class A:\n    __eq__ = lambda *args: True\n    __hash__ = lambda self: hash(2)\ndef f(x):\n"
+        "    return {A(): 3}\n",
         "assert candidate(5) == {2: 3}",
     ),
     "a class as the function": plain(hides("object", "0").replace("def f", "f = A\ndef g"), NEAR),
@@ -127,7 +128,8 @@ FOOLING = {
         + (WRITES.replace("\n", "\n    ")).format("len(t).to_bytes(4, 'big') + t") + "return 1.0\n"
     ),
     "an array at an address": plain(
-        "class A:\n    __array_interface__ = {'shape': (1,), 'typestr': '<f8', 'data': (id(2.5) + 16, True), 'version': 3}\n"
+        "class A:\n    __array_interface__ = {'shape': (1,), 'typestr': '<f8', 'data': (id(2.5) + 16, True), "
+        "'version': 3}\n"
         "def f(x):\n    return A()\n",
         "import numpy\nassert numpy.asarray(candidate(5)).shape == (1,)",
     ),
@@ -187,7 +189,8 @@ FOOLING = {
     ),
     "sys.exit in the function": plain("import sys\ndef f(x):\n    sys.exit(0)\n"),
     "atexit": plain("import atexit, os\natexit.register(os._exit, 0)\n" + WRONG),
-    "StopIteration": plain("def f(x):\n    raise StopIteration\n", "assert all(map(lambda x: candidate(x) == 2.5, [5]))"),
+    "StopIteration": plain("def f(x):\n    raise StopIteration\n"
+        "", "assert all(map(lambda x: candidate(x) == 2.5, [5]))"),
     "an exception of its own": plain("class E(AssertionError):\n    pass\ndef f(x):\n    raise E\n"),
     "a signal": plain(
         "import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.setitimer(0, 0.01)\n"
@@ -244,12 +247,14 @@ class Stack:
     def __repr__(self): return f"Stack({self.items})"
 """
 CORRECT = {
-    "scalars": case("def f(x):\n    return x", "for v in (1, -2.5, 'é\\ud800', b'\\xff', None, True, 2j, 10**5000, ...):\n"
+    "scalars": case("def f(x):\n    return x", "for v in (1, -2.5, 'é\\ud800', b'\\xff', None, True, 2j, "
+        "10**5000, ...):\n"
                     "    assert candidate(v) == v and type(candidate(v)) is type(v)"),
     "floats": case("def f(x):\n    return x", "import math\nassert math.isnan(candidate(math.nan))\n"
                    "assert candidate(0.1) == 0.1 and candidate(-math.inf) == -math.inf\n"
                    "assert math.copysign(1, candidate(-0.0)) == -1"),
-    "containers": case("def f(x):\n    return x", "for v in ([1, 'a', None], (1, (2, [3])), {1: [2], (1, 2): {3}}, {1, 2},"
+    "containers": case("def f(x):\n    return x", "for v in ([1, 'a', None], (1, (2, [3])), {1: [2], (1, "
+        "2): {3}}, {1, 2},"
                        " frozenset([1]), bytearray(b'x'), range(3), [], {}, [10**400]):\n"
                        "    assert candidate(v) == v and type(candidate(v)) is type(v)"),
     "types of the standard library": case(
@@ -258,15 +263,18 @@ CORRECT = {
         " Decimal('1.10'), Fraction(1, 3), datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2, 3),"
         " datetime.timedelta(1, 2), namedtuple('P', 'x y')(1, 2), {1: 2}.keys(), {1: 2}.items(), int][k]",
         "from collections import Counter, OrderedDict, deque\nfrom decimal import Decimal\nimport datetime\n"
-        "from fractions import Fraction\nexpected = [Counter('baa'), OrderedDict(b=1, a=2), {'a': 1}, deque([1, 2]), Decimal('1.1'), Fraction(1, 3),"
+        "from fractions import Fraction\nexpected = [Counter('baa'), OrderedDict(b=1, a=2), {'a': 1}, deque([1, "
+        "2]), Decimal('1.1'), Fraction(1, 3),"
         " datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2, 3), datetime.timedelta(1, 2), (1, 2), {1},"
         " {(1, 2)}, int]\nfor k, e in enumerate(expected):\n    assert candidate(k) == e, e\n"
         "assert candidate(0).most_common(1) == [('a', 2)] and candidate(9).y == 2 and candidate(2)['z'] == 0"),
     "subclasses that hold what they are": case(
-        "import enum\nclass L(list):\n    pass\nclass C(enum.IntEnum):\n    A = 3\ndef f(k):\n    return [L([1]), C.A][k]",
+        "import enum\nclass L(list):\n    pass\nclass C(enum.IntEnum):\n    A = 3\ndef f(k):\n"
+        "    return [L([1]), C.A][k]",
         "assert candidate(0) == [1] and candidate(1) == 3"),
     "iterators": case(
-        "import itertools\ndef f(k):\n    return [map(abs, [-1, 2]), (i * i for i in itertools.count()), zip('ab', 'cd'),"
+        "import itertools\ndef f(k):\n    return [map(abs, [-1, 2]), (i * i for i in itertools.count()), "
+        "zip('ab', 'cd'),"
         " reversed([1, 2])][k]",
         "assert list(candidate(0)) == [1, 2] and candidate(0) != [1, 2]\n"
         "g = candidate(1)\nassert [next(g) for _ in range(4)] == [0, 1, 4, 9]\n"
@@ -286,20 +294,25 @@ CORRECT = {
     "exceptions": case(
         "import json\nclass Odd(ValueError):\n    pass\ndef f(k):\n    if k == 0:\n        raise KeyError('x')\n"
         "    if k == 1:\n        raise Odd('it is odd', 3)\n    return json.loads('{')",
-        "import json\ntry:\n    candidate(0)\nexcept KeyError as e:\n    assert e.args == ('x',)\nelse:\n    assert False\n"
-        "try:\n    candidate(1)\nexcept Odd as e:\n    assert e.args == ('it is odd', 3) and isinstance(e, ValueError)\n"
-        "else:\n    assert False\ntry:\n    candidate(2)\nexcept json.JSONDecodeError:\n    pass\nelse:\n    assert False"),
+        "import json\ntry:\n    candidate(0)\nexcept KeyError as e:\n    assert e.args == ('x',)\nelse:\n"
+        "    assert False\n"
+        "try:\n    candidate(1)\nexcept Odd as e:\n    assert e.args == ('it is odd', 3) and isinstance(e, "
+        "ValueError)\n"
+        "else:\n    assert False\ntry:\n    candidate(2)\nexcept json.JSONDecodeError:\n    pass\nelse:\n"
+        "    assert False"),
     "a helper of the problem": case("def f(s):\n    return s[-1:] + s[:-1]", "assert candidate(encode('abc')) == 'abc'\n"
                                     "assert math.pi > 3 and f(encode('xy')) == 'xy'", CYCLIC),
     "a helper of the program": case("import math\ndef g(x):\n    return x + 1\ndef f(x):\n    return g(x)",
                                     "assert g(candidate(1)) == 3 and math.sqrt(candidate(3)) == 2"),
     "the program's own module": case(
-        "from __future__ import annotations\nimport sys, pickle, dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+        "from __future__ import annotations\nimport sys, pickle, dataclasses\n@dataclasses.dataclass\nclass A:\n"
+        "    x: int\n"
         "def f(x):\n    assert sys.modules[__name__].f is f\n    return pickle.loads(pickle.dumps(A(x))).x",
         "assert candidate(3) == 3"),
     "a main part that reads": case("def f(x):\n    return x\nif __name__ == '__main__':\n    print(f(int(input())))",
                                    "assert candidate(3) == 3"),
-    "a class": case(STACK, "s = candidate().push(1).push([2])\nassert len(s) == 2 and s.pop() == [2] and s.items == [1]\n"
+    "a class": case(STACK, "s = candidate().push(1).push([2])\n"
+        "assert len(s) == 2 and s.pop() == [2] and s.items == [1]\n"
                     "assert s == Stack().push(1) and s != Stack() and str(s) == 'Stack([1])'", "", "Stack"),
     "a method": case("class Solution:\n    def f(self, x):\n        return x + 1", "assert candidate(1) == 2", "",
                      "Solution().f"),
@@ -314,9 +327,11 @@ CORRECT = {
         "import numpy as np\ndef f(x):\n    return [np.arange(4.0).reshape(2, 2), np.float64(0.5), np.int64(3)][x]",
         "import numpy as np\nassert np.allclose(candidate(0), [[0, 1], [2, 3]]) and candidate(0).shape == (2, 2)\n"
         "assert candidate(1) == 0.5 and isinstance(candidate(1), float) and [1, 2, 3, 4][candidate(2)] == 4"),
-    "a state": case("n = 0\ndef f():\n    global n\n    n += 1\n    return n", "assert [candidate(), candidate()] == [1, 2]"),
+    "a state": case("n = 0\ndef f():\n    global n\n    n += 1\n"
+        "    return n", "assert [candidate(), candidate()] == [1, 2]"),
     "recursion": case("def f(n):\n    return n and 1 + f(n - 1)", "assert candidate(900) == 900"),
-    "many calls": case("def f(x):\n    return x[::-1]", "for i in range(300):\n    assert candidate([i, 'a']) == ['a', i]"),
+    "many calls": case("def f(x):\n    return x[::-1]", "for i in range(300):\n"
+        "    assert candidate([i, 'a']) == ['a', i]"),
     "a file": case("def f(p):\n    return open(p).read()", "open('x', 'w').write('in')\nassert candidate('x') == 'in'"),
 }  # fmt: skip
 
