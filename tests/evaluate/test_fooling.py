@@ -300,7 +300,8 @@ CORRECT = {
         "ValueError)\n"
         "else:\n    assert False\ntry:\n    candidate(2)\nexcept json.JSONDecodeError:\n    pass\nelse:\n"
         "    assert False"),
-    "a helper of the problem": case("def f(s):\n    return s[-1:] + s[:-1]", "assert candidate(encode('abc')) == 'abc'\n"
+    "a helper of the problem": case("def f(s):\n    return s[-1:] + s[:-1]",
+                                    "assert candidate(encode('abc')) == 'abc'\n"
                                     "assert math.pi > 3 and f(encode('xy')) == 'xy'", CYCLIC),
     "a helper of the program": case("import math\ndef g(x):\n    return x + 1\ndef f(x):\n    return g(x)",
                                     "assert g(candidate(1)) == 3 and math.sqrt(candidate(3)) == 2"),
