@@ -1,19 +1,24 @@
 """Run one program where it can do no harm: the inside of the sandbox, which ``sandbox`` starts as a separate script.
 
-Only the standard library is imported, and nothing of the package: the program can reach every module imported here.
+Only the standard library is imported, and of the package only ``values`` and ``peers``, by their path: the program can
+reach every module imported here.
 
-    request on stdin (JSON)  ->  J, this process, which stays outside
+    program on stdin (JSON)  ->  J, this process, which stays outside
                                  A, in new user, mount, PID, network, IPC and UTS namespaces
-                                 C, process 1 of the namespace: builds its root, drops all rights, runs the program
+    test on stdin (JSON)     ->  C, process 1 of the namespace: builds its root, drops all rights, runs the test
+                                 D, process 1 of a PID namespace of its own: drops all rights, runs the program
 
-C writes the verdict to the result pipe: the request's nonce once the last statement of the program was reached, or the
-exception. A program that ends its process early, by whatever means, therefore does not pass.
+D is started before C reads the test, and cannot see C. C asks D for what the test calls, and writes the verdict to the
+result pipe: the nonce once the test's last statement was reached, or the exception. A program that ends its process
+early, by whatever means, therefore does not pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import importlib
 import json
 import os
 import platform
@@ -23,7 +28,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 NEW_USER, NEW_NS, NEW_PID, NEW_NET, NEW_IPC, NEW_UTS = (
     0x10000000,
@@ -35,7 +40,7 @@ NEW_USER, NEW_NS, NEW_PID, NEW_NET, NEW_IPC, NEW_UTS = (
 )
 MS_BIND, MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV, MS_RDONLY, MS_REMOUNT = 4096, 16384, 1 << 18, 2, 4, 1, 32
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 NOBODY = 65534
 WRITABLE = "/sandbox"
 """Directory in which the program runs, the only one that it can write to."""
@@ -48,17 +53,23 @@ SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 # Numbers of the system calls that are refused (EPERM): signals to processes, sockets, new processes and programs,
-# access to other processes, mounts, and kernel interfaces with a history of vulnerabilities. Threads are allowed.
+# access to other processes, mounts, and kernel interfaces with a history of vulnerabilities; in the last two lines
+# memory that the limit of address space does not count: System V's shared memory, semaphores and messages, files in
+# memory, message queues, and pages that are given to a pipe. Threads are allowed.
 DENIED = {
     "x86_64": (
-        62, 200, 129, 297,
+        62, 200, 129, 297, 424,
         41, 53, 57, 58, 59, 322, 101, 310, 311, 434, 438, 165, 166, 155, 161, 272, 308, 428, 429, 430, 442,
-        321, 248, 249, 250, 298, 323, 425, 175, 313, 246, 317,
+        321, 248, 249, 250, 298, 323, 425, 175, 313, 246, 317, 312, 426, 427, 300, 440, 447,
+        29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71,
+        319, 240, 242, 278,
     ),
     "aarch64": (
-        129, 130, 138, 240,
+        129, 130, 138, 240, 424,
         198, 199, 221, 281, 117, 270, 271, 434, 438, 40, 39, 41, 51, 97, 268, 428, 429, 430, 442,
-        280, 217, 218, 219, 241, 282, 425, 105, 273, 104, 277,
+        280, 217, 218, 219, 241, 282, 425, 105, 273, 104, 277, 272, 426, 427, 262, 440, 447,
+        194, 195, 196, 197, 190, 191, 192, 193, 186, 187, 188, 189,
+        279, 180, 182, 75,
     ),
 }  # fmt: skip
 CLONE = {"x86_64": 56, "aarch64": 220}
@@ -75,11 +86,14 @@ class SetupError(Exception):
 
 def main() -> None:
     """Run J: start A, write A's user ids, wait for A to end."""
-    request = json.loads(sys.stdin.buffer.read())
+    request = json.loads(read_exactly(int.from_bytes(read_exactly(8), "big")))
     result = request["result_fd"]
+    sys.path.insert(0, request["modules"])
+    modules = [importlib.import_module(name) for name in ("values", "peers")]
+    del sys.path[0], sys.modules["values"], sys.modules["peers"]
     die_with_parent()
     if not request["isolated"]:
-        run(request, result)
+        run(request, result, *modules)
     entered, mapped = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
@@ -87,7 +101,7 @@ def main() -> None:
         inner = os.fork()
         if inner == 0:
             setting_up(lambda: settle(request))
-            run(request, result)
+            run(request, result, *modules)
         os.close(result)
         leave(os.waitpid(inner, 0)[1])
     os.close(result)
@@ -107,7 +121,7 @@ def setting_up(step: Callable[[], None]) -> None:
         os._exit(SETUP_FAILED)
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """Exit with the child's exit code, or with 128 + N if signal N killed the child."""
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
@@ -137,12 +151,9 @@ def write_id_maps(pid: int) -> None:
 
 
 def settle(request: dict[str, Any]) -> None:
-    """Set up C: build its root directory and give up all rights."""
+    """Set up C: build its root directory."""
     die_with_parent()
     build_root(request["readable"], request["tmp_bytes"])
-    drop_rights()
-    die_with_parent()  # again, because the change of user has undone it
-    refuse_system_calls()
 
 
 def build_root(readable: list[str], tmp_bytes: int) -> None:
@@ -217,27 +228,89 @@ def refuse_system_calls() -> None:
     call("seccomp", libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0))
 
 
-def run(request: dict[str, Any], result: int) -> None:
-    """Limit this process, run the program in it, write the verdict, and exit."""
+def run(request: dict[str, Any], result: int, values: Any, peers: Any) -> NoReturn:
+    """Start D, read the test, run it on the program in D, write the verdict, and exit."""
+    sys.path += request["sys_path"]
+    limits, isolated = request["limits"], request["isolated"]
+    down, up = os.pipe(), os.pipe()
+    if isolated:
+        setting_up(lambda: call("unshare", libc.unshare(NEW_PID)))
+    child = os.fork()
+    if child == 0:
+        try:
+            setting_up(lambda: confine(isolated))
+            silence()
+            pipes = keep(down[0], up[1])
+            limit(limits)
+            os.write(pipes[1], STARTED)
+            peer = peers.Peer(values.Codec, pipes, request["prompt"], lambda why: os._exit(0))
+            peers.hold_program(peer, request["program"])
+        finally:
+            os._exit(1)
+    prompt = request["prompt"]
+    request.clear()
+    os.close(down[0])
+    os.close(up[1])
+    setting_up(lambda: confine(isolated))
+    task = json.loads(sys.stdin.buffer.read())
     silence()
-    for name, value in request["limits"].items():
+    limit(limits | {"RLIMIT_AS": limits["RLIMIT_AS"] // 2})
+
+    def say(text: str) -> NoReturn:
+        os.write(result, text.encode(errors="replace"))
+        os._exit(0 if text == task["nonce"] else 1)
+
+    def fail(why: str | None) -> NoReturn:
+        if why:
+            say(why)
+        leave(os.waitpid(child, 0)[1])
+
+    peer = peers.Peer(values.Codec, (up[0], down[1]), prompt, fail, hostile=True)
+    if not os.read(up[0], 1):
+        leave(os.waitpid(child, 0)[1])
+    os.write(result, STARTED)
+    try:
+        peers.check(peer, prompt, task["test"], task["entry_point"])
+    except BaseException as error:
+        say(peers.reason(peer, error))
+    say(task["nonce"])
+
+
+def confine(isolated: bool) -> None:
+    """Give up all rights, for good, and keep other processes of the user from reading this one's memory."""
+    die_with_parent()
+    if isolated:
+        drop_rights()
+        die_with_parent()  # again, because the change of user has undone it
+        refuse_system_calls()
+    if sys.platform == "linux":
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Limit the resources of this process."""
+    for name, value in limits.items():
         number = getattr(resource, name)
         hard = resource.getrlimit(number)[1]
         with contextlib.suppress(ValueError, OSError):  # macOS does not support RLIMIT_AS properly
             resource.setrlimit(number, (value, value) if hard < 0 else (min(value, hard),) * 2)
-    sys.path += request["sys_path"]
-    nonce, program = request["nonce"], request["program"]
-    request.clear()
-    os.write(result, STARTED)
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    except BaseException as error:
-        line = getattr(error.__traceback__.tb_next if error.__traceback__ else None, "tb_lineno", None)
-        where = f" (line {line})" if line else ""
-        os.write(result, f"{type(error).__name__}: {str(error)[:300]}{where}".encode(errors="replace"))
-        os._exit(1)
-    os.write(result, nonce.encode())
-    os._exit(0)
+
+
+def keep(*descriptors: int) -> tuple[int, ...]:
+    """Close all descriptors but the standard ones and those given, which become the first after them."""
+    high = [fcntl.fcntl(number, fcntl.F_DUPFD, 100) for number in descriptors]
+    os.closerange(3, 100)
+    kept = tuple(fcntl.fcntl(number, fcntl.F_DUPFD, 3) for number in high)
+    os.closerange(100, 1000)
+    return kept
+
+
+def read_exactly(size: int) -> bytes:
+    """Read from stdin without reading ahead: what follows is not for every process."""
+    data = b""
+    while len(data) < size and (chunk := os.read(0, size - len(data))):
+        data += chunk
+    return data
 
 
 def silence() -> None:

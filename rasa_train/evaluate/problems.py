@@ -16,6 +16,7 @@ from ..data.sources import HubSource, find_source
 from ..errors import UserError
 from ..io.bounded import weight
 from .answers import boxed_answer, gsm8k_answer, marked_answer
+from .sandbox import Program
 
 Row = dict[str, Any]
 
@@ -144,10 +145,9 @@ def code_problem(row: Row, where: str = "row") -> Row:
     return problem
 
 
-def program(problem: Row, candidate: str) -> str:
-    """Return the program to run: the candidate, the tests, and the call that applies the tests. No imports are
-    added."""
-    return f"{candidate}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+def program(problem: Row, candidate: str) -> Program:
+    """Return the program to run, with its test. No imports are added."""
+    return Program(candidate, problem["prompt"], problem["test"], problem["entry_point"])
 
 
 def code_candidate(problem: Row, completion: str) -> str:

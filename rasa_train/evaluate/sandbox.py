@@ -5,9 +5,12 @@ as an unprivileged user without capabilities: it has no network, sees only the s
 read-only, has one small writable directory in memory, and cannot start processes or signal others. Memory, CPU time,
 wall time, file size and open files are limited, and output is discarded. This works for root and for ordinary users.
 
-The sandbox does not cover: faults of the kernel itself; programs that use up the resources they are allowed (CPU up to
-the time limit, memory up to the limit times the number of workers); and a program that sets out to fool its own test,
-e.g. by patching what the test calls. Every benchmark counts such a program as passed.
+A program's test runs in a second such process, which never runs the program's code and gets its results as plain data.
+Patching what the test calls, finding what the test expects, or returning an object that is equal to everything
+therefore does not help a program.
+
+The sandbox does not cover: faults of the kernel itself; and programs that use up the resources they are allowed (CPU up
+to the time limit, memory up to the limit times the number of workers).
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from ..errors import UserError
 from .jail import SETUP_FAILED, STARTED, WRITABLE
 
 JAIL = Path(__file__).with_name("jail.py")
+MODULES = str(JAIL.parent)
 REPORT_BYTES = 4096
 """Most bytes that are read of a process's report on its end."""
 REASON_CHARACTERS = 400
@@ -50,13 +54,25 @@ class Limits:
     wall_factor: float = 6.0
     """Wall time in units of ``seconds``, which ends programs that wait."""
     memory_bytes: int = 4 << 30
-    """Address space."""
+    """Address space of the program. Its test has half of it more, in its own process."""
     file_bytes: int = 16 << 20
     """Size of one file."""
     tmp_bytes: int = 64 << 20
     """Size of all files together."""
     open_files: int = 64
     threads: int = 64
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that a model wrote, and its test."""
+
+    source: str
+    prompt: str = ""
+    """The problem's own text, which may define what the test calls besides the program."""
+    test: str = ""
+    """Defines ``check``, which is called with the program's function. Without a test, a program passes by ending."""
+    entry_point: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,8 +104,9 @@ class Sandbox:
                 "holds nothing of value, --allow-unsandboxed"
             )
 
-    def run(self, program: str) -> Verdict:
-        """Run one program until it ends or exceeds its limits."""
+    def run(self, program: Program | str) -> Verdict:
+        """Run one program and its test until they end or exceed their limits. Text is a program without a test."""
+        program = Program(program) if isinstance(program, str) else program
         nonce = secrets.token_hex(16)
         read, write = os.pipe()
         with tempfile.TemporaryDirectory(prefix="rasa-eval-") as directory:
@@ -112,7 +129,7 @@ class Sandbox:
                     pass  # wait until the program is dead too: it holds the other end of the pipe
                 os.close(read)
 
-    def run_all(self, programs: Iterable[str], workers: int | None = None) -> Iterator[Verdict]:
+    def run_all(self, programs: Iterable[Program | str], workers: int | None = None) -> Iterator[Verdict]:
         """Yield verdicts in the order of the programs, running ``workers`` at a time (default: one per core)."""
         with ThreadPoolExecutor(workers or process.cores()) as pool:
             yield from pool.map(self.run, programs)
@@ -144,11 +161,13 @@ class Sandbox:
             return too_long
         return Verdict(False, "ended before its last statement" if 0 <= code < 128 else f"crashed, exit code {code}")
 
-    def _request(self, program: str, nonce: str, result_fd: int) -> bytes:
+    def _request(self, program: Program, nonce: str, result_fd: int) -> bytes:
+        """Return what the jail reads: first what every process may know, after its length; then the test's part."""
         limits = self.limits
         request: dict[str, Any] = {
-            "program": program,
-            "nonce": nonce,
+            "program": program.source,
+            "prompt": program.prompt,
+            "modules": MODULES,
             "result_fd": result_fd,
             "isolated": self.isolated,
             "readable": READABLE,
@@ -163,7 +182,9 @@ class Sandbox:
                 **({"RLIMIT_NPROC": limits.threads} if self.isolated else {}),
             },
         }
-        return json.dumps(request).encode()
+        task = {"nonce": nonce, "test": program.test, "entry_point": program.entry_point}
+        first = json.dumps(request).encode()
+        return len(first).to_bytes(8, "big") + first + json.dumps(task).encode()
 
     def _probe(self) -> str | None:
         """Return why this machine cannot run programs, or None if it can. With isolation the probe is a program that

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .answers import Checker, given_answer, marked_answer
 from .passk import mean_pass_at_k, without_pass_at_k
 from .problems import Row, code_problem, load, local_rows, math_problem, program
-from .sandbox import Sandbox
+from .sandbox import Program, Sandbox
 
 Tick = Callable[[int, int], None]
 """Called with (verdicts so far, verdicts in all)."""
@@ -61,7 +61,10 @@ def math_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def score_code(
-    programs: Sequence[tuple[str, str]], sandbox: Sandbox, workers: int | None = None, tick: Tick | None = None
+    programs: Sequence[tuple[str, Program | str]],
+    sandbox: Sandbox,
+    workers: int | None = None,
+    tick: Tick | None = None,
 ) -> list[Row]:
     """Return a verdict for each (task id, program): ``index``, ``task_id``, ``passed``, ``correct``, ``reason``."""
     rows: list[Row] = []
@@ -142,11 +145,13 @@ def score_file(
     return {"suite": suite, "samples": len(rows), "metrics": metrics, "not_measured": missing, "rows": rows}
 
 
-def _programs(samples: Sequence[tuple[str, Row]], data: str | None) -> tuple[list[tuple[str, str]], list[str]]:
+def _programs(
+    samples: Sequence[tuple[str, Row]], data: str | None
+) -> tuple[list[tuple[str, Program | str]], list[str]]:
     """Return (task id, program) of each sample, and the ids of the problems that have none."""
     own = all(isinstance(row.get("test"), str) for _, row in samples)
     problems = {} if own and data is None else {row["task_id"]: row for row in load("code", data)}
-    programs = []
+    programs: list[tuple[str, Program | str]] = []
     for where, row in samples:
         task_id = _text(row, "task_id", where)
         if problems and task_id not in problems:

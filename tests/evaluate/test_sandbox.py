@@ -63,6 +63,30 @@ PLANTED = {
     "recursion": ("def f():\n    f()\nf()", "RecursionError"),
     "wrong": ("assert 1 == 2", "AssertionError"),
     "no program": ("def (", "SyntaxError"),
+    "shared memory": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nfor _ in range(40):\n"
+        "    n = c.shmget(0, 1 << 28, 0o1600)\n    if n < 0:\n        raise OSError(ctypes.get_errno(), 'refused')",
+        "PermissionError",
+    ),
+    "files in memory": (
+        "import os\nwhile True:\n    os.write(os.memfd_create('x'), bytes(1 << 24))",
+        "PermissionError",
+    ),
+    "a message queue": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+        "if c.mq_open(b'/x', 0o102, 0o600, None) < 0:\n    raise OSError(ctypes.get_errno(), 'refused')",
+        "PermissionError",
+    ),
+    "pages that are given to pipes": (
+        "import ctypes, os\nc = ctypes.CDLL(None, use_errno=True)\nb = ctypes.create_string_buffer(9)\n"
+        "v = (ctypes.c_size_t * 2)(ctypes.addressof(b), 9)\n"
+        "if c.vmsplice(os.pipe()[1], v, 1, 0) < 0:\n    raise OSError(ctypes.get_errno(), 'refused')",
+        "PermissionError",
+    ),
+    "shared pages": (
+        "import mmap\nkept = []\nwhile True:\n    kept.append(mmap.mmap(-1, 1 << 30))",
+        "",
+    ),
     "reads the password file": ("open('/etc/passwd')", "FileNotFoundError"),
 }
 
