@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from .answer_forms import Form, braced, read, tight
+from .answer_forms import Form, braced, read
 
 TOLERANCE = Fraction(1, 10**6)
 """Relative difference that is allowed where the gold answer is a decimal number."""
@@ -24,8 +24,7 @@ _POINTS = ("1.37", "2.61", "-0.83", "0.29", "-3.17")
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether an answer equals the gold answer. Never evaluates text, but may take long: an answer may be any formula.
-    """
+    """Whether an answer equals the gold answer. Never evaluates text, but may take long: an answer may be any formula."""
     return same(read(gold), read(answer))
 
 
@@ -50,6 +49,8 @@ def same(gold: Form, answer: Form) -> bool:
         return True
     if {gold.kind, answer.kind} <= {"list", "set"}:
         return _same_collection(gold, answer)
+    if {gold.kind, answer.kind} == {"tuple", "list"}:
+        return _same_assignment(gold, answer)
     if {gold.kind, answer.kind} & {"interval", "union"}:
         return _same_set(gold, answer)
     if gold.kind == answer.kind == "value":
@@ -66,6 +67,9 @@ def _in_order(gold: Sequence[Form], answer: Sequence[Form]) -> bool:
 def _same_collection(gold: Form, answer: Form) -> bool:
     """Whether two lists or sets have the same elements in any order. Values for the names of the gold answer (``a = 1,
     b = 2``) must be in its order when they come without names."""
+    if "set" in (gold.kind, answer.kind):  # in which an element may be listed twice
+        pairs = ((gold, answer), (answer, gold))
+        return all(any(same(*((a, b) if x is gold else (b, a))) for b in y.parts) for x, y in pairs for a in x.parts)
     if len(gold.parts) != len(answer.parts):
         return False
     names = {part.parts[0].text for part in gold.parts if part.kind == "relation"}
@@ -78,6 +82,14 @@ def _same_collection(gold: Form, answer: Form) -> bool:
             return False
         del left[found]
     return True
+
+
+def _same_assignment(gold: Form, answer: Form) -> bool:
+    """Whether one form is a tuple, as ``(3, 4)``, and the other names its elements in order, as ``x = 3, y = 4``."""
+    listed = gold if gold.kind == "list" else answer
+    names = [part.parts[0].text for part in listed.parts if part.kind == "relation" and part.signs == ("=",)]
+    in_order = len(names) == len(listed.parts) and names == sorted(set(names)) and all(map(_is_symbol, names))
+    return in_order and _in_order(gold.parts, answer.parts)
 
 
 def _words(form: Form) -> str:
@@ -110,7 +122,7 @@ def _same_relation(gold: Form, answer: Form) -> bool:
         return same(gold.parts[-1], answer) if equations[0] and _names(gold) else _same_set(gold, answer)
     if all(equations) and _names(gold) and _names(answer):
         a, b = (form.parts[0].text for form in (gold, answer))
-        if a == b or not (_is_symbol(a) and _is_symbol(b)):
+        if a.lower() == b.lower() or not (_is_symbol(a) and _is_symbol(b)):
             return same(gold.parts[-1], answer.parts[-1])
         return False
     turned = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
@@ -201,7 +213,9 @@ def _set_of_inequality(form: Form) -> Any:
             continue
         open_end = sign in "<>"
         above = (sign in ("<", "\\le")) == (i < middle)  # the bound is below the variable
-        part_set = sympy.Interval(bound, sympy.oo, open_end) if above else sympy.Interval(-sympy.oo, bound, False, open_end)
+        part_set = (
+            sympy.Interval(bound, sympy.oo, open_end) if above else sympy.Interval(-sympy.oo, bound, False, open_end)
+        )
         found = found.intersect(part_set)
     return found
 
@@ -210,10 +224,10 @@ def _set_of_inequality(form: Form) -> Any:
 
 
 def _same_value(gold: Form, answer: Form) -> bool:
-    if (base := _base(gold.text)) and (other := _base(answer.text)):
-        return base == other
-    if base:  # the gold answer has a base, and the answer has none
-        return base[0] == tight(answer.text)
+    bases = [_base(form.text) for form in (gold, answer)]
+    if any(bases):  # a missing base is forgiven
+        digits = [base[0] if base else form.text for base, form in zip(bases, (gold, answer), strict=True)]
+        return digits[0] == digits[1] and (None in bases or bases[0] == bases[1])
     if any(re.fullmatch(r"\d{1,2}:\d\d", form.text) for form in (gold, answer)):  # a time rather than a ratio
         return gold.text == answer.text and (gold.unit == answer.unit or not (gold.unit and answer.unit))
     if gold.unit.shift == "percent" or answer.unit.shift == "percent":
@@ -358,7 +372,9 @@ def parsed(text: str) -> Any:
     return value.xreplace({s: known.get(s.name, sympy.Symbol(s.name)) for s in value.free_symbols})
 
 
-_CALLED = re.compile(r"(?<![A-Za-z\\])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arcsin|arccos|arctan)")
+_CALLED = re.compile(
+    r"(?<![A-Za-z\\])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arcsin|arccos|arctan)"
+)
 
 
 def _plain_latex(text: str) -> str:

@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from .answer_units import NO_UNIT, Unit, unit_of
+from .answer_units import NAMES, NO_UNIT, Unit, unit_of
 
 DEEPEST = 12
 """Brackets within brackets that are taken apart; what is inside deeper ones is one value."""
@@ -38,13 +38,15 @@ class Form:
 
 _SYMBOLS = {
     "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∕": "/", "⁄": "/", "≤": "\\le ",
-    "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ", "∞": "\\infty ", "π": "\\pi ",
+    "≥": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ", "∞": "\\infty ", "π": "\\pi ",
     "θ": "\\theta ", "√": "\\sqrt ", "°": "^\\circ ", "±": "\\pm ", "٫": ".", "٬": ",", "％": "\\%", "ℝ": "\\mathbb{R}",
     "⟨": "\\langle ", "⟩": "\\rangle ", "’": "'", "¢": " cents", "€": "\\text{ euros }", "£": "\\text{ pounds }",
     "\u2009": "\\,", "\u202f": "\\,", "\u2003": " ", "\u200b": "", "\ufeff": "",
 }  # fmt: skip
 _SPACES = re.compile(r"\\(?:quad|qquad|displaystyle|textstyle|limits|bigskip)(?![A-Za-z])|(?<!\\)\\[,;: ]|~")
-_GONE = re.compile(r"(?<!\\)\\!|\\(?:left|right|bigl?|bigr|Bigl?|Bigr|middle)(?![A-Za-z])|\\hspace\{[^{}]*\}|\\(?:rm|bf|it)\b")
+_GONE = re.compile(
+    r"(?<!\\)\\!|\\(?:left|right|bigl?|bigr|Bigl?|Bigr|middle)(?![A-Za-z])|\\hspace\{[^{}]*\}|\\(?:rm|bf|it)\b"
+)
 _SYNONYMS = (
     (re.compile(r"\\[dtc]frac"), r"\\frac"), (re.compile(r"\\(?:leqslant|leq)(?![A-Za-z])"), r"\\le "),
     (re.compile(r"\\(?:geqslant|geq)(?![A-Za-z])"), r"\\ge "), (re.compile(r"\\(?:neq)(?![A-Za-z])"), r"\\ne "),
@@ -52,6 +54,8 @@ _SYNONYMS = (
     (re.compile(">="), r"\\ge "), (re.compile("!="), r"\\ne "), (re.compile(r"\\varnothing"), r"\\emptyset"),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"), (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
     (re.compile(r"\\lbrack(?![A-Za-z])"), "["), (re.compile(r"\\rbrack(?![A-Za-z])"), "]"),
+    (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"), (re.compile(r"\\dbinom"), r"\\binom"),
+    (re.compile(r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])"), r"\\infty "),
     (re.compile(r"\*\*"), "^"), (re.compile(r"\\(?:begin|end)\{(?:[cltr]*align\*?|equation\*?)\}"), " "),
     (re.compile(r"\^\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![A-Za-z])"), r"^\\circ "),
     (re.compile(r"_(\d+)"), r"_{\1}"), (re.compile(r"\b([aApP])\.\s?([mM])\b\.?"), r"\1\2"), (re.compile(r"\\ldots|\\dots|\\cdots"), "..."),
@@ -71,7 +75,7 @@ def clean(text: str) -> str:
         text = _unwrapped(text.strip())
         if text == before:
             break
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\!,|,\\,|\\,)(?=\d{3}(?!\d))", MARK, text).replace("\\$", "\\dollar ")
+    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\!,|,\\,|\\,|'|_)(?=\d{3}(?!\d))", MARK, text).replace("\\$", "\\dollar ")
     if text.count("$") % 2 and re.search(r"\$\s?\d", text):  # the price in "costs $29"
         text = text.replace("$", "\\dollar ", 1)
     text = text.replace("$", "").replace(MARK, "")
@@ -79,28 +83,33 @@ def clean(text: str) -> str:
         text = pattern.sub(new, text)
     text = _GONE.sub("", _SPACES.sub(" ", _marked(text)))
     text = re.sub(rf"\^\{{\s*{MARK}?(?:st|nd|rd|th)\s*\}}", f" {MARK}th", text)
-    return " ".join(text.split())
+    text = re.sub(rf"\^\\circ\s*{MARK}?([CF])\b", rf" {MARK}degrees{MARK}\1", text)
+    return " ".join(text.split()).removeprefix("\\approx ").removeprefix("= ").removeprefix("=")
+
+
+_RAISED = {"⁻": "-"} | {character: str(i) for i, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+_LOWERED = {character: str(i) for i, character in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 
 
 def _ascii(text: str) -> str:
     found: list[str] = []
-    power = ""
     for character in text:
-        if character in "²³¹⁰⁴⁵⁶⁷⁸⁹⁻":
-            power += unicodedata.normalize("NFKC", character).replace("−", "-")
-            continue
-        if power:
-            found.append(f"^{{{power}}}")
-            power = ""
-        if character in _SYMBOLS:
-            found.append(_SYMBOLS[character])
-        elif unicodedata.category(character) == "Nd":
-            found.append(str(unicodedata.decimal(character)))
-        elif unicodedata.category(character) == "No" and "⁄" in (as_text := unicodedata.normalize("NFKC", character)):
-            found.append(" \\frac{{{}}}{{{}}} ".format(*as_text.split("⁄")))
+        for sign, small in (("^", _RAISED), ("_", _LOWERED)):
+            if character in small:
+                start = found.pop()[:-1] if found and found[-1].startswith(sign + "{") else sign + "{"
+                found.append(f"{start}{small[character]}}}")
+                break
         else:
-            found.append(unicodedata.normalize("NFKC", character))
-    return "".join(found) + (f"^{{{power}}}" if power else "")
+            plain = unicodedata.normalize("NFKC", character)
+            if character in _SYMBOLS:
+                found.append(_SYMBOLS[character])
+            elif unicodedata.category(character) == "Nd":
+                found.append(str(unicodedata.decimal(character)))
+            elif unicodedata.category(character) == "No" and plain.count("⁄") == 1:
+                found.append(" \\frac{{{}}}{{{}}} ".format(*plain.split("⁄")))
+            else:
+                found.append(plain)
+    return "".join(found)
 
 
 def _unwrapped(text: str) -> str:
@@ -156,7 +165,17 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _COUNT = {word: i for i, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
 _COUNT |= {f"{ten} {one}": _COUNT[ten] + i for ten in _TENS for i, one in enumerate(_ONES[:10]) if i}
 _COUNT |= {"one hundred": 100, "a hundred": 100, "hundred": 100}
-_NTH = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "tenth": 10}
+_NTH = {
+    "half": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "tenth": 10,
+}
 _NTH |= {f"{word}s": n for word, n in _NTH.items()} | {"halves": 2}
 _SPOKEN = re.compile(
     rf"(?:(?P<count>{'|'.join(sorted(_COUNT, key=len, reverse=True))})\b(?! (?:hundred|thousand|million|billion)))?"
@@ -198,6 +217,7 @@ def split(text: str, separators: re.Pattern[str]) -> tuple[list[str], list[str]]
 
 
 _COMMAS = re.compile(rf",\s*(?:{MARK}?(?:and|or)\b)?|;|\s{MARK}?(?:and|or)\s|\\(?:lor|vee)(?![A-Za-z])")
+_QUANTITY = re.compile(rf"\d[\d.]*\s*{MARK}?(?:{'|'.join(sorted(NAMES, key=len, reverse=True))})s?\.?(?:\s+|$)")
 _INNER = re.compile("[,;]")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _SIGNS = re.compile(r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
@@ -225,6 +245,8 @@ def _read(text: str, depth: int, inside: bool = False) -> Form:
         made = tuple(Form("list", row, _items(row.split("&"), depth + 1, True)) for row in rows)
         return Form("matrix", key, made, ("det" if matrix[1][0] in "vV" else "",))
     pieces, _ = split(text, _COMMAS)
+    if len(pieces) == 1 and "".join(sums := _QUANTITY.findall(text)) == text and len(sums) > 1:
+        pieces = sums  # 5 feet 3 inches
     if len(pieces) > 1 and all(pieces):
         return Form("list", key, _items(pieces, depth))
     if "\\pm" in text or "\\mp" in text:
@@ -262,6 +284,8 @@ def _bracketed(text: str, depth: int) -> Form | None:
         if opening == "\\{":
             return Form("set", tight(text), _items(pieces, depth, True))
         if len(pieces) == 1:
+            if opening == "[" and closing == "]":
+                return Form("tuple", tight(text), _items(pieces, depth), ("[", "]"))
             return _read(inner, depth + 1) if opening == "(" and closing == ")" else None
         made = _items(pieces, depth, True)
         if (opening, closing) in (("(", ")"), ("\\langle", "\\rangle")):
@@ -283,9 +307,14 @@ _MATH_WORDS = {"pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "l
 def is_word(token: str) -> bool:
     """Whether letters are a word rather than a product of variables: they were inside ``\\text``, or there are at least
     three of them and a vowel."""
-    if token.startswith(MARK):
+    if token.startswith(MARK) or token.lower() == "no":
         return True
-    return len(token) > 2 and token.isalpha() and token.lower() not in _MATH_WORDS and bool(set(token.lower()) & set("aeiou"))
+    return (
+        len(token) > 2
+        and token.isalpha()
+        and token.lower() not in _MATH_WORDS
+        and bool(set(token.lower()) & set("aeiou"))
+    )
 
 
 def _value(text: str) -> Form:
@@ -316,6 +345,7 @@ _NUMBER = re.compile(
 def number_of(text: str) -> Fraction | None:
     """Return the value of a text that is one number: whole, decimal (also with a period), grouped by commas, spaces or
     points, in scientific notation, a fraction, or a mixed number."""
+    text = re.sub(r"^([+-]?\d*\.\d*?)(\d)\2\2+\.\.\.$", r"\1\\overline{\2}", text)  # 0.333...
     found = _NUMBER.fullmatch(braced(text).strip())
     if not found:
         return None

@@ -41,6 +41,7 @@ _UNITS |= {
 }
 _UNITS |= {"mph": ({"length": 1, "time": -1}, Fraction("1609.344") / 3600)}
 _UNITS |= {name: ({"length": 1, "time": -1}, Fraction(1000, 3600)) for name in ("kph", "kmh", "kmph")}
+NAMES = frozenset(name for name in _UNITS if len(name) > 1)
 _LETTERS = {"m", "s", "g", "h", "l", "L"}
 """Units of one letter, which without ``\\text`` are units only after a space."""
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
@@ -83,7 +84,13 @@ def _belongs(tokens: list[str], at: int, is_word: Callable[[str], bool]) -> bool
         return True
     if token.isdigit():  # only as a power
         return "".join(tokens[max(at - 2, 0) : at]).strip("{- ").endswith("^")
-    return is_word(token) or singular(token.lower()) in _UNITS or token.lower() in _POWERS
+    return _names_unit(token, is_word)
+
+
+def _names_unit(token: str, is_word: Callable[[str], bool]) -> bool:
+    if len(token) == 1:
+        return token in _LETTERS
+    return is_word(token) or singular(token) in _UNITS or token.lower() in _POWERS
 
 
 def _begins(tokens: list[str], at: int, is_word: Callable[[str], bool]) -> bool:
@@ -95,7 +102,7 @@ def _begins(tokens: list[str], at: int, is_word: Callable[[str], bool]) -> bool:
         return at > 1 and tokens[at - 1].isspace() and (tokens[at - 2].isdigit() or tokens[at - 2] == "}")
     if not token.lstrip("\ue000").isalpha():
         return False
-    return is_word(token) or singular(token.lower()) in _UNITS or token.lower() in _POWERS
+    return _names_unit(token, is_word)
 
 
 def singular(word: str) -> str:

@@ -171,11 +171,10 @@ class Checker:
                 return Same(reason=f"{name} of {len(text)} characters")
         comparer = self._idle.pop() if self._idle else _Comparer(self.seconds)
         strict = comparer.ask("math_sympy", gold, marked) if marked else False
-        string = comparer.ask("string", gold, marked) if marked and not strict else strict
+        string = strict or (bool(marked) and normalize(gold) == normalize(str(marked)))
         robust = comparer.ask("accuracy", gold, given)
         self._idle.append(comparer)
-        late = None in (strict, string, robust)
-        reason = "" if robust else "time limit" if late else "different"
+        reason = "" if robust else "time limit" if None in (strict, robust) else "different"
         return Same(bool(strict), bool(string), bool(robust), reason)
 
 
@@ -292,11 +291,7 @@ def _math_sympy(gold: str, answer: str) -> bool:
     return bool(sympy.simplify(difference) == 0)
 
 
-def _string(gold: str, answer: str) -> bool:
-    return normalize(gold) == normalize(answer)
-
-
-_RULES: dict[str, Callable[[str, str], bool]] = {"math_sympy": _math_sympy, "string": _string, "accuracy": equal}
+_RULES: dict[str, Callable[[str, str], bool]] = {"math_sympy": _math_sympy, "accuracy": equal}
 
 
 def needs_math() -> None:
