@@ -24,7 +24,7 @@ _POINTS = ("1.37", "2.61", "-0.83", "0.29", "-3.17")
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether an answer equals the gold answer. Never evaluates text, but may take long: an answer may be any formula."""
+    """Whether an answer equals the gold answer. Text is never evaluated. May take long: an answer may be anything."""
     return same(read(gold), read(answer))
 
 
@@ -274,7 +274,7 @@ def _base(text: str) -> tuple[str, str] | None:
     if not found or not re.search(r"\d|^-?[A-Z]{2}", found[1]):
         return None
     base = found[2] or found[3]
-    names = "two three four five six seven eight nine ten eleven twelve".split()
+    names = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     return found[1], str(names.index(base) + 2) if base in names else base
 
 

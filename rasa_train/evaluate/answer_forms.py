@@ -38,7 +38,8 @@ class Form:
 
 _SYMBOLS = {
     "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∕": "/", "⁄": "/", "≤": "\\le ",
-    "≥": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ", "∞": "\\infty ", "π": "\\pi ",
+    "≥": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∪": "\\cup ", "∈": "\\in ", "∅": "\\emptyset ", "∞": "\\infty ",
+    "π": "\\pi ",
     "θ": "\\theta ", "√": "\\sqrt ", "°": "^\\circ ", "±": "\\pm ", "٫": ".", "٬": ",", "％": "\\%", "ℝ": "\\mathbb{R}",
     "⟨": "\\langle ", "⟩": "\\rangle ", "’": "'", "¢": " cents", "€": "\\text{ euros }", "£": "\\text{ pounds }",
     "\u2009": "\\,", "\u202f": "\\,", "\u2003": " ", "\u200b": "", "\ufeff": "",
@@ -58,7 +59,8 @@ _SYNONYMS = (
     (re.compile(r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])"), r"\\infty "),
     (re.compile(r"\*\*"), "^"), (re.compile(r"\\(?:begin|end)\{(?:[cltr]*align\*?|equation\*?)\}"), " "),
     (re.compile(r"\^\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![A-Za-z])"), r"^\\circ "),
-    (re.compile(r"_(\d+)"), r"_{\1}"), (re.compile(r"\b([aApP])\.\s?([mM])\b\.?"), r"\1\2"), (re.compile(r"\\ldots|\\dots|\\cdots"), "..."),
+    (re.compile(r"_(\d+)"), r"_{\1}"),
+    (re.compile(r"\b([aApP])\.\s?([mM])\b\.?"), r"\1\2"), (re.compile(r"\\ldots|\\dots|\\cdots"), "..."),
 )  # fmt: skip
 _TEXT = re.compile(r"\\(text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{")
 _WORD = re.compile(r"[^\W\d_]+")
@@ -159,9 +161,9 @@ def _marked(text: str) -> str:
     return "".join(out) + text[at:]
 
 
-_ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()  # fmt: skip
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _COUNT = {word: i for i, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
 _COUNT |= {f"{ten} {one}": _COUNT[ten] + i for ten in _TENS for i, one in enumerate(_ONES[:10]) if i}
 _COUNT |= {"one hundred": 100, "a hundred": 100, "hundred": 100}
@@ -323,9 +325,9 @@ def _value(text: str) -> Form:
         return _bracketed("(-\\infty,\\infty)", DEEPEST - 1) or Form("value", text)
     tokens = _TOKEN.findall(text)
     seen = [token for token in tokens if not token.isspace() and token not in "'\""]
-    if any(map(is_word, seen)) and (is_word(seen[0]) or not any(map(str.isdigit, text))):
-        if not any(token in "+^*/|" or token.startswith("\\") for token in seen):
-            return Form("words", " ".join(text.replace(MARK, "").split()))
+    spoken = any(map(is_word, seen)) and (is_word(seen[0]) or not any(map(str.isdigit, text)))
+    if spoken and not any(token in "+^*/|" or token.startswith("\\") for token in seen):
+        return Form("words", " ".join(text.replace(MARK, "").split()))
     text, unit = unit_of(text, tokens, is_word)
     return Form("value", tight(text), unit=unit, number=number_of(text))
 

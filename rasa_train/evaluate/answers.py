@@ -6,9 +6,10 @@
 ``math_sympy_or_string``  ``math_sympy``, or equal after the normalisation.
 ``accuracy``              the rule of ``answer_equality.py``, with units, sets, intervals, matrices, text.
 
-Text of a model is parsed, never evaluated. A comparison may take forever or use all memory (``9^{9^{9^9}}``), in loops
-that no signal interrupts; so separate processes compare the pairs, and are killed when they take too long. Their verdict
-depends neither on chance nor on earlier pairs: hashes and random numbers have a fixed seed.
+Text of a model is parsed, never evaluated (of an answer, sympy's own ``eval`` sees the digits of its numbers, which are
+a token of the grammar). A comparison may take forever or use all memory (``9^{9^{9^9}}``), in loops
+that no signal interrupts; so separate processes compare the pairs, and are killed when they take too long. Their
+verdicts depend neither on chance nor on earlier pairs: hashes and random numbers have a fixed seed.
 """
 
 from __future__ import annotations

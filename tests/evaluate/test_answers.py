@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from rasa_train.evaluate.answer_forms import read
 from rasa_train.evaluate.answers import (
     Checker,
     Same,
+    _math_sympy,
     boxed_answer,
     given_answer,
     gsm8k_answer,
@@ -44,18 +47,31 @@ def judge(checker: Checker, pairs: list[tuple[str, str]]) -> list[Same]:
 
 
 def test_pairs_judged_by_hand_without_evaluating_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No text that a model wrote may reach ``eval``, whatever reads it."""
-    equal("x + 1", "1 + x")  # imports may
+    """``eval`` sees no text that a model wrote but the digits of a number, whatever reads it. What it is called with is
+    recorded, because the parsers catch every exception."""
+    assert equal("x + 1", "1 + x")  # imports may
+    evaluated: list[str] = []
+    real = eval
 
-    def forbidden(*arguments: object) -> None:
-        raise AssertionError(f"eval of {arguments[0]!r}")
+    def recorded(code: object, *scopes: Any) -> object:
+        evaluated.append(str(code))
+        return real(code, *scopes)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("builtins.eval", forbidden)
-    assert len(PAIRS) >= 200 and sum(verdict == "!" for verdict, _, _ in PAIRS) >= len(PAIRS) // 2
-    wrong = [pair for pair in PAIRS if equal(pair[1], pair[2]) != (pair[0] == "=")]
-    assert not wrong
-    for answer in ("(lambda: 5)()", "__import__('os').system('touch pwned')", "\\input{/etc/passwd}"):
-        assert not equal("5", answer)
+    monkeypatch.setattr("builtins.eval", recorded)
+    assert len(PAIRS) >= 500 and sum(verdict == "!" for verdict, _, _ in PAIRS) >= len(PAIRS) // 2
+    assert not [pair for pair in PAIRS if equal(pair[1], pair[2]) != (pair[0] == "=")]
+    for attack in (
+        "(lambda: 5)()",
+        "__import__('os').system('touch pwned')",
+        "x.__class__",
+        "\\text{exit()}",
+        "exit()",
+    ):
+        assert not equal("5", attack)
+        with contextlib.suppress(Exception):
+            _math_sympy("5", attack)
+    assert not [code for code in evaluated if not re.fullmatch(r"(Integer|Float) ?\('?[\d.]+ ?'?\)", code.strip())]
+    assert not Path("pwned").exists()
 
 
 def test_an_answer_equals_itself_in_every_pair() -> None:
