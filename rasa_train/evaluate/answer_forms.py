@@ -63,6 +63,7 @@ _SYNONYMS = (
     (re.compile(r"\b([aApP])\.\s?([mM])\b\.?"), r"\1\2"), (re.compile(r"\\ldots|\\dots|\\cdots"), "..."),
 )  # fmt: skip
 _TEXT = re.compile(r"\\(text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{")
+_ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt)\s*(-?\d+)")
 _WORD = re.compile(r"[^\W\d_]+")
 _WRAPPED = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"), ("`", "`"),
             ("*", "*"), ('"', '"'))  # fmt: skip
@@ -71,7 +72,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 def clean(text: str) -> str:
     """Return the text without markup that does not change its meaning, in ASCII where there is a LaTeX command."""
-    text = _ascii(text)
+    text = _ascii(_ROOT.sub(r"\\sqrt{\1}", text))
     for _ in range(DEEPEST):
         before = text
         text = _unwrapped(text.strip())
