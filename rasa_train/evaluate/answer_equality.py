@@ -243,7 +243,7 @@ def _same_value(gold: Form, answer: Form) -> bool:
     # An angle without a unit is in radians if it is written with pi.
     if {gold.unit.powers, answer.unit.powers} == {(), (("angle", 1),)}:
         turned = [form if form.unit else _in_degrees(form) for form in (gold, answer)]
-        return all("\\pi" in a.text or a.unit for a in (gold, answer)) and _same_number(*turned)
+        return all("\\pi" in a.text or a.unit for a in (gold, answer)) and _same_number(turned[0], turned[1])
     return False
 
 

@@ -371,7 +371,8 @@ def number_of(text: str) -> Fraction | None:
             tail = Fraction(int(fixed or "0") * (10 ** len(period) - 1) + int(period), 10 ** len(fixed))
             return sign * (whole("before") + tail / (10 ** len(period) - 1))
         plain = Fraction(g["whole"].replace(",", "").replace(" ", "").removesuffix("."))
-        return sign * plain * Fraction(10) ** int(g["e"] or g["e2"] or g["e3"] or 0)
+        power = int(g["e"] or g["e2"] or g["e3"] or 0)
+        return sign * plain * (Fraction(10**power) if power >= 0 else Fraction(1, 10**-power))
     except (ZeroDivisionError, ValueError):
         return None
 
