@@ -371,8 +371,7 @@ def number_of(text: str) -> Fraction | None:
             tail = Fraction(int(fixed or "0") * (10 ** len(period) - 1) + int(period), 10 ** len(fixed))
             return sign * (whole("before") + tail / (10 ** len(period) - 1))
         plain = Fraction(g["whole"].replace(",", "").replace(" ", "").removesuffix("."))
-        power = int(g["e"] or g["e2"] or g["e3"] or 0)
-        return sign * plain * (Fraction(10**power) if power >= 0 else Fraction(1, 10**-power))
+        return sign * plain * Fraction(f"1e{g['e'] or g['e2'] or g['e3'] or 0}")
     except (ZeroDivisionError, ValueError):
         return None
 
