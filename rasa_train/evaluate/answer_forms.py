@@ -368,8 +368,9 @@ def number_of(text: str) -> Fraction | None:
             return sign * Fraction(f"{g['european'].replace('.', '')}.{g['cents']}")
         if g["period"]:
             fixed, period = g["fixed"], g["period"]
-            tail = Fraction(int(fixed or "0") * (10 ** len(period) - 1) + int(period), 10 ** len(fixed))
-            return sign * (whole("before") + tail / (10 ** len(period) - 1))
+            nines = int("9" * len(period))
+            tail = Fraction(int(fixed or "0") * nines + int(period), int(f"1{'0' * len(fixed)}") * nines)
+            return sign * (whole("before") + tail)
         plain = Fraction(g["whole"].replace(",", "").replace(" ", "").removesuffix("."))
         return sign * plain * Fraction(f"1e{g['e'] or g['e2'] or g['e3'] or 0}")
     except (ZeroDivisionError, ValueError):
