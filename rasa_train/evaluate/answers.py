@@ -4,22 +4,26 @@
                           ``simplify(parse_latex(a) - parse_latex(b)) == 0``. An answer that does not parse is wrong,
                           even when both are identical: intervals and most tuples score 0.
 ``math_sympy_or_string``  ``math_sympy``, or equal after the normalisation.
-``accuracy``              equal after the normalisation (with both sides of an equation, of which Minerva's rule keeps
-                          only the right side), or equal by math-verify: sets, intervals, matrices, text, units.
+``accuracy``              the rule of ``answer_equality.py``, with units, sets, intervals, matrices, text.
 
-Text of a model is parsed, never evaluated: math-verify is used with its LaTeX grammar alone, since its grammar for
-plain expressions ends in Python's ``eval``. A comparison may take forever or use all memory (``9^{9^{9^9}}``), in loops
-that no signal interrupts; so separate processes compare the pairs, and are killed when they take too long.
+Text of a model is parsed, never evaluated (of an answer, sympy's own ``eval`` sees the digits of its numbers, which are
+a token of the grammar). A comparison may take forever or use all memory (``9^{9^{9^9}}``), in loops
+that no signal interrupts; so separate processes compare the pairs, and are killed when they take too long. Their
+verdicts depend neither on chance nor on earlier pairs: hashes and random numbers have a fixed seed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
+import os
+import random
 import re
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,19 +31,19 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
-from typing import Any
 
 from .. import process
 from ..errors import UserError
+from .answer_equality import equal
 
 MARKER = "The answer is: "
 RESPONSE = "### Response:\n"
 SECONDS = 5
-"""Time limit of one comparison by one rule, as in the reference implementation."""
-MEMORY_BYTES = 4 << 30
+"""CPU time of one comparison by one rule. The reference implementation has the same limit by the clock."""
+MEMORY_BYTES = 1 << 30
 """Address space of a comparing process."""
 LONGEST = 1000
-"""Characters of the longest answer that is compared; a longer one is wrong."""
+"""Characters of the longest answer, and of the longest gold answer, that is compared; a longer one is wrong."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Same:
     math_sympy_or_string: bool = False
     accuracy: bool = False
     reason: str = ""
-    """Why an answer is wrong: ``no answer``, ``an answer of N characters``, ``different`` or ``time limit``; empty for
-    a right one."""
+    """Why an answer is wrong: ``no answer``, ``an answer of N characters``, ``a gold answer of N characters``,
+    ``different`` or ``time limit``; empty for a right one."""
 
 
 def marked_answer(text: str) -> str | None:
@@ -89,7 +93,7 @@ def gsm8k_answer(text: str) -> str | None:
     """Return the text after the last ``####``, to the end of the line, without thousands separators."""
     _, found, tail = text.rpartition("####")
     line = tail.strip().split("\n")[0] if found else ""
-    return line.replace(",", "").strip() or None
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line).strip() or None
 
 
 # Minerva, appendix D. The order matters.
@@ -128,27 +132,6 @@ def normalize(answer: str) -> str:
     return digits if digits.isdigit() else answer
 
 
-def same_text(gold: str, answer: str) -> bool:
-    """Whether two answers are equal after the normalisation. If the gold answer is an equation (``4x - 5y = 10``, but
-    not ``x = 10``), the left sides must be equal as well."""
-    left, wanted = _left(gold), normalize(gold) == normalize(answer)
-    return wanted and (left is None or left == _left(answer))
-
-
-def _left(answer: str) -> str | None:
-    """Return the text before the last ``=``; None without ``=``, or if that text only names the result, as ``x``,
-    ``f(x)`` or ``\\theta`` do."""
-    left, found, _ = answer.rpartition("=")
-    named = re.fullmatch(r"[\s$]*\\?[A-Za-z]+\w*(\([^()=]*\))?\s*", left)
-    return "".join(left.replace("$", "").split()) if found and not named else None
-
-
-def _base(answer: str) -> str | None:
-    """Return the base of a number: ``6`` for ``2112_6``."""
-    found = re.search(r"\d_\{?(\d+)\}?$", answer.strip().strip("$"))
-    return found[1] if found else None
-
-
 class Checker:
     """Compares answers in processes of its own. Use it as a context manager, which ends the processes.
 
@@ -182,19 +165,21 @@ class Checker:
 
     def _one(self, pair: tuple[str, str | None, str | None]) -> Same:
         gold, marked, given = pair
-        if not given or len(given) > LONGEST:
-            return Same(reason="no answer" if not given else f"an answer of {len(given)} characters")
+        if not given:
+            return Same(reason="no answer")
+        for name, text in (("an answer", given), ("an answer", marked or ""), ("a gold answer", gold)):
+            if len(text) > LONGEST:
+                return Same(reason=f"{name} of {len(text)} characters")
         comparer = self._idle.pop() if self._idle else _Comparer(self.seconds)
         strict = comparer.ask("math_sympy", gold, marked) if marked else False
-        string = same_text(gold, given)
-        # math-verify ignores the base of a number
-        other_base = (b := _base(gold)) and (c := _base(given)) and b != c
-        robust = string or (not other_base and comparer.ask("math_verify", gold, given))
+        string = strict or (bool(marked) and normalize(gold) == normalize(str(marked)))
+        robust = comparer.ask("accuracy", gold, given)
         self._idle.append(comparer)
-        late = strict is None or robust is None
-        reason = "" if robust else "time limit" if late else "different"
-        of_minerva = bool(marked) and normalize(gold) == normalize(given)
-        return Same(bool(strict), bool(strict) or of_minerva, bool(robust), reason)
+        reason = "" if robust else "time limit" if None in (strict, robust) else "different"
+        return Same(bool(strict), bool(string), bool(robust), reason)
+
+
+_HASHES = threading.Lock()
 
 
 class _Comparer:
@@ -210,8 +195,8 @@ class _Comparer:
             self._start()
         try:
             self._pipe.send((rule, gold, answer))
-            # The process stops at the limit by itself; it is killed only if it cannot be interrupted.
-            if self._pipe.poll(self.seconds + 2):
+            # The process stops or dies at its limit of CPU time; by the clock it may take longer on a busy machine.
+            if self._pipe.poll(4 * self.seconds + 2):
                 same: bool | None = self._pipe.recv()
                 return same
         except (EOFError, OSError):  # out of memory, or a crash
@@ -230,7 +215,15 @@ class _Comparer:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.seconds), daemon=True)
-        self._process.start()
+        with _HASHES:
+            given = os.environ.get("PYTHONHASHSEED")
+            os.environ["PYTHONHASHSEED"] = "0"  # sympy's results may depend on the order of a set
+            try:
+                self._process.start()
+            finally:
+                del os.environ["PYTHONHASHSEED"]
+                if given is not None:
+                    os.environ["PYTHONHASHSEED"] = given
         theirs.close()
         self._pipe.recv()  # wait for the imports, which take seconds that must not count for the pair
 
@@ -238,30 +231,49 @@ class _Comparer:
 def _serve(pipe: Connection, seconds: float) -> None:
     """Run the comparing process: answer one question at a time, until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     logging.disable(logging.CRITICAL)
-    rules: dict[str, Callable[[str, str], bool]] = {"math_sympy": _math_sympy, "math_verify": _math_verify}
-    for rule in rules.values():
-        rule("1", "2")  # imports
+    for rule in _RULES.values():
+        rule("x + 1", "x + 2")  # imports
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     pipe.send(True)
     while True:
         try:
-            rule, gold, answer = pipe.recv()
+            name, gold, answer = pipe.recv()
         except EOFError:
             return
         try:
             try:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-                same: bool | None = rules[rule](gold, answer)
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                _kill_after(seconds + 1)  # in a loop that no signal interrupts
+                _forget()
+                same: bool | None = _RULES[name](gold, answer)
             finally:  # inside, because the time limit may be reached while it is being switched off
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
         except _TooLong:
             same = None
         except (Exception, RecursionError):  # parsers raise anything; the reference counts such an answer as wrong
             same = False
         pipe.send(same)
+
+
+def _kill_after(seconds: float) -> None:
+    """Let the kernel kill this process after so much more CPU time."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _forget() -> None:
+    """Make a comparison independent of chance and of those before it."""
+    import sympy
+    from sympy.core.random import seed
+
+    sympy.core.cache.clear_cache()
+    seed(0)
+    random.seed(0)
 
 
 class _TooLong(BaseException):
@@ -280,25 +292,7 @@ def _math_sympy(gold: str, answer: str) -> bool:
     return bool(sympy.simplify(difference) == 0)
 
 
-def _math_verify(gold: str, answer: str) -> bool:
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    latex = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed: list[Any] = [
-        # With the full stop, math-verify would read "a + b." as b alone.
-        parse(f"\\boxed{{{text.strip().strip('$').rstrip('. ')}}}", latex, "no_fallback", parsing_timeout=None)
-        for text in (gold, answer)
-    ]
-    return all(parsed) and bool(verify(*parsed, timeout_seconds=None)) and _as_small(parsed[0][0], parsed[1][0])
-
-
-def _as_small(gold: Any, answer: Any) -> bool:
-    """Whether two numbers that agree to six decimals agree to six significant digits as well; True if either is not a
-    number."""
-    if not all(getattr(value, "is_number", False) and getattr(value, "is_real", False) for value in (gold, answer)):
-        return True
-    a, b = gold.evalf(15), answer.evalf(15)
-    return bool(abs(a) > 1e-3 or abs(a - b) <= 1e-6 * abs(a))
+_RULES: dict[str, Callable[[str, str], bool]] = {"math_sympy": _math_sympy, "accuracy": equal}
 
 
 def needs_math() -> None:

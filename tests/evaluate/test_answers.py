@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rasa_train.evaluate.answer_equality import equal
+from rasa_train.evaluate.answer_forms import read
 from rasa_train.evaluate.answers import (
     Checker,
     Same,
+    _math_sympy,
     boxed_answer,
     given_answer,
     gsm8k_answer,
@@ -22,31 +28,12 @@ from rasa_train.evaluate.answers import (
 
 MATH = Path(__file__).parents[2].parent / "shared/data/math/math_test_minus_math500.jsonl"
 
-SAME = [
-    ("\\frac{1}{2}", "1/2"), ("\\frac12", "0.5"), ("\\dfrac{2}{4}", "\\frac{1}{2}"),
-    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt 2}"),
-    ("(1,2)", "(1, 2)"), ("[1,2)", "[1,2)"),
-    ("(-\\infty, 3]", "(-\\infty,3]"), ("\\{1,2\\}", "\\{2,1\\}"), ("1,2", "2,1"),
-    ("(1,2)\\cup(3,4)", "(3,4)\\cup(1,2)"), ("5", "5\\text{ cm}"), ("10", "10 \\text{ inches}"), ("90^\\circ", "90"),
-    ("18", "\\$18"), ("18", "\\$18.00"), ("1,000", "1000"), ("x+1", "1+x"), ("(x+1)^2", "x^2+2x+1"), ("12", "x=12"),
-    ("\\text{Evelyn}", "Evelyn"), ("\\text{(A)}", "A"), ("2^{10}", "1024"), ("\\sqrt{8}", "2\\sqrt{2}"), ("3", "3.0"),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
-    ("11\\frac{1}{2}", "\\frac{23}{2}"), ("x=12", "12"), ("f(x)=x^2", "x^2"), ("4x-5y=-50", "-4x+5y=50"),
-    ("5", "2+3=5"),
-    ("\\frac{7}{5}+\\frac{1}{5}i.", "\\frac{1}{5}i+\\frac{7}{5}"), ("10^{-8}", "0.00000001"), ("y = 2x + 1", "y=1+2x"),
-]  # fmt: skip
-DIFFERENT = [
-    ("1", "2"), ("1", "-1"), ("\\frac12", "\\frac13"), ("1/3", "0.33"), ("\\pi", "3.14"), ("2", "2x"),
-    ("x+1", "x-1"), ("5", "5i"),
-    ("(1,2)", "[1,2]"), ("[1,2)", "(1,2]"), ("(1,2)", "(2,1)"), ("(3,4)", "(3,5)"), ("3,4", "3,5"), ("3", "3,4"),
-    ("\\{1,2\\}", "\\{1,3\\}"), ("(1,2)\\cup(3,4)", "(1,4)"), ("(-\\infty,3]", "(-\\infty,3)"), ("x<5", "x>5"),
-    ("\\text{Evelyn}", "Evan"), ("\\text{(A)}", "B"), ("1000", "1,001"), ("0", "\\emptyset"), ("2112_6", "2112_7"),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"),
-    ("4x-5y=-50", "5x-5y=-50"), ("4x-5y=-50", "-50"), ("x^2+y^2=13", "x^3+y^2=13"), ("a=1,b=2", "a=2,b=2"),
-    ("\\frac{7}{5}+\\frac{1}{5}i.", "\\frac{8}{5}+\\frac{1}{5}i."), ("\\frac{1}{2004!}", "\\frac{2}{2004!}"),
-    ("10^{-8}", "2\\cdot 10^{-8}"), ("0", "10^{-8}"),
-    ("5", "__import__('os').system('touch pwned')"), ("5", "\\frac{1}{"), ("5", "}{"),
-]  # fmt: skip
+PAIRS = [
+    tuple(line.split("\t"))
+    for line in Path(__file__).with_name("answer_pairs.tsv").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+"""Judged by hand: ``=`` or ``!``, the gold answer, an answer."""
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +46,41 @@ def judge(checker: Checker, pairs: list[tuple[str, str]]) -> list[Same]:
     return list(checker.check([(gold, answer, answer) for gold, answer in pairs]))
 
 
-def test_equivalent_pairs(checker: Checker) -> None:
-    wrong = [pair for pair, same in zip(SAME, judge(checker, SAME), strict=True) if not same.accuracy]
-    assert not wrong
+def test_pairs_judged_by_hand_without_evaluating_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``eval`` sees no text that a model wrote but the digits of a number, whatever reads it. What it is called with is
+    recorded, because the parsers catch every exception."""
+    assert equal("x + 1", "1 + x") and _math_sympy("x + 1", "1 + x")  # imports may
+    evaluated: list[str] = []
+    real = eval
 
+    def recorded(code: object, *scopes: Any) -> object:
+        evaluated.append(str(code))
+        return real(code, *scopes)  # type: ignore[arg-type]
 
-def test_different_pairs(checker: Checker) -> None:
-    wrong = [pair for pair, same in zip(DIFFERENT, judge(checker, DIFFERENT), strict=True) if same.accuracy]
-    assert not wrong
+    monkeypatch.setattr("builtins.eval", recorded)
+    assert len(PAIRS) >= 500 and sum(verdict == "!" for verdict, _, _ in PAIRS) >= len(PAIRS) // 2
+    assert not [pair for pair in PAIRS if equal(pair[1], pair[2]) != (pair[0] == "=")]
+    for attack in ("(lambda: 5)()", "__import__('os').system('touch pwned')", "x.__class__", "exit()"):
+        assert not equal("5", attack)
+        with contextlib.suppress(Exception):
+            _math_sympy("5", attack)
+    assert not [code for code in evaluated if not re.fullmatch(r"(Integer|Float) ?\('?[\d.]+ ?'?\)", code.strip())]
     assert not Path("pwned").exists()
+
+
+def test_an_answer_equals_itself_in_every_pair() -> None:
+    """A gold answer that cannot be read as mathematics is at least equal to itself."""
+    assert not [gold for _, gold, _ in PAIRS if not equal(gold, gold)]
+
+
+def test_verdicts_do_not_depend_on_a_seed() -> None:
+    """sympy decided at random points whether 3/4 - 2^oo is zero: true for 4 seeds of 12."""
+    from sympy.core.random import seed
+
+    for i in range(12):
+        seed(i)
+        random.seed(i)
+        assert not equal("\\frac34", "2^\\infty") and equal("\\sin^2 x", "1-\\cos^2 x")
 
 
 def test_the_papers_rule(checker: Checker) -> None:
@@ -80,27 +93,38 @@ def test_the_papers_rule(checker: Checker) -> None:
     assert (boxed.math_sympy, boxed.math_sympy_or_string, boxed.accuracy) == (False, False, True), "marker missing"
 
 
-def test_never_hangs_and_works_off_the_main_thread(checker: Checker) -> None:
+def test_the_papers_rule_has_the_oddities_that_the_page_names(checker: Checker) -> None:
+    """Published scores were counted so: the rule is not mended, and the page warns of it."""
+    right = [("5\\text{ cm}", "5\\text{ m}"), ("12", "1 2"), ("1,2", "12"), ("cat", "act")]
+    wrong = [("[1,2)", "[1,2)"), ("50\\%", "0.5"), ("1\\frac{1}{2}", "1 1/2")]
+    page = (Path(__file__).parents[2] / "docs/EVALUATION.md").read_text()
+    for pair in right:
+        assert f"`{pair[0]}` and `{pair[1]}`" in page
+    verdicts = judge(checker, right + wrong)
+    assert [same.math_sympy for same in verdicts] == [True] * len(right) + [False] * len(wrong)
+    assert not any(same.accuracy for same in verdicts[: len(right)]) and all(s.accuracy for s in verdicts[len(right) :])
+
+
+def test_never_hangs_and_works_off_the_main_thread() -> None:
     found: list[Same] = []
-    pairs = [("3", "9^{9^{9^{9^9}}}"), ("1", "10000000!"), ("4", "2+2")]
-    thread = threading.Thread(target=lambda: found.extend(judge(checker, pairs)))
-    thread.start()
-    thread.join(60)
+    pairs = [("3", "9^{9^{9^{9^9}}}"), ("4", "2+2")]
+    with Checker(workers=1, seconds=1) as quick:
+        thread = threading.Thread(target=lambda: found.extend(judge(quick, pairs)))
+        thread.start()
+        thread.join(900)
     assert not thread.is_alive()
-    assert [same.accuracy for same in found] == [False, False, True], "and the checker goes on after them"
+    assert [same.accuracy for same in found] == [False, True], "and the checker goes on after them"
 
 
-def test_model_text_is_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """math-verify and sympy parse what a model wrote; neither may reach ``eval`` with it."""
-    from rasa_train.evaluate import answers
-
-    def forbidden(*arguments: object) -> None:
-        raise AssertionError(f"eval of {arguments[0]!r}")
-
-    answers._math_verify("1", "2")  # imports may
-    monkeypatch.setattr("builtins.eval", forbidden)
-    for gold, answer in [*SAME, *DIFFERENT, ("5", "(lambda: 5)()"), ("2", "1+1")]:
-        answers._math_verify(gold, answer)
+@pytest.mark.parametrize("long", ["\\text{" * 2000, "x" * 12_000, "\\frac{" * 2000, "(" * 12_000, "1," * 6000])
+def test_a_long_gold_answer_is_never_compared(long: str) -> None:
+    """12 KB of unclosed ``\\text{`` kept a core busy for minutes. Such a pair does not even start a process."""
+    with Checker(workers=1) as made:
+        gold, answer, both = judge(made, [(long, "5"), ("5", long), (long, long)])
+        assert not made._idle
+    assert gold.reason == both.reason or both.reason == f"an answer of {len(long)} characters"
+    assert gold.reason == f"a gold answer of {len(long)} characters" and not (gold.accuracy or answer.accuracy)
+    read(long)  # takes time in proportion to the length
 
 
 @pytest.mark.parametrize(
@@ -123,6 +147,7 @@ def test_other_extractions() -> None:
     assert boxed_answer("first \\boxed{1}, then $\\boxed{\\frac{1}{2}}$.") == "\\frac{1}{2}"
     assert boxed_answer("$\\boxed 3$") == "3" and boxed_answer("\\fbox{x}") == "x" and boxed_answer("\\boxed{1") is None
     assert gsm8k_answer("a\n#### 1,234") == "1234" and gsm8k_answer("1234") is None
+    assert gsm8k_answer("#### 1,234,567") == "1234567" and gsm8k_answer("#### 1,2") == "1,2"
     assert given_answer("\\boxed{1} The answer is: 2") == "2" and given_answer("so \\boxed{1}") == "1"
 
 

@@ -16,7 +16,8 @@ from rasa_train.adapters.inject import attach
 from rasa_train.adapters.state import trainable
 from rasa_train.check.estimate import plan
 from rasa_train.errors import UserError
-from rasa_train.evaluate.answers import given_answer, same_text
+from rasa_train.evaluate.answer_equality import equal
+from rasa_train.evaluate.answers import given_answer
 from rasa_train.evaluate.generate import Generation, SampleFile, generate
 from rasa_train.evaluate.load import wrap
 from rasa_train.evaluate.passk import mean_pass_at_k, pass_at_k
@@ -82,7 +83,7 @@ def test_thousands_separators_do_not_cut_a_number() -> None:
     """
     for text, gold in ((r"\boxed{8,000}", "8000"), (r"\boxed{\$9{,}500}", "9500"), ("The answer is: 10,000", "10000")):
         answer = given_answer(text)
-        assert answer is not None and same_text(gold, answer), text
+        assert answer is not None and equal(gold, answer), text
 
 
 def test_currency_and_a_full_stop_are_not_part_of_the_answer() -> None:
@@ -92,7 +93,7 @@ def test_currency_and_a_full_stop_are_not_part_of_the_answer() -> None:
     """
     for text in ("The answer is: $29.", r"It is \boxed{\$29}.", "The answer is: 29 dollars."):
         answer = given_answer(text)
-        assert answer is not None and same_text("29", answer), text
+        assert answer is not None and equal("29", answer), text
 
 
 @pytest.fixture(scope="module")
