@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
 from ..models.layers import checkpoint_layers, compile_layers
-from ..models.load import empty_model, load_config, load_model, meta_model
+from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
@@ -191,10 +192,10 @@ def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
 
     def work() -> str:
         read.append(load_model(recipe.model))
-        return "read"
+        return json.dumps(tied_groups(read[0]))
 
-    rendezvous.once("base", engine.reads, work)
-    return read[0] if read else empty_model(recipe.model)
+    tied = rendezvous.once("base", engine.reads, work)
+    return read[0] if read else empty_model(recipe.model, json.loads(tied))
 
 
 def needs_whole_base(recipe: Recipe) -> bool:
