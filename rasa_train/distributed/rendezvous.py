@@ -181,7 +181,8 @@ def watching(timeout_seconds: int) -> Iterator[None]:
 
 
 GLOO_BROKE_OFF = re.compile(
-    r"gloo.*(closed by peer|closure|timed out|connection|broken pipe|no route|unreachable|read error|write error)",
+    r"gloo\S*\.(cc|h):\d+\].*"
+    r"(closed by peer|closure|timed out|connection|broken pipe|no route|unreachable|(read|write) error)",
     re.IGNORECASE | re.DOTALL,
 )
 NCCL_MISUSED = re.compile(r"invalid ?(usage|argument)|duplicate gpu|cuda error|out of memory", re.IGNORECASE)

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 -m tests.distributed.cases CASES.json
 
-CASES.json is a list of recipes. A recipe with a key ``continues`` goes on from a copy of that run directory. A case that
-fails writes the traceback to ``error-<rank>.txt`` in its output_dir, and ends the group: the other worker may be
+CASES.json is a list of recipes. A recipe with a key ``continues`` goes on from a copy of that run directory. A case
+that fails writes the traceback to ``error-<rank>.txt`` in its output_dir, and ends the group: the other worker may be
 waiting.
 """
 
