@@ -152,7 +152,7 @@ class Zero(Engine):
         """Return this worker's part of a tensor of the shape of ``parameter``. All parts have one size: where the
         workers do not divide the tensor evenly, zeros fill up the last parts, for which DeepSpeed's own function for
         whole tensors does not care."""
-        size, me = parameter.ds_tensor.numel(), self.accelerator.process_index
+        size, me = vars(parameter)["ds_tensor"].numel(), self.accelerator.process_index
         part = whole.flatten()[size * me : size * (me + 1)]
         return nn.functional.pad(part, (0, size - part.numel()))
 
