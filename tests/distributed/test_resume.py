@@ -82,6 +82,11 @@ class Runs:
             },
         }
 
+    def without_dropout(self) -> Runs:
+        """A mask belongs to a micro-batch: three or eight workers make other ones of a batch of 8 than one or two."""
+        self.recipe["adapter"]["dropout"] = 0.0
+        return self
+
     def run(self, directory: str, steps: int, strategy: str = "ddp", **more: Any) -> Case:
         distributed = {"strategy": strategy, "resident_size": 0, "timeout_seconds": 300, **more}
         training = {**self.recipe["training"], "max_steps": steps}
@@ -124,13 +129,18 @@ def test_runs_of_odd_sizes_with_tied_embeddings_go_on(token_rows: Path, group: G
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("deep", "optimizer"), [(False, "adamw"), (False, "lionw"), (True, "adamw")])
+@pytest.mark.parametrize(
+    ("deep", "optimizer", "workers"),
+    # Lion takes the sign of a gradient: the order in which three workers add would be seen.
+    [(False, "adamw", 2), (False, "lionw", 2), (True, "adamw", 2), (False, "adamw", 3), (True, "adamw", 3)],
+)
 def test_every_strategy_goes_on_from_every_strategy(
     deep: bool, optimizer: str, tied: bool, workers: int, token_rows: Path, group: Group, tmp_path: Path
 ) -> None:
     runs = Runs(tmp_path, token_rows, odd_llama(tmp_path, tied=tied, deep=deep), "rasa", optimizer)
+    if workers > 2:
+        runs.without_dropout()
     begun = {strategy: runs.begun(strategy, workers) for strategy in STRATEGIES}
     resumed = [runs.resumed(begun[a], b, workers) for a, b in itertools.product(STRATEGIES, STRATEGIES)]
     group([runs.whole()], 1)
@@ -142,7 +152,7 @@ def test_every_strategy_goes_on_from_every_strategy(
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
 def test_other_numbers_of_workers_go_on(strategy: str, token_rows: Path, group: Group, tmp_path: Path) -> None:
     """On eight workers some have no part of a ``d`` of 7 entries."""
-    runs = Runs(tmp_path, token_rows, odd_llama(tmp_path, tied=True, deep=False), "rasa")
+    runs = Runs(tmp_path, token_rows, odd_llama(tmp_path, tied=True, deep=False), "rasa").without_dropout()
     two, three, eight = (runs.begun(strategy, workers) for workers in (2, 3, 8))
     to_one = [runs.resumed(begun, "ddp", 1) for begun in (three, eight)]
     to_two = [runs.resumed(begun, strategy, 2) for begun in (three, eight)]
