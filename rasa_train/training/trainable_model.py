@@ -6,8 +6,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +20,7 @@ from ..adapters.site import Site
 from ..adapters.state import adapters, effective_ranks, groups, rule_state, saved_tensors, trainable
 from ..distributed import rendezvous
 from ..distributed.engine import Engine
+from ..merging.tied import as_stored
 from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
@@ -64,6 +67,9 @@ class TrainableModel:
         divide = engine.capabilities.divides_as_it_loads and not needs_whole_base(recipe)
         with engine.loading(torch_dtype(recipe.model), divide=divide):
             base = read_base(recipe, engine)
+        if divide and tied_against_files(recipe, base):
+            with engine.loading(torch_dtype(recipe.model), divide=False):
+                base = read_base(recipe, engine)
         if training.flat:
             padding_free.use_varlen(base)
         if checkpointing := training.activation_checkpointing:
@@ -196,6 +202,17 @@ def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
 
     tied = rendezvous.once("base", engine.reads, work)
     return read[0] if read else empty_model(recipe.model, json.loads(tied))
+
+
+def tied_against_files(recipe: Recipe, base: nn.Module) -> bool:
+    """Whether names are tied in ``base`` for which its files hold different values. Loading does not tie such names,
+    but where it divides weights it compares empty tensors, which are always equal."""
+    if not (groups := tied_groups(base)):
+        return False
+    name, revision = recipe.model.name, recipe.model.revision
+    local = Path(name).is_dir()
+    directory = Path(name if local else snapshot_download(name, revision=revision, local_files_only=True))
+    return len(tied_groups(as_stored(meta_model(recipe.model), directory))) < len(groups)
 
 
 def needs_whole_base(recipe: Recipe) -> bool:
