@@ -256,7 +256,7 @@ def test_stop_signal_saves_and_exits_75(number: signal.Signals, recipe: Path, cl
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 75, stderr
     assert f"{number.name}: saved at step" in stderr and "Traceback" not in stderr
     steps = len(metrics(recipe.parent / "run"))

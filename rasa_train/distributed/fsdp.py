@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..models.families import decoder_layers
 from .collectives import from_first
 from .engine import Engine, placed_state
+from .preflight import same_everywhere
 from .rendezvous import group_of_one
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class FullyShard(Engine):
         from torch.distributed.tensor import DTensor
 
         group_of_one()
+        same_everywhere(self.accelerator, {"the model's tensors": _structure(model)})
         kind = self.accelerator.device.type
         self.mesh = init_device_mesh(kind, (self.accelerator.num_processes,))
         offload = self.config.offload == "all" and kind == "cuda"
@@ -100,6 +103,15 @@ class FullyShard(Engine):
                 if tensor.shape == parameter.shape:
                     tensor = distribute_tensor(tensor.to(self.mesh.device_type), self.mesh, parameter.placements)
                 self.optimizer.state[parameter][key] = placed_state(self.optimizer, parameter, tensor)
+
+
+def _structure(model: nn.Module) -> str:
+    """Return a digest of all that the workers must agree on before tensors travel: names, shapes, and what is tied."""
+    digest, seen = hashlib.sha256(), dict[int, int]()
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            digest.update(f"{name} {tuple(tensor.shape)} {seen.setdefault(id(tensor), len(seen))}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()

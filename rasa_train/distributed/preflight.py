@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import UserError, first_line
+from ..errors import UserError, WorkerLost, first_line
 from .collectives import gather
 from .network import interfaces
-from .rendezvous import places
+from .rendezvous import broken_off, places
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,7 +53,8 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
     line for each slow worker; None if there is only one worker.
 
     Raises:
-        UserError: an exchange failed or took longer than the timeout; the message names this worker and its neighbours.
+        WorkerLost: an exchange broke off or took longer than the timeout; the message names this worker and its
+            neighbours. It is no ``UserError``, since another worker may have failed and says why.
     """
     workers, me = accelerator.num_processes, accelerator.process_index
     if workers == 1:
@@ -69,11 +70,13 @@ def preflight(accelerator: Accelerator, size: int) -> str | None:
         gradients = torch.zeros(size, device=accelerator.device)
         exchange = min(_timed(accelerator, lambda: dist.all_reduce(gradients)) for _ in range(2))
     except RuntimeError as error:
-        raise UserError(
+        if not broken_off(error):
+            raise
+        raise WorkerLost(
             f"worker {me} ({where[me]}) lost the others in the first exchange; its neighbours are worker {before} "
             f"({where[before]}) and worker {after} ({where[after]}): {first_line(error)}\n"
             f"Its network interfaces: {interfaces()}. GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) choose one.",
-            key="distributed",
+            [],
         ) from None
     times = gather(accelerator, (link, compute))
     lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -186,11 +187,12 @@ def start(timeout_seconds: int, *, log_with: list[str] | None = None, project_di
 @contextmanager
 def watching(timeout_seconds: int) -> Iterator[None]:
     """Watch over the exchanges of tensors inside. An exchange that breaks off, because a worker has died, hangs or
-    cannot be reached for ``timeout_seconds``, ends in ``WorkerLost`` on all other workers."""
+    cannot be reached for ``timeout_seconds``, ends in ``WorkerLost`` on all other workers. Any other error stays what
+    it is."""
     try:
         yield
     except RuntimeError as error:
-        if _group is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if _group is None or not broken_off(error):
             raise
         missing = _missing(_group.store)
         names = ", ".join(f"worker {worker} ({_group.places[worker]})" for worker in missing)
@@ -201,6 +203,23 @@ def watching(timeout_seconds: int) -> Iterator[None]:
             f"Worker {rank()} ({_group.places[rank()]}) got the error: {first_line(error)}",
             missing,
         ) from None
+
+
+GLOO_BROKE_OFF = re.compile(
+    r"gloo\S*\.(cc|h):\d+\].*"
+    r"(closed by peer|closure|timed out|connection|broken pipe|no route|unreachable|(read|write) error)",
+    re.IGNORECASE | re.DOTALL,
+)
+NCCL_MISUSED = re.compile(r"invalid ?(usage|argument)|duplicate gpu|cuda error|out of memory", re.IGNORECASE)
+
+
+def broken_off(error: RuntimeError) -> bool:
+    """Whether the error says that an exchange with another worker has broken off. Errors of the same libraries about
+    tensors that do not fit each other, a misuse or this machine's own GPU say something else."""
+    text = str(error)
+    if isinstance(error, dist.DistBackendError):
+        return not NCCL_MISUSED.search(text)
+    return isinstance(error, dist.DistError) or bool("enforce fail" not in text and GLOO_BROKE_OFF.search(text))
 
 
 ROLL_CALL_SECONDS = 3.0

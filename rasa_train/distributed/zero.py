@@ -26,7 +26,7 @@ class Zero(Engine):
 
     def _deepspeed_config(self, trained: int = 0, largest: int = 0) -> dict[str, object]:
         """Return DeepSpeed's settings for ``trained`` elements in all, ``largest`` in one tensor of the adapter."""
-        bucket = min(max(trained, 1), 500_000_000)  # elements; DeepSpeed allocates it whole
+        bucket = min(2 * math.ceil(trained / 2) or 2, 500_000_000)  # elements, even; DeepSpeed allocates it whole
         zero: dict[str, object] = {
             "stage": self.capabilities.stage,
             "reduce_bucket_size": bucket,
@@ -126,7 +126,7 @@ class Zero(Engine):
         return whole
 
     def load_optimizer_state(self, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         zero = self.engine.optimizer
         flats = (
@@ -143,8 +143,18 @@ class Zero(Engine):
             zero._lazy_init_hp_params_optimizer_state()
         for parameter, state in states.items():
             for key, tensor in state.items():
-                if tensor.dim() > 0:
+                if tensor.dim() > 0 and self.capabilities.divides_weights:
+                    safe_set_local_optimizer_state(parameter, self._own_part(tensor, parameter), key)
+                elif tensor.dim() > 0:
                     safe_set_full_optimizer_state(parameter, tensor.to(self.accelerator.device), key)
+
+    def _own_part(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Return this worker's part of a tensor of the shape of ``parameter``. All parts have one size: where the
+        workers do not divide the tensor evenly, zeros fill up the last parts, for which DeepSpeed's own function for
+        whole tensors does not care."""
+        size, me = vars(parameter)["ds_tensor"].numel(), self.accelerator.process_index
+        part = whole.flatten()[size * me : size * (me + 1)]
+        return nn.functional.pad(part, (0, size - part.numel()))
 
 
 def _deepspeed(accelerator: Accelerator) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..adapters.site import Site
 from ..errors import UserError
 from ..io.checkpoint_files import FLOATS, Stored, open_checkpoint
+from ..models.load import tied_groups
 from .names import Piece, locate
 from .source import architecture
-from .tied import tied_groups
 
 
 class Weights:

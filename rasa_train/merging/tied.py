@@ -15,18 +15,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..io.checkpoint_files import FLOATS, INDEX, SINGLE, Stored, open_checkpoint
+from ..models.load import tied_groups
 from .names import locate
 
 VALUES = 1 << 22
 """Values that are compared at a time."""
-
-
-def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several, first the one that ``named_parameters`` gives."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
 
 
 def only_names(model: nn.Module) -> dict[str, str]:

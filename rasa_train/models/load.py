@@ -146,14 +146,27 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def empty_model(config: ModelConfig) -> PreTrainedModel:
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several, first the one that ``named_parameters`` gives."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def empty_model(config: ModelConfig, tied: list[list[str]]) -> PreTrainedModel:
     """Return the base as ``load_model`` does, but with its parameters on the meta device; buffers (rotary frequencies)
-    have their values."""
+    have their values. ``tied`` holds the ``tied_groups`` of the loaded base: the values in its files, not only its
+    config.json, decide what is tied."""
     from accelerate import init_empty_weights
 
     sizes = _check_stored(config, load_config(config))
     with init_empty_weights(include_buffers=False):
         model = _from_config(config, sizes, **_attention(config))
+    for first, *others in tied:
+        for name in others:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, model.get_parameter(first))
     return model.eval()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,12 +22,13 @@ from ..adapters.state import adapters, effective_ranks, groups, rule_state, save
 from ..distributed import rendezvous
 from ..distributed.engine import Engine
 from ..io.base_fingerprint import base_identity
+from ..merging.tied import as_stored
 from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
 from ..models.fused import fusable, fuse, is_fused
 from ..models.layers import checkpoint_layers, compile_layers
-from ..models.load import empty_model, load_config, load_model, meta_model
+from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
@@ -70,6 +74,9 @@ class TrainableModel:
         divide = engine.capabilities.divides_as_it_loads and not needs_whole_base(recipe)
         with engine.loading(torch_dtype(recipe.model), divide=divide):
             base = read_base(recipe, engine)
+        if divide and tied_against_files(recipe, base):
+            with engine.loading(torch_dtype(recipe.model), divide=False):
+                base = read_base(recipe, engine)
         if training.flat:
             padding_free.use_varlen(base)
         self._fuse(base)
@@ -211,10 +218,21 @@ def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
 
     def work() -> str:
         read.append(load_model(recipe.model))
-        return "read"
+        return json.dumps(tied_groups(read[0]))
 
-    rendezvous.once("base", engine.reads, work)
-    return read[0] if read else empty_model(recipe.model)
+    tied = rendezvous.once("base", engine.reads, work)
+    return read[0] if read else empty_model(recipe.model, json.loads(tied))
+
+
+def tied_against_files(recipe: Recipe, base: nn.Module) -> bool:
+    """Whether names are tied in ``base`` for which its files hold different values. Loading does not tie such names,
+    but where it divides weights it compares empty tensors, which are always equal."""
+    if not (groups := tied_groups(base)):
+        return False
+    name, revision = recipe.model.name, recipe.model.revision
+    local = Path(name).is_dir()
+    directory = Path(name if local else snapshot_download(name, revision=revision, local_files_only=True))
+    return len(tied_groups(as_stored(meta_model(recipe.model), directory))) < len(groups)
 
 
 def needs_whole_base(recipe: Recipe) -> bool:

@@ -31,7 +31,7 @@ def test_items_are_made_before_they_are_asked_for_and_no_more_than_depth() -> No
 
     with closing(ahead(items(), depth=2)) as some:
         assert next(some) == 0
-        assert made[2].wait(5), "two are made while the first is used"
+        assert made[2].wait(120), "two are made while the first is used"
         assert not made[3].is_set()
 
 

@@ -149,7 +149,7 @@ def test_processes_that_prepare_at_once_all_succeed(tmp_path: Path, cache: Path)
             subprocess.Popen([sys.executable, "-c", code, str(i)], env=environment(), stdout=subprocess.PIPE, text=True)
             for i in range(3)
         ]
-        answers = {process.communicate(timeout=60)[0] for process in processes}
+        answers = {process.communicate(timeout=600)[0] for process in processes}
         assert answers == {"3000 2000 120000\n"}, damaged
         assert len(sets(cache)) == 1
         assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == [".lock"]

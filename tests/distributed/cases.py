@@ -2,14 +2,16 @@
 
     torchrun --standalone --nproc_per_node=2 -m tests.distributed.cases CASES.json
 
-CASES.json is a list of recipes. A case that fails writes the traceback to ``error-<rank>.txt`` in its output_dir, and
-ends the group: the other worker may be waiting.
+CASES.json is a list of recipes. A recipe with a key ``continues`` goes on from a copy of that run directory. A case
+that fails writes the traceback to ``error-<rank>.txt`` in its output_dir, and ends the group: the other worker may be
+waiting.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -32,9 +34,12 @@ torch.set_num_threads(1)
 def main(cases: list[dict[str, Any]]) -> int:
     warnings.filterwarnings("ignore")
     for case in cases:
+        continues = case.pop("continues", None)
         recipe = Recipe.model_validate(case)
         rendezvous.join(recipe.distributed.timeout_seconds)
         if process.rank() == 0:
+            if continues:
+                shutil.copytree(continues, recipe.output_dir)
             RunDirectory(recipe.output_dir).create()
         began = time.perf_counter()
         try:

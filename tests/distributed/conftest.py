@@ -30,7 +30,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
         program = ["-m", "tests.distributed.cases", str(path)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
         command = [sys.executable, *(torchrun if workers > 1 else []), *program]
-        done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, timeout=7200)
         errors = [p.read_text() for case in cases for p in sorted(Path(case["output_dir"]).glob("error-*.txt"))]
         assert done.returncode == 0 and not errors, "\n".join([*errors[:2], done.stderr[-3000:]])
 
@@ -68,7 +68,7 @@ training:
   micro_batch_size: 2
   optimizer: {{name: adamw, lr: 1e-2}}
   checkpoint_every: 6
-distributed: {{resident_size: 0, timeout_seconds: 60}}
+distributed: {{resident_size: 0, timeout_seconds: 300}}
 output_dir: run
 """
 STEPS = 20

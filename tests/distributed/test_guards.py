@@ -65,7 +65,7 @@ def test_one_worker_meets_it_and_all_skip(
     """The steps before and after are those of one process: no worker has updated, or kept a gradient, on its own."""
     group([{**poisoned, "output_dir": str(tmp_path / "one")}], 1)
     cases = [
-        {**poisoned, "distributed": {"timeout_seconds": 60, **how}, "output_dir": str(tmp_path / str(i))}
+        {**poisoned, "distributed": {"timeout_seconds": 300, **how}, "output_dir": str(tmp_path / str(i))}
         for i, how in enumerate(strategies)
     ]
     group(cases, 2)

@@ -73,7 +73,7 @@ def test_torchrun_nodes(launcher: str, home: Path, tmp_path: Path, bin_directory
     env["RASA_TRAIN_SECRET_FILE"] = str(secret)
     words = [str(SCRIPTS / "torchrun_nodes.sh"), "recipe.yaml", f"output_dir=by_{launcher}"]
     nodes = [start(["bash", *words], home, bin_directory, NODE_RANK=str(node), **env) for node in NODES]
-    answers = [node.communicate(timeout=300) for node in nodes]
+    answers = [node.communicate(timeout=900) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], answers
     assert difference(home / "one", home / f"by_{launcher}")["loss"] < 1e-5
 
@@ -86,12 +86,12 @@ def test_slurm(home: Path, tmp_path: Path, bin_directory: Path) -> None:
     job = start(words, home, bin_directory, **env)
     reach(job, home / "by_slurm", 3)
     job.send_signal(signal.SIGUSR1)
-    stdout, stderr = job.communicate(timeout=300)
+    stdout, stderr = job.communicate(timeout=900)
     assert job.returncode == 75 and "back into the queue" in stdout, stderr
     assert (tmp_path / "scontrol").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
     assert len(metrics(home / "by_slurm")) < STEPS
     job = start(words, home, bin_directory, **env)
-    _, stderr = job.communicate(timeout=300)
+    _, stderr = job.communicate(timeout=900)
     assert job.returncode == 0, stderr
     assert difference(home / "one", home / "by_slurm")["loss"] < 1e-5
 
@@ -102,7 +102,7 @@ def test_deepspeed_hostfile(home: Path, tmp_path: Path, bin_directory: Path) -> 
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     words = [str(SCRIPTS / "deepspeed_hostfile.sh"), str(tmp_path / "hosts"), "recipe.yaml", "output_dir=by_deepspeed"]
     job = start(["bash", *words], home, bin_directory, MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
-    stdout, stderr = job.communicate(timeout=300)
+    stdout, stderr = job.communicate(timeout=900)
     assert job.returncode == 0, stdout + stderr
     assert json.loads((home / "by_deepspeed" / "summary.json").read_text())["workers"] == 2
     assert difference(home / "one", home / "by_deepspeed")["loss"] < 1e-5
@@ -148,10 +148,10 @@ def test_kubernetes_pods(home: Path, bin_directory: Path) -> None:
     pods = [start(["bash", "-c", program], home, bin_directory, RANK=str(node), **env) for node in NODES]
     reach(pods[0], home / "by_pods", 3)
     pods[1].send_signal(signal.SIGTERM)
-    answers = [pod.communicate(timeout=300) for pod in pods]
+    answers = [pod.communicate(timeout=900) for pod in pods]
     assert [pod.returncode for pod in pods] == [143, 143], answers
     env["MASTER_PORT"] = str(free_port())
     pods = [start(["bash", "-c", program], home, bin_directory, RANK=str(node), **env) for node in NODES]
-    answers = [pod.communicate(timeout=300) for pod in pods]
+    answers = [pod.communicate(timeout=900) for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], answers
     assert difference(home / "one", home / "by_pods")["loss"] < 1e-5

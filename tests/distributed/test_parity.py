@@ -75,7 +75,7 @@ def case(
             "checkpoint_every": 100,
         },
         # Nothing stays resident under ZeRO-3: with its default, tensors of this size would hide a missing gather.
-        "distributed": {"strategy": strategy, "resident_size": 0, "timeout_seconds": 60, **more},
+        "distributed": {"strategy": strategy, "resident_size": 0, "timeout_seconds": 300, **more},
     }
 
 

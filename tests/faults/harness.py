@@ -73,7 +73,7 @@ class Command:
 
     def wait(self) -> int:
         """The exit code; minus the number of a signal."""
-        self.process.join(120)
+        self.process.join(900)
         assert self.process.exitcode is not None, f"still running: {self.said}"
         return int(self.process.exitcode)
 

@@ -366,7 +366,7 @@ def killed_merge(adapter, out):
         target=merge, args=(adapter, out), kwargs={"writing": Writing(True, progress)}
     )
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
 
 

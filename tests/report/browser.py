@@ -81,7 +81,7 @@ class Page:
         return [event["params"]["request"]["url"] for event in sent]
 
     def _read(self) -> dict[str, Any]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while b"\0" not in self._buffer:
             assert select.select([self._from], [], [], max(0, deadline - time.monotonic()))[0], "the browser is silent"
             part = os.read(self._from, 1 << 16)
@@ -116,6 +116,6 @@ def browser(profile: Path) -> Iterator[Page]:
         yield Page(to_browser, from_browser)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=300)
         os.close(to_browser)
         os.close(from_browser)

@@ -352,7 +352,7 @@ def test_live_follows_a_run_to_its_end(make_run: MakeRun, tmp_path: Path) -> Non
         time.sleep(0.05)
     assert "step 10 of 40" in page.read_text() and '"reloadSeconds":0.2' in page.read_text()
     (run / "summary.json").write_text('{"steps": 10}')
-    assert "1 complete" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert "1 complete" in process.communicate(timeout=600)[0] and process.returncode == 0
     assert '"reloadSeconds":null' in page.read_text()
 
 
