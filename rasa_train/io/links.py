@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import UserError, shown
 
 
+def leaves(directory: Path, path: Path) -> bool:
+    """Whether ``path``, somewhere in ``directory``, is a link to something outside of the directory.
+
+    The links of the hub's cache do not count: ``models--NAME/snapshots/COMMIT/FILE`` is a link to
+    ``models--NAME/blobs/HASH``, which may in turn be a link to ``blobs/HA/HASH``, where all models share their files.
+    """
+    try:
+        home, target = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return True
+    if target.is_relative_to(home):
+        return False
+    for snapshots in home.parents:
+        if snapshots.name == "snapshots":
+            model, cache = snapshots.parent, snapshots.parent.parent
+            shared = target.parent.parent == cache / "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name)
+            return not (target.parent == model / "blobs" or shared)
+    return True
+
+
 def links_out(root: Path, names: Iterable[str] | None = None) -> Iterator[Path]:
     """Yield the links below ``root`` that lead out of it. Where the root itself is a link, its target counts.
-
-    Links of a download of the Hugging Face hub, ``snapshots/REVISION/file -> ../../blobs/...``, belong to it.
 
     Args:
         names: the files and directories in ``root`` that are looked at, the latter with all that is below them; None
             for the files alone.
     """
-    home, blobs = Path(os.path.realpath(root)), _blobs(root)
-    for path in _links(root, names):
-        target = Path(os.path.realpath(path))
-        if not any(target.is_relative_to(place) for place in (home, blobs) if place is not None):
-            yield path
+    return (path for path in _links(root, names) if leaves(root, path))
 
 
 def refuse_links_out(root: Path, names: Iterable[str] | None = None) -> None:
@@ -47,11 +62,3 @@ def _links(root: Path, names: Iterable[str] | None) -> Iterator[Path]:
         elif names is not None:
             for parent, directories, files in os.walk(path):
                 yield from (each for name in (*directories, *files) if os.path.islink(each := Path(parent, name)))
-
-
-def _blobs(root: Path) -> Path | None:
-    """Return where the files of a download of the hub are, if ``root`` is in one."""
-    where = Path(os.path.realpath(root))
-    snapshot = next((path for path in (where, *where.parents) if path.parent.name == "snapshots"), None)
-    blobs = snapshot.parent.parent / "blobs" if snapshot else None
-    return None if blobs is None or blobs.is_symlink() else blobs

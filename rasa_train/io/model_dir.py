@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import UserError
 from .checkpoint_files import INDEX, read_index
+from .links import leaves
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -27,26 +27,6 @@ TOKENIZER = (
 """Names of the files of a tokenizer."""
 READ = (*TOKENIZER, "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.py", INDEX)
 """Names and patterns of the files that loading a model or an adapter reads."""
-
-
-def leaves(directory: Path, path: Path) -> bool:
-    """Whether ``path``, an entry of ``directory``, is a link to something outside of the directory.
-
-    The links of the hub's cache do not count: ``models--NAME/snapshots/COMMIT/FILE`` is a link to
-    ``models--NAME/blobs/HASH``, which may in turn be a link to ``blobs/HA/HASH``, where all models share their files.
-    """
-    try:
-        home, target = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a circle of links
-        return True
-    if target.is_relative_to(home):
-        return False
-    for snapshots in home.parents:
-        if snapshots.name == "snapshots":
-            model, cache = snapshots.parent, snapshots.parent.parent
-            shared = target.parent.parent == cache / "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name)
-            return not (target.parent == model / "blobs" or shared)
-    return True
 
 
 def check_files(directory: Path, names: Iterable[str] = READ) -> None:

@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..io.json_file import read_object
-from ..io.model_dir import TOKENIZER, leaves
+from ..io.links import leaves
+from ..io.model_dir import TOKENIZER
 from .source import Source, find_tokenizer
 
 COPIED = (
