@@ -43,11 +43,16 @@ def links_out(root: Path, names: Iterable[str] | None = None) -> Iterator[Path]:
 def refuse_links_out(root: Path, names: Iterable[str] | None = None) -> None:
     """Raise ``UserError`` if a link leads out of ``root``, as ``links_out`` finds it."""
     for path in links_out(root, names):
-        raise UserError(
-            f"{shown(str(path))} is a link to {shown(os.path.realpath(path))}, outside of {root}: whoever made it "
-            "could have files read or overwritten that are none of theirs. Put what it leads to in its place "
-            "(cp -RL), or remove the link"
-        )
+        raise leads_out(path, root)
+
+
+def leads_out(path: Path, root: Path) -> UserError:
+    """Return the error for a link that leads out of ``root``."""
+    return UserError(
+        f"{shown(str(path))} is a link to {shown(os.path.realpath(path))}, outside of {shown(str(root))}: whoever made "
+        "it could have files read or overwritten that are none of theirs. Put what it leads to in its place (cp -RL), "
+        "give the directory that holds the files, or remove the link"
+    )
 
 
 def _links(root: Path, names: Iterable[str] | None) -> Iterator[Path]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import UserError
 from .checkpoint_files import INDEX, read_index
-from .links import leaves
+from .links import leads_out, leaves
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -44,10 +43,6 @@ def check_files(directory: Path, names: Iterable[str] = READ) -> None:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from None
     for path in sorted(found):
         if any(fnmatch(path.name, name) for name in names) and leaves(directory, path):
-            raise UserError(
-                f"{path} is a link out of its directory, to {os.readlink(path)}, and is not followed, because a model "
-                "that somebody else made could read any file so: put the file itself there, or give the directory that "
-                "holds it"
-            )
+            raise leads_out(path, directory)
     if (directory / INDEX).is_file():
         read_index(directory / INDEX)

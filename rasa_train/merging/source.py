@@ -24,6 +24,7 @@ from ..adapters.state import POOLS
 from ..errors import UserError, say
 from ..io.base_fingerprint import compare
 from ..io.checkpoint_files import INDEX, SINGLE, read_index
+from ..io.checksums import CHECKSUMS
 from ..io.links import refuse_links_out
 from ..io.model_dir import check_files
 from ..io.run_dir import RunDirectory
@@ -131,7 +132,10 @@ def find_adapter(path: Path) -> Path:
         return path / "adapter"
     steps = {int(m[1]): p for p in (path / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
     for _, directory in sorted(steps.items(), reverse=True):
-        problem = damage(directory) if (directory / CONFIG).is_file() else f"{CONFIG} is missing"
+        lacking = [
+            name for name in (CONFIG, CHECKSUMS) if not (directory / name).is_file()
+        ]  # every checkpoint has them
+        problem = f"{lacking[0]} is missing" if lacking else damage(directory)
         if problem is None:
             return directory
         say(f"note: {directory} is damaged ({problem}); it is passed over for the one before", file=sys.stderr)

@@ -88,9 +88,9 @@ def test_a_base_whose_files_are_links_to_other_places_is_refused_by_all_that_rea
     else:
         shutil.copy(secret, secret.parent / name)
     (base / name).symlink_to(Path("..") / "elsewhere" / name)
-    assert "is a link out of its directory" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert "is a link to " in refused(tmp_path, adapter, "--output", tmp_path / "out")
     for read in (check_base, load_model, load_tokenizer):
-        with pytest.raises(UserError, match="is a link out of its directory") as error:
+        with pytest.raises(UserError, match="is a link to ") as error:
             read(ModelConfig(name=str(base), tokenizer=str(base)))
         assert SECRET not in str(error.value)
 
@@ -101,13 +101,13 @@ def test_an_adapter_whose_files_are_links_to_other_places_is_refused(case, secre
     (adapter / "tokenizer.json").write_text("{}")
     shutil.move(adapter / name, secret.parent / name)
     (adapter / name).symlink_to(secret.parent / name)
-    assert "is a link out of its directory" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert "is a link to " in refused(tmp_path, adapter, "--output", tmp_path / "out")
 
 
 def test_links_in_a_circle_are_refused(case, tmp_path):
     base, adapter, _ = case()
     (base / "tokenizer.json").symlink_to(base / "tokenizer.json")
-    assert "is a link out of its directory" in refused(tmp_path, adapter, "--output", tmp_path / "out")
+    assert "is a link to " in refused(tmp_path, adapter, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -132,7 +132,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read_and_copied(tmp_path, shared):
     assert (tmp_path / "out" / "README.md").read_text() == "x"
     assert (logits(load_model(ModelConfig(name=str(tmp_path / "out"), dtype="float32"))) - expected).abs().max() < 1e-4
     (base / "tokenizer.json").symlink_to(tmp_path / "adapter" / "adapter_config.json")
-    with pytest.raises(UserError, match="is a link out of its directory"):
+    with pytest.raises(UserError, match="is a link to "):
         load_model(ModelConfig(name=str(base)))
 
 
@@ -156,7 +156,7 @@ def test_a_model_card_quotes_nothing_from_outside_the_run(case, secret, tmp_path
     secret.write_text(f"{{data: {{dataset: '{SECRET}'}}}}" if name == "recipe.yaml" else f'{{"a": "{SECRET}"}}')
     (tmp_path / "run" / name).symlink_to(secret)
     code, stdout, stderr = run(tmp_path / "run", "--output", tmp_path / "out", "--push", "me/model")
-    assert code == 2 and "is a link out of its directory" in stderr and SECRET not in stdout + stderr
+    assert code == 2 and "is a link to " in stderr and SECRET not in stdout + stderr
     assert not (tmp_path / "out").exists() or holds_secret(tmp_path / "out") == []
 
 

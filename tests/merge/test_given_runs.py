@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from rasa_train.errors import UserError
+from rasa_train.io.checksums import write_checksums
 from rasa_train.merging.source import find_adapter
 
 
 def checkpoint(run: Path, step: int) -> Path:
     path = run / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter.safetensors", "trainer.json"):
+    for name in ("adapter_config.json", "adapter.safetensors", "optimizer.safetensors", "trainer.json"):
         (path / name).write_text("{}")
-    (path / "checksums.json").write_text(json.dumps(dict.fromkeys(("adapter.safetensors", "trainer.json"), "0")))
+    write_checksums(path, path.iterdir())
     return path
 
 
