@@ -28,7 +28,7 @@ from .json_file import read_object
 
 TENSORS, VALUES = 8, 64
 """Number of tensors that are recorded by name, and number of values taken from a row."""
-PARTS, CONFIG = "parts", "config"
+PARTS, SETTINGS = "parts", "config"
 """Keys of an identity beside the names of tensors."""
 SHORT = 6
 """Number of characters of a hash in ``parts``."""
@@ -94,7 +94,11 @@ def base_identity(name: str, revision: str | None = None) -> dict[str, Any]:
     for tensor in sorted(samples):
         parts.setdefault(_part(tensor), []).append(_short(tensor, samples[tensor]))
     named = {tensor: samples[tensor] for tensor in _spread(files) if tensor in samples}
-    return {**named, PARTS: {part: "".join(sorted(found)) for part, found in parts.items()}, CONFIG: _config(directory)}
+    return {
+        **named,
+        PARTS: {part: "".join(sorted(found)) for part, found in parts.items()},
+        SETTINGS: _config(directory),
+    }
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,11 @@ class Comparison:
 def compare(recorded: Mapping[str, Any], name: str, revision: str | None = None) -> Comparison:
     """Compare a base with a recorded identity, or with the few samples by name that older adapters hold. Tensors that
     only one of them has are left out: a tied head may be stored or not."""
-    samples = {key: value for key, value in recorded.items() if key not in (PARTS, CONFIG)}
+    samples = {key: value for key, value in recorded.items() if key not in (PARTS, SETTINGS)}
     if not samples:
         return Comparison([], 0, [])
     try:
-        settings = _changed(recorded.get(CONFIG), _directory(name, revision))
+        settings = _changed(recorded.get(SETTINGS), _directory(name, revision))
     except _UNREADABLE:
         return Comparison([], 0, [])
     try:

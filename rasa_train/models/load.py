@@ -177,8 +177,11 @@ def _stored_sizes(config: ModelConfig) -> list[int] | None:
 def _check_stored(config: ModelConfig, architecture: PretrainedConfig) -> list[int] | None:
     """Raise ``UserError`` if the weights on this machine are damaged, or far fewer than the architecture has. Returns
     their sizes; None for those of the hub."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     sizes = _stored_sizes(config)
-    if sizes is not None and not quantization_of(architecture):
+    # ZeRO-3 divides what is built, and cannot do so without memory. The launch has checked the base before.
+    if sizes is not None and not quantization_of(architecture) and not is_deepspeed_zero3_enabled():
         meta_model(config)
     return sizes
 

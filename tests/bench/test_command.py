@@ -138,7 +138,7 @@ def test_a_base_that_does_not_fit_is_said(
     def no_room(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run.gate, "check", lambda *_: run.gate.Verdict(0.0, 0.0, 1.0))
+    monkeypatch.setattr(run.gate, "check", lambda *_, **__: run.gate.Verdict(0.0, 0.0, 1.0))
     if when == "building it":
         monkeypatch.setattr(run, "_ready", no_room)
     else:

@@ -22,6 +22,7 @@ from rasa_train.adapters.saved import read_adapter, write_adapter
 from rasa_train.cli.merge import app
 from rasa_train.io import atomic_dir as output
 from rasa_train.io.base_fingerprint import base_identity, base_samples
+from rasa_train.io.checksums import CHECKSUMS
 from rasa_train.merging.merged import merge
 from rasa_train.merging.options import Writing
 
@@ -103,6 +104,7 @@ def test_no_base_is_named(case, tmp_path):
     _, adapter, _ = case()
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model": None}))
+    (adapter / CHECKSUMS).unlink()
     assert "--base" in refused(tmp_path, adapter, "--output", tmp_path / "out")
     absent = tmp_path / "absent"
     message = refused(tmp_path, adapter, "--output", tmp_path / "out", "--base", absent)
@@ -119,6 +121,7 @@ def test_adapter_of_another_shape(case, tmp_path):
     tensors = load_file(adapter / "adapter.safetensors")
     name = "model.layers.0.mlp.up_proj.A"
     save_file({**tensors, name: torch.zeros(3, 33)}, adapter / "adapter.safetensors")
+    (adapter / CHECKSUMS).unlink()
     message = refused(tmp_path, adapter, "--output", tmp_path / "out")
     assert name in message and "(3, 33)" in message and "(3, 32)" in message
 
@@ -203,6 +206,7 @@ def test_values_that_are_not_finite(case, tmp_path, value, where):
     name = "model.layers.1.mlp.up_proj." + ("B" if where == "adapter" else "weight")
     tensors[name][0, 0] = value
     save_file(tensors, path, metadata={"format": "pt"})
+    (adapter / CHECKSUMS).unlink()
     message = refused(tmp_path, adapter, "--output", tmp_path / "out")
     assert name in message and "not finite" in message
 
@@ -412,6 +416,7 @@ def test_a_killed_merge_of_something_else_is_not_gone_on_with(case, tmp_path, ch
     path = {"adapter": adapter / "adapter.safetensors", "base": sorted(base.glob("*.safetensors"))[0]}.get(change)
     if path is not None:
         save_file({name: t * 2 for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    (adapter / CHECKSUMS).unlink()
     dtype = torch.bfloat16 if change == "dtype" else None
     merge(adapter, tmp_path / "out", dtype=dtype)
     merge(adapter, tmp_path / "plain", dtype=dtype)
