@@ -39,7 +39,7 @@ def start(app: typer.Typer, *, result_on_stdout: bool = True) -> None:
     except SystemExit as end:
         code = end.code
     if error := streams.lost():
-        print(f"error: stdout cannot be written: {error.strerror}", file=sys.stderr)
+        say(f"error: stdout cannot be written: {error.strerror}", file=sys.stderr)
         code = code or (USER_ERROR if result_on_stdout else 0)
     sys.exit(code)  # type: ignore[arg-type]
 
