@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import UserError, shown
 from ..io import checksums
 from ..io.atomic import write_text
-from ..io.base_fingerprint import PARTS, SETTINGS
+from ..io.base_fingerprint import is_identity
 from ..io.checkpoint_files import opened
 from ..io.checksums import CHECKSUMS, write_checksums
 from ..io.json_file import read_object
@@ -260,14 +260,6 @@ def _is_peft(config: dict[str, object]) -> TypeGuard[PeftConfig]:
     return "peft_type" in config
 
 
-def _is_identity(values: Mapping[str, Any]) -> bool:
-    """Whether values have the types of ``io.base_fingerprint.base_identity``."""
-    samples = {name: value for name, value in values.items() if name not in (PARTS, SETTINGS)}
-    parts, settings = values.get(PARTS, {}), values.get(SETTINGS, {})
-    texts = [*samples.values(), *parts.values()] if isinstance(parts, dict) else [parts]
-    return isinstance(settings, dict) and all(isinstance(text, str) for text in texts)
-
-
 def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
@@ -276,7 +268,7 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     base_tensors, base_path = config.pop("base_tensors", None) or {}, config.pop("base_path", None)
     if not all(isinstance(value, str | None) for value in (base_model, base_revision, base_path)):
         raise UserError(f"{directory / CONFIG}: base_model, base_revision and base_path must be text")
-    if not isinstance(base_tensors, dict) or not _is_identity(base_tensors):
+    if not isinstance(base_tensors, dict) or not is_identity(base_tensors):
         raise UserError(f"{directory / CONFIG}: base_tensors must be an object of texts, got {base_tensors!r:.60}")
     method = _method(directory, str(config.get("method")), config)
     tensors = read_safetensors(directory / TENSORS)

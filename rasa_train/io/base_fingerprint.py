@@ -251,3 +251,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield from _flat(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner
+
+
+def is_identity(values: Mapping[str, Any]) -> bool:
+    """Whether values have the types of ``base_identity``."""
+    samples = {name: value for name, value in values.items() if name not in (PARTS, SETTINGS)}
+    parts, settings = values.get(PARTS, {}), values.get(SETTINGS, {})
+    texts = [*samples.values(), *parts.values()] if isinstance(parts, dict) else [parts]
+    return isinstance(settings, dict) and all(isinstance(text, str) for text in texts)
