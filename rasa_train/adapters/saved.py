@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -176,8 +176,8 @@ def damage(directory: Path) -> str | None:
 def _read(directory: Path, config: dict[str, object]) -> SavedAdapter:
     if config.get("format") == "rasa_train":
         return _read_ours(directory, config)
-    if _is_peft(config):
-        return _read_peft(directory, config)
+    if "peft_type" in config:
+        return _read_peft(directory, cast(PeftConfig, config))
     raise UserError(
         f"{directory / CONFIG} is not a config of rasa_train or of PEFT: it has no `format` and no `peft_type`"
     )
@@ -256,10 +256,6 @@ def _read_config(directory: Path) -> dict[str, object]:
         raise UserError(f"{directory} is not an adapter: it has no {CONFIG}") from None
 
 
-def _is_peft(config: dict[str, object]) -> TypeGuard[PeftConfig]:
-    return "peft_type" in config
-
-
 def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     if config.pop("format_version", None) != FORMAT_VERSION:
         raise UserError(f"{directory / CONFIG}: format_version must be {FORMAT_VERSION}; update rasa_train to read it")
@@ -268,7 +264,7 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     base_tensors, base_path = config.pop("base_tensors", None) or {}, config.pop("base_path", None)
     if not all(isinstance(value, str | None) for value in (base_model, base_revision, base_path)):
         raise UserError(f"{directory / CONFIG}: base_model, base_revision and base_path must be text")
-    if not isinstance(base_tensors, dict) or not is_identity(base_tensors):
+    if not is_identity(base_tensors):
         raise UserError(f"{directory / CONFIG}: base_tensors must be an object of texts, got {base_tensors!r:.60}")
     method = _method(directory, str(config.get("method")), config)
     tensors = read_safetensors(directory / TENSORS)

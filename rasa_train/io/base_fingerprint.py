@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub import snapshot_download
@@ -253,8 +253,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-def is_identity(values: Mapping[str, Any]) -> bool:
+def is_identity(values: Any) -> TypeGuard[dict[str, Any]]:
     """Whether values have the types of ``base_identity``."""
+    if not isinstance(values, dict):
+        return False
     samples = {name: value for name, value in values.items() if name not in (PARTS, SETTINGS)}
     parts, settings = values.get(PARTS, {}), values.get(SETTINGS, {})
     texts = [*samples.values(), *parts.values()] if isinstance(parts, dict) else [parts]
