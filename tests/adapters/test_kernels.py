@@ -69,7 +69,10 @@ def flat(values: dict[str, Tensor]) -> Tensor:
     return torch.cat([values[name].flatten() for name in sorted(values)])
 
 
-@pytest.mark.parametrize(("p", "fused"), [(0.0, False), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize(
+    ("p", "fused"),
+    [(0.0, False), pytest.param(0.3, False, marks=pytest.mark.slow), pytest.param(0.3, True, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("case", ["all", "frozen A", "frozen B", "frozen B, no b", "bias", "unused"])
 def test_gradients_by_finite_differences(case: str, p: float, fused: bool) -> None:
     """Fused: with the operations that a GPU has for dropout."""
@@ -112,7 +115,7 @@ def test_gradients_by_finite_differences(case: str, p: float, fused: bool) -> No
     assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.3])
 @pytest.mark.parametrize("case", ["all", "bias", "unused"])
 def test_block_gradients_by_finite_differences(case: str, p: float) -> None:
     """Outputs that are more, fewer and as many as the blocks give; inputs that are wrapped around, cut and used up."""

@@ -84,6 +84,7 @@ def test_one_worker_meets_it_and_all_skip(
     assert len({row["loss"] for row in one if not row["skipped"]}) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_steps_that_go_on_failing_end_the_run_on_all(strategy: str, poisoned: Case, tmp_path: Path) -> None:
     """Through the command, each row poisoned: one message, exit code 2, and the batch for a look."""

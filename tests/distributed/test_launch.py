@@ -101,6 +101,7 @@ def test_the_cause_is_told(outcomes: list[Outcome], exits: dict[int, tuple[int, 
     assert str(error.value).startswith(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])  # the store is in that of rank 0
 def test_a_worker_that_hangs_is_named(rank: int, home: Path) -> None:
     """The others wait for it for as long as they were told to, and the launcher ends it."""
@@ -247,6 +248,7 @@ def test_a_worker_that_does_not_come_is_named(home: Path) -> None:
     assert first.returncode == 2 and "1 of 2 workers did not come within 3 s: worker 1." in error, error
 
 
+@pytest.mark.slow
 def test_workers_that_disagree_are_named(home: Path) -> None:
     options = ["output_dir=disagree", "training.max_steps=2"]
     both = [worker(home, rank, 29_542, *options, f"seed={rank}") for rank in (0, 1)]
