@@ -242,6 +242,7 @@ def worker(home: Path, rank: int, port: int, *options: str) -> subprocess.Popen[
     return subprocess.Popen(command(*options), cwd=home, env={**os.environ, **env}, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_come_is_named(home: Path) -> None:
     first = worker(home, 0, 29_541, "output_dir=lonely", "distributed.timeout_seconds=3")
     _, error = first.communicate(timeout=PATIENCE)
