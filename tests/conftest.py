@@ -25,6 +25,7 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, ignores Ctrl-C
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup SIGHUP
 
 GOLDEN = Path(__file__).parent / "golden"
 

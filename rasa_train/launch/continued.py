@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..adapters import saved
 from ..errors import UserError, say
 from ..io.base_fingerprint import compare
 from ..io.checksums import CHECKSUMS
@@ -75,6 +74,8 @@ def _check_recipe(recipe: Recipe, directory: RunDirectory) -> None:
 
 def _recorded(directories: list[Path]) -> dict[str, Any]:
     """Return the identity of the base that the first readable adapter or checkpoint records; empty if there is none."""
+    from ..adapters import saved  # here, so that a wrong recipe is reported sooner
+
     for path in directories:
         try:
             recorded = read_object(path / saved.CONFIG).get("base_tensors")
@@ -96,6 +97,8 @@ def _named(directory: RunDirectory) -> tuple[str | None, str | None]:
 
 def _lacking(directory: RunDirectory) -> str | None:
     """Return what a run with a summary lacks; None if it is complete."""
+    from ..adapters import saved
+
     try:
         read_object(directory.summary)
         if not directory.adapter.is_dir():

@@ -57,7 +57,7 @@ def _check_numbers(value: Any, key: str, path: Path, *, listed: bool = False) ->
         most = MOST_COUNTED if COUNTS.search(key) else MOST_LISTED if listed else MOST
         if abs(value) > most:
             raise UserError(f"{path}: {key} must be at most {most:,}, got {str(value)[:30]}")
-        if value < 0 and re.search(r"(layers?|heads)$", key):
+        if value < 0 and re.search(r"^(num|n)_.*(layers?|heads)$", key):
             raise UserError(f"{path}: {key} must not be negative, got {value}")
 
 

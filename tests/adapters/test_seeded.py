@@ -117,6 +117,7 @@ def test_kernels_compute_the_operations() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "ranks"), [(86, seeded.MOST_RANKS), (90, 120)])
 def test_kernels_can_be_compiled(capability: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For GPUs that are not here, down to the machine's code; they need no more shared memory than any has (99 KiB)."""

@@ -101,7 +101,7 @@ def test_torn_files(make_run: MakeRun) -> None:
         "1 damaged line left out",
         "summary.json cannot be read",
         "recipe.yaml cannot",
-        "damaged or not a safe",
+        "does not match its checksum",
     ):
         assert any(words in problem for problem in run.problems), (words, run.problems)
     assert "Training loss" in render([run])
