@@ -32,7 +32,9 @@ def batches(path: Path) -> list[tuple[Tensor, Tensor, Tensor]]:
     return out
 
 
-@pytest.mark.parametrize(("case", "tensors"), [pytest.param("llama-mora6-r8", 28, marks=pytest.mark.slow), ("llama-vera-r64", 56)])
+@pytest.mark.parametrize(
+    ("case", "tensors"), [pytest.param("llama-mora6-r8", 28, marks=pytest.mark.slow), ("llama-vera-r64", 56)]
+)
 def test_golden_trajectory(case: str, tensors: int, golden: Path) -> None:
     facts = json.loads((golden / case / "case.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(
