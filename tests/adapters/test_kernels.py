@@ -115,7 +115,7 @@ def test_gradients_by_finite_differences(case: str, p: float, fused: bool) -> No
     assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
 
 
-@pytest.mark.parametrize("p", [0.3])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("case", ["all", "bias", "unused"])
 def test_block_gradients_by_finite_differences(case: str, p: float) -> None:
     """Outputs that are more, fewer and as many as the blocks give; inputs that are wrapped around, cut and used up."""
