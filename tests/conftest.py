@@ -76,6 +76,27 @@ def run_command(name: str, *args: object, check: bool = False) -> subprocess.Com
     return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr)
 
 
+RECIPE = """\
+model: {{name: {model}, dtype: float32}}
+adapter: {{method: rasa, r: 4, k: 1, alpha: 8, dropout: 0.1}}
+data: {{dataset: {data}, validation: {{size: 4}}}}
+training:
+  epochs: 4
+  batch_size: 8
+  micro_batch_size: 3
+  optimizer: {{lr: 2e-2}}
+  checkpoint_every: 3
+output_dir: run
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama: Path, token_rows: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=tiny_llama, data=token_rows))
+    return path
+
+
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run a command in ``tmp_path``: ``cli("train", "recipe.yaml", ...)``."""

@@ -19,8 +19,8 @@ from rasa_train.io.run_dir import RunDirectory
 from rasa_train.training import checkpoint
 from rasa_train.training import step as gradients
 from rasa_train.training.fault_handling import Room, Watch, explained, smaller
-from tests.conftest import Cli
-from tests.test_train import RECIPE, metrics
+from tests.conftest import RECIPE, Cli
+from tests.test_train import metrics
 
 ADAPTER = "adapter/adapter.safetensors"
 

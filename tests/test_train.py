@@ -21,34 +21,18 @@ from safetensors.torch import load_file
 
 from tests.conftest import Cli
 
-RECIPE = """\
-model: {{name: {model}, dtype: float32}}
-adapter: {{method: rasa, r: 4, k: 1, alpha: 8, dropout: 0.1}}
-data: {{dataset: {data}, validation: {{size: 4}}}}
-training:
-  epochs: 4
-  batch_size: 8
-  micro_batch_size: 3
-  optimizer: {{lr: 2e-2}}
-  checkpoint_every: 3
-output_dir: run
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_llama: Path, token_rows: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(model=tiny_llama, data=token_rows))
-    return path
-
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize(
+    ("padding_free", "compiled"), [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", ["llama-lora-r8", "llama-rasa-r8-k1"])
-def test_golden_trajectory(case: str, padding_free: bool, golden: Path, cli: Cli, tmp_path: Path) -> None:
+def test_golden_trajectory(
+    case: str, padding_free: bool, compiled: bool, golden: Path, cli: Cli, tmp_path: Path
+) -> None:
     """60 steps of the reference implementation, from its own initial adapter, through the command line."""
     facts = json.loads((golden / case / "case.json").read_text())
     fields = {"r": 8} | ({"alpha": 32} if facts["method"] == "lora" else {"k": 1, "alpha": 8})
@@ -64,6 +48,7 @@ def test_golden_trajectory(case: str, padding_free: bool, golden: Path, cli: Cli
             "schedule": {"name": "cosine", "warmup_ratio": 0.1},
             "batching": "sequential",
             "padding_free": padding_free,
+            "compile": compiled,
         },
         "output_dir": "run",
     }

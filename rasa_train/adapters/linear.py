@@ -49,7 +49,7 @@ class AdaptedLinear(nn.Module):
         return self.base
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a graph cannot hold the results that a group keeps between calls
+        if torch.compiler.is_compiling() and (self.group.packed is None or self.group.usable is not None):
             watched(self.adapter, x)
             return plain(self, x, self.adapter.drop(x))
         return self.group(self.index, x)

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.block_diagonal import pack_blocks
-from ..kernels.flat_buffer import Flat, Packed
+from ..kernels.flat_buffer import Buffers, Flat
 from ..kernels.low_rank import Factors, pack_factors
+from ..kernels.operators import Operands
 from ..kernels.quantized_weight import Narrow, NarrowLinear, dequantized, is_bitsandbytes
 from .block_adapter import BlockAdapter
 from .contract import Adapter, FactorAdapter
@@ -49,7 +50,7 @@ class Group:
 
     def __init__(self, members: Sequence[Linear]) -> None:
         self.members = tuple(members)
-        self.packed: Packed | None = None
+        self.packed: Operands | None = None
         self.usable: Callable[[], bool] | None = None
         """Function that returns whether ``packed`` holds the parameters' current values; None: it always does."""
         self._together = True
@@ -74,9 +75,9 @@ class Group:
         for adapter in adapters:
             watched(adapter, x)
         packed = self.packed if self.usable is None or self.usable() else None
-        self._fused = self._together and packed is not None and x.dtype == packed.dtype
+        self._fused = self._together and packed is not None and x.dtype == packed.flat.dtype
         if self._fused and packed is not None:
-            ready = packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
+            ready: Sequence[Tensor] = packed.outputs(x, adapters[0].dropout if adapters[0].training else 0.0)
         else:
             # One mask for all members, as in the packed form. The packed form draws the same mask, unless its kernels
             # make their own (``kernels.seeded_dropout``).
@@ -87,8 +88,11 @@ class Group:
 
 def _same(a: Tensor | None, b: Tensor) -> bool:
     """Whether a and b are one tensor. DeepSpeed passes each module a view of its input: the objects then differ, but
-    the memory is the same (``a`` keeps it allocated, so no other tensor can be there)."""
-    return a is b or (a is not None and a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride()))
+    the memory is the same (``a`` keeps it allocated, so no other tensor can be there). In compiled code a tensor has no
+    address, and nothing passes views."""
+    if a is b or torch.compiler.is_compiling():
+        return a is b
+    return a is not None and a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride())
 
 
 def watched(adapter: Adapter, x: Tensor) -> None:
@@ -121,15 +125,22 @@ def plain(member: Linear, x: Tensor, dropped: Tensor) -> Tensor:
     return y + update.to(y.dtype)
 
 
+Held = dict[torch.dtype, Buffers]
+"""The buffers of packed factors, by dtype, for use in later steps."""
+
+
 @contextmanager
-def packed(groups: Iterable[Group]) -> Iterator[None]:
+def packed(groups: Iterable[Group], held: Held | None = None) -> Iterator[None]:
     """Compute with packed factors inside the block; at its end pass the accumulated gradients on to the parameters.
 
     The parameters must not change inside the block, and their gradients are not complete before its end.
+
+    Args:
+        held: buffers of an earlier block with the same groups, whose graphs are no longer needed; new ones are added.
     """
     groups = list(groups)
     try:
-        buffers = pack(groups)
+        buffers = pack(groups, held)
         for buffer in buffers:
             buffer.train()
         yield
@@ -142,7 +153,7 @@ def packed(groups: Iterable[Group]) -> Iterator[None]:
             group.packed = None
 
 
-def pack(groups: Iterable[Group]) -> list[Flat]:
+def pack(groups: Iterable[Group], held: Held | None = None) -> list[Flat]:
     """Set ``packed`` of each group: None unless all its adapters compute factors, or all blocks, in the dtype of W, and
     every W is frozen and not partitioned. Groups of one form, those of all layers as a rule, are packed together.
 
@@ -156,23 +167,32 @@ def pack(groups: Iterable[Group]) -> list[Flat]:
             first = group.members[0].weight
             key = (kind, first.dtype, first.device, *(form(member.adapter) for member in group.members))
             alike.setdefault(key, []).append(group)
+    held = {} if held is None else held
+    for of_dtype in held.values():
+        of_dtype.begin()
     frozen: dict[Any, Tensor] = {}
     buffers = []
     for (kind, dtype, *_), stack in alike.items():
         columns = list(zip(*([member.adapter for member in group.members] for group in stack), strict=True))
         weights = [[m.narrow if m.narrow is not None else weight_of(m) for m in group.members] for group in stack]
         biases = [[member.bias for member in group.members] for group in stack]
+        into = held.setdefault(dtype, Buffers(dtype))
         with torch.enable_grad():
             if kind is FactorAdapter:
                 factors = [Factors(*at_once(column, _factors)) for column in columns]
-                made = pack_factors(factors, weights, biases, dtype, frozen)
+                made = pack_factors(factors, weights, biases, into, frozen)
             else:
                 of_blocks = [at_once(column, _blocks)[0] for column in columns]
-                made = pack_blocks(of_blocks, weights, biases, dtype)
+                made = pack_blocks(of_blocks, weights, biases, into)
         for group, own in zip(stack, made, strict=True):
             group.packed = own
-        buffers.append(made[0].flat)
+        buffers.append(into.last)
     return buffers
+
+
+def packable(group: Group) -> bool:
+    """Whether ``pack`` packs the group."""
+    return _kind(group.members) is not None
 
 
 def _factors(adapter: FactorAdapter) -> Factors:

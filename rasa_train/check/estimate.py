@@ -191,6 +191,9 @@ def memory(
     per_layer = (4 * config.hidden_size + sum(s.in_features + s.out_features for s in sites if s.layer == 0)) * half
     layers = config.num_hidden_layers
     wanted = recipe.training.activation_checkpointing
+    if wanted == "light":  # only the results of products and attention are kept
+        per_layer = (3 * config.hidden_size + sum(s.out_features for s in sites if s.layer == 0)) * half
+        wanted = False
     if wanted == "auto":
         wanted = capabilities.stage > 0
     recomputed = layers if wanted is True else min(int(wanted), layers)

@@ -10,16 +10,17 @@ although its rank can be full.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .dropout import dropout
-from .flat_buffer import Flat, Packed, blocks
-from .quantized_weight import Narrow, add_gradient, full_sums, products
+from . import seeded_dropout
+from .dropout import kept_scale, masked, masked_without_values
+from .flat_buffer import Buffers, blocks
+from .operators import Operands, define
+from .quantized_weight import Narrow, add_gradient, products
 
 
 def tile(z: Tensor, size: int) -> Tensor:
@@ -33,80 +34,88 @@ def pack_blocks(
     made: Sequence[Tensor],
     weights: Sequence[list[Tensor | Narrow]],
     biases: Sequence[list[Tensor | None]],
-    dtype: torch.dtype,
-) -> list[Packed]:
-    """Pack the blocks of groups of one form in the dtype of their weights. The caller must then call ``train`` or
-    ``join`` of their buffer.
+    into: Buffers,
+) -> list[Operands]:
+    """Pack the blocks of groups of one form in the dtype of ``into``. The caller must then call ``train`` or ``join``
+    of the buffer.
 
     Args:
         made: for each member of a group its blocks, fp32, with a leading dimension of groups.
         weights, biases: for each group those of its members.
+        into: where the buffer is taken from.
     """
-    flat = Flat(len(weights), [tuple(T.shape[1:]) for T in made], dtype, made[0])
+    flat = into.take(len(weights), [tuple(T.shape[1:]) for T in made], made[0])
     for place, T in zip(flat.views, made, strict=True):
         flat.put(place, T)
-    blocks_of = zip(*(view.unbind() for view in flat.views), strict=True)
-    operands = map(BlockOperands, weights, biases, map(list, blocks_of))
-    return [Packed(SharedBlockInput, own, flat, row, dtype) for row, own in enumerate(operands)]
+    layout = ([size for T in made for size in T.shape[1:3]],)
+    seeded = seeded_dropout.usable(made[0].device, into.dtype)
+    return flat.packed(BlockDiagonal, weights, biases, seeded, [layout] * len(weights))
 
 
-class BlockOperands(NamedTuple):
-    """The operands of ``SharedBlockInput``."""
+@define
+class BlockDiagonal(Operands):
+    """The operands of y_i = x W_i^T + bias_i + tile(drop(x)_g T_ig^T for all g), where T_i is (n_i, q_i, q_i)."""
 
-    weights: list[Tensor | Narrow]
-    biases: list[Tensor | None]
-    blocks: list[Tensor]
-    """Views of the flat buffer, one after the other."""
+    name, schema = "block_diagonal", "int[] sizes"
 
+    def __init__(
+        self,
+        flat: Tensor,
+        weights: Sequence[Tensor | Narrow],
+        biases: Sequence[Tensor | None],
+        seeded: bool,
+        layout: tuple[Any, ...],
+    ) -> None:
+        super().__init__(flat, weights, biases, seeded, layout)
+        (sizes,) = layout  # n_i and q_i of each member
+        self.shapes = [(n, q, q) for n, q in zip(sizes[::2], sizes[1::2], strict=True)]
+        self.blocks = blocks(flat.detach(), self.shapes)
 
-class SharedBlockInput(torch.autograd.Function):
-    """y_i = x W_i^T + bias_i + tile(drop(x)_g T_ig^T for all g) for all i, differentiable in x and the blocks.
-
-    x (..., in), W_i (out_i, in), T_i (n_i, q_i, q_i), y_i (tokens, out_i), all of one dtype.
-
-    Args:
-        flat: the buffer that the blocks are views of; the gradient has the same layout.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, operands: BlockOperands, flat: Tensor) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        dropped, mask, factor = dropout(rows, p)
+    def compute(self, x: Tensor, p: float) -> tuple[list[Tensor], list[Tensor]]:
+        dropped, mask = x, list[Tensor]()
+        if p and self.seeded:
+            draw = seeded_dropout.draw(x.device, p)
+            dropped, mask = torch.ops.rasa_train.drop(x, *draw), [torch.tensor(draw)]
+        elif p:
+            mask = list(masked(x, p))
+            dropped = mask[0]
         results = []
-        for y, T in zip(products(rows, operands.weights, operands.biases), operands.blocks, strict=True):
+        for y, T in zip(products(x, self.weights, self.biases), self.blocks, strict=True):
             z = _by_block(tile(dropped, _size(T)), T.mT)
             for start in range(0, y.shape[1], _size(T)):
                 y[:, start : start + _size(T)].add_(z[:, : y.shape[1] - start])
             results.append(y)
-        ctx.save_for_backward(dropped, mask)
-        ctx.factor, ctx.operands, ctx.flat, ctx.lead = factor, operands, flat, x.shape[:-1]
-        ctx.set_materialize_grads(False)
-        return tuple(results)
+        return results, mask
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    @full_sums()
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        dropped, mask = ctx.saved_tensors
-        needs_x, _, _, needs_flat = ctx.needs_input_grad
+    def without_values(self, x: Tensor, p: float) -> tuple[list[Tensor], list[Tensor]]:
+        results = [x.new_empty(x.shape[0], len(W)) for W in self.weights]
+        return results, masked_without_values(x, p, self.seeded)
+
+    def gradients(
+        self, dys: Sequence[Tensor | None], x: Tensor | None, kept: Sequence[Tensor], p: float, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        needs_x, needs_flat = needs
+        draw = kept[0].tolist() if p and self.seeded else None
+        dropped = kept[0] if x is None else x if draw is None else torch.ops.rasa_train.drop(x, *draw)
         new = torch.empty_like if all(dy is not None for dy in dys) else torch.zeros_like
-        d_flat, dx = new(ctx.flat), None
-        d_dropped = torch.zeros_like(dropped) if needs_x and mask is not None else None
-        places = blocks(d_flat, [tuple(T.shape) for T in ctx.operands.blocks])
-        for dy, W, T, place in zip(dys, ctx.operands.weights, ctx.operands.blocks, places, strict=True):
+        d_flat, dx = new(self.flat, requires_grad=False), None
+        d_dropped = torch.zeros_like(dropped) if needs_x and p else None
+        places = blocks(d_flat, self.shapes)
+        for dy, W, T, place in zip(dys, self.weights, self.blocks, places, strict=True):
             if dy is None:
                 continue
-            dy = dy.reshape(-1, len(W))
             dz = _gathered(dy, _size(T))
             if needs_flat:
                 torch.bmm(_split(dz, T).mT, _split(tile(dropped, _size(T)), T), out=place)
             if needs_x:
                 dx = add_gradient(dx, dy, W)
                 _add_wrapped(dx if d_dropped is None else d_dropped, _by_block(dz, T))
-        if dx is not None:
-            dx = dx if d_dropped is None else dx.addcmul_(d_dropped, mask, value=ctx.factor)
-            dx = dx.view(*ctx.lead, -1)
-        return (dx, None, None, d_flat if needs_flat else None)
+        if dx is not None and d_dropped is not None:
+            if draw is None:
+                dx.addcmul_(d_dropped, kept[1], value=kept_scale(dx, p))
+            else:
+                dx.add_(torch.ops.rasa_train.drop(d_dropped, *draw))
+        return dx, d_flat if needs_flat else None
 
 
 def _size(T: Tensor) -> int:

@@ -32,6 +32,25 @@ def fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     return dropped, mask, 1.0 / (1.0 - p)
 
 
+def masked(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Return the first two results of ``dropout``, for p > 0."""
+    dropped, mask, _ = dropout(x, p)
+    assert mask is not None
+    return dropped, mask
+
+
+def masked_without_values(x: Tensor, p: float, seeded: bool) -> list[Tensor]:
+    """Return empty tensors like those that define a mask: the numbers of a ``seeded_dropout.Draw``, or ``masked``."""
+    if not p or seeded:
+        return [torch.empty(3, dtype=torch.int64, device="cpu")] if p else []
+    return [torch.empty_like(x), torch.empty_like(x, dtype=x.dtype if x.device.type == "cpu" else torch.bool)]
+
+
+def kept_scale(x: Tensor, p: float) -> float:
+    """Return the number s of ``dropout(x, p)``."""
+    return scale(zeros(p)) if x.device.type == "cpu" else 1.0 / (1.0 - p)
+
+
 def dropped(x: Tensor, p: float) -> Tensor:
     """Return only the first result of ``dropout``; in compiled code, use torch's own dropout."""
     return F.dropout(x, p) if torch.compiler.is_compiling() else dropout(x, p)[0]

@@ -5,13 +5,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .operators import Operands
+from .quantized_weight import Narrow
+
+
+class Buffers:
+    """Buffers of one dtype that are allocated once and filled again at each step, so that their addresses stay."""
+
+    last: Flat
+    """The buffer that was taken last."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._held: dict[tuple[Any, ...], Flat] = {}
+        self._number = 0
+
+    def begin(self) -> None:
+        """Begin a step: the same requests as before, in the same order, get the same buffers."""
+        self._number = 0
+
+    def take(self, rows: int, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Flat:
+        """Return the next buffer; the arguments are those of ``Flat``."""
+        key = (self._number, rows, tuple(shapes), like.device)
+        self._number += 1
+        if key not in self._held:
+            self._held[key] = Flat(rows, shapes, self.dtype, like)
+        self.last = self._held[key].cleared()
+        return self.last
 
 
 class Flat:
@@ -26,16 +53,36 @@ class Flat:
 
     views: list[Tensor]
     """The tensors, each (rows, *shape)."""
-    handles: Sequence[Tensor]
-    """The rows as differentiable arguments."""
+    rows: Sequence[Tensor]
 
     def __init__(self, rows: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, like: Tensor) -> None:
         self.buffer = like.new_zeros(rows, sum(map(math.prod, shapes)), dtype=dtype)
         self.views = blocks(self.buffer, shapes)
-        self.handles = self.buffer.unbind()
+        self.rows = self.buffer.unbind()
+        self.cleared()
+
+    def cleared(self) -> Flat:
+        """Forget the values that were put, and their gradients; return the buffer itself."""
+        for row in self.rows:
+            row.grad = None
+        self.operands: list[Operands] = []
         self._values: list[Tensor] = []
         self._parts: list[Callable[[Tensor], Tensor]] = []
         self._edges: list[GradientEdge] = []
+        return self
+
+    def packed(
+        self,
+        kind: type[Operands],
+        weights: Sequence[list[Tensor | Narrow]],
+        biases: Sequence[list[Tensor | None]],
+        seeded: bool,
+        layouts: Sequence[tuple[Any, ...]],
+    ) -> list[Operands]:
+        """Return the operands of each group, which are of one kind. ``train`` and ``join`` make them differentiable."""
+        of_rows = zip(self.rows, weights, biases, layouts, strict=True)
+        self.operands = [kind(row, own, bias, seeded, layout) for row, own, bias, layout in of_rows]
+        return self.operands
 
     @torch.no_grad()
     def put(self, place: Tensor, values: Tensor) -> None:
@@ -51,7 +98,7 @@ class Flat:
         of their graph are enough."""
         if self._values and torch.is_grad_enabled():
             self._edges = [get_gradient_edge(values) for values in self._values]
-            for row in self.handles:
+            for row in self.rows:
                 row.requires_grad_(True)
                 row.grad_dtype = torch.float32
         self._values = []
@@ -60,12 +107,13 @@ class Flat:
         """Make the rows part of the graph of the values, if any of them is trained."""
         if self._values and torch.is_grad_enabled():
             joined: Tensor = _Join.apply(self.buffer, self._parts, *self._values)  # type: ignore[no-untyped-call]
-            self.handles = joined.unbind()
+            for operands, row in zip(self.operands, joined.unbind(), strict=True):
+                operands.flat = row
         self._values = []
 
     def gradients(self) -> Iterator[tuple[GradientEdge, Tensor]]:
         """Yield the edges of the values' graph, each with its accumulated gradient."""
-        found = [row.grad for row in self.handles]
+        found = [row.grad for row in self.rows]
         used = next((grad for grad in found if grad is not None), None)
         if used is not None:
             sums = torch.stack([torch.zeros_like(used) if grad is None else grad for grad in found])
@@ -86,26 +134,6 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat = grad.contiguous()
         return None, None, *(part(flat).to(dtype) for part, dtype in zip(ctx.parts, ctx.dtypes, strict=True))
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A group whose operands are packed, and the function that computes all its members from them."""
-
-    function: type[torch.autograd.Function]
-    """Function of x (..., in), the dropout probability, ``operands`` and the buffer of ``flat``; it returns y of all
-    members."""
-    operands: Any
-    flat: Flat
-    row: int
-    """Row of ``flat`` that belongs to the group."""
-    dtype: torch.dtype
-
-    def outputs(self, x: Tensor, p: float) -> tuple[Tensor, ...]:
-        """Compute y of all members for x (..., in), each entry of which is dropped with probability ``p``."""
-        results: tuple[Tensor, ...] = self.function.apply(x, p, self.operands, self.flat.handles[self.row])  # type: ignore[no-untyped-call]
-        # Shaped here, because a model may add to y in place, and autograd forbids that for a view that a function made.
-        return tuple(y.view(*x.shape[:-1], -1) for y in results)
 
 
 def blocks(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

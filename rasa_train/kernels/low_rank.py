@@ -24,29 +24,30 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import seeded_dropout
-from .dropout import dropout
-from .flat_buffer import Flat, Packed, blocks
-from .quantized_weight import Narrow, add_gradient, full_sums, products
+from .dropout import kept_scale, masked, masked_without_values
+from .flat_buffer import Buffers, blocks
+from .operators import Operands, define
+from .quantized_weight import Narrow, add_gradient, products
 
 
 def pack_factors(
     factors: Sequence[Factors],
     weights: Sequence[list[Tensor | Narrow]],
     biases: Sequence[list[Tensor | None]],
-    dtype: torch.dtype,
+    into: Buffers,
     frozen: dict[Any, Tensor],
-) -> list[Packed]:
-    """Pack the factors of groups of one form in the dtype of their weights. Must be called with gradients enabled; the
-    caller must then call ``train`` or ``join`` of their buffer.
+) -> list[Operands]:
+    """Pack the factors of groups of one form in the dtype of ``into``. Must be called with gradients enabled; the
+    caller must then call ``train`` or ``join`` of the buffer.
 
     A frozen B (VeRA's is large) is not multiplied out here: its Bd is computed in each call and not kept.
 
     Args:
         factors: for each member of a group its factors, fp32, with a leading dimension of groups.
         weights, biases: for each group those of its members.
+        into: where the buffer is taken from.
         frozen: low-precision copies of frozen factors, which groups share; copies are taken from it and added to it.
     """
     # The fp32 factors are not kept, only the edges of their graph, to which gradients go.
@@ -54,55 +55,53 @@ def pack_factors(
     first, rows = factors[0].A, len(weights)
     common = not any(f.A.requires_grad for f in factors) and len({_key(f.A) for f in factors}) == 1 and _shared(first)
     ranks = [f.d.shape[-1] if common else _aligned(f.d.shape[-1]) for f in factors]
-    ends = [ranks[0]] * len(ranks) if common else list(accumulate(ranks))
-    columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
-    shapes: list[tuple[int, ...]] = [] if common else [(ends[-1], first.shape[-1])]
-    for f, rank in zip(factors, ranks, strict=True):
-        out = f.B.shape[-2]
-        shapes += [(rank, out)] if f.B.requires_grad else [(rank,)] if f.b is None else [(rank,), (out,)]
-    flat = Flat(rows, shapes, dtype, first)
+    A = _low(first[0], into.dtype, frozen) if common else None
+    Bs = [
+        [None] * rows if f.B.requires_grad else [_padded(B, rank) for B in _rows_of(f.B, into.dtype, frozen)]
+        for f, rank in zip(factors, ranks, strict=True)
+    ]
+    with_b = [f.b is not None for f in factors]
+    layouts = [Layout(A, list(own), ranks, with_b) for own in zip(*Bs, strict=True)]
+    shapes = layouts[0].shapes([f.B.shape[-2] for f in factors], first.shape[-1])
+    flat = into.take(rows, shapes, first)
     views = iter(flat.views)
-    A = first if common else next(views)
-    As = [_low(first[0], dtype, frozen)] * rows if common else list(A.unbind())
-    members: list[Sequence[Tensor | Factors]] = []
-    for f, Bt, own in zip(factors, products, columns, strict=True):
-        if not common:
-            flat.put(A[:, own.start : own.start + f.A.shape[-2]], f.A)
+    whole = None if common else next(views)
+    for f, Bt, own in zip(factors, products, layouts[0].columns(), strict=True):
+        if whole is not None:
+            flat.put(whole[:, own.start : own.start + f.A.shape[-2]], f.A)
         if Bt is not None:
-            place = next(views)
-            flat.put(place[:, : Bt.shape[-2]], Bt)
-            members.append(place.unbind())
+            flat.put(next(views)[:, : Bt.shape[-2]], Bt)
             continue
-        d, b = next(views), None if f.b is None else next(views)
-        flat.put(d[:, : f.d.shape[-1]], f.d)
-        if b is not None and f.b is not None:
-            flat.put(b, f.b)
-        Bs = [_padded(B, own.stop - own.start) for B in _rows_of(f.B, dtype, frozen)]
-        bs = [None] * rows if b is None else b.unbind()
-        members.append([Factors(*of) for of in zip(Bs, d.unbind(), As, bs, strict=True)])
-    of_groups = zip(weights, biases, As, zip(*members, strict=True), strict=True)
-    operands = [Operands(W, bias, A, not common, list(Bts), columns) for W, bias, A, Bts in of_groups]
-    return [Packed(SharedInput, own, flat, row, dtype) for row, own in enumerate(operands)]
+        flat.put(next(views)[:, : f.d.shape[-1]], f.d)
+        if f.b is not None:
+            flat.put(next(views), f.b)
+    R = ranks[0] if common else sum(ranks)
+    seeded = seeded_dropout.usable(first.device, into.dtype, R if R <= seeded_dropout.MOST_RANKS else 0)
+    return flat.packed(LowRank, weights, biases, seeded, layouts)
 
 
-class Operands(NamedTuple):
-    """The operands of ``SharedInput``: constants, or views of the flat buffer, in which A comes first."""
+class Layout(NamedTuple):
+    """The meaning of a row of the flat buffer: the trained operands of a group, A first, then those of each member."""
 
-    weights: list[Tensor | Narrow]
-    biases: list[Tensor | None]
-    A: Tensor
-    trains_A: bool
-    Bts: list[Tensor | Factors]
-    """Bd^T of each member. Where B is frozen, its factors instead: only d and b are trained and in the buffer."""
-    columns: list[slice]
-    """Columns of z of each member: disjoint, or the same for all members."""
+    A: Tensor | None
+    """A (R, in) of all members if it is frozen; None if it is in the buffer."""
+    Bs: list[Tensor | None]
+    """B (out, rank) of each member if it is frozen: d, and b if there is one, are then in the buffer. None if Bd^T
+    (rank, out) is."""
+    ranks: list[int]
+    with_b: list[bool]
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shapes of the trained operands, in the order of the buffer."""
-        trained = [self.A] if self.trains_A else []
-        for Bt in self.Bts:
-            trained += [Bt] if isinstance(Bt, Tensor) else [Bt.d] if Bt.b is None else [Bt.d, Bt.b]
-        return [tuple(t.shape) for t in trained]
+    def shapes(self, outs: Sequence[int], in_: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the operands in the buffer, for members with ``outs`` outputs and ``in_`` inputs."""
+        shapes: list[tuple[int, ...]] = [] if self.A is not None else [(sum(self.ranks), in_)]
+        for B, rank, with_b, out in zip(self.Bs, self.ranks, self.with_b, outs, strict=True):
+            shapes += [(rank, out)] if B is None else [(rank,), (out,)] if with_b else [(rank,)]
+        return shapes
+
+    def columns(self) -> list[slice]:
+        """Return the columns of z of each member: disjoint, or the same for all members if A is frozen."""
+        ends = [self.ranks[0]] * len(self.ranks) if self.A is not None else list(accumulate(self.ranks))
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
 
 
 def _aligned(r: int) -> int:
@@ -136,79 +135,110 @@ def _low(t: Tensor, dtype: torch.dtype, copies: dict[Any, Tensor]) -> Tensor:
     return copies[key]
 
 
-class SharedInput(torch.autograd.Function):
-    """y_i = x W_i^T + bias_i + drop(x) A[columns_i]^T Bd_i^T for all i, differentiable in x and the trained operands.
+@define
+class LowRank(Operands):
+    """The operands of y_i = x W_i^T + bias_i + drop(x) A[columns_i]^T Bd_i^T, where A is (R, in) and Bd_i is
+    (out_i, columns_i)."""
 
-    x (..., in), W_i (out_i, in), A (R, in), Bd_i (out_i, columns_i), y_i (tokens, out_i), all of one dtype.
+    name, schema = "low_rank", "Tensor? A, Tensor?[] Bs, int[] ranks, bool[] with_b"
+    layout: Layout
 
-    Args:
-        flat: the buffer that the trained operands are views of; the gradient has the same layout.
-    """
+    def __init__(
+        self,
+        flat: Tensor,
+        weights: Sequence[Tensor | Narrow],
+        biases: Sequence[Tensor | None],
+        seeded: bool,
+        layout: tuple[Any, ...],
+    ) -> None:
+        layout = Layout(*layout)
+        super().__init__(flat, weights, biases, seeded, layout)
+        self.shapes = layout.shapes([len(W) for W in weights], weights[0].shape[1])
+        parts = iter(blocks(flat.detach(), self.shapes))
+        self.A = layout.A if layout.A is not None else next(parts)
+        self.Bts: list[Tensor | Factors] = []
+        """Bd^T of each member. Where B is frozen, its factors instead."""
+        for B, with_b in zip(layout.Bs, layout.with_b, strict=True):
+            self.Bts.append(
+                next(parts) if B is None else Factors(B, next(parts), self.A, next(parts) if with_b else None)
+            )
+        self.columns = layout.columns()
+        self.multiplies = len(self.A) <= seeded_dropout.MOST_RANKS
+        """Whether the kernels of ``seeded_dropout`` multiply so many ranks; if not, x is dropped before a product."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, operands: Operands, flat: Tensor) -> tuple[Tensor, ...]:
-        weights, biases, A, _, Bts, columns = operands
-        rows = x.reshape(-1, x.shape[-1])
-        draw = seeded_dropout.draw(rows, p, len(A))
-        if draw is None:
-            dropped, mask, factor = dropout(rows, p)
-            z = dropped @ A.t()
+    def compute(self, x: Tensor, p: float) -> tuple[list[Tensor], list[Tensor]]:
+        mask, ops = list[Tensor](), torch.ops.rasa_train
+        if not p:
+            z = x @ self.A.t()
+        elif self.seeded:
+            draw = seeded_dropout.draw(x.device, p)
+            z = ops.project(x, self.A, *draw) if self.multiplies else ops.drop(x, *draw) @ self.A.t()
+            mask = [torch.tensor(draw)]
         else:
-            dropped, mask, factor = rows, None, 1.0  # the draw defines the mask and the factor
-            z = torch.ops.rasa_train.project(rows, A, *draw)
+            mask = list(masked(x, p))
+            z = mask[0] @ self.A.t()
         results = []
-        for y, Bt, own in zip(products(rows, weights, biases), Bts, columns, strict=True):
-            y.addmm_(z[:, own], Bt if isinstance(Bt, Tensor) else Bt.Bd.t())
-            results.append(y)
-        ctx.save_for_backward(dropped, mask, z)
-        ctx.draw, ctx.factor, ctx.operands, ctx.flat, ctx.lead = draw, factor, operands, flat, x.shape[:-1]
-        ctx.set_materialize_grads(False)
-        return tuple(results)
+        for y, Bt, own in zip(products(x, self.weights, self.biases), self.Bts, self.columns, strict=True):
+            results.append(y.addmm_(z[:, own], Bt if isinstance(Bt, Tensor) else Bt.Bd.t()))
+        return results, [z, *mask]
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    @full_sums()
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        dropped, mask, z = ctx.saved_tensors
-        weights, _, A, trains_A, Bts, columns = ctx.operands
-        needs_x, _, _, needs_flat = ctx.needs_input_grad
+    def without_values(self, x: Tensor, p: float) -> tuple[list[Tensor], list[Tensor]]:
+        results = [x.new_empty(x.shape[0], len(W)) for W in self.weights]
+        return results, [x.new_empty(x.shape[0], len(self.A)), *masked_without_values(x, p, self.seeded)]
+
+    def gradients(
+        self, dys: Sequence[Tensor | None], x: Tensor | None, kept: Sequence[Tensor], p: float, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        z, *mask = kept
+        needs_x, needs_flat = needs
         # A member whose output is not used has no gradient: the parts that are not written must then be zero.
         new = torch.empty_like if all(dy is not None for dy in dys) else torch.zeros_like
-        d_flat, g = new(ctx.flat), new(z)
-        places = iter(blocks(d_flat, ctx.operands.shapes()))
-        dA = next(places) if trains_A else None
+        d_flat, g = new(self.flat, requires_grad=False), new(z)
+        places = iter(blocks(d_flat, self.shapes))
+        dA = next(places) if self.layout.A is None else None
         dx, started = None, set()
-        for dy, W, Bt, own in zip(dys, weights, Bts, columns, strict=True):
+        for dy, W, Bt, own in zip(dys, self.weights, self.Bts, self.columns, strict=True):
             own_places = [next(places) for _ in range(1 if isinstance(Bt, Tensor) or Bt.b is None else 2)]
             if dy is None:
                 continue
-            dy = dy.reshape(-1, len(W))
             dense = Bt.t() if isinstance(Bt, Tensor) else Bt.Bd
             if own.start in started:  # all members share these columns
                 g[:, own].addmm_(dy, dense)
             else:
                 torch.mm(dy, dense, out=g[:, own])
             started.add(own.start)
-            if needs_flat and isinstance(Bt, Tensor):
-                torch.mm(z[:, own].t(), dy, out=own_places[0])
-            elif needs_flat:
-                _diagonal_gradients(dy.t() @ z[:, own], Bt, own_places)
+            if needs_flat:
+                if isinstance(Bt, Tensor):
+                    torch.mm(z[:, own].t(), dy, out=own_places[0])
+                else:
+                    _diagonal_gradients(dy.t() @ z[:, own], Bt, own_places)
             if needs_x:
                 dx = add_gradient(dx, dy, W)
+        draw = mask[0].tolist() if p and self.seeded else None
         if dx is not None:
-            if ctx.draw is not None:
-                torch.ops.rasa_train.add_back(dx, g, A, *ctx.draw)
-            elif mask is not None:
-                dx.addcmul_(g @ A, mask, value=ctx.factor)
-            else:
-                dx.addmm_(g, A)
-            dx = dx.view(*ctx.lead, -1)
+            self._add_update(dx, g, mask, draw, p)
         if dA is not None and needs_flat:
-            if ctx.draw is not None:
-                torch.ops.rasa_train.sum_parts(torch.ops.rasa_train.gradient(g, dropped, *ctx.draw), dA)
-            else:
-                torch.mm(g.t(), dropped, out=dA)
-        return (dx, None, None, d_flat if needs_flat else None)
+            self._factor_gradient(g, x if x is not None else mask[0], draw, dA)
+        return dx, d_flat if needs_flat else None
+
+    def _add_update(self, dx: Tensor, g: Tensor, mask: list[Tensor], draw: list[int] | None, p: float) -> None:
+        """Add drop^T(g A) to dx."""
+        if draw is not None and self.multiplies:
+            torch.ops.rasa_train.add_back(dx, g, self.A, *draw)
+        elif draw is not None:
+            dx.add_(torch.ops.rasa_train.drop(g @ self.A, *draw))
+        elif p:
+            dx.addcmul_(g @ self.A, mask[1], value=kept_scale(dx, p))
+        else:
+            dx.addmm_(g, self.A)
+
+    def _factor_gradient(self, g: Tensor, x: Tensor, draw: list[int] | None, dA: Tensor) -> None:
+        """Write g^T drop(x) to dA. Without ``draw``, x has been dropped already."""
+        ops = torch.ops.rasa_train
+        if draw is not None and self.multiplies:
+            ops.sum_parts(ops.gradient(g, x, *draw), dA)
+        else:
+            torch.mm(g.t(), x if draw is None else ops.drop(x, *draw), out=dA)
 
 
 def _diagonal_gradients(dBd: Tensor, factors: Factors, places: list[Tensor]) -> None:

@@ -4,9 +4,12 @@ With m the mask and s = 1 / (1 - p), for x (tokens, in), A (R, in), g (tokens, R
 
     project   z = s (m * x) A^T        gradient   dA = s g^T (m * x)        add_back   dx += s m * (g A)
 
-Each operation reads its tensors once: neither m nor m * x is written, read or kept. An entry's random number is 16 bits
-of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with torch's seed as the key, and
-the entry's position and the number of the call as the counter. So p is a multiple of 2^-16.
+Each operation reads its tensors once: neither m nor m * x is written, read or kept. Where there are too many ranks for
+one block, or blocks instead of ranks, ``drop`` gives s m * x for as long as a product needs it.
+
+An entry's random number is 16 bits of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"), with torch's seed as the key, and the entry's position and the number of the call as the counter. So p is a
+multiple of 2^-16.
 
 On a GPU the operations are the kernels of ``seeded_dropout_triton``; the functions in this module compute the same on
 any device and serve as their reference.
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .dropout import scale, zeros
+from .operators import library
 
 MOST_RANKS = 256
 """Largest number of ranks of a group: a kernel holds all columns of z at once."""
@@ -50,17 +54,24 @@ class Draw(NamedTuple):
         return scale(self.zero)
 
 
-def draw(x: Tensor, p: float, ranks: int) -> Draw | None:
-    """Return a mask that no other call gets. None if there is no dropout, or if x (tokens, in) has to be dropped by
-    ``dropout``: on a CPU, in fp32, for more than ``MOST_RANKS`` ranks, or without Triton."""
-    if not p or not len(x) or ranks > MOST_RANKS:
-        return None
+def usable(device: torch.device, dtype: torch.dtype, ranks: int = 0) -> bool:
+    """Whether inputs of this kind are dropped by a seed: not on a CPU, in fp32, or without Triton; ``dropout`` is then
+    to be used.
+
+    Args:
+        ranks: number of ranks of the products; 0 for ``drop`` alone.
+    """
+    if _forced is not None:
+        return True
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _works(device, dtype, ranks)
+
+
+def draw(device: torch.device, p: float) -> Draw:
+    """Return a mask that no other call gets."""
     zero = zeros(p)
     if _forced is not None:
         return Draw(zero, torch.initial_seed() & (2**63 - 1), next(_forced))
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not _works(x.device, x.dtype, ranks):
-        return None
-    generator = torch.cuda.default_generators[x.device.index]
+    generator = torch.cuda.default_generators[device.index]
     call = generator.get_offset()  # type: ignore[attr-defined]
     generator.set_offset(call + 4)  # type: ignore[attr-defined]
     return Draw(zero, generator.initial_seed() & (2**63 - 1), call)
@@ -110,6 +121,10 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
 
+def drop(x: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    return x * _scaled_mask(x, zero, seed, call)
+
+
 def project(x: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
     return (x * _scaled_mask(x, zero, seed, call)) @ A.t()
 
@@ -135,13 +150,15 @@ def _scaled_mask(x: Tensor, zero: int, seed: int, call: int) -> Tensor:
     return kept((x.shape[0], x.shape[1]), draw, x.device).to(x.dtype) * draw.factor
 
 
-_ops = torch.library.Library("rasa_train", "DEF")  # type: ignore[no-untyped-call]
-_ops.define("project(Tensor x, Tensor A, int zero, int seed, int call) -> Tensor")  # type: ignore[no-untyped-call]
-_ops.define("gradient(Tensor g, Tensor x, int zero, int seed, int call) -> Tensor")  # type: ignore[no-untyped-call]
-_ops.define("sum_parts(Tensor parts, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
-_ops.define("add_back(Tensor(a!) dx, Tensor g, Tensor A, int zero, int seed, int call) -> Tensor(a!)")  # type: ignore[no-untyped-call]
-for _function in (project, gradient, sum_parts, add_back):
-    _ops.impl(_function.__name__, _function, "CPU")  # type: ignore[no-untyped-call]
+_ARGUMENTS = "int zero, int seed, int call"
+library.define(f"drop(Tensor x, {_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
+library.define(f"project(Tensor x, Tensor A, {_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
+library.define(f"gradient(Tensor g, Tensor x, {_ARGUMENTS}) -> Tensor")  # type: ignore[no-untyped-call]
+library.define("sum_parts(Tensor parts, Tensor(a!) out) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+library.define(f"add_back(Tensor(a!) dx, Tensor g, Tensor A, {_ARGUMENTS}) -> Tensor(a!)")  # type: ignore[no-untyped-call]
+_FUNCTIONS = (drop, project, gradient, sum_parts, add_back)
+for _function in _FUNCTIONS:
+    library.impl(_function.__name__, _function, "CPU")  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -151,8 +168,8 @@ def _kernels() -> bool:
         return False
     from . import seeded_dropout_triton as seeded_triton
 
-    for function in (project, gradient, sum_parts, add_back):
-        _ops.impl(function.__name__, getattr(seeded_triton, function.__name__), "CUDA")  # type: ignore[no-untyped-call]
+    for function in _FUNCTIONS:
+        library.impl(function.__name__, getattr(seeded_triton, function.__name__), "CUDA")  # type: ignore[no-untyped-call]
     return True
 
 
@@ -182,11 +199,11 @@ def error(device: torch.device, dtype: torch.dtype, ranks: int) -> float:
         for shape in ((77, 208), (ranks, 208), (77, ranks), (77, 208))
     )
     some, ops = Draw(20_000, 3 << 40 | 7, 12), torch.ops.rasa_train
-    found = (
-        ops.project(x, A, *some),
-        ops.sum_parts(ops.gradient(g, x, *some), torch.empty_like(A)),
-        ops.add_back(dx.clone(), g, A, *some),
-    )
-    x, A, g, dx = x.float(), A.float(), g.float(), dx.float()
-    expected = project(x, A, *some), gradient(g, x, *some)[0], add_back(dx, g, A, *some)
+    found, wide = [ops.drop(x, *some)], x.float()
+    expected = [drop(wide, *some)]
+    if ranks:
+        found += [ops.project(x, A, *some), ops.sum_parts(ops.gradient(g, x, *some), torch.empty_like(A))]
+        found += [ops.add_back(dx.clone(), g, A, *some)]
+        A, g, dx = A.float(), g.float(), dx.float()
+        expected += [project(wide, A, *some), gradient(g, wide, *some)[0], add_back(dx, g, A, *some)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))

@@ -14,6 +14,8 @@ from triton.language import constexpr
 
 ROWS = 64
 """Number of rows of x in one block."""
+COLUMNS = 128
+"""Number of columns of x in one block of ``drop``."""
 PROGRAMS = 264
 """Number of programs that the sums of ``gradient`` are split into: two for each multiprocessor of a large GPU."""
 
@@ -33,6 +35,16 @@ def _masked(values, t, eighth, width, zero, seed, call):
 @triton.jit
 def _factor(zero):
     return 65536.0 / (65536 - zero)
+
+
+@triton.jit(do_not_specialize=["tokens", "zero", "seed", "call"])
+def _drop(x, y, tokens, zero, seed, call, width, BT: constexpr, BC: constexpr):
+    t = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    eighth = tl.program_id(0) * (BC // 8) + tl.arange(0, BC // 8)
+    place, inside = t[:, None] * width + c[None, :], (t < tokens)[:, None] & (c < width)[None, :]
+    values = tl.load(x + place, inside, 0.0).to(tl.float32) * _factor(zero)
+    tl.store(y + place, _masked(values, t, eighth, width, zero, seed, call), inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "zero", "seed", "call"])
@@ -93,10 +105,23 @@ def _add_back(dx, g, A, tokens, zero, seed, call, width, ranks: constexpr, BT: c
     tl.store(place, tl.load(place, inside, 0.0) + update, inside)
 
 
+def drop(x: Tensor, zero: int, seed: int, call: int) -> Tensor:
+    x = x.contiguous()
+    tokens, width = x.shape
+    y = torch.empty_like(x)
+    if tokens:
+        grid = (triton.cdiv(width, COLUMNS), triton.cdiv(tokens, ROWS))
+        with torch.cuda.device_of(x):
+            _drop[grid](x, y, tokens, zero, seed, call, width, ROWS, COLUMNS)
+    return y
+
+
 def project(x: Tensor, A: Tensor, zero: int, seed: int, call: int) -> Tensor:
     x, A = x.contiguous(), A.contiguous()
     (tokens, width), ranks = x.shape, len(A)
     z = x.new_empty(tokens, ranks)
+    if not tokens:
+        return z
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(tokens, ROWS),)
         _project[grid](x, A, z, tokens, zero, seed, call, width, ranks, **_blocks(ranks))
@@ -108,9 +133,11 @@ def gradient(g: Tensor, x: Tensor, zero: int, seed: int, call: int) -> Tensor:
     (tokens, width), ranks = x.shape, g.shape[1]
     blocks = _blocks(ranks)
     columns = triton.cdiv(width, blocks["BC"])
-    share = ROWS * triton.cdiv(tokens, ROWS * max(1, PROGRAMS // columns))
+    share = ROWS * max(1, triton.cdiv(tokens, ROWS * max(1, PROGRAMS // columns)))
     parts = x.new_empty(triton.cdiv(tokens, share), ranks, width, dtype=torch.float32)
     grid = (columns, len(parts))
+    if not tokens:
+        return parts
     with torch.cuda.device_of(x):
         _gradient[grid](g, x, parts, tokens, zero, seed, call, share, width, ranks, **blocks)
     return parts
@@ -128,6 +155,8 @@ def add_back(dx: Tensor, g: Tensor, A: Tensor, zero: int, seed: int, call: int) 
     (tokens, width), ranks = dx.shape, g.shape[1]
     blocks = _blocks(ranks)
     grid = (triton.cdiv(width, blocks["BC"]), triton.cdiv(tokens, ROWS))
+    if not tokens:
+        return dx
     with torch.cuda.device_of(dx):
         _add_back[grid](dx, g, A, tokens, zero, seed, call, width, ranks, **blocks)
     return dx

@@ -18,6 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from ..errors import UserError
+from .operators import implement, library
 
 NAME = "rasa_varlen"
 """Name of this attention in the registry of transformers."""
@@ -83,8 +84,18 @@ def _in_one_kernel(
     return result.unsqueeze(0)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over lengths: each batch would be compiled again
 def _one_by_one(
+    qkv: tuple[Tensor, Tensor, Tensor], starts: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    if torch.compiler.is_compiling() and not dropout:  # a loop over lengths would be compiled again for each batch
+        found: Tensor = torch.ops.rasa_train.varlen_attention(*qkv, starts, scaling, window)
+    else:
+        found = _loop(qkv, starts, scaling, dropout, window)
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _loop(
     qkv: tuple[Tensor, Tensor, Tensor], starts: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
     query, key, _ = qkv
@@ -102,6 +113,45 @@ def _one_by_one(
             )
         )
     return torch.cat(results, dim=2).transpose(1, 2).contiguous()  # some models view the result
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    found: Tensor = _loop((q, k, v), starts, scaling, 0.0, window)
+    return found
+
+
+def _gradients(dy: Tensor, *given: Any) -> list[Tensor]:
+    """Return the gradients of q, k and v, given dy and the arguments of the forward pass, which is computed again: the
+    number of its intermediate results depends on the lengths."""
+    q, k, v, *rest = given
+    with torch.enable_grad():
+        qkv = [t.detach().requires_grad_() for t in (q, k, v)]
+        y = _forward(qkv[0], qkv[1], qkv[2], *rest)
+    return [g.contiguous() for g in torch.autograd.grad(y, qkv, dy)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scaling, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    found = torch.ops.rasa_train.varlen_attention_gradients(dy, *ctx.saved_tensors, ctx.scaling, ctx.window)
+    return (*found, None, None, None)
+
+
+_GIVEN = "Tensor q, Tensor k, Tensor v, Tensor starts, float? scaling, int? window"
+implement(
+    f"varlen_attention({_GIVEN}) -> Tensor",
+    _forward,
+    lambda q, k, v, starts, scaling, window: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
+)
+implement(
+    f"varlen_attention_gradients(Tensor dy, {_GIVEN}) -> Tensor[]",
+    _gradients,
+    lambda dy, q, k, v, starts, scaling, window: [t.new_empty(t.shape) for t in (q, k, v)],
+)
+torch.library.register_autograd("rasa_train::varlen_attention", _backward, setup_context=_setup, lib=library)
 
 
 AttentionInterface.register(NAME, varlen_attention)

@@ -143,14 +143,15 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
                 "padding_free: false",
                 key="training.batching",
             )
-    if recipe.model.quantization != "none" and (divided or recipe.training.compile):
+    compiles = recipe.training.compile is True
+    if recipe.model.quantization != "none" and (divided or compiles):
         raise UserError(
             f"model.quantization: {recipe.model.quantization} works with distributed.strategy: ddp and without "
             "training.compile",
             key="model.quantization",
         )
     if recipe.training.kernels == "liger":
-        why = "they do not work with training.compile" if recipe.training.compile else None
+        why = "they do not work with training.compile" if compiles else None
         why = f"they do not work with distributed.strategy: {strategy}" if capabilities.divides_weights else why
         if why := why or fusable(str(load_config(recipe.model).model_type)):
             raise UserError(
@@ -162,7 +163,7 @@ def _check_strategy(recipe: Recipe, workers: int) -> None:
             "weights at each layer; it works with ddp, zero1 and zero2",
             key="training.activation_offload",
         )
-    if recipe.training.compile and divided:
+    if compiles and divided:
         raise UserError(
             f"training.compile must be false for distributed.strategy: {strategy}, whose hooks gather the weights of "
             "a layer; it works with ddp",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from ..kernels.operators import whole
 from .families import decoder_layers
 
 
@@ -23,15 +26,60 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
             layer.gradient_checkpointing = number < count
 
 
+KEPT = {
+    "aten": (
+        "mm addmm bmm baddbmm _grouped_mm _scaled_mm _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_cudnn_attention _flash_attention_forward"
+    ),
+    "torch_attn": "_varlen_attn",
+    "rasa_train": "low_rank block_diagonal",
+}
+"""Operations whose results ``light_contexts`` keeps, by namespace."""
+
+
+def light_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of ``torch.utils.checkpoint`` in which the results of products and attention are kept, and
+    everything else (norms, rotary embedding, activation functions, residual sums) is computed again."""
+    first, again = create_selective_checkpoint_contexts(_kept)  # type: ignore[no-untyped-call]
+    return _with_groups_whole(first), _with_groups_whole(again)
+
+
+def _kept(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    names = KEPT.get(function.namespace, "").split()
+    keeps = function.overloadpacket.__name__ in names
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _with_groups_whole(context: AbstractContextManager[None]) -> Iterator[None]:
+    with whole(), context:
+        yield
+
+
+OPTIONS = {"inductor": {"fallback_random": True}}
+"""Options of backends. Compiled code draws the random numbers that eager code draws."""
+
+
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer with ``backend``, for any number of tokens; identical layers share the compiled code.
     Where a layer is recomputed in the backward pass, the forward inside the recomputation is compiled."""
-    compiled = cache(partial(torch.compile, dynamic=True, backend=backend))
+    how: dict[str, Any] = {"dynamic": True, "backend": backend, "options": OPTIONS.get(backend)}
+    compiled = cache(partial(torch.compile, **how))
     outside = torch.compiler.disable(_recompute_compiled, recursive=False)  # type: ignore[no-untyped-call]
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True, backend=backend)
+        layer.compile(**how)
         if recompute := getattr(layer, "_gradient_checkpointing_func", None):
             layer._gradient_checkpointing_func = partial(outside, recompute, compiled)  # type: ignore[assignment]
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Undo ``compile_layers``."""
+    for layer in decoder_layers(model):
+        layer._compiled_call_impl = None
+        if recompute := getattr(layer, "_gradient_checkpointing_func", None):
+            layer._gradient_checkpointing_func = recompute.args[0]  # type: ignore[assignment, union-attr]
+    torch._dynamo.reset()
 
 
 def _recompute_compiled(recompute: Callable[..., Any], compiled: Callable[..., Any], layer: Any, *args: Any) -> Any:

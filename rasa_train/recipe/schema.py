@@ -80,16 +80,20 @@ class TrainingConfig(_Section):
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
     """Average of the loss over a step. ``tokens``: the mean over the supervised tokens of the whole batch;
     ``micro_batch``: the mean of the means of the micro-batches, as in the reference implementation."""
-    activation_checkpointing: bool | Literal["auto"] | PositiveInt = False
+    activation_checkpointing: bool | Literal["auto", "light"] | PositiveInt = False
     """Recompute layers in the backward pass, for much less memory and about a third more work. ``true``: all layers; a
-    number: that many layers, from the first; ``auto``: as many as memory requires, tried before the first step."""
+    number: that many layers, from the first; ``auto``: as many as memory requires, tried before the first step;
+    ``light``: in all layers only what is cheap, but no matrix product and no attention, for about half the memory and
+    a few percent more work. Compiled layers do by themselves what ``light`` does."""
     activation_offload: bool = False
     """Keep the activations that the backward pass needs in host memory. This frees memory on the GPU at the price of
     copies, which cost less than recomputing if the bus is fast. Together with ``activation_checkpointing``, only the
     activations that checkpointing keeps are moved."""
-    compile: bool = False
-    """Compile each decoder layer with torch.compile. This takes a minute or more at the start; steps on a GPU are then
-    faster."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile each decoder layer with torch.compile, for faster steps and less memory; this takes a minute or more at
+    the start. A compiled layer must give the loss and the gradients of the layer itself, or is not used. ``auto``: for
+    runs of at least 300 steps on a GPU with ``distributed.strategy: ddp`` and a base in 16 or 32 bits, unless
+    ``kernels`` is ``liger``."""
     kernels: Literal["auto", "liger", "none"] = "auto"
     """Fused kernels for norms, rotary embedding and SwiGLU. ``liger``: those of liger-kernel, on a GPU, for Llama,
     Mistral, Qwen2 and Qwen3; ``auto``: these where they are installed and can be used; ``none``: transformers' own

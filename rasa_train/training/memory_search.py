@@ -35,7 +35,7 @@ def search(
     longest: int,
     layers: int,
     tokens: int | Literal["auto"],
-    checkpointing: bool | int | Literal["auto"],
+    checkpointing: bool | int | Literal["auto", "light"],
 ) -> Setting:
     """Return the fastest setting that fits in memory.
 
@@ -51,6 +51,7 @@ def search(
         UserError: nothing fits.
     """
     budgets = list(_halved(max(MOST, longest), longest)) if tokens == "auto" else [tokens]
+    checkpointing = 0 if checkpointing == "light" else checkpointing
     fixed = None if checkpointing == "auto" else layers if checkpointing is True else min(int(checkpointing), layers)
     for budget in budgets:
         if (fixed is not None or budget >= ENOUGH or len(budgets) == 1) and fits(Setting(budget, fixed or 0)):

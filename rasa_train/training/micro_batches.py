@@ -122,7 +122,10 @@ def fit(model: TrainableModel, train: TokenDataset, say: Callable[[str], None]) 
     )
     if training.activation_checkpointing == "auto":
         checkpoint_layers(model.module, setting.checkpointed)
-    say(f"{setting.tokens:,} tokens at a time, {setting.checkpointed} of {layers} layers recomputed")
+    recomputed = f"{setting.checkpointed} of {layers} layers recomputed"
+    if training.activation_checkpointing == "light":
+        recomputed = "what is cheap is recomputed"
+    say(f"{setting.tokens:,} tokens at a time, {recomputed}")
     return limit(setting.tokens)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
 from ..adapters.inject import adapt
-from ..adapters.shared_input import Group, packed
+from ..adapters.shared_input import Group, Held, packable, packed
 from ..adapters.site import Site
 from ..adapters.state import adapters, effective_ranks, groups, rule_state, saved_tensors, trainable
 from ..distributed import rendezvous
@@ -27,7 +27,7 @@ from ..models import padding_free
 from ..models.config import torch_dtype
 from ..models.families import decoder_layers
 from ..models.fused import fusable, fuse, is_fused
-from ..models.layers import checkpoint_layers, compile_layers
+from ..models.layers import checkpoint_layers, light_contexts
 from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
 from ..objectives.contract import Batch, Objective
@@ -48,8 +48,8 @@ class TrainableModel:
     """The adapted model itself. ``engine.model`` is the wrapper that the strategy puts around it."""
     sites: list[Site]
     groups: list[Group]
-    """Linears that are computed together with packed factors. Empty if parameters are divided or the layers are
-    compiled: then each adapter's own forward is used."""
+    """Linears that are computed together with packed factors. Empty if parameters are divided: then each adapter's own
+    forward is used."""
     parameters: dict[str, nn.Parameter]
     """Every trained tensor, by its name in the adapter's file."""
     adapters: dict[str, Adapter]
@@ -60,6 +60,8 @@ class TrainableModel:
     """Identity of the base as it was when the run started; only the first worker has it."""
     ranks: dict[str, int]
     """The largest effective rank of each kind of linear."""
+    compiled = False
+    """Whether the decoder layers are compiled (``training.compiling``)."""
 
     def __init__(self, recipe: Recipe, engine: Engine) -> None:
         """Load the base and put the adapters into it.
@@ -79,10 +81,10 @@ class TrainableModel:
                 base = read_base(recipe, engine)
         if training.flat:
             padding_free.use_varlen(base)
-        self._fuse(base)
         if checkpointing := training.activation_checkpointing:
             # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            light = {"context_fn": light_contexts} if checkpointing == "light" else {}
+            base.gradient_checkpointing_enable({"use_reentrant": False, **light})
             if not isinstance(checkpointing, bool | str):
                 checkpoint_layers(base, checkpointing)
         torch.manual_seed(recipe.seed)
@@ -91,17 +93,17 @@ class TrainableModel:
         self._loss = self.objective.install(self.module)
         if training.activation_offload:
             self._loss = with_offload(self._loss)
-        if training.compile:
-            compile_layers(self.module)
         if is_mixed(recipe, self.module):
             self.module.forward = autocast(recipe, self.module)(self.module.forward)
 
-    def _fuse(self, base: PreTrainedModel) -> None:
+    def fuse(self) -> None:
         """Let the base compute with fused kernels, if the recipe and this machine want it."""
+        if not isinstance(self.module, PreTrainedModel):
+            return
         wanted = self.recipe.training.kernels
-        usable = fusable(str(base.config.model_type)) is None and not self.engine.capabilities.divides_weights
-        if wanted == "liger" or (wanted == "auto" and usable and not self.recipe.training.compile):
-            fuse(base)
+        usable = fusable(str(self.module.config.model_type)) is None and not self.engine.capabilities.divides_weights
+        if wanted == "liger" or (wanted == "auto" and usable):
+            fuse(self.module)
 
     def prepare(self) -> None:
         """Let the engine place and divide the model, and make the optimizer of the trained parameters."""
@@ -109,7 +111,8 @@ class TrainableModel:
         self.ranks = effective_ranks(self.module)
         self.engine.prepare(self.module, self._make_optimizer)
         self.parameters, self.adapters = trainable(self.module), adapters(self.module)
-        self.groups = [] if self.engine.sharded or self.recipe.training.compile else groups(self.module)
+        self.groups = [] if self.engine.sharded else groups(self.module)
+        self._held: Held = {}
 
     def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimizer of ``parameters``, in groups where the method wants several learning rates."""
@@ -126,7 +129,7 @@ class TrainableModel:
     def packed(self) -> AbstractContextManager[None]:
         """Pack the factors once, on entry, for all micro-batches inside. The gradients of trained tensors are complete
         at the end."""
-        return packed(self.groups)
+        return packed(self.groups, self._held)
 
     @contextmanager
     def generation_mode(self) -> Iterator[None]:
@@ -135,6 +138,7 @@ class TrainableModel:
             self.objective.with_logits(self.module),
             padding_free.padded(self.module),
             autocast(self.recipe, self.module),  # a second autocast, because none can be entered twice
+            torch.compiler.set_stance("force_eager"),  # a cache of keys and values would be compiled again and again
             self.packed(),
         ):
             yield
@@ -158,6 +162,16 @@ class TrainableModel:
     def kernels(self) -> str:
         """Whose kernels compute norms, rotary embedding and SwiGLU: ``liger``, or ``none`` for transformers' own."""
         return "liger" if is_fused(self.module) else "none"
+
+    @property
+    def fast_path(self) -> bool:
+        """Whether linears are computed with packed factors."""
+        return any(packable(group) for group in self.groups)
+
+    @property
+    def packs_all(self) -> bool:
+        """Whether all adapters are computed with packed factors."""
+        return len(self.adapters) == sum(len(group.members) for group in self.groups if packable(group))
 
     @property
     def trained(self) -> int:

@@ -30,6 +30,7 @@ from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from . import checkpoint, fault_handling
 from .checkpoint import Progress
+from .compiling import compile_or_fuse
 from .evaluation import TrainingEvaluation
 from .micro_batches import Step, fit, plan_steps, step_of
 from .proof import Proof
@@ -58,6 +59,10 @@ class Summary(TypedDict):
     strategy: str
     kernels: str
     """``liger`` if its kernels computed norms, rotary embedding and SwiGLU, else ``none``."""
+    fast_path: bool
+    """Whether linears that share an input were computed together, from factors that were packed once per step."""
+    compiled: bool
+    """Whether the decoder layers were compiled."""
     versions: dict[str, str]
     workers: int
     base_difference: NotRequired[float]
@@ -156,6 +161,7 @@ class Trainer:
 
     def steps(self) -> Iterator[tuple[int, Step]]:
         """Yield the number (from 0) of each remaining step and this worker's part of it, which is made ahead."""
+        compile_or_fuse(self.model, self.data.train, self.total_steps, self.say)
         self.limit = fit(self.model, self.data.train, self.say)
         self.room = fault_handling.Room(self.limit, self.say)
         self.watch = fault_handling.Watch(self.training.max_skipped, self.say)
@@ -319,6 +325,8 @@ class Trainer:
             "peak_memory_bytes": self.progress.peak_memory_bytes,
             "strategy": self.recipe.distributed.strategy,
             "kernels": self.model.kernels,
+            "fast_path": self.model.fast_path,
+            "compiled": self.model.compiled,
             "versions": process.versions(),
             "workers": self.accelerator.num_processes,
         }

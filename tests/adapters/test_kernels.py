@@ -17,11 +17,12 @@ from rasa_train.adapters.inject import adapt
 from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.shared_input import pack, packed
 from rasa_train.adapters.state import adapters, groups, trainable
-from rasa_train.kernels import seeded_dropout as seeded
-from rasa_train.kernels.block_diagonal import BlockOperands, SharedBlockInput
+from rasa_train.kernels import seeded_dropout
+from rasa_train.kernels.block_diagonal import BlockDiagonal
 from rasa_train.kernels.dropout import dropout
 from rasa_train.kernels.flat_buffer import blocks
-from rasa_train.kernels.low_rank import Factors, Operands, SharedInput
+from rasa_train.kernels.low_rank import Layout, LowRank
+from rasa_train.kernels.operators import Operands, SharedInput
 from rasa_train.methods.lora import LoRA
 from tests.adapters.test_contract import FIELDS, HEADS
 
@@ -69,77 +70,87 @@ def flat(values: dict[str, Tensor]) -> Tensor:
     return torch.cat([values[name].flatten() for name in sorted(values)])
 
 
-@pytest.mark.parametrize(
-    ("p", "fused"),
-    [(0.0, False), pytest.param(0.3, False, marks=pytest.mark.slow), pytest.param(0.3, True, marks=pytest.mark.slow)],
-)
+MASKS = [
+    (0.0, "none"),
+    *(pytest.param(0.3, mask, marks=pytest.mark.slow) for mask in ("kept", "seeded", "seeded, many ranks")),
+]
+
+
+@pytest.mark.parametrize("operator", [False, True], ids=["function", "operator"])
+@pytest.mark.parametrize(("p", "mask"), MASKS)
 @pytest.mark.parametrize("case", ["all", "frozen A", "frozen B", "frozen B, no b", "bias", "unused"])
-def test_gradients_by_finite_differences(case: str, p: float, fused: bool) -> None:
-    """Fused: with the operations that a GPU has for dropout."""
+def test_gradients_by_finite_differences(
+    case: str, p: float, mask: str, operator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeded: with the operations that a GPU has for dropout."""
     random = numbers()
     weights, ranks = [random(5, 6), random(3, 6)], [2, 3]
     x, biases = random(2, 4, 6), [random(5), None] if case == "bias" else [None, None]
-    common = case == "frozen A"
-    columns = [slice(0, 2), slice(0, 2)] if common else [slice(0, 2), slice(2, 5)]
-    ranks = [2, 2] if common else ranks
-    shapes: list[tuple[int, ...]] = [] if common else [(5, 6)]
-    shapes += [(ranks[0], 5)]
-    shapes += {"frozen B": [(3,), (3,)], "frozen B, no b": [(3,)]}.get(case, [(ranks[1], 3)])
-    buffer = random(sum(map(math.prod, shapes)))
-    frozen_A, frozen_B = random(2, 6), random(3, 3)
-
-    def operands(flat: Tensor) -> Operands:
-        parts = blocks(flat, shapes)
-        A = frozen_A if common else parts.pop(0)
-        Bts: list[Tensor | Factors] = [parts.pop(0)]
-        Bts.append(Factors(frozen_B, parts[0], A, *parts[1:]) if "frozen B" in case else parts[0])
-        return Operands(weights, biases, A, not common, Bts, columns)
-
-    def ours(x: Tensor, flat: Tensor) -> Tensor:
-        torch.manual_seed(7)
-        with seeded.forced() if fused else nullcontext():
-            outputs = [y.view(2, 4, -1) for y in SharedInput.apply(x, p, operands(flat.detach()), flat)]
-        return outputs[0] if case == "unused" else torch.cat(outputs, -1)
-
+    ranks = [2, 2] if case == "frozen A" else ranks
+    frozen_A, frozen_B = random(2, 6) if case == "frozen A" else None, random(3, 3)
+    second_frozen = "frozen B" in case
+    layout = Layout(frozen_A, [None, frozen_B if second_frozen else None], ranks, [False, case == "frozen B"])
+    buffer = random(sum(map(math.prod, layout.shapes([5, 3], 6))))
+    seeded = mask.startswith("seeded")
+    if "many" in mask:
+        monkeypatch.setattr(seeded_dropout, "MOST_RANKS", 1)
     inputs = [t.requires_grad_() for t in (x, buffer)]
+    ours = outputs_of(LowRank, weights, biases, seeded, layout, p, operator, only=1 if case == "unused" else 2)
     assert torch.autograd.gradcheck(ours, inputs)
-    torch.manual_seed(7)
-    dropped = dropout(x, p)[0] if p else x
-    if fused:
-        draw = seeded.Draw(round(p * 2**16), 7, 0)
-        dropped = x * seeded.kept((8, 6), draw, x.device).view(2, 4, 6) * draw.factor
-    made = operands(buffer)
+
+    made, dropped = LowRank(buffer, weights, biases, seeded, layout), as_dropped(x, p, seeded)
     Bds = [Bt.T if isinstance(Bt, Tensor) else Bt.Bd for Bt in made.Bts]
-    both = zip(weights, biases, Bds, columns, strict=True)
+    both = zip(weights, biases, Bds, made.columns, strict=True)
     expected = [nn.functional.linear(x, W, b) + dropped @ made.A[own].T @ Bd.T for W, b, Bd, own in both]
     assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
 
 
-@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+@pytest.mark.parametrize("operator", [False, True], ids=["function", "operator"])
+@pytest.mark.parametrize(("p", "seeded"), [pytest.param(0.0, False, marks=pytest.mark.slow), (0.3, False), (0.3, True)])
 @pytest.mark.parametrize("case", ["all", "bias", "unused"])
-def test_block_gradients_by_finite_differences(case: str, p: float) -> None:
+def test_block_gradients_by_finite_differences(case: str, p: float, seeded: bool, operator: bool) -> None:
     """Outputs that are more, fewer and as many as the blocks give; inputs that are wrapped around, cut and used up."""
     random, shapes = numbers(), [(2, 4, 4), (3, 2, 2), (2, 3, 3)]
     weights = [random(19, 6), random(5, 6), random(6, 6)]
     x, biases = random(2, 4, 6), [random(19), None, random(6)] if case == "bias" else [None] * 3
     buffer = random(sum(map(math.prod, shapes)))
-
-    def ours(x: Tensor, flat: Tensor) -> Tensor:
-        torch.manual_seed(7)
-        operands = BlockOperands(weights, biases, blocks(flat.detach(), shapes))
-        outputs = [y.view(2, 4, -1) for y in SharedBlockInput.apply(x, p, operands, flat)]
-        return outputs[0] if case == "unused" else torch.cat(outputs, -1)
-
+    layout = ([2, 4, 3, 2, 2, 3],)
     inputs = [t.requires_grad_() for t in (x, buffer)]
+    ours = outputs_of(BlockDiagonal, weights, biases, seeded, layout, p, operator, only=1 if case == "unused" else 3)
     assert torch.autograd.gradcheck(ours, inputs)
-    torch.manual_seed(7)
-    dropped = dropout(x, p)[0] if p else x
+    dropped = as_dropped(x, p, seeded)
     expected = []
     for W, bias, T in zip(weights, biases, blocks(buffer, shapes), strict=True):
         used = torch.arange(T.shape[0] * T.shape[1]) % 6
         z = dropped[..., used] @ torch.block_diag(*T).T
         expected.append(nn.functional.linear(x, W, bias) + z[..., torch.arange(len(W)) % z.shape[-1]])
     assert_close(ours(*inputs), expected[0] if case == "unused" else torch.cat(expected, -1))
+
+
+def outputs_of(
+    kind: type[Operands], weights: Any, biases: Any, seeded: bool, layout: Any, p: float, operator: bool, only: int
+) -> Callable[..., Tensor]:
+    """The outputs side by side, by eager code's function or by the operator that compiled code calls."""
+
+    def ours(x: Tensor, flat: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        with seeded_dropout.forced() if seeded else nullcontext():
+            if operator:
+                of = getattr(torch.ops.rasa_train, kind.name)
+                outputs = of(x.view(8, 6), p, flat, weights, biases, seeded, *layout)[: len(weights)]
+            else:
+                outputs = SharedInput.apply(x.view(8, 6), p, kind(flat, weights, biases, seeded, layout), flat)
+        return torch.cat([y.view(2, 4, -1) for y in outputs[:only]], -1)
+
+    return ours
+
+
+def as_dropped(x: Tensor, p: float, seeded: bool) -> Tensor:
+    torch.manual_seed(7)
+    if not seeded or not p:
+        return dropout(x.view(8, 6), p)[0].view(x.shape)
+    draw = seeded_dropout.Draw(round(p * 2**16), 7, 0)
+    return x * seeded_dropout.kept((8, 6), draw, x.device).view(2, 4, 6) * draw.factor
 
 
 def numbers() -> Callable[..., Tensor]:
@@ -252,7 +263,7 @@ def test_padded_ranks_and_freshness() -> None:
     model = tiny("llama", torch.float32, "rasa")  # rank 3 + 2
     with packed(groups(model)):
         group = next(group for group in groups(model) if len(group.members) == 3)
-        assert group.packed is not None and group.packed.operands.A.shape == (24, 32)
+        assert isinstance(group.packed, LowRank) and group.packed.A.shape == (24, 32)
         before = model(input_ids=IDS).logits
     with torch.no_grad():
         for parameter in trainable(model).values():

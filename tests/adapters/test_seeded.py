@@ -49,15 +49,12 @@ def test_masks_are_random_and_independent() -> None:
 
 
 def test_when_there_is_a_mask_of_a_seed() -> None:
-    x = torch.ones(4, 16)
-    assert draw(x, 0.1, 8) is None, "on a CPU torch drops"
+    assert not seeded.usable(CPU, torch.bfloat16, 8), "on a CPU torch drops"
     with seeded.forced():
-        assert draw(x, 0.0, 8) is None
-        assert draw(x[:0], 0.1, 8) is None
-        assert draw(x, 0.1, seeded.MOST_RANKS + 1) is None
-        first, second = draw(x, 0.25, 8), draw(x, 0.25, 8)
-    assert first and second and first != second and first.zero == 2**14 and first.factor == pytest.approx(4 / 3)
-    assert draw(x, 0.1, 8) is None
+        assert seeded.usable(CPU, torch.float32)
+        first, second = draw(CPU, 0.25), draw(CPU, 0.25)
+    assert first != second and first.zero == 2**14 and first.factor == pytest.approx(4 / 3)
+    assert not seeded.usable(CPU, torch.bfloat16, 8)
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
@@ -71,6 +68,7 @@ def test_operations_are_products_with_the_masked_input(tokens: int) -> None:
     some = Draw(30_000, 5, 9)
     mask = kept((tokens, 30), some, CPU) * some.factor
     ops = torch.ops.rasa_train
+    torch.testing.assert_close(ops.drop(x, *some), x * mask)
     torch.testing.assert_close(ops.project(x, A, *some), (x * mask) @ A.t())
     torch.testing.assert_close(ops.add_back(dx.clone(), g, A, *some), dx + mask * (g @ A))
     out = torch.empty_like(A)
@@ -90,12 +88,14 @@ for tokens, width, ranks in ((77, 200, 24), (130, 72, 120), (3, 8, 8), (64, 96, 
     parts = kernels.gradient(g, x, *some)
     assert len(parts) > 1 or tokens <= kernels.ROWS
     found = [
+        kernels.drop(x, *some),
         kernels.project(x, A, *some),
         kernels.sum_parts(parts, torch.empty_like(A)),
         kernels.add_back(dx.clone(), g, A, *some),
     ]
     x, A, g, dx = (t.double() for t in (x, A, g, dx))
-    expected = [seeded.project(x, A, *some), seeded.gradient(g, x, *some)[0], seeded.add_back(dx, g, A, *some)]
+    expected = [seeded.drop(x, *some), seeded.project(x, A, *some), seeded.gradient(g, x, *some)[0]]
+    expected += [seeded.add_back(dx, g, A, *some)]
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         error = float((a.double() - b).abs().max() / b.abs().max())
@@ -132,7 +132,7 @@ def test_kernels_can_be_compiled(capability: int, ranks: int, tmp_path: Path, mo
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     numbers = {"tokens": "i32", "zero": "i32", "seed": "i64", "call": "i32", "share": "i32", "width": "i32"}
     numbers |= {"number": "i32", "size": "i32"}
-    for kernel in (kernels._project, kernels._gradient, kernels._sum_parts, kernels._add_back):
+    for kernel in (kernels._drop, kernels._project, kernels._gradient, kernels._sum_parts, kernels._add_back):
         constants = {"ranks": ranks, "BLOCK": 1024, **sizes}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         types = {"parts": "*fp32", **numbers, **dict.fromkeys(constants, "constexpr")}
@@ -173,13 +173,12 @@ def test_what_a_gpu_does_not_compute_is_not_used(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ranks", [8, 24, 40, 120, seeded.MOST_RANKS])
+@pytest.mark.parametrize("ranks", [0, 8, 24, 40, 120, seeded.MOST_RANKS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu(ranks: int, dtype: torch.dtype) -> None:
     device = torch.device("cuda", 0)
-    x = torch.randn(100, 64, device=device, dtype=dtype)
     torch.manual_seed(5)
-    first, second = draw(x, 0.1, ranks), draw(x, 0.1, ranks)
+    first, second = draw(device, 0.1), draw(device, 0.1)
     torch.manual_seed(5)
-    assert first is not None and draw(x, 0.1, ranks) == first != second
+    assert seeded.usable(device, dtype, ranks) and draw(device, 0.1) == first != second
     assert seeded.error(device, dtype, ranks) < seeded.TOLERANCE
