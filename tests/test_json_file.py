@@ -47,6 +47,8 @@ def test_fields_have_types() -> None:
     for key, kind in (("on", int), ("r", str), ("none", int), ("absent", int), ("on", float)):
         with pytest.raises(UserError, match=f"f: {key} must be {kind.__name__}, got"):
             field(values, key, kind, "f")
+    with pytest.raises(UserError, match="f: rate must be float, got int 1000"):
+        field({"rate": 10**400}, "rate", float, "f")
 
 
 def test_control_characters_are_shown() -> None:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, some
-from .checkpoint_files import FLOATS, INDEX, SINGLE, Stored, read_header
+from .checkpoint_files import FLOATS, INDEX, SINGLE, Stored, read_header, read_index
 from .json_file import read_object
 
 TENSORS, VALUES = 8, 64
@@ -173,8 +173,7 @@ def _files(directory: Path) -> dict[str, Path]:
     if (directory / SINGLE).is_file():
         with safe_open(directory / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE)
-    weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-    return {name: directory / Path(file).name for name, file in weight_map.items()}  # never outside the directory
+    return {name: directory / file for name, file in read_index(directory / INDEX)["weight_map"].items()}
 
 
 def _spread(files: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ def field(values: Mapping[str, Any], key: str, kind: type[T], where: object, def
     if key not in values and default is not None:
         return default
     value = values.get(key)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return kind(value)  # type: ignore[call-arg]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         found = "nothing" if key not in values else f"{type(value).__name__} {value!r:.60}"

@@ -10,10 +10,10 @@ import yaml
 
 from rasa_train.adapters.registry import METHODS
 from rasa_train.errors import UserError
+from rasa_train.io.yaml_lines import parse
 from rasa_train.recipe.load import completed, dump_recipe, load_recipe
 from rasa_train.recipe.schema import Recipe
 from rasa_train.recipe.shipped import configs_dir
-from rasa_train.recipe.yaml_lines import parse
 
 GOOD = """\
 model: {name: some/model}

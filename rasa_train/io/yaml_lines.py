@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..io.json_file import read_bytes
+from .json_file import read_bytes
 
 MAX_NODES, MAX_DEPTH, MAX_LENGTH, MAX_BYTES = 20_000, 40, 4_096, 1 << 18
 """Limits of a recipe, which has some dozens of values. Aliases that expand to more than ``MAX_NODES`` values are an
