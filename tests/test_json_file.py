@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_what_is_no_object_is_refused_in_one_line(content: bytes, words: str, tm
     with pytest.raises(UserError, match=words) as caught:
         read_object(tmp_path / "a.json", 100 if b"x" in content else 1 << 20)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_nesting_that_a_program_cannot_go_through_is_refused(tmp_path: Path) -> None:
+    """Python 3.12 and newer read thousands of levels, and fail in the first function that calls itself for each."""
+    for levels in (99, 101):
+        (tmp_path / "config.json").write_text('{"a":' * levels + "[1]" + "}" * levels)
+        with pytest.raises(UserError, match="nested more than 100 levels") if levels > 100 else nullcontext():
+            read_object(tmp_path / "config.json")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
