@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,13 @@ def test_a_user_starts_from_an_adapter_of_another_base(started: Path, cli: Cli) 
     assert said in other.stderr and f"its {UP} differs" in other.stderr
     again = cli(*words, f"output_dir={started}/other", "training.log_every=3", check=True)
     assert "note: adapter.init_from" not in again.stderr
+
+
+def test_a_pipe_among_the_code_of_a_base_is_not_waited_for(started: Path) -> None:
+    settings(started / "base", auto_map={"AutoConfig": "code.Config"})
+    (started / "base" / "code.py").write_text("")
+    os.mkfifo(started / "base" / "another.py")
+    assert "*.py" in base_identity(str(started / "base"))["config"]
 
 
 @pytest.mark.parametrize("index", [{"weight_map": {UP: 5}}, {"weight_map": [UP]}, [UP], {"weight_map": {UP: ["x"]}}])

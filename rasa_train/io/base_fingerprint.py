@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, some
 from .checkpoint_files import FLOATS, INDEX, SINGLE, Stored, read_header, read_index
-from .json_file import read_object
+from .json_file import read_bytes, read_object
 
 TENSORS, VALUES = 8, 64
 """Number of tensors that are recorded by name, and number of values taken from a row."""
@@ -237,7 +237,8 @@ def _config(directory: Path) -> dict[str, Any]:
         whole = stored
     settings = json.loads(json.dumps(dict(_flat(whole)), default=str))
     if "auto_map" in stored:  # the code of the model is stored beside it
-        code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(directory.glob("*.py"))))
+        files = [path for path in sorted(directory.glob("*.py")) if path.is_file()]  # a pipe would be waited for
+        code = hashlib.sha256(b"".join(map(read_bytes, files)))
         settings["*.py"] = code.hexdigest()[:16]
     return dict(settings)
 

@@ -206,7 +206,8 @@ def _finished(note: Path) -> dict[str, Tally]:
         return {
             file: Tally(
                 json_file.field(tally, "bytes", int, note),
-                *(json_file.field(tally, name, float, note) for name in ("update2", "error2")),
+                json_file.field(tally, "update2", float, note),
+                json_file.field(tally, "error2", float, note),
             )
             for file, tally in tallies.items()
         }

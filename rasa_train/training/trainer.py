@@ -336,5 +336,6 @@ class Trainer:
         if self.base_difference is not None:
             summary["base_difference"] = self.base_difference
         if self.training.evaluate:
-            summary["evaluation"] = self.progress.evaluation and asdict(self.progress.evaluation)
+            scores = self.progress.evaluation
+            summary["evaluation"] = asdict(scores) if scores else None
         return summary
