@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from rasa_train.errors import UserError
 from rasa_train.io.base_fingerprint import Comparison, base_identity, compare
+from rasa_train.io.checksums import CHECKSUMS, write_checksums
+from rasa_train.io.run_dir import RunDirectory
+from rasa_train.launch.continued import is_complete
+from rasa_train.merging.merged import check_base
 from rasa_train.merging.source import open_source
+from rasa_train.recipe.load import load_recipe
 from tests.conftest import Cli, run_command
 
 
@@ -146,3 +152,86 @@ def test_a_user_moves_the_base_and_goes_on(started: Path, cli: Cli) -> None:
     (started / "moved").rename(started / "again")
     refused = cli("train", started / "recipe.yaml", f"model.name={started / 'again'}")
     assert refused.returncode == 2 and "model.name:" in refused.stderr and "another recipe" in refused.stderr
+
+
+def test_a_user_analyses_an_adapter_on_another_base(started: Path, cli: Cli) -> None:
+    settings(started / "base", rms_norm_eps=0.1)
+    adapter = started / "whole" / "adapter"
+    for words in (("spectrum", adapter), ("reconstruct", adapter), ("subspace", adapter, "--amplification", "2")):
+        refused = cli("analyze", *words, "--base", started / "base")
+        assert refused.returncode == 2, words
+        assert "is not the base that" in refused.stderr and "--any-base" in refused.stderr
+    cli("analyze", "spectrum", adapter, "--base", started / "base", "--any-base", check=True)
+
+
+def test_a_user_starts_from_an_adapter_of_another_base(started: Path, cli: Cli) -> None:
+    words = ("train", started / "recipe.yaml", "training.max_steps=1", f"adapter.init_from={started}/whole/adapter")
+    same = cli(*words, f"output_dir={started}/same", check=True)
+    assert "note: adapter.init_from" not in same.stderr
+    weights(started / "base", scaled)
+    other = cli(*words, f"output_dir={started}/other", check=True)
+    said = f"note: adapter.init_from: {started}/base is not the base that {started}/whole/adapter was trained on"
+    assert said in other.stderr and f"its {UP} differs" in other.stderr
+    again = cli(*words, f"output_dir={started}/other", "training.log_every=3", check=True)
+    assert "note: adapter.init_from" not in again.stderr
+
+
+def test_a_pipe_among_the_code_of_a_base_is_not_waited_for(started: Path) -> None:
+    settings(started / "base", auto_map={"AutoConfig": "code.Config"})
+    (started / "base" / "code.py").write_text("")
+    os.mkfifo(started / "base" / "another.py")
+    assert "*.py" in base_identity(str(started / "base"))["config"]
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {UP: 5}}, {"weight_map": [UP]}, [UP], {"weight_map": {UP: ["x"]}}])
+def test_an_index_of_the_wrong_types_is_no_traceback(started: Path, index: Any) -> None:
+    recorded = base_identity(str(started / "base"))
+    (started / "base" / "model.safetensors").unlink()
+    (started / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert base_identity(str(started / "base")) == {}
+    assert compare(recorded, str(started / "base")).compared == 0
+    with pytest.raises(UserError, match=r"weight_map|JSON object"):
+        check_base(started / "base")
+
+
+def test_a_user_keeps_a_checkpoint_of_another_base_beside_the_others(started: Path) -> None:
+    recipe, newest = load_recipe(started / "recipe.yaml").recipe, started / "run" / "checkpoints" / "step-00000002"
+    copy = newest.with_name("step-00000002-old")
+    shutil.copytree(newest, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_tensors": {UP: "another"}}))
+    assert not is_complete(recipe, RunDirectory(started / "run"))
+
+
+def replaced(directory: Path, name: str, change: Any) -> None:
+    """Change a JSON or safetensors file of a checkpoint, and its checksum, as whoever made the checkpoint can."""
+    path = directory / name
+    if name.endswith(".json"):
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        save_file(change(load_file(path)), path)
+    (directory / CHECKSUMS).unlink()
+    write_checksums(directory, directory.iterdir())
+
+
+def first(tensors: dict[str, torch.Tensor], key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(tensors, **{next(name for name in tensors if name.startswith(key)): value})
+
+
+GIVEN: dict[str, tuple[str, Any, str]] = {
+    "step is text": ("trainer.json", lambda o: o | {"step": "2"}, "step: Input should be"),
+    "step of another": ("trainer.json", lambda o: o | {"step": 10**9}, "step must be that of step-00000002"),
+    "scores": ("trainer.json", lambda o: o | {"evaluation": {"best": 3}}, "evaluation.suite: "),
+    "no data": ("trainer.json", lambda o: {"step": 2}, "data_key must be str"),
+    "a list": ("trainer.json", lambda o: [1], "must hold one JSON object"),
+    "a name": ("optimizer.safetensors", lambda t: t | {"\x1b[2J:x": torch.zeros(1)}, "does not fit this run"),
+    "a shape": ("optimizer.safetensors", lambda t: first(t, "exp_avg:", torch.zeros(7)), "of shape (7,)"),
+}
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_somebody_gives_a_run_with_a_checkpoint_that_they_wrote(started: Path, cli: Cli, what: str) -> None:
+    name, change, words = GIVEN[what]
+    replaced(started / "run" / "checkpoints" / "step-00000002", name, change)
+    again = cli("train", started / "recipe.yaml")
+    assert again.returncode == 2 and words in again.stderr and "\x1b" not in again.stderr

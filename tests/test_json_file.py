@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_what_is_no_object_is_refused_in_one_line(content: bytes, words: str, tm
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_nesting_that_a_program_cannot_go_through_is_refused(tmp_path: Path) -> None:
+    """Python 3.12 and newer read thousands of levels, and fail in the first function that calls itself for each."""
+    for levels in (99, 101):
+        (tmp_path / "config.json").write_text('{"a":' * levels + "[1]" + "}" * levels)
+        with pytest.raises(UserError, match="nested more than 100 levels") if levels > 100 else nullcontext():
+            read_object(tmp_path / "config.json")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.json")
     with pytest.raises(UserError, match="is not a file"):
@@ -47,6 +56,8 @@ def test_fields_have_types() -> None:
     for key, kind in (("on", int), ("r", str), ("none", int), ("absent", int), ("on", float)):
         with pytest.raises(UserError, match=f"f: {key} must be {kind.__name__}, got"):
             field(values, key, kind, "f")
+    with pytest.raises(UserError, match="f: rate must be float, got int 1000"):
+        field({"rate": 10**400}, "rate", float, "f")
 
 
 def test_control_characters_are_shown() -> None:

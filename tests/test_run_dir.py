@@ -17,6 +17,7 @@ from rasa_train.io.atomic import lock, write_text
 from rasa_train.io.atomic_dir import new_directory
 from rasa_train.io.links import refuse_links_out
 from rasa_train.io.run_dir import READ, RunDirectory, numbered
+from rasa_train.recipe.load import load_recipe
 
 
 @pytest.fixture
@@ -242,3 +243,36 @@ def test_a_run_directory_that_may_not_be_entered_is_one_line(tmp_path: Path) -> 
             RunDirectory(tmp_path / "run").create()
     finally:
         os.seteuid(0)
+
+
+BEYOND = {
+    "300 kB": "seed: 7 #" + "x" * 300_000,
+    "45 levels": "a: " + "[" * 45 + "]" * 45,
+    "a tag": "seed: !!str 7",
+    "30,000 values": f"a: [{'1,' * 30_000}]",
+    "values of aliases": f"a: &a [{'1,' * 500}]\nb: [{'*a,' * 60}]",
+    "a long value": f"seed: {'7' * 5000}",
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_the_recipe_in_a_run_directory_has_the_limits_of_a_recipe(kind: str, run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "given.yaml").write_text(BEYOND[kind])
+    with pytest.raises(UserError):
+        load_recipe(tmp_path / "given.yaml")
+    run.recipe.write_text(BEYOND[kind])
+    with pytest.raises(UserError, match=r"recipe\.yaml") as error:
+        run.stored_recipe()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_recipe_in_a_run_directory_is_read_as_a_recipe(run: RunDirectory) -> None:
+    run.recipe.write_text("training: {optimizer: {lr: 5e-4}}")
+    assert run.stored_recipe() == {"training": {"optimizer": {"lr": 0.0005}}}
+
+
+def test_a_user_keeps_copies_of_checkpoints_under_other_names(run: RunDirectory) -> None:
+    for name in ("step-00000009", "step-00000010", "step-99999999", "step-100000000", "step-00000009-old", "step-11"):
+        (run.checkpoints / name).mkdir()
+    steps = [9, 10, 99_999_999, 100_000_000]
+    assert [path.name for path in numbered(run.checkpoints)] == [f"step-{step:08d}" for step in steps]

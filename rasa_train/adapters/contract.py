@@ -184,7 +184,8 @@ class Method(BaseModel, ABC):
     compute: Literal["model", "float32"] = "model"
     """Arithmetic of the adapter: in the model's dtype or in fp32. The parameters themselves are always fp32."""
     init_from: str | None = None
-    """An adapter directory to start from, written by this package, by PEFT or by the reference implementation."""
+    """An adapter directory to start from, written by this package, by PEFT or by the reference implementation. A note
+    says so if it was trained on another base."""
 
     selects_parameters: ClassVar[bool] = False
     """Whether ``targets`` and ``exclude`` select parameters of the base (``trained_base``) instead of linears."""

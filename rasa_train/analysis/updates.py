@@ -14,8 +14,9 @@ from ..adapters.saved import read_adapter
 from ..adapters.site import Site, by_kind
 from ..adapters.sites import find_sites
 from ..errors import UserError
+from ..merging.options import Base
 from ..merging.parameters import Weights, check_finetuned
-from ..merging.source import find_adapter, find_base, load
+from ..merging.source import check_identity, find_adapter, find_base, load
 from ..methods.rasa import RaSAAdapter
 from ..models.config import ModelConfig
 from .spectrum import Energy, Update, energy
@@ -68,21 +69,24 @@ def of_models(base: str, tuned: str) -> Updates:
     return _dense(sites, lambda site: after.weight(site) - before.weight(site), before.weight)
 
 
-def of_adapter(path: Path, base: str | None = None) -> Updates:
+def of_adapter(path: Path, base: str | Base | None = None) -> Updates:
     """Return the updates of an adapter or run directory, as factors where the method has them. The base's weights are
     read only for methods that need them, and for full fine-tuning, whose adapter consists of the new weights.
 
     Raises:
-        UserError: there is no adapter, or the adapter does not fit its base.
+        UserError: there is no adapter, the adapter does not fit its base, or the base is not the one that it was
+            trained on.
     """
-    saved = read_adapter(find_adapter(path))
-    name, directory = find_base(saved, base, None, weights=False)
+    saved, base = read_adapter(find_adapter(path)), Base.of(base)
+    name, directory = find_base(saved, base.name, base.revision, weights=False)
+    if not base.any_base:
+        check_identity(saved, directory)
     source = load(saved, name, directory)
     opened: list[Weights] = []
 
     def weight(site: Site) -> Tensor:
         if not opened:
-            opened.append(Weights(find_base(saved, base, None, weights=True)[1]))
+            opened.append(Weights(find_base(saved, base.name, base.revision, weights=True)[1]))
         return opened[0].weight(site)
 
     if source.replaced:

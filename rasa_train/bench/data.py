@@ -7,7 +7,6 @@ import random
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..data.config import DataConfig
 from ..data.prepare import prepare
 from ..errors import UserError, say
+from ..io.scratch import scratch_directory
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 
@@ -45,8 +45,7 @@ def measure(tokenizer: str, rows: int = ROWS) -> dict[str, float]:
     loaded = load_tokenizer(ModelConfig(name="demo", tokenizer=tokenizer))
     if loaded is None:
         raise UserError(f"--tokenizer: {tokenizer} has no tokenizer", key="--tokenizer")
-    with tempfile.TemporaryDirectory(prefix="rasa-bench-") as name:
-        directory = Path(name)
+    with scratch_directory("bench") as directory:
         source, cache = directory / "rows.jsonl", directory / "cache"
         _say(f"writing {rows:,} rows")
         write_rows(source, rows)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 
 from ..data.prepare import PreparedData
 from ..io.run_dir import RunDirectory
+from ..io.scratch import scratch_directory
 from ..recipe.schema import Recipe, TrackingConfig
 from ..stop import StopSignal
 from ..training.run import run
@@ -81,8 +81,8 @@ def trial(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> Tr
     if 6 * parameters * tokens > MOST_FLOPS[kind] or size > MOST_BYTES or recipe.distributed.offload != "none":
         return None
     short = {"max_steps": STEPS, "batch_size": min(SEQUENCES, recipe.training.batch_size), "evaluate": None}
-    with tempfile.TemporaryDirectory(prefix="rasa-train-") as directory, contextlib.redirect_stderr(io.StringIO()):
-        changed = {"output_dir": directory, "training": recipe.training.model_copy(update=short)}
+    with scratch_directory("check") as directory, contextlib.redirect_stderr(io.StringIO()):
+        changed = {"output_dir": str(directory), "training": recipe.training.model_copy(update=short)}
         tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
         run(tried, StopSignal(), PreparedData(data.train, None, data.stats, data.key))
         rows = RunDirectory(directory).rows()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..analysis.updates import Updates
+    from ..merging.options import Base as WantedBase
 
 app = typer.Typer(
     cls=Group,
@@ -35,6 +36,9 @@ Kinds = Annotated[
 ]
 Base = Annotated[
     str | None, typer.Option(help="Hub id or directory of an adapter's base model. (default: the adapter's)")
+]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Accept a base other than the one the adapter was trained on.")
 ]
 Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Directory for the figures, as PNG and SVG.")]
 
@@ -71,6 +75,7 @@ def reconstruct(
     ] = "rasa",
     seed: Annotated[int, typer.Option(help="Seed of random updates and random starts.")] = 0,
     base: Base = None,
+    any_base: AnyBase = False,
     kind: Kinds = None,
     plots: Plots = None,
     as_json: Json = False,
@@ -81,7 +86,7 @@ def reconstruct(
         from ..analysis.updates import chosen
 
         ks = _ks(k, r)
-        updates = chosen(_updates(source or [], random, base, seed), kind or [])
+        updates = chosen(_updates(source or [], random, _base(base, any_base), seed), kind or [])
         with _bar(len(updates) * len(ks)) as tick:
             kinds = [capacity(read(), r, ks, Descent(sweeps, start, seed), tick) for read in updates.values()]
         said = advice(kinds, r)
@@ -124,6 +129,7 @@ def spectrum(
         ),
     ],
     base: Base = None,
+    any_base: AnyBase = False,
     kind: Kinds = None,
     plots: Plots = None,
     as_json: Json = False,
@@ -133,7 +139,7 @@ def spectrum(
         from ..analysis.spectrum import spectrum as spectrum_of
         from ..analysis.updates import chosen
 
-        updates = chosen(_updates(source, None, base, 0), kind or [])
+        updates = chosen(_updates(source, None, _base(base, any_base), 0), kind or [])
         rows = []
         with _bar(len(updates)) as tick:
             for read in updates.values():
@@ -190,6 +196,7 @@ def subspace(
         typer.Option(metavar="R", min=1, help="Also show how much the first adapter's top R directions amplify W."),
     ] = None,
     base: Base = None,
+    any_base: AnyBase = False,
     kind: Kinds = None,
     plots: Plots = None,
     as_json: Json = False,
@@ -204,8 +211,8 @@ def subspace(
             raise UserError(
                 "an adapter is always fully similar to itself: give another adapter, --layers M,N or --amplification R"
             )
-        one = chosen(of_adapter(first, base), kind or [])
-        two = one if second is None else of_adapter(second, base)
+        one = chosen(of_adapter(first, _base(base, any_base)), kind or [])
+        two = one if second is None else of_adapter(second, _base(base, any_base))
         found = compare(one, two, Directions(i, j, side, amplification), pair)
         if plots is not None:
             from ..analysis.plots import heat_map
@@ -231,7 +238,13 @@ def main() -> None:
     start(app)
 
 
-def _updates(source: Sequence[str], random: str | None, base: str | None, seed: int) -> Updates:
+def _base(name: str | None, any_base: bool) -> WantedBase:
+    from ..merging.options import Base
+
+    return Base(name, any_base=any_base)
+
+
+def _updates(source: Sequence[str], random: str | None, base: WantedBase, seed: int) -> Updates:
     from ..analysis.updates import of_adapter, of_models, random_updates
 
     if (random is None) == (not source) or len(source) > 2:

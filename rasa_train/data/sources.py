@@ -80,6 +80,8 @@ def find_source(
         return (SavedSource(path, split) if saved else FileSource(_files_of_split(path, split))), None
     if path.exists():
         _check_suffix(path)
+        if not path.is_file():
+            raise UserError(f"data.dataset: {path} is not a file: write the rows to one first", key="data.dataset")
         return FileSource((path,)), None
     if _looks_local(dataset):
         raise SourceMissing(_missing(path), key="data.dataset")

@@ -59,6 +59,8 @@ def join(timeout_seconds: int) -> list[str]:
                 backend, store=PrefixStore("group", store), rank=rank(), world_size=world_size(), timeout=timeout
             )
         except RuntimeError as error:
+            if not unconnected(error):
+                raise
             raise UserError(
                 f"worker {rank()} ({where[rank()]}) could not connect to the other workers: {first_line(error)}\n"
                 f"Its network interfaces: {network.interfaces()}. GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) chooses one.",
@@ -210,6 +212,7 @@ GLOO_BROKE_OFF = re.compile(
     r"(closed by peer|closure|timed out|connection|broken pipe|no route|unreachable|(read|write) error)",
     re.IGNORECASE | re.DOTALL,
 )
+GLOO_NOT_CONNECTED = re.compile(r"gloo|connect|timed? ?out|interface|address|hostname", re.IGNORECASE)
 NCCL_MISUSED = re.compile(r"invalid ?(usage|argument)|duplicate gpu|cuda error|out of memory", re.IGNORECASE)
 
 
@@ -220,6 +223,14 @@ def broken_off(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistBackendError):
         return not NCCL_MISUSED.search(text)
     return isinstance(error, dist.DistError) or bool("enforce fail" not in text and GLOO_BROKE_OFF.search(text))
+
+
+def unconnected(error: RuntimeError) -> bool:
+    """Whether the error says that the workers could not be connected, or that this machine lacks an interface for it.
+    This machine's own GPU may fail at the same place."""
+    if isinstance(error, dist.DistError):
+        return not NCCL_MISUSED.search(str(error))
+    return bool(GLOO_NOT_CONNECTED.search(str(error))) and "cuda" not in str(error).lower()
 
 
 ROLL_CALL_SECONDS = 3.0

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..adapters.fold import fold
 from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
 from ..errors import UserError
+from ..io.checksums import sha256
 from ..io.json_file import field, read_bytes, read_object
 from ..io.links import refuse_links_out
 from ..io.run_dir import RunDirectory, numbered
@@ -209,9 +210,13 @@ def _epoch(run: Path | None, step: int) -> float | None:
 
 
 def _tensors_digest(directory: Path) -> str:
-    name = TENSORS if (directory / TENSORS).is_file() else PEFT_TENSORS
-    with (directory / name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    """Return a digest of the adapter's tensors, which may be in parts. Raises ``UserError`` if there are none."""
+    for name in map(Path, (TENSORS, PEFT_TENSORS)):
+        found = [directory / name, *sorted(directory.glob(f"{name.stem}-*-of-*{name.suffix}"))]
+        if files := [path for path in found if path.is_file()]:
+            sums = [sha256(path) for path in files]
+            return (sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest())[:16]
+    raise UserError(f"{directory} holds no tensors: neither {TENSORS} nor {PEFT_TENSORS} is there")
 
 
 def _model_digest(directory: Path) -> str:

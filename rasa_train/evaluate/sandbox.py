@@ -23,16 +23,17 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import process
 from ..errors import UserError
+from ..io.scratch import scratch_directory
 from .jail import SETUP_FAILED, STARTED, WRITABLE
 
 JAIL = Path(__file__).with_name("jail.py")
@@ -109,7 +110,7 @@ class Sandbox:
         program = Program(program) if isinstance(program, str) else program
         nonce = secrets.token_hex(16)
         read, write = os.pipe()
-        with tempfile.TemporaryDirectory(prefix="rasa-eval-") as directory:
+        with scratch_directory("eval") as directory:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(JAIL)],
                 stdin=subprocess.PIPE,
@@ -118,7 +119,7 @@ class Sandbox:
                 pass_fds=[write],
                 start_new_session=True,
                 cwd="/" if self.isolated else directory,
-                env=ENVIRONMENT if self.isolated else ENVIRONMENT | {"HOME": directory, "TMPDIR": directory},
+                env=ENVIRONMENT if self.isolated else ENVIRONMENT | {"HOME": str(directory), "TMPDIR": str(directory)},
             )
             os.close(write)
             try:
@@ -130,9 +131,20 @@ class Sandbox:
                 os.close(read)
 
     def run_all(self, programs: Iterable[Program | str], workers: int | None = None) -> Iterator[Verdict]:
-        """Yield verdicts in the order of the programs, running ``workers`` at a time (default: one per core)."""
-        with ThreadPoolExecutor(workers or process.cores()) as pool:
-            yield from pool.map(self.run, programs)
+        """Yield verdicts in the order of the programs, running ``workers`` at a time (default: one per core). Programs
+        are taken as they are needed, a few ahead of the verdicts."""
+        count, begun = workers or process.cores(), deque[Future[Verdict]]()
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                for program in programs:
+                    begun.append(pool.submit(self.run, program))
+                    if len(begun) > 2 * count:
+                        yield begun.popleft().result()
+                while begun:
+                    yield begun.popleft().result()
+            finally:
+                for future in begun:
+                    future.cancel()
 
     def _judge(self, process: subprocess.Popen[bytes], read: int, nonce: str, request: bytes) -> Verdict:
         assert process.stdin and process.stderr

@@ -68,11 +68,13 @@ def lock(path: Path) -> int | None:
     return descriptor
 
 
-def remove_drafts(directory: Path, pattern: str) -> None:
+def remove_drafts(directory: Path, pattern: str, owner: int | None = None) -> None:
     """Remove the files and directories of this pattern that no process has locked. Where the disk has no locks, all of
-    them are kept."""
+    them are kept. ``owner``: the user, by number, of those that are removed; None for any."""
     for path in directory.glob(pattern):
         with suppress(OSError):
+            if owner is not None and path.lstat().st_uid != owner:
+                continue
             if path.is_symlink():
                 path.unlink()
             elif (held := lock(path)) is not None:

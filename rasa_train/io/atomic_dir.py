@@ -127,6 +127,7 @@ def _settle_stale(output: Path, partial: Path, key: str) -> int | None:
             continue
         lock = _lock(stale)
         whole = not any(path.is_symlink() for path in stale.rglob("*"))  # files are written where a link leads
+        whole = whole and stale.stat().st_uid == os.geteuid()  # whoever made it chose what is in it
         if found is None and lock is not None and key and whole and _read_key(stale) == key:
             found = lock
             if stale != partial:

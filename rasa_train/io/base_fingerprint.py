@@ -23,8 +23,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, some
-from .checkpoint_files import FLOATS, INDEX, SINGLE, Stored, read_header
-from .json_file import read_object
+from .checkpoint_files import FLOATS, INDEX, SINGLE, Stored, read_header, read_index
+from .json_file import read_bytes, read_object
 
 TENSORS, VALUES = 8, 64
 """Number of tensors that are recorded by name, and number of values taken from a row."""
@@ -173,8 +173,7 @@ def _files(directory: Path) -> dict[str, Path]:
     if (directory / SINGLE).is_file():
         with safe_open(directory / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE)
-    weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-    return {name: directory / Path(file).name for name, file in weight_map.items()}  # never outside the directory
+    return {name: directory / file for name, file in read_index(directory / INDEX)["weight_map"].items()}
 
 
 def _spread(files: Iterable[str]) -> list[str]:
@@ -238,7 +237,8 @@ def _config(directory: Path) -> dict[str, Any]:
         whole = stored
     settings = json.loads(json.dumps(dict(_flat(whole)), default=str))
     if "auto_map" in stored:  # the code of the model is stored beside it
-        code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(directory.glob("*.py"))))
+        files = [path for path in sorted(directory.glob("*.py")) if path.is_file()]  # a pipe would be waited for
+        code = hashlib.sha256(b"".join(map(read_bytes, files)))
         settings["*.py"] = code.hexdigest()[:16]
     return dict(settings)
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from .json_file import read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -128,17 +129,19 @@ def read_index(path: Path) -> Index:
     """Read the index of a model in several files. Raises ``UserError`` if the index is damaged or names files in
     another directory."""
     try:
-        index: Index = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        index = read_object(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} cannot be read: there is no such file") from None
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} is not an index of safetensors files: it has no `weight_map`")
     for name in weight_map.values():
         # A file name, never a path: an index must not make the reader leave its directory.
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise UserError(f"{path}: `weight_map` must name *.safetensors files beside it, got {name!r}")
-    return index
+            raise UserError(f"{path}: `weight_map` must name *.safetensors files beside it, got {name!r:.100}")
+    if not isinstance(index.get("metadata"), dict | None):
+        raise UserError(f"{path}: `metadata` must be an object, got {index['metadata']!r:.60}")
+    return cast(Index, index)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,10 @@ T = TypeVar("T")
 
 LARGEST = 64 << 20
 """Bytes of the largest file that is read. The index of a model with 500,000 tensors has half as many."""
+
+DEEPEST = 100
+"""Levels of the most nested object that is read. Whoever goes through a value calls a function for each level, and
+Python ends a program with some hundreds of them."""
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
@@ -54,7 +59,20 @@ def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold one JSON object, got {type(value).__name__}")
+    if _is_deeper(value, DEEPEST):
+        raise UserError(f"{path} is nested more than {DEEPEST} levels deep")
     return value
+
+
+def _is_deeper(value: object, most: int) -> bool:
+    level = [value]
+    for _ in range(most + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+    return bool(level)
 
 
 def field(values: Mapping[str, Any], key: str, kind: type[T], where: object, default: T | None = None) -> T:
@@ -70,7 +88,7 @@ def field(values: Mapping[str, Any], key: str, kind: type[T], where: object, def
     if key not in values and default is not None:
         return default
     value = values.get(key)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return kind(value)  # type: ignore[call-arg]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         found = "nothing" if key not in values else f"{type(value).__name__} {value!r:.60}"

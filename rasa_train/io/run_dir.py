@@ -18,10 +18,11 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError, first_line, shown
+from ..errors import UserError, first_line
 from .atomic import remove, write_text
 from .json_file import read_bytes, read_object
 from .links import refuse_links_out
+from .yaml_lines import MAX_BYTES, parse
 
 OWN = ("summary.json", "adapter", "checkpoints", "skipped", "trackers", "metrics.jsonl", "recipe.yaml")
 """Files and directories that ``--fresh`` removes; anything else in the run directory belongs to the user. In this order
@@ -31,8 +32,6 @@ READ = ("recipe.yaml", "metrics.jsonl", "checkpoints", "adapter", "summary.json"
 """Files and directories of a run that commands read or write."""
 LARGEST_METRICS = 1 << 29
 """Bytes of the largest ``metrics.jsonl`` that is read, which is more than a million steps."""
-LARGEST_RECIPE, MOST_VALUES, DEEPEST = 1 << 20, 100_000, 50
-"""Bytes of the largest recipe that is read, the most values in it, and their levels."""
 
 HARMLESS = {
     "output_dir",
@@ -192,12 +191,13 @@ class RunDirectory:
 
     def stored_recipe(self) -> dict[str, Any]:
         """Return the content of ``recipe.yaml``. Raises as ``read``, and ``UserError`` if it is damaged."""
-        content = self.read(self.recipe.name, LARGEST_RECIPE)
+        content = self.read(self.recipe.name, MAX_BYTES)
         try:
-            _check_size(content, self.recipe)
-            value = yaml.safe_load(content)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.recipe} is damaged: {shown(first_line(error))}") from None
+            value, _ = parse(content.decode(), str(self.recipe))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.recipe} is damaged: it is not UTF-8 text: {error.reason}") from None
+        except UserError as error:
+            raise UserError(first_line(error)) from None  # the second line quotes the file
         if not isinstance(value, dict):
             raise UserError(f"{self.recipe} is damaged: it must hold a mapping, got {type(value).__name__}")
         return value
@@ -212,32 +212,8 @@ def _step(line: str) -> int | None:
 
 def numbered(checkpoints: Path) -> list[Path]:
     """Return what bears the name of a checkpoint, by step. It may be damaged, and need not be a directory."""
-    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def _check_size(content: bytes, where: Path) -> None:
-    """Raise ``UserError`` if a YAML file is nested deeper than any recipe, or if its values are too many, aliases
-    written out: each level of them can multiply the number."""
-    open_, known = [("", 0)], dict[str, int]()  # (anchor, number of values) of each open node; closed ones by anchor
-    for event in yaml.parse(content, Loader=yaml.SafeLoader):
-        anchor = getattr(event, "anchor", None) or ""
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_.append((anchor, 1))
-            if len(open_) > DEEPEST:
-                raise UserError(f"{where} is nested more than {DEEPEST} levels deep: it is not a recipe")
-            continue
-        number = 0
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, number = open_.pop()
-        elif isinstance(event, yaml.AliasEvent):
-            number = known.get(anchor, MOST_VALUES + 1)  # unknown: inside of itself
-        elif isinstance(event, yaml.ScalarEvent):
-            number = 1
-        if anchor and not isinstance(event, yaml.AliasEvent):
-            known[anchor] = number
-        open_[-1] = (open_[-1][0], open_[-1][1] + number)
-        if open_[-1][1] > MOST_VALUES:
-            raise UserError(f"{where} holds more than {MOST_VALUES:,} values, aliases written out: it is not a recipe")
+    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -10,7 +10,7 @@ from ..errors import UserError, say
 from ..io.base_fingerprint import compare
 from ..io.checksums import CHECKSUMS
 from ..io.json_file import read_object
-from ..io.run_dir import RunDirectory
+from ..io.run_dir import RunDirectory, numbered
 from ..recipe.load import completed, dump_recipe
 from ..recipe.schema import Recipe
 
@@ -45,7 +45,7 @@ def is_complete(recipe: Recipe, directory: RunDirectory) -> bool:
 
 def _check_recipe(recipe: Recipe, directory: RunDirectory) -> None:
     """Raise ``UserError`` unless the run in the directory, if there is one, is of this recipe and on this base."""
-    saved_states = [*sorted(directory.checkpoints.glob("step-*"), reverse=True), directory.adapter]
+    saved_states = [*reversed(numbered(directory.checkpoints)), directory.adapter]
     there = [path for path in (directory.summary, *saved_states) if path.exists()]
     if not directory.recipe.exists():
         if there:

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from .. import process
 from ..distributed import network
 from ..errors import Stopped, UserError
 from ..io.atomic import write_text
+from ..io.scratch import scratch_directory
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import say_interrupted, signals
@@ -61,8 +61,7 @@ def start_and_watch(recipe: Recipe, workers: Workers, per_node: int) -> None:
     from torch.distributed.launcher.api import elastic_launch
 
     default_threads(per_node)
-    with tempfile.TemporaryDirectory(prefix="rasa-train-") as name:
-        job = Path(name)
+    with scratch_directory("job") as job:
         (job / OUTCOMES).mkdir()
         write_text(job / RECIPE, dump_recipe(recipe))
         write_text(job / LAUNCHER, str(os.getpid()))

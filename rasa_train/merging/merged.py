@@ -21,9 +21,9 @@ import torch
 
 from .. import __version__, process
 from ..errors import UserError
+from ..io import json_file
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
-from ..io.json_file import read_object
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .names import locate
 from .options import WRITING, Base, Progress, Writing
@@ -151,10 +151,8 @@ def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: fl
 
 def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[int], None]) -> list[Tally]:
     """Write the files that are not finished yet, several at a time, and record each file once it is on the disk."""
-    note, finished, lock = partial / FINISHED, {}, threading.Lock()
-    if note.is_file():
-        finished = {file: Tally(**tally) for file, tally in json.loads(note.read_text()).items()}
-    stopped = threading.Event()
+    note, lock, stopped = partial / FINISHED, threading.Lock(), threading.Event()
+    finished = _finished(note)
 
     def counted(nbytes: int) -> None:
         if stopped.is_set():
@@ -163,7 +161,7 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
             tick(nbytes)
 
     def write(file: str) -> Tally:
-        if file in finished and (partial / file).stat().st_size == finished[file].bytes:
+        if file in finished and (partial / file).is_file() and (partial / file).stat().st_size == finished[file].bytes:
             counted(sum(tensor.nbytes for tensor in folding.checkpoint.files[file]))
             return finished[file]
         try:
@@ -200,6 +198,23 @@ def _write_files(folding: Folding, partial: Path, threads: int, tick: Callable[[
     return [future.result() for future in futures]
 
 
+def _finished(note: Path) -> dict[str, Tally]:
+    """Return the files that a killed merge had finished; none if its note is absent or damaged."""
+    try:
+        noted = json_file.read_object(note)
+        tallies = {file: json_file.field(noted, file, dict, note) for file in noted}
+        return {
+            file: Tally(
+                json_file.field(tally, "bytes", int, note),
+                json_file.field(tally, "update2", float, note),
+                json_file.field(tally, "error2", float, note),
+            )
+            for file, tally in tallies.items()
+        }
+    except (FileNotFoundError, UserError):
+        return {}
+
+
 class _StoppedError(Exception):
     """Raised to stop writing a file because another file could not be written."""
 
@@ -230,7 +245,7 @@ def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 def _read_config(base_dir: Path) -> dict[str, object]:
-    config = read_object(base_dir / "config.json")
+    config = json_file.read_object(base_dir / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{base_dir} has a quantization_config: {QUANTISED}")
     return config

@@ -17,6 +17,7 @@ from ..adapters.saved import CONFIG, PEFT_TENSORS, SavedAdapter, read_adapter, t
 from ..errors import UserError
 from ..io.atomic_dir import new_directory
 from ..io.checksums import write_checksums
+from ..io.json_file import read_object
 from ..methods.dora import DoRA
 from ..methods.from_peft import Peft
 from ..methods.lora import LoRA
@@ -101,7 +102,7 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     nbytes = sum(tensor.nbytes for tensor in saved.tensors.values())
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         method.save(model, saved.tensors, partial)
-        config = json.loads((partial / CONFIG).read_text())
+        config = read_object(partial / CONFIG)
         _complete(partial, {**config, "base_model_name_or_path": name})
         for path in tokenizer_files(saved.directory):
             shutil.copyfile(path, partial / path.name)

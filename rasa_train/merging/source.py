@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from ..io.checkpoint_files import INDEX, SINGLE, read_index
 from ..io.checksums import CHECKSUMS
 from ..io.links import refuse_links_out
 from ..io.model_dir import check_files
-from ..io.run_dir import RunDirectory
+from ..io.run_dir import RunDirectory, numbered
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
 from .options import Base
@@ -108,10 +107,15 @@ def check_identity(saved: SavedAdapter, base_dir: Path) -> bool:
     found = compare(saved.base_tensors, str(base_dir))
     if found.problem:
         raise UserError(
-            f"{base_dir} is not the base that {saved.directory} was trained on ({saved.base_model}): its "
-            f"{found.problem}. Give the right base with --base, or add --any-base if you want this one"
+            f"{another_base(saved, str(base_dir), found.problem)}. Give the right base with --base, or add --any-base "
+            "if you want this one"
         )
     return found.compared > 0
+
+
+def another_base(saved: SavedAdapter, base: str, problem: str) -> str:
+    """Return the sentence that says that a base is not the one that an adapter was trained on, without a full stop."""
+    return f"{base} is not the base that {saved.directory} was trained on ({saved.base_model}): its {problem}"
 
 
 def find_adapter(path: Path) -> Path:
@@ -130,8 +134,8 @@ def find_adapter(path: Path) -> Path:
     RunDirectory(path).refuse_links()
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
-    steps = {int(m[1]): p for p in (path / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    for _, directory in sorted(steps.items(), reverse=True):
+    checkpoints = numbered(path / "checkpoints")
+    for directory in reversed(checkpoints):
         lacking = [
             name for name in (CONFIG, CHECKSUMS) if not (directory / name).is_file()
         ]  # every checkpoint has them
@@ -139,7 +143,7 @@ def find_adapter(path: Path) -> Path:
         if problem is None:
             return directory
         say(f"note: {directory} is damaged ({problem}); it is passed over for the one before", file=sys.stderr)
-    if steps:
+    if checkpoints:
         raise UserError(
             f"{path} holds no whole adapter: all of its checkpoints are damaged, and it has no adapter/{CONFIG}"
         )

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from .. import process
 from ..errors import UserError, shown, some
+from ..io.checkpoint_files import INDEX
 from ..io.model_dir import check_files
 from .config import ModelConfig, torch_dtype
 from .declared import bounded_modules, check_config, check_sizes, reading, stored_sizes
@@ -31,9 +33,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """Return the architecture. Raises ``UserError`` if the model does not exist or transformers does not know it."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
-    if Path(config.name).is_dir():
-        check_files(Path(config.name))
-        check_config(Path(config.name))
+    _check_directory(config.name, config.revision)
     check_no_adapter(config.name)
     from transformers import AutoConfig
 
@@ -250,9 +250,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
     name, key = (config.tokenizer, "model.tokenizer") if config.tokenizer else (config.name, "model.name")
     _check_name(name, key)
     _check_remote_code(config)
-    if Path(name).is_dir():
-        check_files(Path(name))
-        check_config(Path(name))
+    _check_directory(name, config.revision)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / n).is_file() for n in names):
         return None
@@ -277,6 +275,21 @@ def _check_name(name: str, key: str) -> None:
             f"{key}: {name!r} does not exist; give a hub id (`owner/name`) or the directory of a local model",
             key=key,
         )
+
+
+def _check_directory(name: str, revision: str | None) -> None:
+    """Check the files of a model on this machine, in a directory or in the cache of the hub, before transformers reads
+    them. Raises ``UserError`` as ``check_files`` and ``check_config`` do."""
+    from huggingface_hub import try_to_load_from_cache
+
+    directories = {Path(name)} if Path(name).is_dir() else set[Path]()
+    with suppress(ValueError):  # a name that no model can have, which transformers reports
+        for file in () if directories else ("config.json", "tokenizer_config.json", "tokenizer.json", INDEX):
+            if isinstance(path := try_to_load_from_cache(name, file, revision=revision), str):
+                directories.add(Path(path).parent)
+    for directory in directories:
+        check_files(directory)
+        check_config(directory)
 
 
 def _check_remote_code(config: ModelConfig) -> None:

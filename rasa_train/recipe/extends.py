@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..io.home import expanded
+from ..io.yaml_lines import MAX_BYTES, Key, Location, parse_file, short
 from .schema import Recipe
 from .shipped import configs_dir
-from .yaml_lines import MAX_BYTES, Key, Location, parse_file, short
 
 MOST_FILES = 100
 """Most files that a recipe extends."""

@@ -17,10 +17,10 @@ from ..adapters.contract import Method
 from ..adapters.registry import METHODS
 from ..errors import UserError
 from ..io.home import expanded
+from ..io.yaml_lines import Key, Location, nearest, parse, short
 from .extends import Files, Layer, find
 from .renamed import rename
 from .schema import Recipe
-from .yaml_lines import Key, Location, nearest, parse, short
 
 
 @dataclass(frozen=True)

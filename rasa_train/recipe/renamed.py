@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
-from .yaml_lines import Key, Location, nearest
+from ..io.yaml_lines import Key, Location, nearest
 
 
 def rename(values: dict[str, Any], locations: dict[Key, Location]) -> list[str]:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.saved import CONFIG, TENSORS, part, read_safetensors, write_config, write_tokenizer
+from ..adapters.saved import CONFIG, TENSORS, check_tensors, part, read_safetensors, write_config, write_tokenizer
 from ..data.cache import TokenDataset
 from ..distributed.collectives import from_first, gather
 from ..distributed.engine import Engine
@@ -30,9 +31,10 @@ from ..errors import UserError
 from ..io import checksums
 from ..io.atomic import remove, write_json
 from ..io.checksums import CHECKSUMS, sha256
+from ..io.json_file import field, read_object
 from ..io.run_dir import numbered
 from ..io.tensor_file import TensorFile
-from .evaluation import with_score
+from .evaluation import Scores, with_score
 from .trainable_model import TrainableModel
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class Progress:
     validation_loss: float | None = None
     peak_memory_bytes: int = 0
     """Value at the last step; 0 in the checkpoints of older versions, which do not hold the fields from ``skipped``."""
-    evaluation: dict[str, Any] | None = None
+    evaluation: Scores | None = None
     """Best and last score of ``training.evaluate``."""
 
     def after(self, batch: np.ndarray, data: TokenDataset, seconds: float) -> Progress:
@@ -252,15 +254,23 @@ def damage(path: Path) -> str | None:
 
 
 def load_progress(path: Path, *, data_key: str) -> Progress:
-    """Return the progress at a checkpoint. Raises ``UserError`` if its run used data with another ``data_key``."""
-    values = json.loads((path / TRAINER).read_text())
-    if values.pop("data_key") != data_key:
+    """Return the progress at a checkpoint. Raises ``UserError`` if its run used data with another ``data_key``, or if
+    the file is not one that ``save`` writes."""
+    values, where = read_object(path / TRAINER), path / TRAINER
+    if field(values, "data_key", str, where) != data_key:
         raise UserError(
             f"{path}: this run was started on data that has changed since; choose another output_dir, or start over "
             "with --fresh",
             key="data.dataset",
         )
-    return Progress(**values)
+    try:
+        progress = TypeAdapter(Progress).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if directory_name(progress.step) != path.name:
+        raise UserError(f"{where}: step must be that of {path.name}, got {progress.step}")
+    return progress
 
 
 def prune(checkpoints: Path, keep_last: int | None) -> None:
@@ -273,18 +283,24 @@ def prune(checkpoints: Path, keep_last: int | None) -> None:
             remove(removed)
 
 
-def load_optimizer(path: Path, engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Restore the state in ``optimizer.safetensors``, whatever engine and number of workers wrote it."""
-    states: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in parameters.values()}
+def load_optimizer(path: Path, model: TrainableModel) -> None:
+    """Restore the state in ``optimizer.safetensors``, whatever engine and number of workers wrote it. Raises
+    ``UserError`` if the state is not of this model's parameters."""
+    states: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in model.parameters.values()}
     for name, tensor in read_safetensors(path / OPTIMIZER).items():
-        key, _, parameter_name = name.partition(":")
-        states[parameters[parameter_name]][key] = tensor
-    engine.load_optimizer_state(states)
+        key, _, parameter = name.partition(":")
+        if parameter not in model.parameters or tuple(tensor.shape) not in ((), model.shapes[parameter]):
+            raise UserError(
+                f"{path} does not fit this run: {OPTIMIZER} holds {name!r:.100} of shape {tuple(tensor.shape)}"
+            )
+        states[model.parameters[parameter]][key] = tensor
+    model.engine.load_optimizer_state(states)
 
 
 def load_rule_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Restore the buffers of the method's own rule, in place."""
+    """Restore the buffers of the method's own rule, in place. Raises ``UserError`` if the file does not fit."""
     saved = read_safetensors(path / RULE) if state else {}
+    check_tensors({name: tuple(buffer.shape) for name, buffer in state.items()}, saved, origin=str(path))
     for name, buffer in state.items():
         buffer.copy_(saved[name])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,16 +63,35 @@ class TrainingEvaluation:
         return metrics[HEADLINE[self.name]]
 
 
-def with_score(known: dict[str, Any] | None, row: Mapping[str, Any]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Score:
+    """The score of a suite after a step."""
+
+    step: int
+    epoch: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The best and the last score of a suite."""
+
+    suite: str
+    metric: str
+    best: Score
+    last: Score
+
+
+def with_score(known: Scores | None, row: Mapping[str, Any]) -> Scores | None:
     """Return the best and the last of the ``eval_SUITE`` values in a run's metrics: those ``known``, and those of one
     more row. None if there are none."""
     for key in row:
         if key.startswith("eval_"):
             suite = key.removeprefix("eval_")
-            last = {"step": row["step"], "epoch": row["epoch"], "value": row[key]}
-            best = known["best"] if known and known["suite"] == suite else last
-            best = max(best, last, key=lambda point: point["value"])
-            known = {"suite": suite, "metric": HEADLINE[suite], "best": best, "last": last}
+            last = Score(step=row["step"], epoch=row["epoch"], value=row[key])
+            best = known.best if known and known.suite == suite else last
+            best = max(best, last, key=lambda point: point.value)
+            known = Scores(suite=suite, metric=HEADLINE[suite], best=best, last=last)
     return known
 
 

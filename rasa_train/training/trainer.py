@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import NotRequired, TypedDict
 
@@ -21,8 +22,11 @@ from ..data.batching import Limit
 from ..data.prepare import PreparedData, prepare
 from ..distributed import collectives, preflight, rendezvous
 from ..distributed.choose import make_engine
+from ..errors import UserError
 from ..io.atomic import write_json
+from ..io.base_fingerprint import compare
 from ..io.run_dir import RunDirectory
+from ..merging.source import another_base
 from ..models.load import load_tokenizer
 from ..optim.schedule import lr_factor, set_lr
 from ..recipe.load import dump_recipe
@@ -115,7 +119,11 @@ class Trainer:
         self.found = checkpoint.agreed_newest(self.directory.checkpoints, self.say, self.accelerator)
         origin = self.found or self.recipe.adapter.init_from
         if origin and self.engine.reads:
-            load_tensors(self.model.module, read_adapter(origin).tensors, origin=str(origin))
+            saved = read_adapter(origin)
+            load_tensors(self.model.module, saved.tensors, origin=str(origin))
+            base = self.recipe.model
+            if not self.found and (problem := compare(saved.base_tensors, base.name, base.revision).problem):
+                self.say(f"note: adapter.init_from: {another_base(saved, base.name, problem)}")
         if not self.engine.first_reads:
             preflight.same_everywhere(self.accelerator, preflight.fingerprints(self.model.module))
         self.base_difference = self._narrow_base()
@@ -137,14 +145,17 @@ class Trainer:
         """Go on from the newest checkpoint, if there is one, and say what the run is going to do."""
         if self.found:
             self.progress = checkpoint.load_progress(self.found, data_key=self.data.key)
-            checkpoint.load_optimizer(self.found, self.engine, self.model.parameters)
+            checkpoint.load_optimizer(self.found, self.model)
             checkpoint.load_rule_state(self.found, self.model.rule_state)
         if self.first and (lost := self.directory.start_metrics(self.progress.step)):
             steps = f"{len(lost)} of the {self.progress.step} steps before this start (first: {lost[0]})"
             self.say(f"metrics.jsonl lacks {steps}: curves have gaps; the summary counts what the checkpoint knows")
         if self.first and self.progress.step and not self.progress.peak_memory_bytes:  # an older version saved it
-            for row in self.directory.rows():
-                self.progress = self.progress.noted(row)
+            try:
+                for row in self.directory.rows():
+                    self.progress = self.progress.noted(row)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{self.directory.metrics} is damaged: {error!r:.100}") from None
         if self.recipe.tracking.trackers:
             self.accelerator.init_trackers(self.recipe.tracking.project)
         count, done = self.model.trained, self.progress.step
@@ -333,5 +344,6 @@ class Trainer:
         if self.base_difference is not None:
             summary["base_difference"] = self.base_difference
         if self.training.evaluate:
-            summary["evaluation"] = self.progress.evaluation
+            scores = self.progress.evaluation
+            summary["evaluation"] = asdict(scores) if scores else None
         return summary

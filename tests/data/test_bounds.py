@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,14 @@ def test_marks_of_the_assistants_turns_are_those_of_transformers(
     assert list(example.input_ids) == expected["input_ids"][:3000]
     assert list(example.labels != -100) == [bool(mark) for mark in expected["assistant_masks"][:3000]]
     assert row_files.MAX_ROW >= 16 << 20
+
+
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_a_pipe_or_a_device_as_the_data_is_not_read_for_ever(target: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    if target:
+        path.symlink_to(target)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a file"):
+        find_source(str(path))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 
-from rasa_train.distributed.rendezvous import broken_off
+from rasa_train.distributed.rendezvous import broken_off, unconnected
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,20 @@ def test_an_error_of_another_kind_is_no_lost_exchange(said: str, lost: bool) -> 
 )
 def test_a_misuse_of_nccl_is_no_lost_exchange(said: str, lost: bool) -> None:
     assert broken_off(torch.distributed.DistBackendError(said)) == lost
+
+
+def test_a_wrong_interface_and_a_closed_port_are_no_connection() -> None:
+    """The errors are torch's own."""
+    with pytest.raises(RuntimeError) as interface:
+        torch.distributed.ProcessGroupGloo.create_device(interface="eth99")
+    with pytest.raises(RuntimeError) as port:
+        torch.distributed.TCPStore("127.0.0.1", 1, is_master=False, timeout=timedelta(seconds=1))
+    assert unconnected(interface.value) and unconnected(port.value)
+
+
+GPU_FAILS = ["CUDA error: out of memory", "CUDA error: misaligned address"]
+
+
+@pytest.mark.parametrize("said", GPU_FAILS)
+def test_a_gpu_that_fails_where_the_workers_meet_is_not_reported_as_the_network(said: str) -> None:
+    assert not unconnected(RuntimeError(said)) and not unconnected(torch.distributed.DistBackendError(said))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ import pytest
 import torch
 
 from rasa_train.data.encode import prompt_text
-from rasa_train.errors import Stopped
+from rasa_train.errors import Stopped, UserError
 from rasa_train.evaluate import results
 from rasa_train.evaluate.generate import Generation, SampleFile, generate, response_budget
-from rasa_train.evaluate.load import Plan, find_subjects, load_lm, wrap
+from rasa_train.evaluate.load import Plan, Subject, find_subjects, load_lm, wrap
 from rasa_train.evaluate.suites import Suite, load_suite
 from rasa_train.models.config import ModelConfig
 from rasa_train.models.load import load_model, load_tokenizer
@@ -275,3 +277,21 @@ def test_a_run_its_checkpoints_and_training_evaluate(cli: Any, tmp_path: Path) -
 def test_bad_input(cli: Any, tiny_llama: Path, arguments: tuple[str, ...], message: str) -> None:
     done = cli("eval", *(text.format(demo=DEMO, tiny=tiny_llama) for text in arguments), "--output", "out")
     assert done.returncode == 2 and message in done.stderr and done.stdout == "", done.stderr
+
+
+def test_an_adapter_in_parts_has_a_digest_of_all_its_parts(tmp_path: Path) -> None:
+    """As several workers write it who train the base itself."""
+    subject = Subject("adapter", str(tmp_path), tmp_path, is_adapter=True)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    os.mkfifo(tmp_path / "adapter_model.safetensors")  # is not waited for
+    with pytest.raises(UserError, match="holds no tensors"):
+        _ = Plan(subject).identity
+    first, second = (tmp_path / f"adapter-0000{number}-of-00002.safetensors" for number in (1, 2))
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    before = Plan(subject).identity["adapter_sha256"]
+    second.write_bytes(b"3")
+    assert Plan(subject).identity["adapter_sha256"] != before
+    second.unlink()
+    first.rename(tmp_path / "adapter.safetensors")
+    assert Plan(subject).identity["adapter_sha256"] == hashlib.sha256(b"1").hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -134,6 +135,13 @@ def test_the_environment_stays_outside(sandbox: Sandbox, monkeypatch: pytest.Mon
 def test_verdicts_come_in_the_order_of_the_programs(sandbox: Sandbox) -> None:
     programs = ["import time\ntime.sleep(0.5)", "assert False", "pass"]
     assert [v.passed for v in sandbox.run_all(programs, workers=3)] == [True, False, True]
+
+
+def test_programs_are_taken_as_they_are_needed(sandbox: Sandbox) -> None:
+    """A million samples do not have to be in memory at once."""
+    taken = itertools.count()
+    verdicts = sandbox.run_all(("pass" for _ in iter(lambda: next(taken), 1000)), workers=1)
+    assert next(verdicts).passed and next(taken) <= 5
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")

@@ -407,6 +407,31 @@ def test_a_killed_merge_goes_on_with_the_files_it_had_finished(case, tmp_path):
     assert report.rounding == 0.0 and report.adapted == 21
 
 
+@pytest.mark.parametrize(
+    "note", ["[]", '{"FILE": 5}', '{"FILE": {"bytes": "x"}}', '{"FILE": {"bytes": -1, "a": 1}}', "{"]
+)
+def test_what_a_killed_merge_noted_is_damaged(case, tmp_path, note):
+    base, adapter, _ = case(shards="20KB")
+    killed_merge(adapter, tmp_path / "out")
+    (partial,) = tmp_path.glob(".out.partial-*")
+    (partial / ".finished.json").write_text(note.replace("FILE", min(path.name for path in base.glob("*.safetensors"))))
+    merge(adapter, tmp_path / "out")
+    assert load(tmp_path / "out").config.hidden_size == 32
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to have files of another user")
+def test_somebody_else_leaves_half_a_merge_beside_the_output(case, tmp_path):
+    """With the right key, in a directory that both may write: the finished files in it are whatever they chose."""
+    _, adapter, _ = case(shards="20KB")
+    killed_merge(adapter, tmp_path / "out")
+    (partial,) = tmp_path.glob(".out.partial-*")
+    file = next(iter(json.loads((partial / ".finished.json").read_text())))
+    (partial / file).write_bytes(b"x" * (partial / file).stat().st_size)
+    os.chown(partial, 12345, 12345)
+    merge(adapter, tmp_path / "out")
+    assert load(tmp_path / "out").config.hidden_size == 32
+
+
 @pytest.mark.parametrize("change", ["adapter", "base", "dtype"])
 def test_a_killed_merge_of_something_else_is_not_gone_on_with(case, tmp_path, change):
     base, adapter, _ = case(shards="20KB")

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from rasa_train.adapters.saved import read_adapter
 from rasa_train.errors import UserError
 from rasa_train.io.checkpoint_files import INDEX
 from rasa_train.merging.merged import merge
 from rasa_train.models.config import ModelConfig
-from rasa_train.models.load import check_base, load_model, load_tokenizer
+from rasa_train.models.load import check_base, load_config, load_model, load_tokenizer
 
 from .conftest import logits, save_adapter, save_base
 from .test_command import refused, run
@@ -134,6 +135,50 @@ def test_a_snapshot_of_the_hubs_cache_is_read_and_copied(tmp_path, shared):
     (base / "tokenizer.json").symlink_to(tmp_path / "adapter" / "adapter_config.json")
     with pytest.raises(UserError, match="is a link to "):
         load_model(ModelConfig(name=str(base)))
+
+
+def cached(tmp_path, monkeypatch):
+    """A model in the hub's cache, as another user of the machine may have put it into a cache that they share."""
+    repository = tmp_path / "hub" / "models--me--model"
+    base = save_base(repository / "snapshots" / "0123abcd", shards="20KB")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return base
+
+
+def test_the_index_of_a_model_in_the_hubs_cache_names_files_beside_it(tmp_path, monkeypatch):
+    base, secret = cached(tmp_path, monkeypatch), save_base(tmp_path / "hub" / "private")
+    load_config(ModelConfig(name="me/model"))
+    index = json.loads((base / INDEX).read_text())
+    outside = os.path.relpath(secret / "model.safetensors", base)
+    (base / INDEX).write_text(json.dumps({**index, "weight_map": dict.fromkeys(index["weight_map"], outside)}))
+    for read in (load_config, load_model, load_tokenizer):
+        with pytest.raises(UserError, match="weight_map"):
+            read(ModelConfig(name="me/model"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "additional_chat_templates/tool.jinja"])
+def test_a_tokenizer_that_would_fill_the_memory_is_not_parsed(tmp_path, name):
+    base = save_base(tmp_path / "base")
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).touch()
+    os.truncate(base / name, 1 << 36)
+    for read in (load_tokenizer, load_config):
+        with pytest.raises(UserError, match=rf"{name} is larger than 67,108,864 bytes"):
+            read(ModelConfig(name=str(base)))
+    (base / name).unlink()
+    os.mkfifo(base / name)
+    with pytest.raises(UserError, match=rf"{name} is not a file"):
+        load_tokenizer(ModelConfig(name=str(base)))
+
+
+def test_a_chat_template_is_not_read_from_outside_the_base(secret, tmp_path):
+    base = save_base(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").symlink_to(secret)
+    with pytest.raises(UserError, match="is a link to "):
+        load_tokenizer(ModelConfig(name=str(base)))
 
 
 def test_training_follows_no_index_out_of_the_base(tmp_path):

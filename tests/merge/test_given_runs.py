@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ def test_the_checkpoint_before_a_half_removed_one_is_taken(lost: str, tmp_path: 
     assert find_adapter(tmp_path) == half
     (half / lost).unlink()
     assert find_adapter(tmp_path) == whole
+
+
+@pytest.mark.parametrize("name", ["step-99", "step-00000020-old", "step-new"])
+def test_a_copy_of_a_checkpoint_under_another_name_is_not_merged(name: str, tmp_path: Path) -> None:
+    newest = checkpoint(tmp_path, 20)
+    shutil.copytree(newest, newest.with_name(name))
+    assert find_adapter(tmp_path) == newest
 
 
 @pytest.mark.parametrize("name", ["adapter", "adapter/adapter.safetensors", "adapter/tokenizer.json", "recipe.yaml"])

@@ -10,10 +10,10 @@ import yaml
 
 from rasa_train.adapters.registry import METHODS
 from rasa_train.errors import UserError
+from rasa_train.io.yaml_lines import parse
 from rasa_train.recipe.load import completed, dump_recipe, load_recipe
 from rasa_train.recipe.schema import Recipe
 from rasa_train.recipe.shipped import configs_dir
-from rasa_train.recipe.yaml_lines import parse
 
 GOOD = """\
 model: {name: some/model}
@@ -284,3 +284,12 @@ def test_keys_of_another_method_do_not_stay(tmp_path: Path) -> None:
     path.write_text(dump_recipe(load_recipe("demo", ["adapter.method=full", f'output_dir="{tmp_path}"']).recipe))
     path.write_text(path.read_text().replace("dropout: 0.0", "dropout: 0.05"))
     assert load_recipe(path).recipe.adapter.dropout == 0.05, "an older version's run can be read"
+
+
+@pytest.mark.parametrize("name", ["a\\0b", "a\\ud800b", "a\\udc80b"])
+def test_a_name_that_no_file_can_have_is_refused_with_its_line(name: str, recipe: Path) -> None:
+    recipe.write_text(f'{recipe.read_text()}output_dir: "{name}"\n')
+    with pytest.raises(UserError, match=r"yaml:\d+: a value has the character"):
+        load_recipe(recipe)
+    with pytest.raises(UserError, match=r"override output_dir:1: a value has the character"):
+        load_recipe("demo", [f'output_dir="{name}"'])

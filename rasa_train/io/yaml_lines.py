@@ -10,12 +10,14 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..io.json_file import read_bytes
+from .json_file import read_bytes
 
 MAX_NODES, MAX_DEPTH, MAX_LENGTH, MAX_BYTES = 20_000, 40, 4_096, 1 << 18
 """Limits of a recipe, which has some dozens of values. Aliases that expand to more than ``MAX_NODES`` values are an
 attack or an accident, and so are deeper nesting, a value with more characters than a path may have, and a file with
 more bytes."""
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""Characters that can be written in YAML, but neither in a file nor in its name."""
 MERGE = "tag:yaml.org,2002:merge"
 
 Key = tuple[str | int, ...]
@@ -114,6 +116,8 @@ def _refuse_odd(text: str, source: str) -> None:
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!", 1)
             raise UserError(f"{where}: a recipe has no tags, got {short(tag)}; write the value without it")
+        if isinstance(event, yaml.ScalarEvent) and (odd := NO_TEXT.search(event.value)):
+            raise UserError(f"{where}: a value has the character {odd[0]!a}, which neither texts nor names have")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_LENGTH:
             raise UserError(f"{where}: a value has {len(event.value):,} characters; at most {MAX_LENGTH:,} are read")
 
