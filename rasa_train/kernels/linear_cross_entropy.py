@@ -11,7 +11,7 @@ from torch import Tensor
 from . import cross_entropy as cross_entropy  # registers the operators
 
 CHUNK = 2048
-"""Number of tokens whose logits exist at one time: enough for full-speed products; 0.5 GiB for a vocabulary of 128k in 16 bits."""
+"""Number of tokens whose logits exist at one time: enough for full-speed products; 0.5 GiB for a vocabulary of 128k."""
 
 
 def linear_cross_entropy(
@@ -72,6 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dw += dlogits.t() @ h
             if db is not None:
                 db += dlogits.sum(0)
+            del logits, dlogits  # before those of the next chunk are made
         ctx.save_for_backward(dh, dw, db)
         return loss
 
