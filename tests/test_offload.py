@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from rasa_train.adapters.inject import attach
 from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.shared_input import packed
 from rasa_train.adapters.state import groups
-from rasa_train.training.offload import LEAST, offloaded
+from rasa_train.training.offload import LEAST, CopyAtOnce, offloaded
 
 
 def gradients(model: nn.Module, source: str, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:
@@ -62,6 +65,72 @@ def test_small_and_expanded_tensors_stay() -> None:
     assert moved.bytes == 0
 
 
+class LateCopy:
+    """A copy that is made only when something has to begin after it. It does not hold the tensor that it reads."""
+
+    waiting: ClassVar[list[LateCopy]] = []
+    guarded: ClassVar[list[int]] = []
+
+    def __init__(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
+        self.address, self.tensor, self.host = tensor.data_ptr(), weakref.ref(tensor), host
+        host.fill_(torch.nan)
+        self.waiting.append(self)
+
+    def done(self) -> bool:
+        return self not in self.waiting
+
+    def before_next(self) -> None:
+        while not self.done():  # copies are made in order
+            first = self.waiting.pop(0)
+            tensor = first.tensor()
+            assert tensor is not None
+            first.host.copy_(tensor)
+
+    def guard(self, tensor: torch.Tensor) -> None:
+        assert tensor.data_ptr() == self.address and not self.done()
+        self.guarded.append(tensor.nbytes)
+
+
+@pytest.mark.parametrize("fit", [0, 1, 2, 100])
+def test_tensors_are_held_until_they_are_copied(fit: int) -> None:
+    """At most ``fit`` of the tensors are held at a time, and gradients are right whatever is copied late."""
+    torch.manual_seed(0)
+    LateCopy.waiting, LateCopy.guarded = [], []
+    model, x = Layers(), torch.randn(LEAST // 1024, 256)
+    expected, _ = gradients(model, "cuda", x)
+    with offloaded(model, "cpu", LateCopy, most=fit * LEAST) as moved:
+        loss = model(x).square().mean()
+        number = moved.bytes // LEAST
+        assert number >= 5 and moved.held == min(fit, number) * LEAST == len(LateCopy.waiting) * LEAST
+    assert moved.held == 0 and LateCopy.guarded == [LEAST] * min(fit, number)
+    for again in (True, False):  # the tensors of a graph may be asked for twice
+        model.zero_grad()
+        loss.backward(retain_graph=again)
+        for p, right in zip(model.parameters(), expected, strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, right, rtol=0, atol=0)
+
+
+def test_a_copy_that_is_done_releases_its_tensor() -> None:
+    """Memory of tensors that nothing else uses is free before the backward pass begins."""
+    released = []
+
+    class Watched(CopyAtOnce):
+        def __init__(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
+            super().__init__(tensor, host)
+            released.append(weakref.ref(tensor.untyped_storage()))
+
+    x = torch.randn(LEAST // 4, requires_grad=True)
+    with offloaded(nn.Identity(), "cpu", Watched) as moved:
+        loss = x.exp().sin().cos().sum()
+        assert moved.bytes == 3 * LEAST and moved.held == 0
+    assert [storage() for storage in released] == [None] * 3
+    loss.backward()
+    exact = x.detach().requires_grad_()
+    exact.exp().sin().cos().sum().backward()
+    assert x.grad is not None and exact.grad is not None and torch.equal(x.grad, exact.grad)
+
+
 @pytest.mark.gpu
 def test_memory_of_a_gpu() -> None:
     def peak(source: str) -> int:
@@ -69,7 +138,26 @@ def test_memory_of_a_gpu() -> None:
         model = Layers().cuda()
         x = torch.randn(2**17, 256, device="cuda", requires_grad=True)
         torch.cuda.reset_peak_memory_stats()
-        gradients(model, source, x)
+        with offloaded(model, source, most=2**27):
+            loss = model(x).square().mean()
+        loss.backward()
         return torch.cuda.max_memory_allocated()
 
     assert peak("cuda") < 0.8 * peak("none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [0, 2**20, 2**40])
+def test_gradients_on_a_gpu(most: int) -> None:
+    """Memory that is released is soon used again, by tensors of the same size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Layers() for _ in range(8))).cuda()
+    x = torch.randn(2**14, 256, device="cuda")
+    expected, _ = gradients(model, "none", x)
+    for _ in range(3):
+        with offloaded(model, most=most):
+            loss = model(x).square().mean()
+        model.zero_grad()
+        loss.backward()
+        for p, right in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, right, rtol=0, atol=0)

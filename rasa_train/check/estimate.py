@@ -202,7 +202,7 @@ def memory(
         kept = per_layer  # only for the layer that is being computed
     parts["activations"] = tokens * kept
     chunked = has_plain_head(model)
-    parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * (half + 4) if chunked else tokens * (half + 8))
+    parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * half if chunked else tokens * (half + 8))
     parts["total"] = sum(parts.values())
     return parts
 
