@@ -113,7 +113,7 @@ def sides(device: torch.device) -> list[Side]:
     faster: dict[str, Any] = {"gradient_checkpointing": False}
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         faster["use_liger_kernel"] = True
-    free = {"padding_free": True, "max_length": None}
+    free: dict[str, Any] = {"padding_free": True, "max_length": None}
     if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
         free["attn_implementation"] = "flash_attention_2"
     liger = ", Liger" if "use_liger_kernel" in faster else ""
