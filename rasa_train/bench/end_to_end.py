@@ -6,6 +6,7 @@ pass, clipping, the optimizer, metrics. The start of a process and the first ste
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -142,6 +143,9 @@ def compare_ends(settings: Settings) -> EndToEnd:
         directory = Path(name)
         say("making the base and the rows", file=sys.stderr)
         jobs, tokens = _jobs(settings, every, directory)
+        if settings.device.type == "cuda":  # the sides need the memory that the base has taken here
+            gc.collect()
+            torch.cuda.empty_cache()
         say(f"timing {settings.warmup} + {settings.rounds} steps of each side", file=sys.stderr)
         rows: dict[Label, list[dict[str, Any]]] = {side.label: [] for side in every}
         # Two models and their activations may not fit on one GPU, so there the sides run one after another, twice.
