@@ -73,18 +73,18 @@ def counters_table(result: Counters) -> str:
 def ends_table(result: EndToEnd) -> str:
     """Return the table of a comparison end to end."""
     settings, tokens = result.settings, result.tokens
-    clock = "CPU" if settings.device.type == "cpu" else "wall"
+    clock, unit, scale = ("CPU", "ms", 1e-3) if settings.device.type == "cpu" else ("wall", "us", 1.0)
     lines = textwrap.wrap(
         f"{settings.shape}, end to end: {settings.batch} sequences a step, {sum(tokens) / len(tokens):,.0f} tokens on "
         f"average, {str(settings.dtype).removeprefix('torch.')}, dropout {settings.dropout}; median of "
-        f"{settings.rounds} steps (range) in microseconds per token; load {result.load:.1f}",
+        f"{settings.rounds} steps (range) in {unit} per token; load {result.load:.1f}",
         80,
     )
     lines += ["", f"{'':<10}{'':<6}{'CPU time':<20}{'wall time':<20}{f'{clock} time / ours':<18}{'MiB':>6}"]
     for (side, method), cost in result.costs.items():
-        ratio = "-" if cost.over_ours is None else f"{cost.over_ours:.2f}{_span(cost.over_ours_range, '.2f')}"
-        cpu = f"{cost.cpu_us_per_token:,.0f}{_span(cost.cpu_us_range, ',.0f')}"
-        wall = f"{cost.wall_us_per_token:,.0f}{_span(cost.wall_us_range, ',.0f')}"
+        cpu = _with_range(cost.cpu_us_per_token, cost.cpu_us_range, scale)
+        wall = _with_range(cost.wall_us_per_token, cost.wall_us_range, scale)
+        ratio = _with_range(cost.over_ours, cost.over_ours_range)
         lines.append(
             f"{side:<10}{method or '-':<6}{cpu:<20}{wall:<20}{ratio:<18}{cost.peak_memory_bytes / 2**20:>6,.0f}"
         )
@@ -96,9 +96,11 @@ def ends_table(result: EndToEnd) -> str:
     return "\n".join(lines)
 
 
-def _span(limits: tuple[float, float] | None, form: str) -> str:
-    low, high = limits or (0.0, 0.0)
-    return f" ({low:{form}}-{high:{form}})"
+def _with_range(value: float | None, limits: tuple[float, float] | None, scale: float = 1.0) -> str:
+    if value is None or limits is None:
+        return "-"
+    low, high = (limit * scale for limit in limits)
+    return f"{value * scale:.3g} ({low:.3g}-{high:.3g})"
 
 
 def data_table(result: Mapping[str, float]) -> str:

@@ -41,6 +41,7 @@ def test_costs_are_per_token_and_in_pairs() -> None:
     assert cost.wall_us_per_token == 18_000 and cost.over_ours == 2.0 and cost.over_ours_range == (2.0, 2.0)
     text = ends_table(result)
     assert max(map(len, text.splitlines())) <= 80 and "NO RATIO" not in text
+    assert "trl       lora  9 (8-10)            18 (16-20)          2 (2-2)            1,024" in text
     row = result.as_json()["rows"][0]  # type: ignore[index]
     assert row["side"] == "ours" and row["over_ours"] == 1.0 and result.as_json()["mean_tokens"] == 750
 
@@ -49,7 +50,7 @@ def test_no_ratio_where_the_losses_differ() -> None:
     result = outcome(3.002)
     assert result.costs["trl", "lora"].over_ours is None and result.costs["ours", "rasa"].over_ours == 1.0
     text = ends_table(result)
-    assert "NO RATIO: the first loss of trl is 3.0020, of ours 3.0000" in text and "2.00" not in text
+    assert "NO RATIO: the first loss of trl is 3.0020, of ours 3.0000" in text and "2 (2-2)" not in text
 
 
 def test_a_missing_package_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
