@@ -1,11 +1,13 @@
-"""Counters that are the same on every machine: the bytes that an adapter moves, and the operations that it dispatches.
+"""Counters that are the same on every machine: bytes moved, bytes kept, and operations dispatched.
 
-Both are counted on the operations that torch dispatches in the forward and backward pass of one unpadded sequence.
+All are counted on the operations that torch dispatches in the forward and backward pass of one unpadded sequence.
 
 Bytes   the bytes that each operation reads and writes of its tensors (a stride of 0 is read once; views and empty
         tensors move nothing), for the model with the adapter minus the frozen base. Two lengths are run, and only the
         bytes that grow with the tokens are counted: weights are read once, however many tokens there are. All layers
         are adapted, so that RaSA's pool has its full size, and one layer is run.
+Saved   the bytes of what autograd keeps for the backward pass, each storage once, without parameters and buffers; also
+        by two lengths.
 Ops     operations other than views and empty tensors: each launches a kernel and takes Python time. Their number does
         not depend on the widths, so a model of 32 narrow layers is run.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +50,15 @@ class Count:
     """Further operations, which run once per optimizer step."""
     bytes_per_token_and_layer: float
     """Bytes that the adapter moves."""
+    base_bytes_per_token_and_layer: float
+    """Bytes that the frozen base alone moves in a layer; the same for every engine."""
+    saved_bytes_per_token_and_layer: float
+    """Bytes kept for the backward pass in a layer, those of the base included."""
+
+
+INSIDE: dict[str, Callable[..., Any]] = {}
+"""The Python functions that compute operators of the namespace ``rasa_train``, by name. Their operations are counted in
+place of the operator, which is no kernel itself."""
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,6 +69,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes, self.ops = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "rasa_train" and (inside := INSIDE.get(func.overloadpacket.__name__)):
+            with self, FusedDropout():
+                return inside(*args, **(kwargs or {}))
         result = _product(func, args, kwargs or {})
         if func.namespace in ("aten", "rasa_train") and not _moves_nothing(func):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -82,6 +96,39 @@ class FusedDropout(TorchFunctionMode):
         return torch.native_dropout(bound["input"], p, training)[0] if p and training else bound["input"]
 
 
+class Saved:
+    """Holds what autograd saves for the backward pass while it is active, except the tensors of a model.
+
+    Holding the tensors keeps their addresses from being reused, so that each storage is counted once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._kept: dict[int, Tensor] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, _as_it_is)
+
+    def __enter__(self) -> Saved:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._model:
+            self._kept[address] = tensor
+        return tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def count(config: PretrainedConfig, dropout: float, only: Collection[Label] | None = None) -> dict[Label, Count]:
     """Count all engines, or ``only`` those, and always the frozen base, on a model of this architecture.
 
@@ -100,11 +147,19 @@ def count(config: PretrainedConfig, dropout: float, only: Collection[Label] | No
     ]
     names = {engine.label for engine in chosen}
     narrow = [engine for engine in engines(NARROW["hidden_size"], dropout) if engine.label in names]
-    moved = _bytes_per_token(chosen, config)
+    grown = _per_token(chosen, config, 1)
+    base, deeper = grown[0], _per_token(chosen[:1], config, 2)[0]
+    layer = _Grown(deeper.moved - base.moved, deeper.saved - base.saved)
     ran = _run(narrow, LlamaConfig(**NARROW), LENGTHS[1], NARROW["num_hidden_layers"])
     return {
-        engine.label: Count(totals.ops, totals.packing_ops, own - moved[0])
-        for engine, totals, own in zip(chosen, ran, moved, strict=True)
+        engine.label: Count(
+            dispatched_ops=totals.ops,
+            packing_ops=totals.packing_ops,
+            bytes_per_token_and_layer=own.moved - base.moved,
+            base_bytes_per_token_and_layer=layer.moved,
+            saved_bytes_per_token_and_layer=layer.saved + own.saved - base.saved,
+        )
+        for engine, totals, own in zip(chosen, ran, grown, strict=True)
     }
 
 
@@ -119,11 +174,22 @@ NARROW = {
 """Configuration of the Llama on which operations are counted."""
 
 
-def _bytes_per_token(engines: list[Engine], config: PretrainedConfig) -> list[float]:
-    one = copy.deepcopy(config)
-    one.vocab_size, one.num_hidden_layers = 64, 1
-    less, more = (_run(engines, one, tokens, config.num_hidden_layers) for tokens in LENGTHS)
-    return [(b.bytes - a.bytes) / (LENGTHS[1] - LENGTHS[0]) for a, b in zip(less, more, strict=True)]
+class _Grown(NamedTuple):
+    """Bytes per token."""
+
+    moved: float
+    saved: float
+
+
+def _per_token(engines: list[Engine], config: PretrainedConfig, run: int) -> list[_Grown]:
+    """Return the bytes of each engine that grow with the tokens, if ``run`` of the layers are run."""
+    few = copy.deepcopy(config)
+    few.vocab_size, few.num_hidden_layers = 64, run
+    less, more = (_run(engines, few, tokens, config.num_hidden_layers) for tokens in LENGTHS)
+    between = LENGTHS[1] - LENGTHS[0]
+    return [
+        _Grown((b.bytes - a.bytes) / between, (b.saved - a.saved) / between) for a, b in zip(less, more, strict=True)
+    ]
 
 
 class _Totals(NamedTuple):
@@ -132,6 +198,8 @@ class _Totals(NamedTuple):
     packing_ops: int
     bytes: int
     """Bytes moved by the whole step."""
+    saved: int
+    """Bytes kept for the backward pass."""
 
 
 def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: int) -> list[_Totals]:
@@ -148,9 +216,10 @@ def _run(engines: list[Engine], config: PretrainedConfig, tokens: int, layers: i
         with Counter() as counter, FusedDropout(), seeded_dropout.forced():
             with packed(ran.groups):
                 before = counter.ops
-                ran.micro_batch()
+                with Saved(ran.model) as saved:
+                    ran.micro_batch()
                 ops = counter.ops - before
-            results.append(_Totals(ops, counter.ops - ops, counter.bytes))
+            results.append(_Totals(ops, counter.ops - ops, counter.bytes, saved.bytes))
     return results
 
 

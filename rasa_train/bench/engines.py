@@ -99,24 +99,25 @@ class Contender:
                     parameter.mul_(1.0)
 
 
-def engines(width: int, dropout: float) -> list[Engine]:
+def engines(width: int, dropout: float, rank: int = 8) -> list[Engine]:
     """Return all engines for a model of this width, the frozen base first.
 
-    Hyper-parameters are the paper's for mathematics at LoRA r = 8; VeRA's rank is a quarter of the model's width, as
-    the paper's 1024 is of 4096. The per-linear engine has no dropout, for which unsloth would leave its fast path.
+    Hyper-parameters are the paper's for mathematics at LoRA r = 8, and at another ``rank`` the scale is 1 too; VeRA's
+    rank is a quarter of the model's width, as the paper's 1024 is of 4096. The per-linear engine has no dropout, for
+    which unsloth would leave its fast path.
     """
-    lora = LoRA(r=8, alpha=8, dropout=dropout)
-    rasa = RaSA(r=8, k=1, alpha=8, dropout=dropout)
+    lora = LoRA(r=rank, alpha=rank, dropout=dropout)
+    rasa = RaSA(r=rank, k=1, alpha=rank, dropout=dropout)
     return [
         Engine("base", None, lambda model, method: {}),
         Engine("paper", rasa, place_paper_rasa, stock=True),
         Engine("peft", lora, _place_peft, autocast=True, stock=True, needs="peft"),
         Engine("peft-tuned", lora, _place_peft_tuned, needs="peft"),
-        Engine("per-linear", LoRA(r=8, alpha=8), place_per_linear),
+        Engine("per-linear", LoRA(r=rank, alpha=rank), place_per_linear),
         Engine("ours", lora, _place_ours),
         Engine("ours", rasa, _place_ours),
         Engine("ours", VeRA(r=min(1024, width // 4), dropout=dropout), _place_ours),
-        Engine("ours", MoRA(r=8, dropout=dropout), _place_ours),
+        Engine("ours", MoRA(r=rank, dropout=dropout), _place_ours),
     ]
 
 

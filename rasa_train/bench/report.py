@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from .engines import title
 from .run import Comparison, Counters
+
+if TYPE_CHECKING:  # it loads the whole of training
+    from .end_to_end import EndToEnd
 
 
 def table(result: Comparison) -> str:
@@ -64,6 +68,39 @@ def counters_table(result: Counters) -> str:
         for (engine, method), counted in result.counts.items()
     ]
     return "\n".join(lines)
+
+
+def ends_table(result: EndToEnd) -> str:
+    """Return the table of a comparison end to end."""
+    settings, tokens = result.settings, result.tokens
+    clock, unit, scale = ("CPU", "ms", 1e-3) if settings.device.type == "cpu" else ("wall", "us", 1.0)
+    lines = textwrap.wrap(
+        f"{settings.shape}, end to end: {settings.batch} sequences a step, {sum(tokens) / len(tokens):,.0f} tokens on "
+        f"average, {str(settings.dtype).removeprefix('torch.')}, dropout {settings.dropout}; median of "
+        f"{settings.rounds} steps (range) in {unit} per token; load {result.load:.1f}",
+        80,
+    )
+    lines += ["", f"{'':<10}{'':<6}{'CPU time':<20}{'wall time':<20}{f'{clock} time / ours':<18}{'MiB':>6}"]
+    for (side, method), cost in result.costs.items():
+        cpu = _with_range(cost.cpu_us_per_token, cost.cpu_us_range, scale)
+        wall = _with_range(cost.wall_us_per_token, cost.wall_us_range, scale)
+        ratio = _with_range(cost.over_ours, cost.over_ours_range)
+        lines.append(
+            f"{side:<10}{method or '-':<6}{cpu:<20}{wall:<20}{ratio:<18}{cost.peak_memory_bytes / 2**20:>6,.0f}"
+        )
+    lines += ["", *(f"{side} {method or ''}: {cost.settings}" for (side, method), cost in result.costs.items())]
+    first = result.costs["ours", "lora"].first_loss
+    for (side, _), cost in result.costs.items():
+        if cost.over_ours is None:
+            lines += [f"NO RATIO: the first loss of {side} is {cost.first_loss:.4f}, of ours {first:.4f}"]
+    return "\n".join(lines)
+
+
+def _with_range(value: float | None, limits: tuple[float, float] | None, scale: float = 1.0) -> str:
+    if value is None or limits is None:
+        return "-"
+    low, high = (limit * scale for limit in limits)
+    return f"{value * scale:.3g} ({low:.3g}-{high:.3g})"
 
 
 def data_table(result: Mapping[str, float]) -> str:

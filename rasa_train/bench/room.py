@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..kernels.linear_cross_entropy import CHUNK
+from .counters import Saved
 from .engines import Engine, contender
 from .workloads import language_model
 
@@ -40,18 +38,6 @@ def most_tokens(base: PreTrainedModel, engines: Sequence[Engine], own_stacks: bo
 def saved_bytes_per_token(base: PreTrainedModel, engine: Engine, own_stacks: bool) -> float:
     """Return the bytes that a forward pass keeps for the backward pass, per token."""
     ran = contender(engine, language_model(base, [LEAST_TOKENS], flat=True), own_stack=own_stacks)
-    weights = {t.untyped_storage().data_ptr() for t in (*ran.model.parameters(), *ran.model.buffers())}
-    kept: dict[int, Tensor] = {}  # by address of the storage; holding the tensor keeps the address from being reused
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = tensor
-        return tensor
-
-    def as_it_is(tensor: Any) -> Any:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, as_it_is):
+    with Saved(ran.model) as saved:
         ran.loss()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / LEAST_TOKENS
+    return saved.bytes / LEAST_TOKENS

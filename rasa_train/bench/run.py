@@ -23,7 +23,7 @@ from .engines import BASE, Choice, Contender, Engine, Label, contender, engines,
 from .room import MOST_TOKENS, most_tokens
 from .shapes import LINEARS, LinearStack, architecture, random_model
 from .timing import by_operation, interleaved, peak_in_own_process
-from .workloads import Problem, describe, language_model, lengths, linears
+from .workloads import WORKLOADS, Problem, describe, language_model, lengths, linears
 
 CPU = "cpu, one thread"
 """Name of the processor as a device."""
@@ -103,7 +103,7 @@ class Comparison:
             "kernels": "liger" if self.protocol.fused else "none",
             "rounds": self.protocol.rounds,
             "device": self.device,
-            **_date_and_versions(),
+            **date_and_versions(),
         }
 
 
@@ -112,15 +112,15 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
 
     Args:
         shape: ``linears-1024``, a name in ``SHAPES``, or a path.
-        tokens: tokens of a step for the workloads ``packed`` and ``long``. None: 1,024 on a CPU; on a GPU as many as
-            fit in memory for every engine, up to ``MOST_TOKENS``.
+        tokens: tokens of a step, except for the workload ``padded``. None: 1,024 on a CPU; on a GPU as many as fit in
+            memory for every engine, up to the workload's ``most_tokens``.
     Raises:
         UserError: there is no such shape, or the frozen base alone does not fit in memory.
     """
     with _base_fits(shape, tokens):
         base = _base(shape, protocol.dtype, device)
     width = base.width if isinstance(base, LinearStack) else base.config.hidden_size
-    chosen = protocol.choice.of(engines(width, protocol.dropout))
+    chosen = protocol.choice.of(engines(width, protocol.dropout, WORKLOADS[workload].rank))
     skipped = {e.label: f"{e.needs} is not installed" for e in chosen if e.missing}
     chosen = [e for e in chosen if not e.missing]
 
@@ -130,9 +130,9 @@ def compare(shape: str, workload: str, tokens: int | None, protocol: Protocol, d
 
     if tokens is None:
         with _base_fits(shape, tokens):
-            tokens = _tokens(base, chosen, protocol.own_stacks, device)
+            tokens = min(WORKLOADS[workload].most_tokens, _tokens(base, chosen, protocol.own_stacks, device))
     sizes = lengths(workload, tokens)
-    problem = _problem(base, sizes, padded=workload == "padded", dtype=protocol.dtype, device=device)
+    problem = _problem(base, workload, sizes, protocol.dtype, device)
     contest = Contest(problem, protocol, device)
     with _base_fits(shape, tokens):
         for engine in chosen:
@@ -232,8 +232,9 @@ def _tokens(base: nn.Module, chosen: list[Engine], own_stacks: bool, device: tor
     return most_tokens(base, chosen, own_stacks, room=free - int(MARGIN * total))
 
 
-def _date_and_versions() -> dict[str, object]:
-    optional = {package: version_of(package) for package in ("peft", "triton", "liger-kernel")}
+def date_and_versions(*more: str) -> dict[str, object]:
+    """Return the date, and the versions of the packages that a measurement depends on, ``more`` among them."""
+    optional = {package: version_of(package) for package in ("peft", "triton", "liger-kernel", *more)}
     return {"date": datetime.now(UTC).date().isoformat(), "versions": {**versions(), **optional}}
 
 
@@ -244,11 +245,12 @@ def _base(shape: str, dtype: torch.dtype, device: torch.device) -> LinearStack |
 
 
 def _problem(
-    base: LinearStack | PreTrainedModel, sizes: list[int], *, padded: bool, dtype: torch.dtype, device: torch.device
+    base: LinearStack | PreTrainedModel, workload: str, sizes: list[int], dtype: torch.dtype, device: torch.device
 ) -> Problem:
+    padded = workload == "padded"
     if isinstance(base, LinearStack):
         return linears(base, sizes, padded=padded, dtype=dtype, device=device)
-    return language_model(base, sizes, flat=not padded)
+    return language_model(base, sizes, flat=not padded, supervised=WORKLOADS[workload].supervised)
 
 
 def _ready(problem: Problem, engine: Engine, protocol: Protocol) -> Contender:
@@ -297,7 +299,7 @@ class Counters:
 
     def as_json(self) -> dict[str, object]:
         rows = [{**_names(label), **vars(counted)} for label, counted in self.counts.items()]
-        return {"rows": rows, "shape": self.shape, "dropout": self.dropout, "device": CPU, **_date_and_versions()}
+        return {"rows": rows, "shape": self.shape, "dropout": self.dropout, "device": CPU, **date_and_versions()}
 
 
 def count_all(shape: str, dropout: float, choice: Choice) -> Counters:

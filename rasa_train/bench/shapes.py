@@ -27,6 +27,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "llama-42m": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
     "llama-small": {
         "vocab_size": 8192,
         "hidden_size": 512,
@@ -36,7 +44,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
     },
 }
-"""Llama shapes by name; llama-small keeps the proportions of the 8B model and is small enough for a CPU."""
+"""Llama shapes by name; llama-small and llama-42m keep the widths' proportions of the 8B model and are small enough for
+a CPU."""
 
 
 def architecture(shape: str) -> PretrainedConfig:

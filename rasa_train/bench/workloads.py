@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,18 +18,33 @@ from ..objectives.next_token import NextToken
 from ..training.micro_batches import on_device
 from .shapes import LinearStack
 
+SUPERVISED = 0.7
+"""Share of an example, at its end, on which the loss is computed, unless the workload says otherwise."""
+
+
+class Workload(NamedTuple):
+    """The sequences of a step, and the adapters' settings that belong to them."""
+
+    description: str
+    supervised: float = SUPERVISED
+    """Share of an example, at its end, on which the loss is computed."""
+    rank: int = 8
+    dropout: float = 0.05
+    most_tokens: int = 16_384
+    """Largest number of tokens of a step on a GPU, unless the command gives a number."""
+
+
 WORKLOADS = {
-    "packed": "sequences of mean length 250 laid end to end, about 70% of their tokens supervised",
-    "long": "4 sequences, as long as the tokens allow",
-    "padded": "3 sequences of mean length 250, padded to the longest: the paper's micro-batch",
+    "packed": Workload("sequences of mean length 250 laid end to end, about 70% of their tokens supervised"),
+    "long": Workload("4 sequences, as long as the tokens allow"),
+    "2x4096": Workload("2 sequences, all tokens supervised: NeMo AutoModel's benchmark", 1.0, 16, 0.1, 8_192),
+    "padded": Workload("3 sequences of mean length 250, padded to the longest: the paper's micro-batch"),
 }
-"""Workloads by name, with their descriptions."""
+"""Workloads by name."""
 MEAN_LENGTH = 250
 """Mean number of tokens of a MetaMathQA example."""
 SPREAD = 0.45
 """Standard deviation of the logarithm of the lengths."""
-SUPERVISED = 0.7
-"""Share of an example, at its end, on which the loss is computed."""
 PAPER_MICRO_BATCH = 3
 """Number of sequences in the paper's micro-batch."""
 
@@ -53,14 +69,11 @@ class Problem:
 
 
 def lengths(workload: str, tokens: int) -> list[int]:
-    """Return the number of tokens of each sequence, the same for the same arguments on every machine. In ``packed`` and
-    ``long`` the sequences have ``tokens`` tokens together; ``padded`` always has 3 sequences of the mean length."""
-    if workload == "long":
-        return [tokens // 4] * 4
-    random = np.random.default_rng(0)
-    centre = np.log(MEAN_LENGTH) - SPREAD**2 / 2  # so that the mean is MEAN_LENGTH
-    drawn = np.exp(random.normal(centre, SPREAD, size=max(PAPER_MICRO_BATCH, tokens // 16)))
-    whole = [max(16, round(length)) for length in drawn.tolist()]
+    """Return the number of tokens of each sequence, the same for the same arguments on every machine. They have
+    ``tokens`` tokens together, except in ``padded``, which always has 3 sequences of the mean length."""
+    if equal := {"long": 4, "2x4096": 2}.get(workload):
+        return [tokens // equal] * equal
+    whole = drawn_lengths(max(PAPER_MICRO_BATCH, tokens // 16))
     if workload == "padded":
         return whole[:PAPER_MICRO_BATCH]
     result: list[int] = []
@@ -72,30 +85,38 @@ def lengths(workload: str, tokens: int) -> list[int]:
     raise AssertionError("fewer lengths than tokens / 16 were drawn")
 
 
-def examples(sizes: list[int], vocabulary: int) -> list[Example]:
-    """Return sequences of random tokens; the loss is computed on the last ``SUPERVISED`` share of each."""
+def drawn_lengths(count: int) -> list[int]:
+    """Return random lengths of mean ``MEAN_LENGTH``, at least 16, the same each time."""
+    random = np.random.default_rng(0)
+    centre = np.log(MEAN_LENGTH) - SPREAD**2 / 2  # so that the mean is MEAN_LENGTH
+    drawn = np.exp(random.normal(centre, SPREAD, size=count))
+    return [max(16, round(length)) for length in drawn.tolist()]
+
+
+def examples(sizes: list[int], vocabulary: int, supervised: float = SUPERVISED) -> list[Example]:
+    """Return sequences of random tokens; the loss is computed on the last ``supervised`` share of each."""
     random = np.random.default_rng(1)
     result = []
     for size in sizes:
         input_ids = random.integers(vocabulary, size=size, dtype=np.int32)
         labels = input_ids.copy()
-        labels[: round(size * (1 - SUPERVISED))] = IGNORE
+        labels[: round(size * (1 - supervised))] = IGNORE
         result.append(Example(input_ids, labels))
     return result
 
 
-def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool) -> Problem:
+def language_model(base: PreTrainedModel, sizes: list[int], *, flat: bool, supervised: float = SUPERVISED) -> Problem:
     """Return the training loss of a model on sequences of these sizes: end to end in one row (``flat``), or padded."""
-    made, objective = examples(sizes, base.config.vocab_size), NextToken()
+    made, objective = examples(sizes, base.config.vocab_size, supervised), NextToken()
     stock = on_device(collate(made, pad_token_id=0) or {}, base.device)
     batch = on_device(objective.tensors(made, flat=flat), base.device)
-    supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in made)
+    targets = sum(int((example.labels[1:] != IGNORE).sum()) for example in made)
 
     def loss(model: nn.Module) -> Loss:
         if flat and isinstance(model, PreTrainedModel):
             use_varlen(model)
         losses = objective.install(model)
-        return lambda: losses(model, batch) / supervised
+        return lambda: losses(model, batch) / targets
 
     def stock_loss(model: nn.Module) -> Loss:
         return lambda: model(**stock, use_cache=False).loss

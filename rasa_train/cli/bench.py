@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, Literal
 
@@ -25,26 +25,31 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Shape of the model: linears-1024, llama-small, llama-3.1-8b, a model directory or a config.json. "
-            "(default: linears-1024 on a CPU; llama-3.1-8b on a GPU and for --counters)"
+            help="Shape of the model: linears-1024, llama-small, llama-42m, llama-3.1-8b, a model directory or a "
+            "config.json. (default: linears-1024 on a CPU, llama-42m there for --peers; llama-3.1-8b on a GPU and for "
+            "--counters)"
         ),
     ] = None,
     workload: Annotated[
-        Literal["packed", "long", "padded"],
+        Literal["packed", "long", "2x4096", "padded"],
         typer.Option(
-            help="Tokens of a step. packed: sequences of mean length 250 end to end. long: 4 long sequences. padded: 3 "
-            "padded sequences, as in the paper."
+            help="Tokens of a step. packed: sequences of mean length 250 end to end. long: 4 long sequences. 2x4096: 2 "
+            "sequences of 4096 tokens, all of them supervised, with r = 16 and dropout 0.1, as in NeMo AutoModel's "
+            "benchmark. padded: 3 padded sequences, as in the paper."
         ),
     ] = "packed",
     tokens: Annotated[
         int | None,
         typer.Option(
             min=64,
-            help="Number of tokens of a step, for packed and long. (default: 1024 on a CPU; on a GPU as many as fit, "
-            "up to 16384)",
+            help="Number of tokens of a step, except for padded. (default: 1024 on a CPU; on a GPU as many as fit, up "
+            "to 16384, and 8192 for 2x4096; for --peers 2000, which are 8 sequences)",
         ),
     ] = None,
-    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout on the adapters' input.")] = 0.05,
+    dropout: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=0.9, help="Dropout on the adapters' input. (default: 0.05; 0.1 for 2x4096)"),
+    ] = None,
     engines: Annotated[
         str | None,
         typer.Option(help="Engines to run, such as ours,peft; the frozen base always runs. (default: all)"),
@@ -80,6 +85,13 @@ def bench(
     counters: Annotated[
         bool, typer.Option("--counters", help="Count bytes and operations instead, which are the same on any machine.")
     ] = False,
+    peers: Annotated[
+        Literal["trl"] | None,
+        typer.Option(
+            help="Train with rasa-train's loop and with that of a peer instead, end to end: the same rows, base and "
+            "optimizer, each in a process of its own. trl: TRL's SFTTrainer with PEFT (pip install trl peft)."
+        ),
+    ] = None,
     data: Annotated[
         bool,
         typer.Option("--data", help="Measure data preparation instead: tokenising, caching, and a second start."),
@@ -96,16 +108,20 @@ def bench(
 
     rasa-bench --workload long         # a GPU: Llama-3.1-8B with random weights
 
+    rasa-bench --peers trl             # our training and TRL's, end to end
+
     rasa-bench --counters --json
     """
     with user_errors(), _quiet():
+        if dropout is None:
+            dropout = 0.1 if workload == "2x4096" else 0.05
         if counters:
             from ..bench.engines import Choice
             from ..bench.report import counters_table
             from ..bench.run import count_all
 
             counted = count_all(shape or "llama-3.1-8b", dropout, Choice.read(engines, methods))
-            print(json.dumps(counted.as_json()) if as_json else shown(counters_table(counted)))
+            _print(counted.as_json(), as_json, lambda: counters_table(counted))
             return
         if data:
             if tokenizer is None:
@@ -115,10 +131,30 @@ def bench(
 
             with redirect_stdout(sys.stderr):  # DeepSpeed may print that there is no GPU; stdout is for the result
                 measured = measure(tokenizer, rows)
-            print(json.dumps(measured) if as_json else shown(data_table(measured)))
+            _print(measured, as_json, lambda: data_table(measured))
             return
         import torch
 
+        where = _device(device)
+        on_gpu = where.type == "cuda"
+        torch.set_num_threads(1)
+        if peers:
+            with redirect_stdout(sys.stderr):
+                from ..bench.end_to_end import Settings, compare_ends, sequences
+                from ..bench.report import ends_table
+
+                settings = Settings(
+                    shape or ("llama-3.1-8b" if on_gpu else "llama-42m"),
+                    sequences(tokens),
+                    _dtype(dtype, on_gpu),
+                    dropout,
+                    warmup,
+                    rounds,
+                    where,
+                )
+                ends = compare_ends(settings)
+            _print(ends.as_json(), as_json, lambda: ends_table(ends))
+            return
         from ..bench.engines import Choice
         from ..bench.report import table
         from ..bench.run import Protocol, compare
@@ -126,16 +162,17 @@ def bench(
         from ..models.fused import fusable
 
         choice = Choice.read(engines, methods)
-        where = _device(device)
-        on_gpu = where.type == "cuda"
-        torch.set_num_threads(1)
         protocol = Protocol(
             _dtype(dtype, on_gpu), dropout, own_stacks, choice, warmup, rounds, profile, kernels == "liger"
         )
         if protocol.fused and (why := fusable("llama")):
             raise UserError(f"--kernels liger cannot be used: {why}", key="--kernels")
         result = compare(shape or ("llama-3.1-8b" if on_gpu else LINEARS), workload, tokens, protocol, where)
-        print(json.dumps(result.as_json()) if as_json else shown(table(result)))
+        _print(result.as_json(), as_json, lambda: table(result))
+
+
+def _print(result: Mapping[str, object], as_json: bool, table: Callable[[], str]) -> None:
+    print(json.dumps(result) if as_json else shown(table()))
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from rasa_train.bench import data, peers, run
 from rasa_train.bench.engines import Choice, Contender, Engine, engines
 from rasa_train.bench.report import table
 from rasa_train.bench.room import most_tokens, saved_bytes_per_token
-from rasa_train.bench.shapes import random_model
+from rasa_train.bench.shapes import random_model, shared_copy
 from rasa_train.bench.timing import interleaved, peak_in_own_process
-from rasa_train.bench.workloads import Problem, examples, lengths
+from rasa_train.bench.workloads import WORKLOADS, Problem, examples, lengths
 from tests.conftest import Cli
 
 ROW = {"engine", "method", "seconds_per_step", "over_base", "tokens_per_second", "peak_memory_bytes"}
@@ -71,6 +71,8 @@ def test_json_of_the_counters(cli: Cli, tiny_llama: Path) -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [row["engine"] for row in rows] == ["base", "per-linear"]
     assert rows[0]["bytes_per_token_and_layer"] == 0 < rows[1]["bytes_per_token_and_layer"]
+    assert 0 < rows[0]["saved_bytes_per_token_and_layer"] < rows[1]["saved_bytes_per_token_and_layer"]
+    assert 0 < rows[0]["base_bytes_per_token_and_layer"] == rows[1]["base_bytes_per_token_and_layer"]
     assert 0 < rows[0]["dispatched_ops"] < rows[1]["dispatched_ops"]
 
 
@@ -172,6 +174,25 @@ def test_lengths_are_fixed_and_add_up() -> None:
     made = examples(packed, 1000)
     share = np.mean(np.concatenate([example.labels for example in made]) != -100)
     assert share == pytest.approx(0.7, abs=0.01)
+
+
+def test_automodels_benchmark() -> None:
+    """Two sequences, all of whose tokens are supervised except the first, which nothing predicts; rank 16."""
+    workload = WORKLOADS["2x4096"]
+    assert lengths("2x4096", workload.most_tokens) == [4096, 4096]
+    base = random_model(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    problem = run._problem(base, "2x4096", [6, 6], torch.float32, torch.device("cpu"))
+    made = examples([6, 6], 64, workload.supervised)
+    assert all((example.labels == example.input_ids).all() for example in made)
+    ids = torch.from_numpy(np.stack([example.input_ids for example in made])).long()
+    expected = base(ids, labels=ids).loss
+    assert float(problem.loss(shared_copy(base))()) == pytest.approx(float(expected), rel=1e-5)
+    ranks = {e.method.r for e in engines(64, workload.dropout, workload.rank) if e.method and e.method.method == "lora"}
+    assert ranks == {16} and workload.dropout == 0.1
 
 
 def test_engines_take_turns() -> None:

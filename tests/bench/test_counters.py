@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from rasa_train.bench.counters import Count, Counter, FusedDropout, count
+from rasa_train.bench import counters
+from rasa_train.bench.counters import Count, Counter, FusedDropout, Saved, count
 from rasa_train.bench.engines import Label
 from rasa_train.bench.shapes import architecture
 from rasa_train.errors import UserError
@@ -71,6 +73,57 @@ def test_peft_is_counted_as_by_hand(plain: dict[Label, Count]) -> None:
     inputs, outputs = 38_912, 43_008
     expected = 2 * (6 * inputs + 10 * outputs)
     assert plain["peft-tuned", "lora"].bytes_per_token_and_layer == pytest.approx(expected, rel=0.01)
+
+
+def test_the_base_is_counted_as_by_hand(plain: dict[Label, Count]) -> None:
+    """Bytes that a layer of the base keeps for a token, in the dtypes of transformers' Llama. Frozen products keep
+    nothing. Two norms keep x in fp32 and the inverse root; attention keeps q, k, v, its result and a sum for each of 32
+    heads; SwiGLU keeps the gate, its SiLU and up. The products read and write 81,920 of the elements that the layer
+    moves, forward and again backward."""
+    width, kv, hidden, heads = 4096, 1024, 14_336, 32
+    kept = 2 * (4 * width + 4) + 2 * (2 * width + 2 * kv) + 4 * heads + 2 * 3 * hidden
+    base = plain["base", None]
+    assert base.saved_bytes_per_token_and_layer == kept
+    assert base.base_bytes_per_token_and_layer > 2 * 2 * 81_920
+    assert {c.base_bytes_per_token_and_layer for c in plain.values()} == {base.base_bytes_per_token_and_layer}
+
+
+def test_an_adapter_keeps_its_groups_inputs(plain: dict[Label, Count], dropped: dict[Label, Count]) -> None:
+    """Without dropout LoRA keeps the inputs of q, k, v and of o, of gate and up, and of down, which are not kept by the
+    base (o's is: it is the result of attention), in bf16, and z, with ranks padded to 8 a linear. A mask made from a
+    seed is not kept, so dropout changes nothing; PEFT keeps x A^T in the place of z."""
+    base = plain["base", None].saved_bytes_per_token_and_layer
+    own = plain["ours", "lora"].saved_bytes_per_token_and_layer - base
+    assert own == 2 * (2 * 4096 + 14_336) + 2 * 7 * 8
+    assert dropped["ours", "lora"].saved_bytes_per_token_and_layer - base == own
+    assert plain["peft-tuned", "lora"].saved_bytes_per_token_and_layer - base == own
+
+
+def test_a_storage_is_kept_once_and_weights_are_not() -> None:
+    model = nn.Linear(4, 3)
+    x = torch.ones(5, 4, requires_grad=True)
+    with Saved(model) as saved:
+        (model(x).exp() * x[:, :3]).sum()
+    assert saved.bytes == 4 * (5 * 4 + 5 * 3)  # x twice, as an input and by a view; the exponential twice
+
+
+def test_an_operator_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operator of torch's registry does inside is counted, and its dropout is one operation there too."""
+    library = torch.library.Library("rasa_train", "FRAGMENT")
+    library.define("tested(Tensor x) -> Tensor")
+
+    def tested(x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.5) + x
+
+    library.impl("tested", tested, "CPU")
+    x = torch.ones(10)
+    with Counter() as whole:
+        torch.ops.rasa_train.tested(x)
+    monkeypatch.setitem(counters.INSIDE, "tested", tested)
+    with Counter() as counter:
+        torch.ops.rasa_train.tested(x)
+    assert whole.ops == 1 and whole.bytes == 2 * 40
+    assert counter.ops == 2 and counter.bytes == (40 + 40 + 10) + 3 * 40
 
 
 def test_a_product_by_hand() -> None:
