@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from ..adapters.shared_input import packed
 from ..errors import UserError
 from ..kernels import seeded_dropout
 from ..kernels.dropout import dropout, fused
+from ..kernels.operators import INSIDE
 from .engines import Engine, Label, contender, engines
 from .shapes import random_model, shared_copy
 from .workloads import language_model
@@ -56,11 +57,6 @@ class Count:
     """Bytes kept for the backward pass in a layer, those of the base included."""
 
 
-INSIDE: dict[str, Callable[..., Any]] = {}
-"""The Python functions that compute operators of the namespace ``rasa_train``, by name. Their operations are counted in
-place of the operator, which is no kernel itself."""
-
-
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations and bytes while it is active. Matrix products are not computed: no count depends on values."""
 
@@ -69,6 +65,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes, self.ops = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The operations inside an operator that is no kernel itself are counted in its place.
         if func.namespace == "rasa_train" and (inside := INSIDE.get(func.overloadpacket.__name__)):
             with self, FusedDropout():
                 return inside(*args, **(kwargs or {}))
