@@ -28,7 +28,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from ..adapters.block_adapter import BlockAdapter
-from ..adapters.contract import Adapter, Built, Method, PeftConfig, linear, zeros
+from ..adapters.contract import Adapter, Built, Counts, Method, PeftConfig, linear, zeros
 from ..adapters.site import Site
 from ..errors import UserError
 from ..kernels.block_diagonal import tile
@@ -86,12 +86,14 @@ class MoRA(Method):
 class SharingAdapter(Adapter):
     """The adapter of types 1 to 4."""
 
+    takes_rows = True
+
     def __init__(self, site: Site, method: MoRA) -> None:
         super().__init__(site, method)
         self.strided, self.tiled, self.q = method.type in (1, 4), method.type in (1, 3), method.side(site)
         self.M = zeros(*site.lead, self.q, self.q)
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         z = _fold(x, self.q) if self.strided else _group(x, self.q)
         expand = tile if self.tiled else _repeat
         return expand(linear(z, self.M.to(x.dtype), counts), self.site.out_features)
