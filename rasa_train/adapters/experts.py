@@ -61,7 +61,7 @@ class AdaptedExperts(nn.Module):
         expert, order = top_k_index.t().flatten().sort(stable=True)
         token, rows = order % tokens, Rows.sorted(expert, self.num_experts)
         # The rows of each token, in the order of its experts, in which the terms of its sum are added.
-        places = token.argsort(stable=True).view(tokens, -1).t()
+        places = token.argsort(stable=True).view(tokens, top_k_index.shape[-1]).t()
         x = spread(hidden_states, token, places)
         gate_up = linear(x, self.gate_up_proj, rows)
         half = self.intermediate_dim

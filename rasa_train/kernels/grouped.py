@@ -149,8 +149,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """Return torch's grouped product, which torch 2.13 can compile in bf16 only. In another dtype a compiled graph calls
-    it as an operation of this package."""
+    """Return torch's grouped product, which torch 2.13 can compile in bf16 only. In another dtype a compiled graph
+    calls it as an operation of this package."""
     if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
         product: Tensor = torch.ops.rasa_train.grouped_mm(a, b, ends)
         return product

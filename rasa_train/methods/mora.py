@@ -139,13 +139,16 @@ class RotatingAdapter(BlockAdapter):
 
 def _fold(x: Tensor, q: int) -> Tensor:
     """Sum the features i, q + i, 2q + i, ... for each i < q."""
-    n = math.ceil(x.shape[-1] / q)
+    n = -(-x.shape[-1] // q)
     return tile(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
 
 
 def _group(x: Tensor, q: int) -> Tensor:
     """Sum each of q groups of consecutive features."""
-    length, longer = divmod(x.shape[-1], q)  # length of the shorter groups, number of groups with one feature more
+    length, longer = (
+        x.shape[-1] // q,
+        x.shape[-1] % q,
+    )  # length of the shorter groups, number of groups with one feature more
     cut = longer * (length + 1)
     lead = x.shape[:-1]
     first = x[..., :cut].reshape(*lead, longer, length + 1)
@@ -155,7 +158,7 @@ def _group(x: Tensor, q: int) -> Tensor:
 
 def _repeat(z: Tensor, size: int) -> Tensor:
     """Repeat every feature as often as its group is long."""
-    length, longer = divmod(size, z.shape[-1])
+    length, longer = size // z.shape[-1], size % z.shape[-1]
     parts = (z[..., :longer].repeat_interleave(length + 1, -1), z[..., longer:].repeat_interleave(length, -1))
     return torch.cat(parts, -1)
 
