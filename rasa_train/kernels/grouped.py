@@ -1,7 +1,8 @@
 """Products whose weight differs by row: rows sorted by expert, each multiplied by the weight of its expert.
 
 Nothing in this module makes the host wait for the device, in the forward or the backward pass, except ``Rows.counts``;
-and everything else can be compiled without a break of the graph.
+and everything else can be compiled without a break of the graph. Torch's grouped product itself waits where it has no
+kernel: on a GPU, torch 2.13 has one for bf16 and the compute capabilities 9 and 10.
 """
 
 from __future__ import annotations
