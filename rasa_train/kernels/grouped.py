@@ -162,12 +162,12 @@ def _computed(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(a, b, offs=ends)
 
 
-_ops = torch.library.Library("rasa_train", "FRAGMENT")  # type: ignore[no-untyped-call]
-_ops.define("grouped_mm(Tensor a, Tensor b, Tensor ends) -> Tensor")  # type: ignore[no-untyped-call]
-_ops.impl("grouped_mm", _computed, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-@torch.library.register_fake("rasa_train::grouped_mm", lib=_ops)
 def _shape(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     lead = (len(ends),) if b.dim() == 2 else ()
     return a.new_empty(*lead, a.shape[0], b.shape[-1])
+
+
+_ops = torch.library.Library("rasa_train", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ops.define("grouped_mm(Tensor a, Tensor b, Tensor ends) -> Tensor")  # type: ignore[no-untyped-call]
+_ops.impl("grouped_mm", _computed, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("rasa_train::grouped_mm", _shape, lib=_ops)
