@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 
 from ..kernels.block_diagonal import tile
-from .contract import Adapter
+from .contract import Adapter, Counts, linear
 
 
 class BlockAdapter(Adapter):
     """An adapter whose dW is block diagonal. A subclass defines the blocks; everything else follows from them."""
 
+    takes_rows = True
+
     @abstractmethod
     def blocks(self) -> Tensor:
         """Return the blocks T (*lead, n, q, q), fp32, differentiable with respect to the trained parameters."""
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         T = self.blocks().to(x.dtype)
+        n, q = T.shape[-3:-1]
+        parts = tile(x, n * q).reshape(-1, n, q)
         if counts is None:
-            return self._update(x, T)
-        parts = zip(torch.split(x, counts), T.unbind(), strict=True)
-        return torch.cat([self._update(rows, own) for rows, own in parts])
+            z = torch.bmm(parts.transpose(0, 1), T.mT).transpose(0, 1)
+        else:
+            z = torch.stack([linear(parts[:, g], T[:, g], counts) for g in range(n)], 1)
+        return tile(z.reshape(*x.shape[:-1], n * q), self.site.out_features)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         T, (out, in_) = self.blocks().float(), self.site.shape
@@ -37,9 +42,3 @@ class BlockAdapter(Adapter):
     @property
     def effective_rank(self) -> int:
         return min(self.site.shape)
-
-    def _update(self, x: Tensor, T: Tensor) -> Tensor:
-        n, q = T.shape[:2]
-        parts = tile(x, n * q).reshape(-1, n, q).transpose(0, 1)
-        z = torch.bmm(parts, T.mT).transpose(0, 1).reshape(*x.shape[:-1], n * q)
-        return tile(z, self.site.out_features)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from typing import ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
@@ -20,8 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..kernels.dropout import dropped
+from ..kernels.grouped import Rows, grouped_linear
 from ..kernels.low_rank import ALIGNMENT, Factors
 from .site import Site
+
+Counts = Rows | list[int]
+"""The number of rows of each expert."""
 
 
 class Adapter(nn.Module, ABC):
@@ -34,17 +37,22 @@ class Adapter(nn.Module, ABC):
         self.compute_dtype = torch.float32 if method.compute == "float32" else None
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         """Return dW x.
 
         Args:
             x: input of the linear (..., in_features), after ``drop``.
             weight: the frozen W (*lead, out_features, in_features) of this site.
             counts: for a site with ``num_experts``, the number of rows of x (tokens, in_features) that belong to each
-                expert: the rows of expert 0 come first, then the rows of expert 1, ...
+                expert: the rows of expert 0 come first, then the rows of expert 1, ... A list, or ``Rows`` if
+                ``takes_rows``.
         Returns:
             dW x (..., out_features) in the dtype of ``x``.
         """
+
+    takes_rows: ClassVar[bool] = False
+    """Whether ``forward`` and ``watch`` take ``Rows`` for ``counts``, whose numbers are on the device. For other
+    adapters, which get a list, the host waits for the device once in each layer with experts."""
 
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Tensor:
@@ -88,23 +96,22 @@ class Adapter(nn.Module, ABC):
     watches: ClassVar[bool] = False
     """Whether ``watch`` is called in training with each input of the linear, before dropout."""
 
-    def watch(self, x: Tensor, counts: list[int] | None = None) -> None:
+    def watch(self, x: Tensor, counts: Counts | None = None) -> None:
         """Collect from x the statistics that the method's rule needs; the arguments are as in ``forward``."""
 
 
 class FactorAdapter(Adapter):
     """An adapter with dW = diag(b) B diag(d) A. A subclass defines the factors; everything else follows from them."""
 
+    takes_rows = True
+
     @abstractmethod
     def factors(self) -> Factors:
         """Return the factors in fp32, differentiable with respect to the trained parameters."""
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         factors = self.factors()
-        A, Bd = factors.A.to(x.dtype), factors.Bd.to(x.dtype)
-        if counts is not None and (rest := -A.shape[-2] % ALIGNMENT):
-            A, Bd = F.pad(A, (0, 0, 0, rest)), F.pad(Bd, (0, rest))
-        return linear(linear(x, A, counts), Bd, counts)
+        return low_rank(x, factors.A, factors.Bd, counts)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         factors = self.factors()
@@ -266,18 +273,23 @@ class Method(BaseModel, ABC):
         return dict(tensors)
 
 
-def linear(x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
     """Return W x; with ``counts`` (see ``Adapter.forward``) each expert's rows of x are multiplied by that expert's
     weight in ``weight`` (E, out, in)."""
     if counts is None:
         return F.linear(x, weight)
-    widths = (x.shape[-1] * x.element_size(), weight.shape[-2] * weight.element_size())
-    if not any(width % 16 for width in widths) and len(x) and not torch.is_autocast_enabled(x.device.type):
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(x.device, non_blocking=True)
-        # One kernel for all experts; it needs rows of a multiple of 16 bytes.
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    parts = zip(torch.split(x, counts), weight.unbind(), strict=True)
-    return torch.cat([F.linear(rows, W) for rows, W in parts])
+    if torch.is_autocast_enabled(x.device.type):  # the grouped product is none of the operations that it casts
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return grouped_linear(x, weight, Rows.of(counts, x.device).ends)
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, counts: Counts | None = None) -> Tensor:
+    """Return B A x, computed in the dtype of x, given A (*lead, r, in) and B (*lead, out, r)."""
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    if counts is not None and (rest := -A.shape[-2] % ALIGNMENT):  # of two weights, which is less than of A x
+        A, B = F.pad(A, (0, 0, 0, rest)), F.pad(B, (0, rest))
+    return linear(linear(x, A, counts), B, counts)
 
 
 def kaiming_uniform(*shape: int) -> nn.Parameter:

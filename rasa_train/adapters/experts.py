@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.grouped import Rows, collect, spread
 from .contract import Adapter, linear
 from .site import Site
 
@@ -58,40 +59,39 @@ class AdaptedExperts(nn.Module):
         tokens = len(hidden_states)
         # Sorted by expert: the tokens of one expert are consecutive rows, and each adapter is called once.
         expert, order = top_k_index.t().flatten().sort(stable=True)
-        token, counts = order % tokens, torch.bincount(expert, minlength=self.num_experts).tolist()
-        x = hidden_states[token]
-        gate_up = linear(x, self.gate_up_proj, counts)
+        token, rows = order % tokens, Rows.sorted(expert, self.num_experts)
+        # The rows of each token, in the order of its experts, in which the terms of its sum are added.
+        places = token.argsort(stable=True).view(tokens, top_k_index.shape[-1]).t()
+        x = spread(hidden_states, token, places)
+        gate_up = linear(x, self.gate_up_proj, rows)
         half = self.intermediate_dim
-        dropped = self._watched(("gate_proj", "up_proj"), x, counts)
-        gate = self._update("gate_proj", dropped, self.gate_up_proj[:, :half], counts)
-        up = self._update("up_proj", dropped, self.gate_up_proj[:, half:], counts)
+        dropped = self._watched(("gate_proj", "up_proj"), x, rows)
+        gate = self._update("gate_proj", dropped, self.gate_up_proj[:, :half], rows)
+        up = self._update("up_proj", dropped, self.gate_up_proj[:, half:], rows)
         if gate is not None or up is not None:
             halves = torch.split(gate_up, half, -1)
             gate_up = torch.cat([h if u is None else h + u for h, u in zip(halves, (gate, up), strict=True)], -1)
         y = self.gate(gate_up)
-        down = self._update("down_proj", self._watched(("down_proj",), y, counts), self.down_proj, counts)
-        y = linear(y, self.down_proj, counts)
-        y = (y if down is None else y + down) * top_k_weights.t().flatten()[order].unsqueeze(-1)
-        result = torch.zeros_like(hidden_states)
-        # One expert after another, so that the terms of a token are always added in the same order.
-        parts = torch.split(y.to(result.dtype), counts)
-        for where, part in zip(torch.split(token, counts), parts, strict=True):
-            result.index_add_(0, where, part)
-        return result
+        down = self._update("down_proj", self._watched(("down_proj",), y, rows), self.down_proj, rows)
+        y = linear(y, self.down_proj, rows)
+        y = y if down is None else y + down
+        y = y * top_k_weights.t().flatten().index_select(0, order).unsqueeze(-1)
+        return collect(y.to(hidden_states.dtype), token, places)
 
-    def _watched(self, names: Sequence[str], x: Tensor, counts: list[int]) -> Tensor:
+    def _watched(self, names: Sequence[str], x: Tensor, rows: Rows) -> Tensor:
         """Show the input to the adapters of these linears, and return it after dropout, with one mask for all."""
         found = (self.adapter[name] for name in names if name in self.adapter)
         own = [adapter for adapter in found if isinstance(adapter, Adapter)]
         for adapter in own:
             if adapter.watches and adapter.training:
-                adapter.watch(x, counts)
+                adapter.watch(x, rows if adapter.takes_rows else rows.counts)
         return own[0].drop(x) if own else x
 
-    def _update(self, name: str, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor | None:
+    def _update(self, name: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor | None:
         if name not in self.adapter:
             return None
-        update: Tensor = self.adapter[name](x, weight, counts)
+        adapter = self.adapter[name]
+        update: Tensor = adapter(x, weight, rows if adapter.takes_rows else rows.counts)
         return update.to(weight.dtype)
 
 

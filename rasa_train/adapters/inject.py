@@ -37,7 +37,7 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     built = method.build(sites)
     for site in sites:
         if site.path in built.adapters:
-            _place(model, site, built.adapters[site.path])
+            place(model, site, built.adapters[site.path])
     _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
@@ -83,7 +83,8 @@ def narrow_base(model: nn.Module, base: Base, device: torch.device) -> float:
     return math.sqrt(error2 / norm2)
 
 
-def _place(model: nn.Module, site: Site, adapter: Adapter) -> None:
+def place(model: nn.Module, site: Site, adapter: Adapter) -> None:
+    """Put one adapter into ``model``, on the device of the weight that it belongs to."""
     parameter = model.get_parameter(site.weight)
     adapter.to(parameter.device)
     if adapter.needs_weight and not parameter.is_meta:

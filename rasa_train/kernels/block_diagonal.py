@@ -25,7 +25,7 @@ from .quantized_weight import Narrow, add_gradient, products
 
 def tile(z: Tensor, size: int) -> Tensor:
     """Return the first ``size`` features of z, where its first feature follows the last one again."""
-    times, rest = divmod(size, z.shape[-1])
+    times, rest = size // z.shape[-1], size % z.shape[-1]  # a compiled graph may hold sizes that divmod refuses
     parts = [z] * times + ([z[..., :rest]] if rest else [])
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

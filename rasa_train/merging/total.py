@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters.contract import Adapter, FactorAdapter, Method
+from ..adapters.contract import Adapter, Counts, FactorAdapter, Method
 from ..adapters.site import Site
 from ..errors import UserError
 from ..kernels.low_rank import Factors
@@ -66,7 +66,7 @@ class DeltaSum(Adapter):
         self.terms = terms
         self.needs_weight = any(a.needs_weight for a, _ in terms)  # type: ignore[misc]
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         outputs = [w * a(x, weight, counts) for a, w in self.terms]
         return torch.stack(outputs).sum(0)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.contract import Adapter
 from ..adapters.experts import is_fused
-from ..adapters.inject import adapt
+from ..adapters.inject import adapt, place
 from ..adapters.saved import load_tensors, read_adapter
 from ..data.encode import prompt_text
 from ..errors import UserError
@@ -73,7 +71,7 @@ def verify(
         template: template of the prompts; give the recipe's.
         exact: whether the merge has rounded nothing, so that the models must not differ.
     Raises:
-        UserError: the models differ although nothing was rounded, or the adapters are a sum with fused experts.
+        UserError: the models differ although nothing was rounded.
     """
     source = open_source(adapter, base, weights=True)
     batches, template = _prompts(source, template)
@@ -122,27 +120,17 @@ def _load(directory: Path) -> nn.Module:
 
 
 def _adapted(source: Source, adapter: Adapters) -> nn.Module:
-    """Return the base with the adapter attached: as in training, or with hooks for a sum, which no recipe trains."""
+    """Return the base with the adapter attached: as in training, or by hand for a sum, which no recipe trains."""
     model = _load(source.directory)
-    if len(source.origins) == 1 and isinstance(adapter, str | Path):
-        saved = read_adapter(find_adapter(Path(adapter)))
+    given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
+    if len(given) == 1 and given[0][1] == 1:
+        saved = read_adapter(find_adapter(Path(given[0][0])))
         model, _ = adapt(model, saved.method)
         load_tensors(model, saved.tensors, origin=str(saved.directory))
         return model
     for site in source.sites:
-        if site.num_experts is not None:
-            raise UserError(f"--verify does not support a sum of adapters of fused experts ({site.path})")
-        linear, weight = model.get_submodule(site.path), site.view(model.get_parameter(site.weight))
-        linear.register_forward_hook(_adding(source.adapters[site.path], weight))
+        place(model, site, source.adapters[site.path])
     return model
-
-
-def _adding(adapter: Adapter, weight: Any) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        total: Tensor = output + adapter(inputs[0], weight)
-        return total
-
-    return hook
 
 
 @torch.no_grad()

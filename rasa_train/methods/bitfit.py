@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters.contract import Adapter, Built, Method, zeros
+from ..adapters.contract import Adapter, Built, Counts, Method, zeros
 from ..adapters.site import Site
 from ..errors import UserError
 
@@ -52,7 +52,7 @@ class AddedBias(Adapter):
         super().__init__(site, method)
         self.added_bias = zeros(site.out_features)
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         return self.added_bias.to(x.dtype).expand(*x.shape[:-1], -1)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:

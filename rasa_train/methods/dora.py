@@ -16,8 +16,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ..adapters.contract import Adapter, Built, Method, PeftConfig, kaiming_uniform, linear, zeros
+from ..adapters.contract import Adapter, Built, Counts, Method, PeftConfig, kaiming_uniform, linear, low_rank, zeros
 from ..adapters.site import Site
+from ..kernels.grouped import Rows
 
 
 class DoRA(Method):
@@ -54,6 +55,7 @@ class DoRA(Method):
 
 class DoRAAdapter(Adapter):
     needs_weight = True
+    takes_rows = True
 
     def __init__(self, site: Site, method: DoRA) -> None:
         super().__init__(site, method)
@@ -67,15 +69,13 @@ class DoRAAdapter(Adapter):
         # B is 0 here. The same function as in forward computes the norms, so that m / |V| is exactly 1.
         self.m.copy_(_row_norms(weight, self.B, self.A, self.scale))
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         g = self.m / _row_norms(weight, self.B, self.A, self.scale)
-        dtype = x.dtype
         more = g - 1.0
         if counts is not None:  # for each row of x, the g of its expert
-            more = more.repeat_interleave(torch.tensor(counts, device=g.device), 0)
-        of_base = more.to(dtype) * linear(x, weight.to(dtype), counts)
-        Bg = (self.B * (g * self.scale).unsqueeze(-1)).to(dtype)
-        return of_base + linear(linear(x, self.A.to(dtype), counts), Bg, counts)
+            more = more.index_select(0, Rows.of(counts, x.device).expert)
+        of_base = more.to(x.dtype) * linear(x, weight.to(x.dtype), counts)
+        return of_base + low_rank(x, self.A, self.B * (g * self.scale).unsqueeze(-1), counts)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:

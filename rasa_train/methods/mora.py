@@ -28,7 +28,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from ..adapters.block_adapter import BlockAdapter
-from ..adapters.contract import Adapter, Built, Method, PeftConfig, linear, zeros
+from ..adapters.contract import Adapter, Built, Counts, Method, PeftConfig, linear, zeros
 from ..adapters.site import Site
 from ..errors import UserError
 from ..kernels.block_diagonal import tile
@@ -86,12 +86,14 @@ class MoRA(Method):
 class SharingAdapter(Adapter):
     """The adapter of types 1 to 4."""
 
+    takes_rows = True
+
     def __init__(self, site: Site, method: MoRA) -> None:
         super().__init__(site, method)
         self.strided, self.tiled, self.q = method.type in (1, 4), method.type in (1, 3), method.side(site)
         self.M = zeros(*site.lead, self.q, self.q)
 
-    def forward(self, x: Tensor, weight: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
         z = _fold(x, self.q) if self.strided else _group(x, self.q)
         expand = tile if self.tiled else _repeat
         return expand(linear(z, self.M.to(x.dtype), counts), self.site.out_features)
@@ -137,13 +139,16 @@ class RotatingAdapter(BlockAdapter):
 
 def _fold(x: Tensor, q: int) -> Tensor:
     """Sum the features i, q + i, 2q + i, ... for each i < q."""
-    n = math.ceil(x.shape[-1] / q)
+    n = -(-x.shape[-1] // q)
     return tile(x, n * q).reshape(*x.shape[:-1], n, q).sum(-2)
 
 
 def _group(x: Tensor, q: int) -> Tensor:
     """Sum each of q groups of consecutive features."""
-    length, longer = divmod(x.shape[-1], q)  # length of the shorter groups, number of groups with one feature more
+    length, longer = (
+        x.shape[-1] // q,
+        x.shape[-1] % q,
+    )  # length of the shorter groups, number of groups with one feature more
     cut = longer * (length + 1)
     lead = x.shape[:-1]
     first = x[..., :cut].reshape(*lead, longer, length + 1)
@@ -153,7 +158,7 @@ def _group(x: Tensor, q: int) -> Tensor:
 
 def _repeat(z: Tensor, size: int) -> Tensor:
     """Repeat every feature as often as its group is long."""
-    length, longer = divmod(size, z.shape[-1])
+    length, longer = size // z.shape[-1], size % z.shape[-1]
     parts = (z[..., :longer].repeat_interleave(length + 1, -1), z[..., longer:].repeat_interleave(length, -1))
     return torch.cat(parts, -1)
 

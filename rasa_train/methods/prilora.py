@@ -15,11 +15,13 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, distributed
 
-from ..adapters.contract import Adapter, Built, FactorAdapter, Method, kaiming_uniform, zeros
+from ..adapters.contract import Adapter, Built, Counts, FactorAdapter, Method, kaiming_uniform, zeros
 from ..adapters.site import Site
+from ..kernels.grouped import Rows
 from ..kernels.low_rank import Factors
 
 
@@ -84,16 +86,18 @@ class PriLoRAAdapter(FactorAdapter):
         return Factors(self.B, self.A.new_full(self.A.shape[:-1], self.scale), self.A)
 
     @torch.no_grad()
-    def watch(self, x: Tensor, counts: list[int] | None = None) -> None:
+    def watch(self, x: Tensor, counts: Counts | None = None) -> None:
         """Add the squares of the features of x (..., in_features), padding included. Under activation checkpointing
         this runs twice, which is harmless: all norms of a site grow by the same factor, and only entries of one row are
         compared."""
         if self.squares is None:
             self.squares = torch.zeros_like(self.norms)
         wide = torch.promote_types(x.dtype, torch.float32)
-        parts = [(self.squares, x)] if counts is None else zip(self.squares, torch.split(x, counts), strict=True)
-        for place, rows in parts:
-            place += torch.linalg.vector_norm(rows, dim=tuple(range(x.dim() - 1)), dtype=wide).square()
+        if counts is None:
+            self.squares += torch.linalg.vector_norm(x, dim=tuple(range(x.dim() - 1)), dtype=wide).square()
+        else:  # without atomics, so that the same entries are pruned in each run
+            starts = F.pad(Rows.of(counts, x.device).ends, (1, 0)).long()
+            self.squares += torch.segment_reduce(x.to(wide).square(), "sum", offsets=starts, unsafe=True)
 
     def take_squares(self) -> Tensor:
         """Return the sums of squares (*lead, in_features) since the last call, and reset them."""

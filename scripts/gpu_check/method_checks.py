@@ -24,7 +24,7 @@ from rasa_train.bench.workloads import Problem, language_model
 from rasa_train.methods.rasa import RaSA
 from rasa_train.training.offload import offloaded
 
-from .measure import BF16, DEVICE, Check, Values, error, hold, rounded
+from .measure import BF16, DEVICE, ON_GPU, Check, Values, error, hold, rounded
 
 METHOD_FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 8},
@@ -164,9 +164,18 @@ def layer_of_experts(model: nn.Module, config: MixtralConfig) -> dict[str, Tenso
     weights, routes = (t.to(DEVICE) for t in chances.topk(2))
     dtype = module.down_proj.dtype
     x = x.to(dtype).requires_grad_()
-    y = module(x, routes, weights.to(BF16).to(dtype))
+    weights, dy = weights.to(BF16).to(dtype), dy.to(dtype)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(y, [x, *trained.values()], dy.to(dtype))
+    # Torch's own grouped product waits for any other dtype or GPU.
+    strict = ON_GPU and dtype == BF16 and torch.cuda.get_device_capability()[0] in (9, 10)
+    try:
+        if strict:  # from here on, an operation fails that makes the host wait for the GPU
+            torch.cuda.set_sync_debug_mode("error")
+        y = module(x, routes, weights)
+        gradients = torch.autograd.grad(y, [x, *trained.values()], dy)
+    finally:
+        if strict:
+            torch.cuda.set_sync_debug_mode("default")
     return {"y": y.detach(), **dict(zip(("dx", *trained), gradients, strict=True))}
 
 

@@ -55,6 +55,26 @@ def test_ranks_add_up_in_an_export(tmp_path):
     assert proof.logits < 1e-5 < 1e-2 < proof.adapter_logits
 
 
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_a_sum_of_one_is_verified(tmp_path, method):
+    save_adapter(tmp_path / "one", save_base(tmp_path / "base"), method)
+    given = [(tmp_path / "one", 1.0)]
+    merge(given, tmp_path / "out")
+    proof = verify(given, tmp_path / "out", exact=True)
+    assert proof.logits < 1e-5 < 1e-2 < proof.adapter_logits
+
+
+@pytest.mark.parametrize("methods", [("rasa", "lora"), ("lora", "dora")], ids="+".join)
+def test_a_sum_in_fused_experts_is_verified(tmp_path, methods):
+    base = save_base(tmp_path / "base", "mixtral")
+    for method in methods:
+        save_adapter(tmp_path / method, base, method)
+    given = [(tmp_path / methods[0], 0.7), (tmp_path / methods[1], -0.3)]
+    merge(given, tmp_path / "out")
+    proof = verify(given, tmp_path / "out", exact=True)
+    assert proof.experts and proof.logits < 1e-4 < 1e-2 < proof.adapter_logits
+
+
 def test_adapters_of_two_bases(tmp_path):
     base = save_base(tmp_path / "base")
     for name in ("a", "b"):
