@@ -68,7 +68,7 @@ class Runs:
         self.path = path / f"{model.name}-{method}-{optimizer}"
         self.name = self.path.name
         deep = model.name.startswith("deep")  # 32 layers amplify the rounding of large steps
-        # AdamW's step does not depend on the size of a gradient: at a rate of 1e-2 rounding alone moved one entry by 2e-5.
+        # The size of a gradient does not limit a step of AdamW: at 1e-2, rounding alone moved one entry by 2e-5.
         rate = {"lionw": 1e-3, "adamw": 4e-3}[optimizer] / (8 if method == "full" else 4 if deep else 1)
         ranks = {"r": 8} if deep and "r" in METHODS[method] else {}
         self.recipe: Case = {
