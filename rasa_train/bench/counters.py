@@ -58,19 +58,26 @@ class Count:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations and bytes while it is active. Matrix products are not computed: no count depends on values."""
+    """Counts operations and bytes while it is active. Matrix products are not computed: no count depends on values.
 
-    def __init__(self) -> None:
+    Args:
+        only_inside: count only what is inside operators of this package.
+    """
+
+    def __init__(self, *, only_inside: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes, self.ops = 0, 0
+        self.bytes, self.ops, self._counts = 0, 0, not only_inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The operations inside an operator that is no kernel itself are counted in its place.
         if func.namespace == "rasa_train" and (inside := INSIDE.get(func.overloadpacket.__name__)):
+            before, self._counts = self._counts, True
             with self, FusedDropout():
-                return inside(*args, **(kwargs or {}))
+                made = inside(*args, **(kwargs or {}))
+            self._counts = before
+            return made
         result = _product(func, args, kwargs or {})
-        if func.namespace in ("aten", "rasa_train") and not _moves_nothing(func):
+        if self._counts and func.namespace in ("aten", "rasa_train") and not _moves_nothing(func):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             if _overwrites(func, kwargs or {}):

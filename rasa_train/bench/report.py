@@ -67,6 +67,13 @@ def counters_table(result: Counters) -> str:
         f"{counted.packing_ops:>18,}"
         for (engine, method), counted in result.counts.items()
     ]
+    if result.compiled:
+        lines += ["", f"{'compiled layers':<20}{'KB moved/token/layer':>24}{'KB kept/token/layer':>22}"]
+    lines += [
+        f"{engine:<12}{method or '-':<8}{found.moved_bytes_per_token_and_layer / 1e3:>24.1f}"
+        f"{found.saved_bytes_per_token_and_layer / 1e3:>22.1f}"
+        for (engine, method), found in result.compiled.items()
+    ]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from ..errors import UserError, say
 from ..process import version_of, versions
 from ..training.memory_search import MARGIN
 from . import gate
+from .compiled_counters import CompiledCount, count_compiled
 from .counters import Count, count
 from .engines import BASE, Choice, Contender, Engine, Label, contender, engines, give, title, values_for
 from .room import MOST_TOKENS, most_tokens
@@ -296,14 +297,20 @@ class Counters:
     shape: str
     dropout: float
     counts: dict[Label, Count]
+    compiled: dict[Label, CompiledCount]
+    """Counts in compiled layers, for the frozen base and our implementation; empty if they were not asked for."""
 
     def as_json(self) -> dict[str, object]:
-        rows = [{**_names(label), **vars(counted)} for label, counted in self.counts.items()]
+        rows = [
+            {**_names(label), **vars(counted), **({"compiled": vars(found)} if found else {})}
+            for label, counted in self.counts.items()
+            for found in [self.compiled.get(label)]
+        ]
         return {"rows": rows, "shape": self.shape, "dropout": self.dropout, "device": CPU, **date_and_versions()}
 
 
-def count_all(shape: str, dropout: float, choice: Choice) -> Counters:
-    """Count bytes and operations of the chosen engines.
+def count_all(shape: str, dropout: float, choice: Choice, *, compiled: bool = False) -> Counters:
+    """Count bytes and operations of the chosen engines, and of the base and ours in ``compiled`` layers too.
 
     Raises:
         UserError: counting does not support the shape.
@@ -311,5 +318,7 @@ def count_all(shape: str, dropout: float, choice: Choice) -> Counters:
     if shape == LINEARS:
         raise UserError(f"--counters counts a whole model, not {LINEARS}; try --shape llama-3.1-8b", key="--shape")
     config = architecture(shape)
-    labels = [engine.label for engine in choice.of(engines(config.hidden_size, dropout))]
-    return Counters(shape, dropout, count(config, dropout, labels))
+    chosen = choice.of(engines(config.hidden_size, dropout))
+    counts = count(config, dropout, [engine.label for engine in chosen])
+    ours = [engine for engine in chosen if compiled and engine.name in ("base", "ours")]
+    return Counters(shape, dropout, counts, {engine.label: count_compiled(engine, config) for engine in ours})

@@ -85,6 +85,9 @@ def bench(
     counters: Annotated[
         bool, typer.Option("--counters", help="Count bytes and operations instead, which are the same on any machine.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="For --counters: count compiled layers too (minutes).")
+    ] = False,
     peers: Annotated[
         Literal["trl"] | None,
         typer.Option(
@@ -120,7 +123,8 @@ def bench(
             from ..bench.report import counters_table
             from ..bench.run import count_all
 
-            counted = count_all(shape or "llama-3.1-8b", dropout, Choice.read(engines, methods))
+            chosen = Choice.read(engines, methods)
+            counted = count_all(shape or "llama-3.1-8b", dropout, chosen, compiled=compiled)
             _print(counted.as_json(), as_json, lambda: counters_table(counted))
             return
         if data:

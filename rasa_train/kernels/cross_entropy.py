@@ -46,7 +46,8 @@ def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
 def _rows(logits: Tensor, targets: Tensor, overwrite: bool) -> Tensor:
     result = logits.new_empty(len(logits), 1, dtype=torch.float32)
     rows = max(1, BLOCK // logits.shape[1])
-    for some, target, loss in zip(*(t.split(rows) for t in (logits, targets.unsqueeze(1), result)), strict=True):
+    parts = (torch.split(t, rows) for t in (logits, targets.unsqueeze(1), result))  # type: ignore[no-untyped-call]
+    for some, target, loss in zip(*parts, strict=True):
         p = some.float()
         highest = p.amax(1, keepdim=True)
         of_target = p.gather(1, target) - highest

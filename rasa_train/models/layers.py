@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -57,14 +58,20 @@ def _with_groups_whole(context: AbstractContextManager[None]) -> Iterator[None]:
         yield
 
 
-OPTIONS = {"inductor": {"fallback_random": True}}
-"""Options of backends. Compiled code draws the random numbers that eager code draws."""
+OPTIONS = {"fallback_random": True}
+"""Options of inductor: compiled code draws the random numbers that eager code draws."""
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor", *, light: bool = False) -> None:
     """Compile each decoder layer with ``backend``, for any number of tokens; identical layers share the compiled code.
-    Where a layer is recomputed in the backward pass, the forward inside the recomputation is compiled."""
-    how: dict[str, Any] = {"dynamic": True, "backend": backend, "options": OPTIONS.get(backend)}
+    Where a layer is recomputed in the backward pass, the forward inside the recomputation is compiled.
+
+    Args:
+        light: compute again whatever is cheap, as ``light_contexts`` does. Otherwise the compiler keeps what an
+            operator of the backward pass reads: the outputs of the norms and the input of the down projection.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = not light
+    how: dict[str, Any] = {"dynamic": True, "backend": backend, "options": OPTIONS if backend == "inductor" else None}
     compiled = cache(partial(torch.compile, **how))
     outside = torch.compiler.disable(_recompute_compiled, recursive=False)  # type: ignore[no-untyped-call]
     for layer in decoder_layers(model):
@@ -79,6 +86,7 @@ def uncompile_layers(model: nn.Module) -> None:
         layer._compiled_call_impl = None
         if recompute := getattr(layer, "_gradient_checkpointing_func", None):
             layer._gradient_checkpointing_func = recompute.args[0]  # type: ignore[assignment, union-attr]
+    torch._functorch.config.ban_recompute_materialized_backward = True
     torch._dynamo.reset()
 
 

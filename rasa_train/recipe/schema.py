@@ -84,7 +84,7 @@ class TrainingConfig(_Section):
     """Recompute layers in the backward pass, for much less memory and about a third more work. ``true``: all layers; a
     number: that many layers, from the first; ``auto``: as many as memory requires, tried before the first step;
     ``light``: in all layers only what is cheap, but no matrix product and no attention, for about half the memory and
-    a few percent more work. Compiled layers do by themselves what ``light`` does."""
+    a few percent more work."""
     activation_offload: bool = False
     """Keep the activations that the backward pass needs in host memory. This frees memory on the GPU at the price of
     copies, which cost less than recomputing if the bus is fast. Together with ``activation_checkpointing``, only the

@@ -68,9 +68,9 @@ def _compile(model: TrainableModel, train: TokenDataset) -> str | None:
     by_length = np.argsort(train.lengths, kind="stable")
     examples = by_length[len(by_length) // 2 :][:2]
     expected = _try(model, train, examples)
-    compile_layers(model.module)
     light = model.recipe.training.activation_checkpointing == "light"
-    if light:  # the compiler chooses itself what to compute again
+    compile_layers(model.module, light=light)
+    if light:  # the compiler's own way to do so
         checkpoint_layers(model.module, 0)
     why = None
     try:

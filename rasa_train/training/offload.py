@@ -45,7 +45,7 @@ class SideCopy:
         self._event = self._side.record_event()
 
     def done(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())
 
     def before_next(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._event)
@@ -56,7 +56,7 @@ class SideCopy:
 
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class CopyAtOnce:
