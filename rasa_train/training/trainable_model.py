@@ -88,6 +88,7 @@ class TrainableModel:
             if not isinstance(checkpointing, bool | str):
                 checkpoint_layers(base, checkpointing)
         torch.manual_seed(recipe.seed)
+        self._base = base
         self.module, self.sites = adapt(base, recipe.adapter)
         self.objective: Objective = NextToken()
         self._loss = self.objective.install(self.module)
@@ -98,12 +99,10 @@ class TrainableModel:
 
     def fuse(self) -> None:
         """Let the base compute with fused kernels, if the recipe and this machine want it."""
-        if not isinstance(self.module, PreTrainedModel):
-            return
         wanted = self.recipe.training.kernels
-        usable = fusable(str(self.module.config.model_type)) is None and not self.engine.capabilities.divides_weights
+        usable = fusable(str(self._base.config.model_type)) is None and not self.engine.capabilities.divides_weights
         if wanted == "liger" or (wanted == "auto" and usable):
-            fuse(self.module)
+            fuse(self._base)
 
     def prepare(self) -> None:
         """Let the engine place and divide the model, and make the optimizer of the trained parameters."""
