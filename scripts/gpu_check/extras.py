@@ -12,10 +12,10 @@ from transformers.models.llama import modeling_llama
 
 from rasa_train.bench.engines import Contender
 from rasa_train.kernels import seeded_dropout as seeded
-from rasa_train.models.layers import compile_layers
+from rasa_train.models.layers import compile_layers, light_contexts, uncompile_layers
 
 from .large_model import ENGINES, TOKENS, built, problem, step_of
-from .measure import ON_GPU, Check, Values, hold, milliseconds, random, rounded, synchronize
+from .measure import DEVICE, ON_GPU, Check, Values, hold, milliseconds, random, rounded, synchronize
 
 LAYERS = 8
 """Layers of the 8B shape that are run: what is gained in a layer is the same with fewer."""
@@ -44,37 +44,59 @@ def fused_base() -> Values:
 
 def timed() -> dict[str, dict[str, float | None]]:
     """Milliseconds of a step without dropout, and peak memory, of the base, LoRA and RaSA."""
-    found: dict[str, dict[str, float | None]] = {}
-    for name in ENGINES:
-        ran = built(name, 0.0, LAYERS)
-        if ON_GPU:
-            torch.cuda.reset_peak_memory_stats()
-        ms = rounded(milliseconds(step_of(ran), repeats=5, warmup=2))
-        peak = rounded(torch.cuda.max_memory_allocated() / 2**30) if ON_GPU else None
-        found[name] = {"ms": ms, "peak_gib": peak}
-    return found
+    return {name: timed_step(built(name, 0.0, LAYERS)) for name in ENGINES}
 
 
 def compiled_layers() -> Values:
-    """Time the base and RaSA, eager and with compiled layers (which take the plain path)."""
+    """Time the base and RaSA with dropout, as they are, with light checkpointing, and compiled with and without it. The
+    gradients of compiled layers must be those of the layers themselves."""
     values: Values = {"layers": COMPILED_LAYERS, "tokens": TOKENS}
+    worst = 0.0
     for name in ("base", "RaSA"):
-        ran = built(name, 0.0, COMPILED_LAYERS)
-        eager = rounded(milliseconds(step_of(ran), repeats=5, warmup=2))
-        compile_layers(ran.model)  # type: ignore[arg-type]
-        step = step_of(Contender(ran.model, ran.parameters, ran.loss, []))
-        began = time.perf_counter()
-        step()
-        synchronize()
-        first = rounded(time.perf_counter() - began)
-        compiled = rounded(milliseconds(step, repeats=5, warmup=2))
-        values[name] = {"eager_ms": eager, "compiled_ms": compiled, "first_step_s": first}
-    return values
+        found: dict[str, Any] = {"eager": timed_step(built(name, 0.05, COMPILED_LAYERS))}
+        for light in (False, True):
+            ran = built(name, 0.05, COMPILED_LAYERS)
+            before = gradient_of(ran)
+            compile_layers(ran.model, light=light)
+            began = time.perf_counter()
+            after = gradient_of(ran)
+            synchronize()
+            first = rounded(time.perf_counter() - began)
+            difference = float((after - before).norm() / before.norm()) if name != "base" else 0.0
+            worst = max(worst, difference)
+            found["compiled, light" if light else "compiled"] = {
+                **timed_step(ran),
+                "first_step_s": first,
+                "gradient_difference": rounded(difference),
+            }
+            uncompile_layers(ran.model)
+        ran = built(name, 0.05, COMPILED_LAYERS)
+        ran.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": light_contexts})  # type: ignore[operator]
+        found["light"] = timed_step(ran)
+        values[name] = found
+    return hold(worst < 0.1, f"gradients of compiled layers differ by {worst:.1%}", values)
+
+
+def timed_step(ran: Contender) -> dict[str, float | None]:
+    """Milliseconds of a step, and peak memory."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    ms = rounded(milliseconds(step_of(ran), repeats=5, warmup=2))
+    return {"ms": ms, "peak_gib": rounded(torch.cuda.max_memory_allocated() / 2**30) if ON_GPU else None}
+
+
+def gradient_of(ran: Contender) -> torch.Tensor:
+    """The gradients of a step, side by side, with the dropout masks of one seed."""
+    torch.manual_seed(0)
+    ran.step()
+    found = [parameter.grad.flatten() for parameter in ran.parameters.values() if parameter.grad is not None]
+    ran.settle()
+    return torch.cat(found) if found else torch.zeros(1)
 
 
 def seeded_speed() -> Values:
     """Time the three products with a seeded mask beside those of cuBLAS without dropout."""
-    used = seeded.draw(random(64, 128), 0.05, 8) is not None
+    used = seeded.usable(DEVICE, torch.bfloat16, 8)
     hold(used, "the kernels are not used on this device; the log says why", {})
     return {f"{width} wide, r{ranks}": seeded_shape(width, ranks) for width, ranks in SHAPES}
 

@@ -50,10 +50,9 @@ def varlen(window: int | None) -> Values:
 
 def seeded_kernels(dtype: torch.dtype) -> Values:
     """Compare the products with a seeded mask, at several ranks: each rank has a kernel of its own."""
-    x = random(64, 128, dtype=dtype)
     values: Values = {}
-    for ranks in (8, 16, 24, 40, 80, 120, 256):
-        if seeded.draw(x, 0.1, ranks) is None:
+    for ranks in (0, 8, 16, 24, 40, 80, 120, 256):  # 0: the operation that only drops
+        if not seeded.usable(DEVICE, dtype, ranks):
             return hold(False, f"the kernels are not used with {ranks} ranks; the log says why", values)
         values[f"r{ranks}"] = rounded(seeded.error(DEVICE, dtype, ranks))
     return hold(max(values.values()) < seeded.TOLERANCE, f"an error is above {seeded.TOLERANCE}", values)
