@@ -148,7 +148,8 @@ def test_programs_are_taken_as_they_are_needed(sandbox: Sandbox) -> None:
 @pytest.mark.skipif(not Path("/usr/bin/python3").exists() or not shutil.which("setpriv"), reason="no system Python")
 def test_works_for_an_ordinary_user(sandbox: Sandbox, tmp_path: Path) -> None:
     code = tmp_path / "rasa_train"
-    shutil.copytree(PACKAGE / "rasa_train/evaluate", code / "evaluate", ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("evaluate", "io"):
+        shutil.copytree(PACKAGE / "rasa_train" / name, code / name, ignore=shutil.ignore_patterns("*.pyc"))
     for name in ("__init__.py", "errors.py", "process.py"):
         shutil.copy(PACKAGE / "rasa_train" / name, code)
     script = (

@@ -39,13 +39,17 @@ def test_a_merge_copies_no_file_from_outside_the_base(case, secret, tmp_path):
     base, adapter, _ = case()
     for name in ("notes.md", "README.md", "LICENSE", "LICENSE.txt"):
         (base / name).symlink_to(secret)
-    (base / "additional_chat_templates").symlink_to(secret.parent)
-    (secret.parent / "tool.jinja").write_text(SECRET)
     code, stdout, stderr = run(adapter, "--output", tmp_path / "out", "--push", "me/model")
     assert code == 0 and "not copied from the base: LICENSE, LICENSE.txt, README.md and " in stdout, stdout
     assert holds_secret(tmp_path / "out") == [] and SECRET not in stdout + stderr
     listed = stdout[stdout.index("not uploaded") : stdout.index("not copied")]
     assert "passwd" not in listed and "notes.md" not in listed and "LICENSE" not in listed
+
+    (secret.parent / "tool.jinja").write_text(SECRET)
+    (base / "additional_chat_templates").symlink_to(secret.parent)
+    code, stdout, stderr = run(adapter, "--output", tmp_path / "other")
+    assert code == 2 and "additional_chat_templates" in stderr and SECRET not in stdout + stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_merge_copies_known_names_only(case, tmp_path):
@@ -64,11 +68,14 @@ def test_a_merge_copies_known_names_only(case, tmp_path):
         (base / name).write_text("x")
     (base / "LICENSE.txt").write_text("x")
     (base / "README.md").write_text("x")
-    os.mkfifo(base / "tokenizer.model")
     report = merge(adapter, tmp_path / "out")
-    assert sorted(report.left_out) == sorted([*left, "tokenizer.model"])
+    assert sorted(report.left_out) == sorted(left)
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert there == {"LICENSE.txt", "README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+    os.mkfifo(base / "tokenizer.model")  # nobody writes into it, so reading it would never end
+    with pytest.raises(UserError, match=r"tokenizer\.model is not a file"):
+        merge(adapter, tmp_path / "other")
 
 
 def test_a_merge_copies_the_code_that_the_config_names(case, tmp_path):

@@ -93,8 +93,8 @@ def test_a_base_is_downloaded_as_far_as_it_is_needed(hub: type[Hub], tmp_path: P
 @pytest.mark.parametrize(
     ("index", "says"),
     [
-        ('{"weight_map": {"a"', "cannot be read"),
-        ("[]", "has no `weight_map`"),
+        ('{"weight_map": {"a"', "is not valid JSON"),
+        ("[]", "must hold one JSON object"),
         ('{"metadata": {}}', "has no `weight_map`"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "must name *.safetensors files beside it"),
     ],
