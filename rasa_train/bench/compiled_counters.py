@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from ..adapters.shared_input import packed
 from ..kernels import seeded_dropout
-from ..models.layers import compile_layers, uncompile_layers
+from ..models.layers import compile_layers
 from .counters import LENGTHS, Counter, FusedDropout, Saved
 from .engines import Engine, contender
 from .shapes import random_model, shared_copy
@@ -44,22 +44,35 @@ def count_compiled(engine: Engine, config: PretrainedConfig, *, light: bool = Fa
     Args:
         light: with ``activation_checkpointing: light``.
     """
-    runs = [[_run(engine, config, tokens, number, light) for number in (1, 2)] for tokens in LENGTHS]
+    less, more = (_layer(engine, config, tokens, light) for tokens in LENGTHS)
     between = LENGTHS[1] - LENGTHS[0]
-    moved = (runs[1][0].bytes - runs[0][0].bytes) / between
-    saved = [runs[1][n].saved - runs[0][n].saved for n in (0, 1)]
-    return CompiledCount(runs[0][0].graphs, moved, (saved[1] - saved[0]) / between)
+    return CompiledCount(less.graphs, (more.bytes - less.bytes) / between, (more.saved - less.saved) / between)
 
 
 @dataclass
-class _Run:
+class _Found:
+    """Counts of a layer, and what it keeps."""
+
     graphs: int = 0
     bytes: int = 0
     saved: int = 0
 
 
-def _run(engine: Engine, config: PretrainedConfig, tokens: int, number: int, light: bool) -> _Run:
+def _layer(engine: Engine, config: PretrainedConfig, tokens: int, light: bool) -> _Found:
     torch._dynamo.reset()
+    counted = _Found()
+    backend = _backend(counted)
+    saved = _run(engine, config, tokens, 1, backend, light=light)
+    result = _Found(counted.graphs, counted.bytes)
+    # A second layer shares the compiled code of the first.
+    result.saved = _run(engine, config, tokens, 2, backend, light=light) - saved
+    return result
+
+
+def _run(
+    engine: Engine, config: PretrainedConfig, tokens: int, number: int, backend: Callable[..., Any], *, light: bool
+) -> int:
+    """Run a step of ``number`` compiled layers. Returns the bytes that are kept for the backward pass."""
     few = copy.deepcopy(config)
     few.vocab_size, few.num_hidden_layers = 64, number
     base = random_model(few, torch.bfloat16, torch.device("meta")).to_empty(device="cpu")
@@ -68,8 +81,8 @@ def _run(engine: Engine, config: PretrainedConfig, tokens: int, number: int, lig
     stack.extend(shared_copy(stack[0]) for _ in range(config.num_hidden_layers - number))
     # The first layer, too, then has a gradient for its input, as all others have.
     base.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
-    ran, found = contender(engine, language_model(base, [tokens], flat=False)), _Run()
-    compile_layers(ran.model, _backend(found), light=light)
+    ran = contender(engine, language_model(base, [tokens], flat=False))
+    compile_layers(ran.model, backend, light=light)
     with (
         torch._inductor.config.patch(force_pointwise_cat=True),  # rotary embedding is fused as on a GPU
         seeded_dropout.forced(),
@@ -77,12 +90,10 @@ def _run(engine: Engine, config: PretrainedConfig, tokens: int, number: int, lig
         Saved(ran.model) as saved,
     ):
         ran.micro_batch()
-    found.saved = saved.bytes
-    uncompile_layers(ran.model)
-    return found
+    return saved.bytes
 
 
-def _backend(found: _Run) -> Callable[[GraphModule, Sequence[Any]], Any]:
+def _backend(found: _Found) -> Callable[[GraphModule, Sequence[Any]], Any]:
     """Return a backend of ``torch.compile`` that counts, and computes without the products."""
     from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-defined]
     from torch._inductor.compile_fx import compile_fx
