@@ -168,24 +168,29 @@ def define(kind: type[Operands]) -> type[Operands]:
         x, p, flat, weights, _, *rest = inputs
         seeded = rest[0]
         ctx.save_for_backward(x if seeded or not p else None, flat, *weights, *output[len(weights) :])
-        ctx.p, ctx.members, ctx.rest = p, len(weights), rest
+        ctx.p, ctx.members, ctx.rest, ctx.nothing = p, len(weights), rest, [_nothing(value) for value in inputs]
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
         x, flat, *others = ctx.saved_tensors
         weights, kept = others[: ctx.members], others[ctx.members :]
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        nothing = [None] * ctx.members
-        if all(dy is None for dy in dys[: ctx.members]):
-            return (None, None, None, nothing, None, *[None] * len(ctx.rest))
-        dx, d_flat = getattr(torch.ops.rasa_train, f"{name}_gradients")(
-            dys[: ctx.members], x, kept, ctx.p, needs, flat, weights, nothing, *ctx.rest
-        )
-        found = dx if needs[0] else None, None, d_flat if needs[1] else None
-        return (*found, nothing, None, *[None] * len(ctx.rest))
+        found = list(ctx.nothing)
+        if any(dy is not None for dy in dys[: ctx.members]):
+            dx, d_flat = getattr(torch.ops.rasa_train, f"{name}_gradients")(
+                dys[: ctx.members], x, kept, ctx.p, needs, flat, weights, [None] * ctx.members, *ctx.rest
+            )
+            found[0], found[2] = dx if needs[0] else None, d_flat if needs[1] else None
+        return tuple(found)
 
     torch.library.register_autograd(f"rasa_train::{name}", backward, setup_context=setup, lib=library)
     return kind
+
+
+def _nothing(value: Any) -> list[None] | None:
+    """Return no gradient for an argument, in the form that torch wants: a list for a list of tensors."""
+    tensors = isinstance(value, list | tuple) and all(isinstance(item, Tensor) for item in value)
+    return [None] * len(value) if tensors else None
 
 
 def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

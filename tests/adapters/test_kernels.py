@@ -85,7 +85,7 @@ def test_gradients_by_finite_differences(
     """Seeded: with the operations that a GPU has for dropout."""
     random = numbers()
     weights, ranks = [random(5, 6), random(3, 6)], [2, 3]
-    x, biases = random(2, 4, 6), [random(5), None] if case == "bias" else [None, None]
+    x, biases = random(2, 4, 6), [random(5), random(3)] if case == "bias" else [None, None]
     ranks = [2, 2] if case == "frozen A" else ranks
     frozen_A, frozen_B = random(2, 6) if case == "frozen A" else None, random(3, 3)
     second_frozen = "frozen B" in case
