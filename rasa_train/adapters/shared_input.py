@@ -184,9 +184,9 @@ def pack(groups: Iterable[Group], held: Held | None = None) -> list[Flat]:
             else:
                 of_blocks = [at_once(column, _blocks)[0] for column in columns]
                 made = pack_blocks(of_blocks, weights, biases, into)
-        for group, own in zip(stack, made, strict=True):
+        for group, own in zip(stack, made.operands, strict=True):
             group.packed = own
-        buffers.append(into.last)
+        buffers.append(made)
     return buffers
 
 

@@ -10,7 +10,6 @@ although its rank can be full.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from . import seeded_dropout
 from .dropout import kept_scale, masked, masked_without_values
-from .flat_buffer import Buffers, blocks
+from .flat_buffer import Buffers, Flat, blocks
 from .operators import Operands, define
 from .quantized_weight import Narrow, add_gradient, products
 
@@ -35,7 +34,7 @@ def pack_blocks(
     weights: Sequence[list[Tensor | Narrow]],
     biases: Sequence[list[Tensor | None]],
     into: Buffers,
-) -> list[Operands]:
+) -> Flat:
     """Pack the blocks of groups of one form in the dtype of ``into``. The caller must then call ``train`` or ``join``
     of the buffer.
 
@@ -58,18 +57,10 @@ class BlockDiagonal(Operands):
 
     name, schema = "block_diagonal", "int[] sizes"
 
-    def __init__(
-        self,
-        flat: Tensor,
-        weights: Sequence[Tensor | Narrow],
-        biases: Sequence[Tensor | None],
-        seeded: bool,
-        layout: tuple[Any, ...],
-    ) -> None:
-        super().__init__(flat, weights, biases, seeded, layout)
-        (sizes,) = layout  # n_i and q_i of each member
+    def read(self, flat: Tensor) -> None:
+        (sizes,) = self.layout  # n_i and q_i of each member
         self.shapes = [(n, q, q) for n, q in zip(sizes[::2], sizes[1::2], strict=True)]
-        self.blocks = blocks(flat.detach(), self.shapes)
+        self.blocks = blocks(flat, self.shapes)
 
     def compute(self, x: Tensor, p: float) -> tuple[list[Tensor], list[Tensor]]:
         dropped, mask = x, list[Tensor]()

@@ -10,7 +10,6 @@ compute the same on any device and serve as their reference.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -19,13 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .operators import trusted
+
 BLOCK = 2**20
 """Number of logits that the reference converts to fp32 at one time: few enough to stay in a CPU's cache."""
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Dtypes that the kernels compute, and the largest error allowed in their check: that of rounding a gradient once."""
-
-_log = logging.getLogger(__name__)
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -98,20 +97,13 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels can be compiled for this GPU and give correct results."""
     if dtype not in TOLERANCE:
         return False
-    try:
-        kernels = _kernels()
-        if kernels is None:
-            why = "Triton is not installed"
-        else:
-            wrong = error(kernels, device, dtype)
-            why = "" if wrong < TOLERANCE[dtype] else f"a check of its kernels failed with an error of {wrong:.1e}"
-    except torch.OutOfMemoryError:  # says nothing about the kernels; the caller retries with less work at once
-        raise
-    except Exception as failure:  # no C compiler, a GPU that is too old, ...: in any case the plain form still works
-        why = str(failure).strip().split("\n")[0] or type(failure).__name__
-    if why:
-        _log.warning("the loss is computed by torch's operations and not by one kernel: %s", why)
-    return not why
+
+    def measured() -> float:
+        if (kernels := _kernels()) is None:
+            raise ImportError("Triton is not installed")
+        return error(kernels, device, dtype)
+
+    return trusted(measured, TOLERANCE[dtype], "the loss is computed by torch's operations and not by one kernel")
 
 
 def error(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> float:

@@ -19,9 +19,6 @@ from .quantized_weight import Narrow
 class Buffers:
     """Buffers of one dtype that are allocated once and filled again at each step, so that their addresses stay."""
 
-    last: Flat
-    """The buffer that was taken last."""
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._held: dict[tuple[Any, ...], Flat] = {}
@@ -37,8 +34,7 @@ class Buffers:
         self._number += 1
         if key not in self._held:
             self._held[key] = Flat(rows, shapes, self.dtype, like)
-        self.last = self._held[key].cleared()
-        return self.last
+        return self._held[key].cleared()
 
 
 class Flat:
@@ -78,11 +74,12 @@ class Flat:
         biases: Sequence[list[Tensor | None]],
         seeded: bool,
         layouts: Sequence[tuple[Any, ...]],
-    ) -> list[Operands]:
-        """Return the operands of each group, which are of one kind. ``train`` and ``join`` make them differentiable."""
+    ) -> Flat:
+        """Make the operands of each group, which are of one kind; return the buffer itself. ``train`` and ``join`` make
+        the operands differentiable."""
         of_rows = zip(self.rows, weights, biases, layouts, strict=True)
         self.operands = [kind(row, own, bias, seeded, layout) for row, own, bias, layout in of_rows]
-        return self.operands
+        return self
 
     @torch.no_grad()
     def put(self, place: Tensor, values: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import seeded_dropout
 from .dropout import kept_scale, masked, masked_without_values
-from .flat_buffer import Buffers, blocks
+from .flat_buffer import Buffers, Flat, blocks
 from .operators import Operands, define
 from .quantized_weight import Narrow, add_gradient, products
 
@@ -38,7 +38,7 @@ def pack_factors(
     biases: Sequence[list[Tensor | None]],
     into: Buffers,
     frozen: dict[Any, Tensor],
-) -> list[Operands]:
+) -> Flat:
     """Pack the factors of groups of one form in the dtype of ``into``. Must be called with gradients enabled; the
     caller must then call ``train`` or ``join`` of the buffer.
 
@@ -143,18 +143,10 @@ class LowRank(Operands):
     name, schema = "low_rank", "Tensor? A, Tensor?[] Bs, int[] ranks, bool[] with_b"
     layout: Layout
 
-    def __init__(
-        self,
-        flat: Tensor,
-        weights: Sequence[Tensor | Narrow],
-        biases: Sequence[Tensor | None],
-        seeded: bool,
-        layout: tuple[Any, ...],
-    ) -> None:
-        layout = Layout(*layout)
-        super().__init__(flat, weights, biases, seeded, layout)
-        self.shapes = layout.shapes([len(W) for W in weights], weights[0].shape[1])
-        parts = iter(blocks(flat.detach(), self.shapes))
+    def read(self, flat: Tensor) -> None:
+        self.layout = layout = Layout(*self.layout)
+        self.shapes = layout.shapes([len(W) for W in self.weights], self.weights[0].shape[1])
+        parts = iter(blocks(flat, self.shapes))
         self.A = layout.A if layout.A is not None else next(parts)
         self.Bts: list[Tensor | Factors] = []
         """Bd^T of each member. Where B is frozen, its factors instead."""

@@ -10,6 +10,7 @@ gradient costs ten times as much host time per call as a function.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .quantized_weight import Narrow, full_sums
 
+_log = logging.getLogger(__name__)
 library = torch.library.Library("rasa_train", "DEF")  # type: ignore[no-untyped-call]
 INSIDE: dict[str, Callable[..., Any]] = {}
 """The Python functions that compute operators, by name, for those who count what an operator does."""
@@ -59,6 +61,11 @@ class Operands(ABC):
     ) -> None:
         self.flat, self.weights, self.biases, self.seeded, self.layout = flat, weights, biases, seeded, layout
         """``seeded``: whether dropout is that of ``seeded_dropout``. ``layout``: the meaning of ``flat``."""
+        self.read(flat.detach())
+
+    @abstractmethod
+    def read(self, flat: Tensor) -> None:
+        """Set the trained operands: views of ``flat``, which ``layout`` describes."""
 
     @abstractmethod
     def compute(self, x: Tensor, p: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -185,6 +192,25 @@ def define(kind: type[Operands]) -> type[Operands]:
 
     torch.library.register_autograd(f"rasa_train::{name}", backward, setup_context=setup, lib=library)
     return kind
+
+
+def trusted(error: Callable[[], float], most: float, instead: str) -> bool:
+    """Whether kernels can be compiled for this GPU and give correct results; if not, a line says why.
+
+    Args:
+        error: runs them and returns their error, which must be below ``most``.
+        instead: what happens without them.
+    """
+    try:
+        wrong = error()
+        why = "" if wrong < most else f"a check of its kernels failed with an error of {wrong:.1e}"
+    except torch.OutOfMemoryError:  # says nothing about the kernels; the caller retries with less work at once
+        raise
+    except Exception as failure:  # no C compiler, a GPU that is too old, ...: in any case the plain form still works
+        why = str(failure).strip().split("\n")[0] or type(failure).__name__
+    if why:
+        _log.warning("%s: %s", instead, why)
+    return not why
 
 
 def _nothing(value: Any) -> list[None] | None:

@@ -17,7 +17,6 @@ any device and serve as their reference.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .dropout import scale, zeros
-from .operators import library
+from .operators import library, trusted
 
 MOST_RANKS = 256
 """Largest number of ranks of a group: a kernel holds all columns of z at once."""
@@ -37,7 +36,6 @@ MOST_RANKS = 256
 TOLERANCE = 1e-2
 """Largest error allowed in the check of the kernels, whose results are rounded to bf16 once."""
 
-_log = logging.getLogger(__name__)
 _forced: Iterator[int] | None = None
 
 
@@ -176,18 +174,8 @@ def _kernels() -> bool:
 @cache
 def _works(device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
     """Whether the kernels can be compiled for this GPU and give correct results."""
-    try:
-        if not _kernels():
-            return False
-        wrong = error(device, dtype, ranks)
-        why = f"a check of its kernels failed with a relative error of {wrong:.1e}" if wrong > TOLERANCE else ""
-    except torch.OutOfMemoryError:  # says nothing about the kernels; the caller retries with less work at once
-        raise
-    except Exception as failure:  # no C compiler, a GPU that is too old, ...: in any case the plain form still works
-        why = str(failure).strip().split("\n")[0] or type(failure).__name__
-    if why:
-        _log.warning("dropout is not fused with the products of the adapter: %s", why)
-    return not why
+    instead = "dropout is not fused with the products of the adapter"
+    return _kernels() and trusted(lambda: error(device, dtype, ranks), TOLERANCE, instead)
 
 
 def error(device: torch.device, dtype: torch.dtype, ranks: int) -> float:
