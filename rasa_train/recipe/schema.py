@@ -14,6 +14,7 @@ from ..distributed.config import DistributedConfig
 from ..errors import UserError
 from ..io.home import expanded
 from ..models.config import ModelConfig
+from ..models.task import TaskConfig
 from ..optim.optimizers import LionW, OptimizerConfig
 from ..optim.schedule import ScheduleConfig
 
@@ -145,6 +146,7 @@ class Recipe(_Section):
     """Everything about one run."""
 
     model: ModelConfig
+    task: TaskConfig = TaskConfig()
     adapter: AdapterConfig
     data: DataConfig
     training: TrainingConfig = TrainingConfig()

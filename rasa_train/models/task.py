@@ -1,0 +1,45 @@
+"""The section ``task:`` of a recipe, and the classification head that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Problem = Literal["single_label", "multi_label", "regression"]
+
+
+class TaskConfig(BaseModel):
+    """Section ``task:`` of a recipe; ``task: classification`` is short for ``task: {name: classification}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Literal["causal_lm", "classification"] = "causal_lm"
+    """What the model learns. ``causal_lm``: to continue a text; ``classification``: to give a text, or a pair of
+    texts, one of several labels, several of them, or a number."""
+    labels: list[str] | None = Field(None, min_length=1)
+    """Names of the labels, in the order of the model's outputs. The default is those of the built-in set, or else
+    all labels of the training rows, sorted."""
+    problem: Problem = "single_label"
+    """``single_label``: each text has one label; ``multi_label``: any number of labels; ``regression``: a number
+    instead of a label."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
+
+
+@dataclass(frozen=True)
+class Head:
+    """The outputs of a sequence classifier."""
+
+    labels: tuple[str, ...]
+    """Names of the labels, in the order of the outputs; empty for a regression."""
+    problem: Problem = "single_label"
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits of a text."""
+        return max(1, len(self.labels))
