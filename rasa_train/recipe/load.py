@@ -243,21 +243,53 @@ def _resolve(loc: Sequence[str | int]) -> tuple[Key, type[BaseModel] | None]:
 
 
 def _messages(error: ValidationError, locations: dict[Key, Location], source: str) -> list[str]:
-    messages: dict[Key, str] = {}
+    found: dict[Key, tuple[type[BaseModel] | None, list[Any]]] = {}
     for item in error.errors(include_url=False):
         key, section = _resolve(item["loc"])
-        context = item.get("ctx", {})
-        if "field" in context:
-            key = (*key, context["field"])
-        if key in messages:  # each branch of a union reports an error: the first says enough
-            continue
+        if "field" in item.get("ctx", {}):
+            key = (*key, item["ctx"]["field"])
+        found.setdefault(key, (section, []))[1].append(item)  # each branch of a union reports an error
+    messages = []
+    for key, (section, items) in found.items():
         if len(messages) == MOST_ERRORS:
-            return [*messages.values(), "and more"]
+            return [*messages, "and more"]
         dotted = ".".join(map(str, key))
         location = nearest(locations, key)
         where = f"\n  at {location}" if location else f"\n  in {source}"
-        messages[key] = short(_sentence(item, dotted, key, section), 1_000) + where
-    return list(messages.values())
+        wanted = [wanted for item in items if (wanted := _wanted(item))]
+        if len(wanted) < len(items):
+            sentence = _sentence(next(item for item in items if not _wanted(item)), dotted, key, section)
+        elif any(len(other) > len(key) and other[: len(key)] == key for other in found):
+            continue  # a list or a section in which something is wrong, which is reported
+        else:
+            sentence = f"{dotted} must be {_alternatives(wanted)}, got {items[0].get('input')!r}"
+        messages.append(short(sentence, 1_000) + where)
+    return messages
+
+
+def _alternatives(wanted: list[str]) -> str:
+    """Join what the branches of a union want: ``true, false, 'auto' or a number > 0``."""
+    if len(wanted) == 1:
+        return wanted[0]
+    split = [part for one in wanted for part in re.split(r", | or ", one)]
+    words = dict.fromkeys(f"a number {part}" if part[0] in "<>" else part for part in split)
+    if "a number" in words:
+        words.pop("a whole number", None)
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _wanted(item: Any) -> str | None:
+    """Return what a value must be, for an error that says so; None for another error."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in _LIMITS:
+        name, sign = _LIMITS[kind]
+        return f"{sign} {context[name]}"
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind.endswith(("_type", "_parsing", "_from_float")):
+        return _TYPES.get(kind.split("_")[0], kind.split("_")[0])
+    return None
 
 
 def _sentence(item: Any, dotted: str, key: Key, section: type[BaseModel] | None) -> str:
@@ -277,24 +309,17 @@ def _sentence(item: Any, dotted: str, key: Key, section: type[BaseModel] | None)
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{dotted}.{tag} must be one of {', '.join(known)}, got {value!r}{hint}"
-    limits = {
-        "greater_than": ("gt", ">"),
-        "greater_than_equal": ("ge", ">="),
-        "less_than": ("lt", "<"),
-        "less_than_equal": ("le", "<="),
-    }
-    if kind in limits:
-        name, sign = limits[kind]
-        return f"{dotted} must be {sign} {context[name]}, got {got!r}"
-    if kind == "literal_error":
-        return f"{dotted} must be {context['expected']}, got {got!r}"
     if kind == "range":
         return f"{dotted} {item['msg']}"
-    if kind.endswith(("_type", "_parsing", "_from_float")):
-        return f"{dotted} must be {_TYPES.get(kind.split('_')[0], kind.split('_')[0])}, got {got!r}"
     return f"{dotted}: {item['msg'].removeprefix('Value error, ')}" + ("" if "got" in item["msg"] else f", got {got!r}")
 
 
+_LIMITS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
 _TYPES = {
     "int": "a whole number",
     "float": "a number",

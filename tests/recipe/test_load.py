@@ -95,6 +95,22 @@ def test_errors_name_key_value_and_line(recipe: Path, change: tuple[str, str], l
     assert "pydantic" not in message and "http" not in message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.compile=alwys", "training.compile must be true, false or 'auto', got 'alwys'"),
+        ("training.micro_batch_size=0", "training.micro_batch_size must be a number > 0 or 'auto', got 0"),
+        ("training.checkpoint_every=never", "training.checkpoint_every must be 'epoch' or a whole number, got 'never'"),
+        ("adapter.targets=3", "adapter.targets must be text or a list, got 3"),
+        ("adapter.targets=[3]", "adapter.targets.0 must be text, got 3"),
+        ("data.validation.size=x", "data.validation.size must be a number, got 'x'"),
+        ("training.max_grad_norm=0", "training.max_grad_norm must be > 0.0, got 0"),
+    ],
+)
+def test_an_error_names_all_that_a_key_takes(recipe: Path, override: str, message: str) -> None:
+    assert error_of(recipe, override).splitlines()[-2:] == [message, f"  at command line: {override}"]
+
+
 def test_all_errors_at_once(recipe: Path) -> None:
     message = error_of(recipe, "adapter.k=9", "seed=-1", "training.batch_size=0")
     assert all(word in message for word in ("adapter.k", "seed", "training.batch_size"))
