@@ -249,7 +249,7 @@ def _messages(error: ValidationError, locations: dict[Key, Location], source: st
         if "field" in item.get("ctx", {}):
             key = (*key, item["ctx"]["field"])
         found.setdefault(key, (section, []))[1].append(item)  # each branch of a union reports an error
-    messages = []
+    messages: list[str] = []
     for key, (section, items) in found.items():
         if len(messages) == MOST_ERRORS:
             return [*messages, "and more"]
@@ -288,7 +288,8 @@ def _wanted(item: Any) -> str | None:
     if kind == "literal_error":
         return str(context["expected"])
     if kind.endswith(("_type", "_parsing", "_from_float")):
-        return _TYPES.get(kind.split("_")[0], kind.split("_")[0])
+        name = str(kind).split("_")[0]
+        return _TYPES.get(name, name)
     return None
 
 
@@ -320,7 +321,7 @@ _LIMITS = {
     "less_than": ("lt", "<"),
     "less_than_equal": ("le", "<="),
 }
-_TYPES = {
+_TYPES: dict[str, str] = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
