@@ -93,6 +93,7 @@ def check_vocabulary(model: nn.Module, name: str, largest: int) -> None:
 def not_causal(name: str) -> UserError:
     return UserError(
         f"model.name: {name} is not a causal language model: its tokens see the tokens that follow, so training to "
-        "predict the next token would show it the answer. Give a decoder",
+        "predict the next token would show it the answer. Give a decoder, or set task: classification to train a "
+        "classifier",
         key="model.name",
     )
