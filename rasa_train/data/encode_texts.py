@@ -11,6 +11,9 @@ from ..errors import UserError
 from .config import DataConfig
 from .encode import Encoded, EncoderRow, Example, plain_backend
 
+NO_TYPE = -1
+"""Token type of all tokens of a tokenizer whose model takes no token types."""
+
 
 def longest(config: DataConfig, tokenizer: Any) -> int:
     """Return the most tokens of an example: ``data.max_length``, or less if the tokenizer says that its model cannot
@@ -32,6 +35,7 @@ class TextEncoder:
             raise UserError(f"texts need a fast tokenizer, and {what}: name one in model.tokenizer", key="model.name")
         self.drop, self.limit = config.over_length == "drop", longest(config, tokenizer)
         self.backend = plain_backend(tokenizer)
+        self.types = "token_type_ids" in tokenizer.model_input_names
         self.special = self.backend.num_special_tokens_to_add(pairs)
         if self.limit <= self.special:
             raise UserError(
@@ -58,6 +62,7 @@ class TextEncoder:
                 raise UserError(
                     f"{where}: the tokenizer makes no token of this text; remove this row", key="data.dataset"
                 )
-            ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int8)
+            ids = np.array(encoding.ids, np.int32)
+            types = np.array(encoding.type_ids, np.int8) if self.types else np.full(len(ids), NO_TYPE, np.int8)
             examples.append(Example(ids, np.array(text.answer, np.float64), types))
         return Encoded(examples, over, 0, truncated)

@@ -54,6 +54,8 @@ class Stats:
     """The date that the chat template prints, if it prints one."""
     labels: list[str] | None = None
     """Names of the labels of a classification set."""
+    pairs: bool = False
+    """Whether its texts are pairs."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class PreparedData:
     def largest_id(self) -> int:
         """The largest token id of all examples."""
         return max(part.largest_id for part in (self.train, self.validation) if part is not None)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest example of all."""
+        return max(int(part.lengths.max()) for part in (self.train, self.validation) if part is not None)
 
 
 def prepare(
@@ -99,7 +106,7 @@ def prepare(
     Raises:
         UserError: the dataset is missing or malformed, or leaves no example.
     """
-    head = _known_head(config.dataset, task) if task.name == "classification" else None
+    head = known_head(config.dataset, task)
     make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold, head)
     source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
     held_out = config.validation
@@ -155,9 +162,15 @@ def prepare_texts(config: DataConfig, tokenizer: Any, head: Head) -> TokenDatase
     return dataset
 
 
-def _known_head(dataset: str, task: TaskConfig) -> Head:
-    """Return the head as far as the task and the name of the set determine it; without labels if those of the rows are
-    to be taken."""
+def known_head(dataset: str, task: TaskConfig) -> Head | None:
+    """Return the head as far as the task and the name of the set determine it: without labels if those of the rows are
+    to be taken. Return None for a language model.
+
+    Raises:
+        UserError: the task is not that of the set.
+    """
+    if task.name != "classification":
+        return None
     built_in = GLUE[dataset].head if dataset in GLUE else None
     if built_in and task.problem not in (None, built_in.problem):
         raise UserError(
@@ -294,10 +307,11 @@ class _Maker:
             values = ((where, found.value(row, where)) for where, row in source.rows())
             labels = found_labels(values, several=self.head.problem == "multi_label", dataset=dataset)
             found = replace(found, head=replace(self.head, labels=labels))
-        encoder = TextEncoder(self.config, self.tokenizer, pairs="text_pair" in names)
+        pairs = "text_pair" in names
+        encoder = TextEncoder(self.config, self.tokenizer, pairs=pairs)
         chunks = _chunks(source.rows(), found)
         stats = self._encoded(encoder, chunks, _worker_count(self.config), writer, dataset)
-        return replace(stats, unused_columns=sorted(found.unused), labels=list(found.head.labels))
+        return replace(stats, unused_columns=sorted(found.unused), labels=list(found.head.labels), pairs=pairs)
 
     def _encoded(
         self, encoder: Encoder | TextEncoder, chunks: Iterator[Chunk], workers: int, writer: CacheWriter, dataset: str

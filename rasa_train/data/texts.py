@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..errors import UserError, some
 from ..models.task import Head
 from .columns import Row, Variables, kind_of, listed, text_in
@@ -206,6 +208,28 @@ def find_text_columns(row: Row, where: str, configured: Mapping[str, str] | None
             where,
         )
     return dict(zip(("text", "text_pair"), texts, strict=False)) | {"label": label}
+
+
+def label_counts(head: Head, answers: np.ndarray) -> dict[str, int]:
+    """Return the number of texts with each label; empty for a regression.
+
+    Args:
+        answers: float64, shape (texts, values), as ``Answers`` makes them.
+    """
+    if head.problem == "single_label":
+        counts = np.bincount(answers[:, 0].astype(int), minlength=len(head.labels))
+    else:
+        counts = answers.sum(0).astype(int)
+    return dict(zip(head.labels, counts.tolist(), strict=False))
+
+
+def majority(head: Head, answers: np.ndarray) -> float | None:
+    """Return the accuracy of the most frequent answer: the share of its label, or the mean of this over the labels if a
+    text has several; None for a regression."""
+    if head.problem == "regression":
+        return None
+    shares = np.array(list(label_counts(head, answers).values())) / len(answers)
+    return float(shares.max() if head.problem == "single_label" else np.maximum(shares, 1 - shares).mean())
 
 
 def _missing(row: Row, what: str, where: str) -> UserError:

@@ -195,7 +195,7 @@ class Recipe(_Section):
 def _check_classification(recipe: Recipe) -> None:
     """Raise ``UserError`` if a key has no meaning for a classification."""
     data, training, name = recipe.data, recipe.training, "task: classification"
-    if data.columns is not None and "text" not in data.columns or data.dataset in ("demo", *BUILT_IN):
+    if (data.columns is not None and "text" not in data.columns) or data.dataset in ("demo", *BUILT_IN):
         key = "data.columns" if data.columns is not None else "data.dataset"
         raise UserError(
             f"{key}: {data.columns or data.dataset} holds queries and responses, and {name} needs texts and labels: "

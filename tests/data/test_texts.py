@@ -20,7 +20,7 @@ from rasa_train.errors import UserError
 from rasa_train.models.task import Head, TaskConfig
 
 Jsonl = Callable[[Iterable[Any]], str]
-WORDS = "the cat sat on a mat it was good bad very not".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "it", "was", "good", "bad", "very", "not"]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_columns_are_named_or_recognised(bert: Any, jsonl: Jsonl) -> None:
     [
         ({}, [("cat", 0), ("mat", 0)], "all rows have the label '0' in .*nothing to learn"),
         ({"labels": ["a", "b"]}, [("cat", 1), ("mat", 1)], "all rows have the label 'b' in the 2 training rows"),
-        ({"labels": ["a", "b"]}, [("cat", 0), ("mat", 2)], "jsonl:2: the label int 2 is not in the list of labels, a, b"),
+        ({"labels": ["a", "b"]}, [("cat", 0), ("mat", 2)], "jsonl:2: the label int 2 is not in the list"),
         ({"labels": ["a", "b"]}, [("cat", "A"), ("mat", "b")], "jsonl:1: the label str 'A' is not in the list"),
         ({}, [("cat", 0), ("mat", 1), ("on", -1)], "jsonl:3: the label is -1, which marks rows without a label"),
         ({}, [("cat", 0), ("  ", 1)], "jsonl:2: column 'text' is an empty text"),
@@ -134,7 +134,7 @@ def test_columns_are_named_or_recognised(bert: Any, jsonl: Jsonl) -> None:
         ({"problem": "multi_label"}, [("cat", "a")], "jsonl:1: the label str 'a' must be a list of labels"),
         ({"problem": "multi_label"}, [("cat", []), ("mat", [])], "no row has a label"),
         ({"problem": "regression"}, [("cat", "5")], "jsonl:1: the label str '5' must be a finite number"),
-        ({"problem": "regression"}, [("cat", 1), ("mat", float("nan"))], "jsonl:2: the label float nan must be a finite"),
+        ({"problem": "regression"}, [("cat", 1), ("mat", float("nan"))], "jsonl:2: the label float nan must be"),
     ],
 )  # fmt: skip
 def test_wrong_rows_are_named(task: Any, rows: Any, message: str, bert: Any, jsonl: Jsonl) -> None:
@@ -145,7 +145,7 @@ def test_wrong_rows_are_named(task: Any, rows: Any, message: str, bert: Any, jso
 
 def test_a_limit_below_the_special_tokens_is_refused(bert: Any, jsonl: Jsonl) -> None:
     path = jsonl([{"text": "cat", "label": 0}, {"text": "mat", "label": 1}])
-    with pytest.raises(UserError, match="data.max_length: 2 leaves no room"):
+    with pytest.raises(UserError, match=r"data\.max_length: 2 leaves no room"):
         prepared(bert, path, max_length=2)
 
 
@@ -180,9 +180,9 @@ def test_glue_by_name(bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = prepared(bert, "glue/qqp", validation=ValidationConfig(dataset="glue/qqp"))
     assert data.head == Head(("not_duplicate", "duplicate")) and data.train.answers.tolist() == [[0], [1], [0], [1]]
     assert asked == [("nyu-mll/glue", "qqp", "train"), ("nyu-mll/glue", "qqp", "validation")]
-    with pytest.raises(UserError, match="task.problem: glue/stsb is regression, got multi_label"):
+    with pytest.raises(UserError, match=r"task\.problem: glue/stsb is regression, got multi_label"):
         prepared(bert, "glue/stsb", "multi_label")
-    with pytest.raises(UserError, match="data.subset: glue/qqp names the subset already"):
+    with pytest.raises(UserError, match=r"data\.subset: glue/qqp names the subset already"):
         prepared(bert, "glue/qqp", subset="qqp")
 
 
