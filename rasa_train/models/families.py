@@ -102,6 +102,8 @@ def adapts_by_default(kind: str) -> bool:
 
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),

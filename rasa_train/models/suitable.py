@@ -110,6 +110,7 @@ def check_length(model: nn.Module, name: str, longest: int) -> None:
 def not_causal(name: str) -> UserError:
     return UserError(
         f"model.name: {name} is not a causal language model: its tokens see the tokens that follow, so training to "
-        "predict the next token would show it the answer. Give a decoder",
+        "predict the next token would show it the answer. Give a decoder, or set task: classification to train a "
+        "classifier",
         key="model.name",
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import UserError
 
 from ..errors import UserError
 
@@ -64,6 +66,26 @@ class Head:
     labels: tuple[str, ...]
     """Names of the labels, in the order of the outputs; empty for a regression."""
     problem: Problem = "single_label"
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """The ``task`` in the config of an adapter that has this head."""
+        return {"name": "classification", "labels": list(self.labels), "problem": self.problem}
+
+    @classmethod
+    def of_task(cls, task: object, origin: str) -> Head | None:
+        """Return the head that the ``task`` of an adapter's config describes, or None if it is not a classifier's.
+        Raises ``UserError``, which begins with ``origin``, for anything else."""
+        if task is None:
+            return None
+        try:
+            read = TaskConfig.model_validate(
+                {**task, "labels": task.get("labels") or None} if isinstance(task, dict) else task
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return cls(tuple(read.labels or ()), read.problem) if read.name == "classification" else None
 
     @property
     def outputs(self) -> int:
