@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UserError
+from .families import most_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,6 +88,22 @@ def check_vocabulary(model: nn.Module, name: str, largest: int) -> None:
             "tokenizer has more tokens than the model, perhaps because tokens were added to the tokenizer alone. Give "
             "the tokenizer that the model was trained with (model.tokenizer), or a model whose embedding was resized",
             key="model.name",
+        )
+
+
+def check_length(model: nn.Module, name: str, longest: int) -> None:
+    """Raise ``UserError`` if a text to classify is longer than the model can read.
+
+    Args:
+        name: name of the model in the recipe.
+        longest: tokens of the longest text.
+    """
+    most = most_tokens(model)
+    if most is not None and longest > most:
+        raise UserError(
+            f"data.max_length: the longest text has {longest} tokens, and {name} has learned positions for {most}; set "
+            f"data.max_length: {most}",
+            key="data.max_length",
         )
 
 

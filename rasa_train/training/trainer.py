@@ -85,7 +85,7 @@ class Trainer:
         """
         self.recipe, self.training = recipe, recipe.training
         self.directory = RunDirectory(recipe.output_dir)
-        self.data = data or prepare(recipe.data, load_tokenizer(recipe.model))
+        self.data = data or prepare(recipe.data, load_tokenizer(recipe.model), task=recipe.task)
         self.steps_per_epoch = math.ceil(len(self.data.train) / self.training.batch_size)
         self.total_steps = self.training.max_steps or self.training.epochs * self.steps_per_epoch
         self.accelerator = rendezvous.start(
@@ -115,7 +115,7 @@ class Trainer:
     def setup(self) -> None:
         """Load the model, put the adapters with their initial values into it, and divide it among the workers."""
         self.engine = make_engine(self.recipe.distributed, self.accelerator, self.training.max_grad_norm)
-        self.model = TrainableModel(self.recipe, self.engine)
+        self.model = TrainableModel(self.recipe, self.engine, self.data.head)
         self.found = checkpoint.agreed_newest(self.directory.checkpoints, self.say, self.accelerator)
         origin = self.found or self.recipe.adapter.init_from
         if origin and self.engine.reads:
