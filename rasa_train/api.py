@@ -21,7 +21,7 @@ from .adapters.contract import Method
 from .adapters.fold import detach, fold_all
 from .adapters.packed_forward import PackedForward
 from .adapters.saved import Origin, SavedAdapter, load_tensors, read_adapter, write_adapter
-from .adapters.state import saved_tensors
+from .adapters.state import saved_tensors, with_own_head
 from .errors import UserError
 from .io.base_fingerprint import base_identity
 from .models.classifier import head_of, is_classifier
@@ -52,10 +52,11 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
         UserError: the model already has adapters, a target matches nothing, or the method wraps the model in a model
             of another library (``peft``: use that library directly).
     """
-    return _adapt(model, method, read_adapter(method.init_from) if method.init_from else None)
+    start = read_adapter(method.init_from) if method.init_from else None
+    return _adapt(model, method, start, any_head=True)
 
 
-def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None) -> nn.Module:
+def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None, *, any_head: bool = False) -> nn.Module:
     if hasattr(model, ADAPTED):
         raise UserError("the model already has adapters: call merge(model) first, which folds them into its weights")
     adapted, _ = inject.adapt(model, method)
@@ -64,7 +65,7 @@ def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None) -> nn.M
             f"adapt: the method {method.method!r} wraps the model in one of another library; use that library directly"
         )
     if start is not None:
-        _load(model, start)
+        _load(model, start, any_head)
     setattr(model, ADAPTED, (method, PackedForward(model)))
     return model
 
@@ -130,10 +131,13 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load(model: nn.Module, saved: SavedAdapter) -> None:
-    """Load the values of a saved adapter. An adapter that does not fit leaves the model without adapters."""
+def _load(model: nn.Module, saved: SavedAdapter, any_head: bool) -> None:
+    """Load the values of a saved adapter. An adapter that does not fit leaves the model without adapters.
+    ``any_head``: if the adapter's head has another shape, the model keeps its own.
+    """
     try:
-        load_tensors(model, saved.tensors, origin=str(saved.directory))
+        tensors = with_own_head(model, saved.tensors)[0] if any_head else saved.tensors
+        load_tensors(model, tensors, origin=str(saved.directory))
     except UserError:
         detach(model)
         raise

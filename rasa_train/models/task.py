@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import UserError
 
-from ..errors import UserError
-
 Problem = Literal["single_label", "multi_label", "regression"]
 
 
