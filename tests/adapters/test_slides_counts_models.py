@@ -1,5 +1,7 @@
-"""Numbers of trained parameters of the models that LoRA was published on: full fine-tuning, BitFit and LoRA, to the last one,
-with the head of a classifier counted apart. The numbers are those of the architectures (transformers, PEFT)."""
+"""Exact numbers of trained parameters of the models that LoRA was published on, for full fine-tuning, BitFit and LoRA.
+
+The head of a classifier is counted apart. The numbers are those of the architectures in transformers and PEFT.
+"""
 
 from __future__ import annotations
 
