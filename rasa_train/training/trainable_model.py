@@ -31,6 +31,7 @@ from ..models.layers import checkpoint_layers, light_contexts
 from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
 from ..models.task import Head
+from ..objectives.classification import Classification
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
 from ..optim.optimizers import make_optimizer
@@ -93,7 +94,7 @@ class TrainableModel:
         torch.manual_seed(recipe.seed)
         self._base = base
         self.module, self.sites = adapt(base, recipe.adapter)
-        self.objective: Objective = NextToken()
+        self.objective: Objective = Classification(head) if head else NextToken()
         self._loss = self.objective.install(self.module)
         if training.activation_offload:
             self._loss = with_offload(self._loss)
