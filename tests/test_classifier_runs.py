@@ -18,13 +18,13 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "good", "bad", "very", "not"]
 RECIPE = """\
 task: classification
 model: {{name: {model}, dtype: float32}}
-adapter: {{method: lora, r: 2, alpha: 4, targets: [query, value]}}
+adapter: {{method: lora, r: 4, alpha: 8}}
 data: {{dataset: train.jsonl, num_workers: 1, validation: {{dataset: dev.jsonl}}}}
 training:
-  epochs: 3
+  epochs: 10
   batch_size: 8
   micro_batch_size: 3
-  optimizer: {{name: adamw, lr: 2e-2}}
+  optimizer: {{name: adamw, lr: 1e-2}}
   evaluate: {{suite: classification}}
 output_dir: run
 """
@@ -70,10 +70,10 @@ def test_a_run_and_its_scores(cli: Cli, files: Path, bert: Path) -> None:
     assert facts["labels"] == counts and facts["majority"] == max(counts.values()) / 64
     assert (facts["texts"], facts["pairs"], facts["supervised_tokens"]) == (64, 0, 64)
     summary = json.loads(cli("train", "recipe.yaml", "--json", check=True).stdout)
-    assert summary["steps"] == 24 and summary["supervised_tokens"] == 3 * 64
+    assert summary["steps"] == 80 and summary["supervised_tokens"] == 10 * 64
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     measured = [row["eval_classification"] for row in metrics if "eval_classification" in row]
-    assert len(measured) == 3 and summary["evaluation"]["metric"] == "accuracy"
+    assert len(measured) == 10 and summary["evaluation"]["metric"] == "accuracy"
     found = json.loads(cli("eval", "run", "--data", "dev.jsonl", "--json", check=True).stdout)
     (result,) = found["results"]
     assert found["accuracy"] == result["metrics"]["accuracy"] == measured[-1]
@@ -133,7 +133,7 @@ def test_other_problems_are_learnt(problem: str, label: Any, metric: str, cli: C
     for name, seed, count in (("train.jsonl", 0, 64), ("dev.jsonl", 1, 24)):
         write(name, seed, count, label)
     task = f"task={{name: classification, problem: {problem}}}"
-    summary = json.loads(cli("train", "recipe.yaml", task, "training.epochs=6", "--json", check=True).stdout)
+    summary = json.loads(cli("train", "recipe.yaml", task, "--json", check=True).stdout)
     assert summary["evaluation"]["metric"] == metric
     found = json.loads(cli("eval", "run", "--data", "dev.jsonl", "--json", check=True).stdout)
     assert found[metric] == summary["evaluation"]["last"]["value"] and found[metric] > found.get("majority", 0.5)

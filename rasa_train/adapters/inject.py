@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
-from ..models.classifier import compute_head_in_fp32, head_parameters
+from ..models.classifier import head_parameters, hold_head
 from ..models.families import SHARED_INPUTS
 from .contract import Adapter, Method
 from .experts import AdaptedExperts
@@ -43,7 +43,7 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
-    compute_head_in_fp32(model)
+    hold_head(model)
     base = method.trained_base(model) | head_parameters(model).keys()
     for name, parameter in list(model.named_parameters()):
         if name in base:

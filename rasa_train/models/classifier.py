@@ -105,11 +105,25 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if not n.startswith(prefix) or n.startswith(poolers)}
 
 
-def compute_head_in_fp32(model: nn.Module) -> None:
+HELD = "rasa_train_held"
+"""Name of the attribute of a module of a head that is held in fp32: its hook, and the dtype that it had."""
+
+
+def hold_head(model: nn.Module) -> None:
     """Hold the head of a classifier in fp32, and give it its input in fp32, whatever the dtype of the base."""
     for path in dict.fromkeys(name.rpartition(".")[0] for name in head_parameters(model)):
-        module = model.get_submodule(path).float()
-        module.register_forward_pre_hook(_in_fp32)
+        module = model.get_submodule(path)
+        if (dtype := next(module.parameters(recurse=False)).dtype) != torch.float32:
+            setattr(module.float(), HELD, (module.register_forward_pre_hook(_in_fp32), dtype))
+
+
+def release_head(model: nn.Module) -> None:
+    """Undo ``hold_head``: the values of the head are rounded to the dtype that it had."""
+    for module in model.modules():
+        if (held := module.__dict__.pop(HELD, None)) is not None:
+            handle, dtype = held
+            handle.remove()
+            module.to(dtype)
 
 
 def _in_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

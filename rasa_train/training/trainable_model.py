@@ -83,7 +83,7 @@ class TrainableModel:
         if divide and tied_against_files(recipe, base):
             with engine.loading(torch_dtype(recipe.model), divide=False):
                 base = read_base(recipe, engine, head)
-        if training.flat:
+        if training.flat:  # refused for a classifier
             padding_free.use_varlen(base)
         if checkpointing := training.activation_checkpointing:
             # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
@@ -94,7 +94,7 @@ class TrainableModel:
         torch.manual_seed(recipe.seed)
         self._base = base
         self.module, self.sites = adapt(base, recipe.adapter)
-        self.objective: Objective = Classification(head) if head else NextToken()
+        self.objective: Objective = NextToken() if head is None else Classification(head)
         self._loss = self.objective.install(self.module)
         if training.activation_offload:
             self._loss = with_offload(self._loss)

@@ -16,13 +16,13 @@ from .. import process
 from ..adapters.inject import narrow_base
 from ..adapters.saved import load_tensors, read_adapter
 from ..adapters.sites import not_adapted
-from ..adapters.state import effective_ranks
+from ..adapters.state import effective_ranks, with_own_head
 from ..data.ahead import ahead
 from ..data.batching import Limit
 from ..data.prepare import PreparedData, prepare
 from ..distributed import collectives, preflight, rendezvous
 from ..distributed.choose import make_engine
-from ..errors import UserError
+from ..errors import UserError, some
 from ..io.atomic import write_json
 from ..io.base_fingerprint import compare
 from ..io.run_dir import RunDirectory
@@ -120,7 +120,10 @@ class Trainer:
         origin = self.found or self.recipe.adapter.init_from
         if origin and self.engine.reads:
             saved = read_adapter(origin)
-            load_tensors(self.model.module, saved.tensors, origin=str(origin))
+            tensors, own = with_own_head(self.model.module, saved.tensors) if not self.found else (saved.tensors, [])
+            load_tensors(self.model.module, tensors, origin=str(origin))
+            if own:
+                self.say(f"note: adapter.init_from: {origin} has another head; {some(own)} start anew")
             base = self.recipe.model
             if not self.found and (problem := compare(saved.base_tensors, base.name, base.revision).problem):
                 self.say(f"note: adapter.init_from: {another_base(saved, base.name, problem)}")

@@ -33,7 +33,9 @@ def bert() -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", model_max_length=40)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    options = {"pad_token": "[PAD]", "model_max_length": 40, "model_input_names": names}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 def prepared(tokenizer: Any, path: str, problem: Any = None, labels: Any = None, **data: Any) -> PreparedData:
