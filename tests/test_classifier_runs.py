@@ -180,6 +180,3 @@ def test_wrong_rows_end_the_run_before_it_starts(cli: Cli, files: Path) -> None:
         Path("train.jsonl").write_text("\n".join([*lines, json.dumps(row)]) + "\n")
         done = cli("train", "recipe.yaml")
         assert done.returncode == 2 and message in done.stderr
-    Path("train.jsonl").write_text('{"text": "cat", "label": "a"}\n{"text": "mat", "label": "b"}\n')
-    done = cli("train", "recipe.yaml", "task=causal_lm", "training.evaluate=null")
-    assert done.returncode == 2 and "or set task: classification, for texts and their labels" in done.stderr

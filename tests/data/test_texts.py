@@ -151,6 +151,13 @@ def test_a_limit_below_the_special_tokens_is_refused(bert: Any, jsonl: Jsonl) ->
         prepared(bert, path, max_length=2)
 
 
+def test_rows_of_the_other_task_are_told_of_it(bert: Any, jsonl: Jsonl) -> None:
+    with pytest.raises(UserError, match="or set task: classification, for texts and their labels"):
+        prepare(DataConfig(dataset=jsonl([{"text": "cat", "label": 0}])), bert)
+    with pytest.raises(UserError, match="or leave out task: classification for rows of queries and responses"):
+        prepared(bert, jsonl([{"query": "cat", "response": "mat"}]))
+
+
 def test_glue_is_as_on_the_hub() -> None:
     """Columns and the order of label names as on the set's page of the hub."""
     assert {name: (*one.texts, *one.labels) for name, one in GLUE.items()} == {
