@@ -131,8 +131,7 @@ def prepare(
         validation = whole.select(np.sort(last))
     indices = indices[: max(1, int(config.fraction * len(indices)))]
     train = whole if len(indices) == len(whole) else whole.select(np.sort(indices))
-    if head is not None and head.problem == "single_label" and len(present := np.unique(train.answers)) == 1:
-        raise single_class(f"the {len(train)} training rows of {config.dataset}", head.labels[int(present[0])])
+    _check_classes(head, train, config.dataset)
     stats = replace(
         counts,
         examples=len(train),
@@ -145,6 +144,11 @@ def prepare(
     if held_out and held_out.dataset and not held_out.split and (chosen := _held_out_split(held_out)):
         notes.append(f"data.validation is the {chosen} split of {held_out.dataset}, not the train split")
     return PreparedData(train, validation, stats, view, notes, head)
+
+
+def _check_classes(head: Head | None, train: TokenDataset, dataset: str) -> None:
+    if head is not None and head.problem == "single_label" and len(present := np.unique(train.answers)) == 1:
+        raise single_class(f"the {len(train)} training rows of {dataset}", head.labels[int(present[0])])
 
 
 def prepare_texts(config: DataConfig, tokenizer: Any, head: Head) -> TokenDataset:

@@ -104,7 +104,7 @@ def name_of(value: object, where: str) -> str:
     raise _wrong(where, value, "must be the name or number of a label")
 
 
-def found_labels(values: Iterable[tuple[str, object]], *, several: bool, dataset: str) -> tuple[str, ...]:
+def found_labels(values: Iterable[tuple[str, Any]], *, several: bool, dataset: str) -> tuple[str, ...]:
     """Return the names of all labels in (place, value of the label column), sorted: as numbers if all are numbers.
 
     Args:
@@ -117,7 +117,7 @@ def found_labels(values: Iterable[tuple[str, object]], *, several: bool, dataset
     for where, value in values:
         if several and not isinstance(value, list):
             raise _wrong(where, value, "must be a list of labels for task.problem: multi_label")
-        names.update(name_of(label, where) for label in (value if several else [value]))  # type: ignore[union-attr]
+        names.update(name_of(label, where) for label in (value if several else [value]))
         if len(names) > MOST_LABELS:
             raise UserError(
                 f"{where}: there are more than {MOST_LABELS:,} labels up to this row of {dataset}; name another "
@@ -224,12 +224,10 @@ def label_counts(head: Head, answers: np.ndarray) -> dict[str, int]:
 
 
 def majority(head: Head, answers: np.ndarray) -> float | None:
-    """Return the accuracy of the most frequent answer: the share of its label, or the mean of this over the labels if a
-    text has several; None for a regression."""
+    """Return the accuracy of the most frequent answer; None for a regression."""
     if head.problem == "regression":
         return None
-    shares = np.array(list(label_counts(head, answers).values())) / len(answers)
-    return float(shares.max() if head.problem == "single_label" else np.maximum(shares, 1 - shares).mean())
+    return float(np.unique(answers, axis=0, return_counts=True)[1].max() / len(answers))
 
 
 def _missing(row: Row, what: str, where: str) -> UserError:
