@@ -43,8 +43,8 @@ def describe(config: dict[str, Any], model: PreTrainedModel) -> None:
 
 
 def for_peft(source: Source) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Return the tensors of the head by PEFT's names, fp32, and the keys of PEFT's configuration that say what the model
-    is for; for a causal language model, no tensors."""
+    """Return the tensors of the head by PEFT's names, fp32, and the keys of PEFT's configuration that say what the
+    model is for; for a causal language model, no tensors."""
     if source.head is None:
         return {}, {"task_type": "CAUSAL_LM", "inference_mode": True}
     prefix = f"{source.model.base_model_prefix}."
