@@ -90,6 +90,18 @@ def head_of(architecture: PretrainedConfig) -> Head:
     return Head(() if problem == "regression" and len(labels) == 1 else labels, problem)
 
 
+def stored_head(architecture: PretrainedConfig) -> Head | None:
+    """Return the head of a checkpoint that is a classifier, or an encoder of which transformers has no causal language
+    model; None for any other."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    names = architecture.architectures or []
+    named = any(name.endswith("ForSequenceClassification") for name in names)
+    if can_classify(architecture) and (named or type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return head_of(architecture)
+    return None
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model is a sequence classifier of transformers."""
     from transformers import PreTrainedModel
