@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..models.classifier import release_head
 from .contract import Adapter
 from .experts import AdaptedExperts
 from .linear import AdaptedLinear
@@ -39,5 +40,6 @@ def detach(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             model.set_submodule(path, module.unwrapped())
+    release_head(model)
     if hasattr(model, POOLS):
         delattr(model, POOLS)

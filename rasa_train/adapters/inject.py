@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
+from ..models.classifier import head_parameters, hold_head, is_classifier
 from ..models.families import SHARED_INPUTS
 from .contract import Adapter, Method
 from .experts import AdaptedExperts
@@ -21,13 +22,21 @@ from .state import POOLS
 
 def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
     """Put ``method`` into ``model``. Returns the model to train and the adapted sites. For every method but ``peft``
-    that model is ``model`` itself, and this function does the same as ``attach``."""
+    that model is ``model`` itself, and this function does the same as ``attach``. Raises ``UserError`` for a classifier
+    and a method that wraps."""
+    if is_classifier(model) and type(method).wrap is not Method.wrap:
+        raise UserError(
+            f"adapter.method: {method.method} cannot train a classifier, whose head it would leave frozen; use lora, "
+            "rasa or another method of this package",
+            key="adapter.method",
+        )
     wrapped = method.wrap(model)
     return (model, attach(model, method)) if wrapped is None else (wrapped, [])
 
 
 def attach(model: nn.Module, method: Method) -> list[Site]:
-    """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order.
+    """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order. The head of a
+    classifier is trained whatever the method.
 
     Adapter parameters are fp32 on the device of the weight they belong to; pools are at ``model.pools``. On the meta
     device the adapters get shapes but no values.
@@ -41,7 +50,8 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
-    base = method.trained_base(model)
+    hold_head(model)
+    base = method.trained_base(model) | head_parameters(model).keys()
     for name, parameter in list(model.named_parameters()):
         if name in base:
             parameter.data = parameter.data.float()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
+from ..models.classifier import POOLS as POOLS  # only at the root do shared tensors work with DDP, ZeRO-3 and FSDP2
+from ..models.classifier import head_parameters
 from .contract import Adapter
 from .linear import AdaptedLinear
 from .shared_input import Group
-
-POOLS = "pools"
-"""Name of the module at the root of the model that holds the tensors that sites share. Only this placement works under
-DDP, ZeRO-3 and FSDP2."""
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -39,6 +39,14 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in module.state_dict(keep_vars=True).items()
     }
     return frozen | dict(trainable(model))
+
+
+def with_own_head(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of an adapter to start from, and the names of those that are ``model``'s own: those of a head
+    which the adapter lacks or has in another shape (an adapter of MNLI has three labels, and one of RTE two)."""
+    head = head_parameters(model)
+    own = {name: p for name, p in head.items() if name not in tensors or tensors[name].shape != p.shape}
+    return {**tensors, **own}, sorted(own)
 
 
 def rule_state(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,9 @@ from ..errors import UserError
 from ..io import json_file
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
+from ..models.classifier import head_parameters
+from ..models.task import Head
+from . import head
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .names import locate
 from .options import WRITING, Base, Progress, Writing
@@ -103,13 +106,16 @@ def merge(
         tallies = _write_files(folding, partial, threads or _threads(folding), tick)
         if checkpoint.index is not None:
             index = checkpoint.index
-            index["weight_map"] |= {name: file for file, added in folding.added.items() for name in added}
+            files = {folding.names[n]: file for n, file in index["weight_map"].items() if n in folding.names}
+            index["weight_map"] = files | {name: file for file, added in folding.added.items() for name in added}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         left_out = copy_small_files(source.directory, partial)
         tokenizer = copy_tokenizer(source, partial)
-        if dtype is not None or folding.switches:
+        if dtype is not None or folding.switches or source.head:
             _switch(config, folding.switches)
+            if source.head:
+                head.describe(config, source.model)
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -117,15 +123,16 @@ def merge(
     return replace(report, tokenizer=tokenizer, left_out=left_out)
 
 
-def check_base(directory: Path) -> None:
-    """Open a base as ``merge`` does. Raises ``UserError`` if a merge would refuse it, whatever the adapter."""
+def check_base(directory: Path, classifier: Head | None = None) -> None:
+    """Open a base as ``merge`` does: with the head of a ``classifier``, if it is one, which may have another shape in
+    the files. Raises ``UserError`` if a merge would refuse the base, whatever the adapter."""
     checkpoint = open_checkpoint(directory)
-    model = architecture(directory)
+    model = architecture(directory, classifier)
+    replaced = head_parameters(model)
     found = locate(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     for name, piece in found.items():
-        if piece.whole and checkpoint.tensors[name].shape != (
-            shape := tuple(model.state_dict()[piece.parameter].shape)
-        ):
+        shape = tuple(model.state_dict()[piece.parameter].shape)
+        if piece.whole and piece.parameter not in replaced and checkpoint.tensors[name].shape != shape:
             raise UserError(
                 f"base model: {name} in {directory} has shape {checkpoint.tensors[name].shape}, but config.json gives "
                 f"{shape}: they do not belong to one model"
@@ -141,7 +148,7 @@ def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: fl
         method=source.label,
         base_model=source.base,
         base_checked=source.checked,
-        tensors=len(folding.stored) + sum(map(len, folding.added.values())),
+        tensors=len(folding.names) + sum(map(len, folding.added.values())),
         adapted=folding.adapted,
         bytes=sum(tally.bytes for tally in tallies),
         seconds=round(seconds, 3),
