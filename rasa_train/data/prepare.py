@@ -114,11 +114,10 @@ def prepare(
     whole, counts, key = make(source, columns, config.dataset)
     if head is not None:
         head = replace(head, labels=tuple(counts.labels or ()))
-        make = replace(make, head=head)
     indices = np.random.default_rng(_SEED).permutation(len(whole))
     validation = None
     if apart is not None and held_out is not None:
-        validation, _, _ = make(*apart, str(held_out.dataset))
+        validation, _, _ = replace(make, head=head)(*apart, str(held_out.dataset))
     elif held_out is not None and held_out.size is not None:
         size = held_out.size if isinstance(held_out.size, int) else max(1, int(held_out.size * len(whole)))
         if size >= len(whole):
