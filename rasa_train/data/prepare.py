@@ -305,8 +305,8 @@ class _Maker:
 
     def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
         assert self.head
-        found = TextColumns(names, self.head, may_be_empty=dataset in GLUE)
-        if self.head.problem != "regression" and not self.head.labels:
+        found, labels = TextColumns(names, self.head, may_be_empty=dataset in GLUE), self.head.labels
+        if self.head.problem != "regression" and not labels:
             values = ((where, found.value(row, where)) for where, row in source.rows())
             labels = found_labels(values, several=self.head.problem == "multi_label", dataset=dataset)
             found = replace(found, head=replace(self.head, labels=labels))
@@ -314,7 +314,7 @@ class _Maker:
         encoder = TextEncoder(self.config, self.tokenizer, pairs=pairs)
         chunks = _chunks(source.rows(), found)
         stats = self._encoded(encoder, chunks, _worker_count(self.config), writer, dataset)
-        return replace(stats, unused_columns=sorted(found.unused), labels=list(found.head.labels), pairs=pairs)
+        return replace(stats, unused_columns=sorted(found.unused), labels=list(labels), pairs=pairs)
 
     def _encoded(
         self, encoder: Encoder | TextEncoder, chunks: Iterator[Chunk], workers: int, writer: CacheWriter, dataset: str
