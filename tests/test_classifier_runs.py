@@ -136,7 +136,8 @@ def test_other_problems_are_learnt(problem: str, label: Any, metric: str, cli: C
     summary = json.loads(cli("train", "recipe.yaml", task, "--json", check=True).stdout)
     assert summary["evaluation"]["metric"] == metric
     found = json.loads(cli("eval", "run", "--data", "dev.jsonl", "--json", check=True).stdout)
-    assert found[metric] == summary["evaluation"]["last"]["value"] and found[metric] > found.get("majority", 0.5)
+    assert found[metric] == pytest.approx(summary["evaluation"]["last"]["value"], abs=1e-6)
+    assert found[metric] > found.get("majority", 0.3)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from rasa_train.data.config import DataConfig
 from rasa_train.data.demo_problems import extract_answer, held_out, training_problems
 from rasa_train.data.prepare import prepare
 from rasa_train.demo.__main__ import remember
+from rasa_train.demo.classify import _GOOD as GOOD
+from rasa_train.demo.classify import compare, reviews, table
 from rasa_train.models.config import ModelConfig
 from rasa_train.report.runs import find_runs, read_run, read_runs
 
@@ -72,3 +74,24 @@ def test_the_whole_demo(tmp_path: Path) -> None:
         row = rasa if run.name == "rasa" else lora
         assert run.best_and_last() == {"demo exact_match": (row["exact_match"], row["exact_match"])}
         assert run.last_loss == row["loss"]
+
+
+def test_reviews_are_deterministic_disjoint_and_need_more_than_a_word() -> None:
+    train = reviews(2, 300)
+    dev = reviews(3, 300, train)
+    assert (train, dev) == (reviews(2, 300), reviews(3, 300, train))
+    assert not {row["text"] for row in train} & {row["text"] for row in dev}
+    for row in [*train, *dev]:
+        last = row["text"].split(" but ")[-1].split()[2:]  # after the DISH
+        turned, word = last[1] in ("not", "never"), last[2 if last[1] in ("not", "never") else 1]
+        assert row["label"] == ("positive" if (word in GOOD) != turned else "negative")
+
+
+@pytest.mark.slow
+def test_the_demo_of_classifiers(tmp_path: Path) -> None:
+    results = compare(tmp_path, lambda line: None)
+    assert list(results["methods"]) == ["full fine-tuning", "BitFit", "LoRA", "RaSA"]
+    assert all(row["accuracy"] > results["majority"] for row in results["methods"].values())
+    lora, rasa = (results["methods"][name]["trainable_parameters"] for name in ("LoRA", "RaSA"))
+    assert abs(rasa / lora - 1) < 0.01
+    assert "majority label" in table(results)

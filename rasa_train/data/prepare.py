@@ -114,11 +114,10 @@ def prepare(
     whole, counts, key = make(source, columns, config.dataset)
     if head is not None:
         head = replace(head, labels=tuple(counts.labels or ()))
-        make = replace(make, head=head)
     indices = np.random.default_rng(_SEED).permutation(len(whole))
     validation = None
     if apart is not None and held_out is not None:
-        validation, _, _ = make(*apart, str(held_out.dataset))
+        validation, _, _ = replace(make, head=head)(*apart, str(held_out.dataset))
     elif held_out is not None and held_out.size is not None:
         size = held_out.size if isinstance(held_out.size, int) else max(1, int(held_out.size * len(whole)))
         if size >= len(whole):
@@ -306,8 +305,8 @@ class _Maker:
 
     def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
         assert self.head
-        found = TextColumns(names, self.head, may_be_empty=dataset in GLUE)
-        if self.head.problem != "regression" and not self.head.labels:
+        found, labels = TextColumns(names, self.head, may_be_empty=dataset in GLUE), self.head.labels
+        if self.head.problem != "regression" and not labels:
             values = ((where, found.value(row, where)) for where, row in source.rows())
             labels = found_labels(values, several=self.head.problem == "multi_label", dataset=dataset)
             found = replace(found, head=replace(self.head, labels=labels))
@@ -315,7 +314,7 @@ class _Maker:
         encoder = TextEncoder(self.config, self.tokenizer, pairs=pairs)
         chunks = _chunks(source.rows(), found)
         stats = self._encoded(encoder, chunks, _worker_count(self.config), writer, dataset)
-        return replace(stats, unused_columns=sorted(found.unused), labels=list(found.head.labels), pairs=pairs)
+        return replace(stats, unused_columns=sorted(found.unused), labels=list(labels), pairs=pairs)
 
     def _encoded(
         self, encoder: Encoder | TextEncoder, chunks: Iterator[Chunk], workers: int, writer: CacheWriter, dataset: str

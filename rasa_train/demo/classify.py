@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,14 @@ _BAD = ["bad", "stale", "cold", "bland", "awful", "sour"]
 _TIMES = ["today", "yesterday", "again", "as always", "this time", ""]
 
 
-def reviews(seed: int, count: int) -> list[dict[str, str]]:
-    """Return generated reviews with their labels, ``positive`` or ``negative``."""
-    rng = random.Random(seed)
-    return [_review(rng) for _ in range(count)]
+def reviews(seed: int, count: int, others: Sequence[Mapping[str, str]] = ()) -> list[dict[str, str]]:
+    """Return generated reviews with their labels, ``positive`` or ``negative``; none whose text is among ``others``."""
+    rng, known, found = random.Random(seed), {row["text"] for row in others}, list[dict[str, str]]()
+    while len(found) < count:
+        row = _review(rng)
+        if row["text"] not in known:
+            found.append(row)
+    return found
 
 
 def _review(rng: random.Random) -> dict[str, str]:
@@ -122,10 +126,11 @@ def compare(output: Path, show: Callable[[str], None] = say) -> dict[str, Any]:
     if not (output / "encoder" / "tokenizer.json").is_file():
         show(f"making the encoder: {STEPS} steps of guessing words that are left out")
         make_encoder(output / "encoder")
-    for name, seed, count in (("train", 2, TRAIN), ("dev", 3, HELD_OUT)):
-        rows = reviews(seed, count)
+    train = reviews(2, TRAIN)
+    dev = reviews(3, HELD_OUT, train)
+    for name, rows in (("train", train), ("dev", dev)):
         write_text(output / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    positive = sum(row["label"] == "positive" for row in rows) / HELD_OUT
+    positive = sum(row["label"] == "positive" for row in dev) / HELD_OUT
     results: dict[str, Any] = {"majority": max(positive, 1 - positive), "texts": HELD_OUT, "methods": {}}
     for name, (directory, adapter, lr) in METHODS.items():
         path, started = output / f"{directory}.yaml", time.perf_counter()

@@ -37,7 +37,8 @@ class Classification(Objective):
     def __init__(self, head: Head) -> None:
         self.problem: Problem = head.problem
         self.outputs = head.outputs
-        self._pad, self._most, self._types = 0, None, False
+        self._pad, self._types = 0, False
+        self._most: int | None = None
 
     def tensors(self, examples: Sequence[Example], *, flat: bool) -> Batch:
         """Make the tensors of a batch, right-padded. ``targets`` has the answers of the texts: int64, shape (texts,),

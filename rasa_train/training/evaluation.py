@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,17 +23,9 @@ from ..models.load import load_tokenizer, meta_model
 from ..recipe.schema import Recipe
 
 
-class Measure(Protocol):
-    """A measurement while a model is trained."""
-
-    name: str
-    every: int | Literal["epoch"]
-
-    def __call__(self, model: nn.Module) -> float:
-        """Return the score of the model, which gives logits while this is called."""
-
-
-def make_measure(recipe: Recipe, data: PreparedData, *, divided: bool, say: Callable[[str], None]) -> Measure | None:
+def make_measure(
+    recipe: Recipe, data: PreparedData, *, divided: bool, say: Callable[[str], None]
+) -> ClassifierMeasure | TrainingEvaluation | None:
     """Return what ``training.evaluate`` measures, if anything.
 
     Raises:
