@@ -7,6 +7,7 @@ from torch import nn
 
 from .contract import Adapter
 from .experts import AdaptedExperts
+from .inserted import remove_inserted
 from .linear import AdaptedLinear
 from .site import Site
 from .state import POOLS, adapters
@@ -39,5 +40,6 @@ def detach(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             model.set_submodule(path, module.unwrapped())
+    remove_inserted(model)
     if hasattr(model, POOLS):
         delattr(model, POOLS)

@@ -41,13 +41,14 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
+    method.insert(model)
     base = method.trained_base(model)
     for name, parameter in list(model.named_parameters()):
         if name in base:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters(False)):
             module.float()  # torch requires its weight and bias in one dtype, also under autocast
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(

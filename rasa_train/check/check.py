@@ -20,7 +20,6 @@ from ..data.prepare import PreparedData, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError, shown
 from ..merging import merged
-from ..methods.from_peft import Peft
 from ..models.load import check_base, has_weights, load_tokenizer
 from ..models.suitable import check_vocabulary, quantization_of
 from ..recipe.schema import Recipe
@@ -29,10 +28,6 @@ from . import trial_run
 from .estimate import USABLE, Estimate, plan
 
 Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
-UNMERGED = (
-    "this method adds to the prompt, not to weights: it cannot be merged, and rasa-eval cannot evaluate it; "
-    "rasa-merge --format peft writes it for PEFT"
-)
 
 
 class Problem(NamedTuple):
@@ -183,8 +178,8 @@ def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
         merged.check_base(directory)
     left_out = not_adapted(base) if recipe.adapter.targets == "all-linear" else None
     notes += [left_out] if left_out else []
-    if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:
-        notes.append(UNMERGED)
+    if why := recipe.adapter.unmerged:
+        notes.append(f"the adapter cannot be merged ({why}); rasa-eval evaluates it inside the base")
     if quantized:
         notes.append("the base is quantised: to merge, give the original base with rasa-merge --base")
     return base

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, damage, read_adapter, tokenizer_files
+from ..adapters.saved import CONFIG, PEFT_METHOD, SavedAdapter, check_tensors, damage, read_adapter, tokenizer_files
 from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
@@ -238,6 +238,11 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     """
     model = as_stored(architecture(base_dir), base_dir)
     base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
+    if saved.method.method != PEFT_METHOD and (why := saved.method.unmerged):
+        raise UserError(
+            f"the adapter in {saved.directory} cannot be merged: {why}. rasa-eval evaluates it inside the base, and "
+            "rasa_train.load_adapter puts it into a model"
+        )
     if (merged := saved.method.merged(base, saved.tensors)) is not None:
         merged, untied = joined(model, merged)
         return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged, untied=untied)

@@ -145,9 +145,15 @@ class Peft(Method):
         }
 
     @property
-    def is_prompt(self) -> bool:
-        """Whether the method adds to the prompt and not to weights, so that it cannot be merged."""
-        return bool(self._config().is_prompt_learning)
+    def unmerged(self) -> str | None:
+        prompt = self._config().is_prompt_learning
+        return f"{self.peft_type} adds to the prompt, not to weights" if prompt else None
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+        if any(ADAPTER in name.split(".") for name in tensors):
+            super().load(model, tensors, origin)
+        else:
+            self._load_file(model, tensors)
 
     def save(self, base: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
         """Write the saved tensors of an adapter as PEFT writes them."""

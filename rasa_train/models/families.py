@@ -37,6 +37,24 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(map(list, text_layers(model).values()), key=len)
 
 
+def sublayers(layer: nn.Module) -> tuple[str, str, str | None] | None:
+    """Return the names, inside a layer, of the modules whose results are added to the residual after attention and
+    after the FFN, and of the norm that follows the second sum inside the layer (None: there is none, or it is not known
+    to be there). None for a layer whose structure is not known."""
+    names = {name for name, _ in layer.named_modules()}
+    if {"attention.output.dropout", "output.dropout", "output.LayerNorm"} <= names:  # BERT and its relatives
+        return "attention.output.dropout", "output.dropout", "output.LayerNorm"
+    attention = next((name for name in ATTENTION if name in names), None)
+    ffn = next((name for name in FFN if name in names), None)
+    if attention is None or ffn is None:
+        return None
+    return attention, ffn, next((name for name in ("output_layer_norm",) if name in names), None)
+
+
+ATTENTION, FFN = ("self_attn", "attn", "attention", "self_attention"), ("mlp", "ffn", "block_sparse_moe", "feed_forward")
+"""Names of a layer's attention and of its FFN in families that add their results to the residual as they are."""
+
+
 def end_tokens(model: nn.Module) -> list[int]:
     """Return the ids of the tokens at which the model ends a text, for generation; empty if it names none."""
     config: Any = getattr(model, "config", None)

@@ -163,6 +163,8 @@ class Trainer:
         default = self.model.adapters and self.recipe.adapter.targets == "all-linear"
         if default and (left_out := not_adapted(self.model.module)):
             self.say(left_out)
+        if why := self.recipe.adapter.unmerged:
+            self.say(f"note: this adapter cannot be merged ({why}); rasa-eval evaluates it inside the base")
         if checked := preflight.preflight(self.accelerator, count):
             self.say(checked)
         examples = f"{len(self.data.train):,} examples"
