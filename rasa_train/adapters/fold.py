@@ -20,9 +20,9 @@ def fold(site: Site, adapter: Adapter, parameters: dict[str, nn.Parameter]) -> N
     Args:
         parameters: parameters of the model, by name. The site's weight and bias are changed in place.
     """
-    held = site.view(parameters[site.weight])
-    W = held.float()
-    held.copy_(W + adapter.delta(W if adapter.needs_weight else None))
+    held = site.place(parameters[site.weight])
+    W = site.view(parameters[site.weight]).float()
+    held.copy_((W + adapter.delta(W if adapter.needs_weight else None)).reshape(held.shape))
     if site.bias and (bias := adapter.delta_bias()) is not None:
         parameters[f"{site.path}.bias"].add_(bias)
 

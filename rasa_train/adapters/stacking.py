@@ -25,7 +25,9 @@ def form(adapter: Adapter) -> tuple[object, ...]:
     named = chain(adapter.named_parameters(), adapter.named_buffers())
     tensors = [(name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in named]
     others = [(name, _value(value)) for name, value in vars(adapter).items() if name not in _OF_MODULES]
-    return (type(adapter), adapter.site.shape, adapter.site.lead, adapter.training, tuple(tensors), tuple(others))
+    parts = [(name, p.site.rows, p.site.groups, form(p)) for name, p in adapter.named_children() if isinstance(p, Adapter)]
+    kind = (type(adapter), adapter.site.shape, adapter.site.lead, adapter.training)
+    return (*kind, tuple(tensors), tuple(others), tuple(parts))
 
 
 def _value(value: object) -> object:

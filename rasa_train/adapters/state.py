@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .contract import Adapter
+from .fused_parts import Parts
 from .linear import AdaptedLinear
 from .shared_input import Group
 
@@ -15,7 +16,8 @@ DDP, ZeRO-3 and FSDP2."""
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters in ``model`` by the path of their site."""
-    return {module.site.path: module for module in model.modules() if isinstance(module, Adapter)}
+    found = [module for module in model.modules() if isinstance(module, Adapter) and not isinstance(module, Parts)]
+    return {module.site.path: module for module in found}
 
 
 def groups(model: nn.Module) -> list[Group]:

@@ -118,6 +118,39 @@ def adapts_by_default(kind: str) -> bool:
     return (ROUTERS | UNREACHED).isdisjoint(kind.split("."))
 
 
+FUSED: dict[str, dict[str, tuple[str, str]]] = {
+    "gpt2": {"c_attn": ("q k v", "equal")},
+    "gpt_neox": {"query_key_value": ("q k v", "equal in each head")},
+    "modernbert": {"Wqkv": ("q k v", "equal")},
+    "phi3": {"qkv_proj": ("q k v", "by heads"), "gate_up_proj": ("gate up", "equal")},
+}
+"""Linears that compute several, by ``model_type``: what they compute, in the order of their outputs, and how many
+outputs each has."""
+
+
+def fused_layout(config: Any, name: str, outputs: int) -> tuple[int, dict[str, int]]:
+    """Return how the outputs of the linear ``name`` are divided, if several linears are computed in it: the number of
+    equal groups of outputs, and the outputs of each linear in a group, by its name. No names for any other linear."""
+    found, sizes = FUSED.get(config.model_type, {}).get(name, ("", ""))
+    names, heads = found.split(), config.num_attention_heads
+    if "q" in names and "by heads" not in sizes and outputs != 3 * config.hidden_size:
+        return 1, {}  # the keys and values of cross-attention, without queries
+    if sizes == "by heads":
+        each = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return 1, {"q": heads * each} | dict.fromkeys("kv", config.num_key_value_heads * each)
+    groups = heads if sizes == "equal in each head" else 1
+    return groups, {name: outputs // groups // len(names) for name in names}
+
+
+QKVO = {
+    "wq": ("q_proj", "query", "query_proj", "q_lin", "c_attn.q", "qkv_proj.q", "query_key_value.q", "Wqkv.q"),
+    "wk": ("k_proj", "key", "key_proj", "k_lin", "c_attn.k", "qkv_proj.k", "query_key_value.k", "Wqkv.k"),
+    "wv": ("v_proj", "value", "value_proj", "v_lin", "c_attn.v", "qkv_proj.v", "query_key_value.v", "Wqkv.v"),
+    "wo": ("o_proj", "out_proj", "attention.output.dense", "attention.dense", "self_attn.dense", "self_attention.dense",
+           "out_lin", "attn.c_proj", "attn.Wo"),
+}  # fmt: skip
+"""The four matrices of self-attention under one name in all families: their names in each."""
+
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),

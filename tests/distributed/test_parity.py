@@ -35,6 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dora": {"r": 4},
     "full": {},
     "bitfit": {},
+    "bottleneck": {"kind": "lin", "size": 4},
 }
 TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-4, "parameter": 2e-5}
 
