@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -93,6 +94,7 @@ class Peft(Method):
         if config.is_prompt_learning:
             model.gradient_checkpointing_enable = _no_checkpointing  # type: ignore[assignment]
             wrapped.register_forward_hook(_without_prompt, with_kwargs=True)
+            wrapped.generate = partial(_generate, wrapped)  # type: ignore[assignment]
         else:
             saved = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -246,6 +248,52 @@ def _without_prompt(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """Cut the logits after forward to those of the sequence itself, without the virtual tokens before it."""
     given: Tensor = args[0] if args else kwargs["input_ids"]
     output.logits = output.logits[:, -given.shape[1] :]
+    return output
+
+
+def _generate(wrapped: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate with the virtual tokens before each text. PEFT's own ``generate`` does not fit the caches of transformers
+    5, and takes padding on the left for tokens between the virtual ones and the text."""
+    base = wrapped.base_model
+    own, before = base.forward, dict(vars(base))
+    base.forward = partial(_with_prompt, wrapped, own)
+    try:
+        return base.generate(*args, **kwargs)
+    finally:
+        del base.forward
+        if "forward" in before:
+            base.forward = before["forward"]
+
+
+def _with_prompt(
+    wrapped: Any,
+    forward: Callable[..., Any],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_ids: Tensor | None = None,
+    **others: Any,
+) -> Any:
+    """Compute the base's outputs for the next tokens of texts that begin with the virtual tokens."""
+    rows, length = input_ids.shape
+    number = wrapped.active_peft_config.num_virtual_tokens
+    if others.get("use_cache") is False:
+        past_key_values = None
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(rows, max(seen - number, 0) + length)
+    mask = torch.cat([attention_mask.new_ones(rows, number), attention_mask], 1)
+    given: dict[str, Any] = {"input_ids": input_ids}
+    if not seen and wrapped.active_peft_config.peft_type == "PREFIX_TUNING":
+        past_key_values = wrapped.get_prompt(batch_size=rows)
+    elif not seen:
+        tokens = wrapped.word_embeddings(input_ids)
+        prompt = wrapped.get_prompt(batch_size=rows).to(tokens.dtype)
+        given, length = {"inputs_embeds": torch.cat([prompt, tokens], 1)}, number + length
+    if "position_ids" in inspect.signature(forward).parameters:
+        given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    output = forward(attention_mask=mask, past_key_values=past_key_values, **given, **others)
+    output.logits = output.logits[:, -input_ids.shape[1] :]
     return output
 
 
