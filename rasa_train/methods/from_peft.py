@@ -154,6 +154,8 @@ class Peft(Method):
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
         if any(ADAPTER in name.split(".") for name in tensors):
             super().load(model, tensors, origin)
+        elif self._config().is_prompt_learning:
+            self._load_prompt(model, tensors)
         else:
             self._load_file(model, tensors)
 
@@ -164,6 +166,18 @@ class Peft(Method):
         wrapped = self.wrap(base)
         load_tensors(wrapped, tensors, origin="the adapter's file")
         wrapped.save_pretrained(str(directory))  # type: ignore[operator]
+
+    def _load_prompt(self, wrapped: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Load PEFT's file of a prompt or prefix, which holds what the encoder of the prompt made."""
+        config, prompt = wrapped.active_peft_config, tensors.get("prompt_embeddings")
+        if prompt is None or len(tensors) > 1 or len(prompt) != config.num_virtual_tokens:
+            raise UserError(
+                f"the adapter does not fit its config: {self.peft_type} with num_virtual_tokens "
+                f"{config.num_virtual_tokens} has one tensor, prompt_embeddings, with as many rows"
+            )
+        place = wrapped.prompt_encoder[ADAPTER].embedding
+        place.weight = nn.Parameter(prompt.to(place.weight.device), requires_grad=place.weight.requires_grad)
+        config.inference_mode = True  # the encoder is not needed, and its values are not in the file
 
     def _load_file(self, wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
         """Load tensors with the names of PEFT's files. Returns the paths of the base's modules that they replace."""

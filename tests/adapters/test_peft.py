@@ -138,7 +138,7 @@ def test_prompts_cannot_be_merged(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", PROMPTS)
 @torch.no_grad()
 def test_generates_with_the_prompt(kind: str, how: dict[str, Any]) -> None:
-    """Token by token, each text alone, is the oracle; padding on the left changes nothing, and beams find no worse."""
+    """Token by token, each text alone, is the oracle; padding on the left changes nothing; beams know their scores."""
     model = perturbed(adapt(base(), method(kind))[0])
     length, new = IDS.shape[1], 6
     mask = torch.ones_like(IDS)
@@ -155,13 +155,18 @@ def test_generates_with_the_prompt(kind: str, how: dict[str, Any]) -> None:
             text = torch.cat([text, model(input_ids=text).logits[:, -1:].argmax(-1)], 1)
         greedy.append(text)
     options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, **how}
-    got = model.generate(input_ids=IDS, attention_mask=mask, **options)  # type: ignore[operator]
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    found = model.generate(input_ids=IDS, attention_mask=mask, **options)  # type: ignore[operator]
+    got = found.sequences
     assert torch.equal(got[:, :length], IDS) and got.shape == (3, length + new)
-    if "num_beams" not in how:
+    if "num_beams" in how:
+        for text, row, score in zip(texts, got, found.sequences_scores, strict=True):
+            whole = torch.cat([text, row[None, length:]], 1)
+            assert likelihood(whole) == pytest.approx(new * float(score), rel=1e-3)
+    else:
         assert torch.equal(got[:, length:], torch.cat([text[:, -new:] for text in greedy]))
-        assert not torch.equal(got, base().generate(input_ids=IDS, attention_mask=mask, **options))
-    for text, wanted, row in zip(texts, greedy, got, strict=True):
-        assert likelihood(torch.cat([text, row[None, length:]], 1)) > likelihood(wanted) - 1e-3
+        theirs = base().generate(input_ids=IDS, attention_mask=mask, **options)
+        assert not torch.equal(got, theirs.sequences)
     assert "forward" not in vars(model.base_model)
 
 

@@ -51,7 +51,7 @@ def test_answers_and_likelihoods_are_the_adapted_models(name: str, tmp_path: Pat
         text, choice = "Anna has 3 apples.", " She eats 2"
         ids = lm.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         tokens = ids
-        for _ in range(5):
+        while tokens.shape[1] < ids.shape[1] + 5 and int(tokens[0, -1]) != lm.tokenizer.eos_token_id:
             tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
         request = {"until": ["@@@"], "max_gen_toks": 5, "do_sample": False}
         long = Instance("generate_until", {}, (f"{text} {text}", request), 0)
@@ -74,6 +74,7 @@ output_dir: run
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bottleneck", "prefix"])
 def test_a_run_is_trained_resumed_and_evaluated(name: str, cli: Cli, tmp_path: Path) -> None:
     Path("r.yaml").write_text(RECIPE.format(adapter=json.dumps(METHOD_FIELDS[name])))
