@@ -20,10 +20,11 @@ from .adapters import inject
 from .adapters.contract import Method
 from .adapters.fold import detach, fold_all
 from .adapters.packed_forward import PackedForward
-from .adapters.saved import SavedAdapter, load_tensors, read_adapter, write_adapter
-from .adapters.state import saved_tensors
+from .adapters.saved import Origin, SavedAdapter, load_tensors, read_adapter, write_adapter
+from .adapters.state import saved_tensors, with_own_head
 from .errors import UserError
 from .io.base_fingerprint import base_identity
+from .models.classifier import head_of, is_classifier
 
 ADAPTED = "rasa_train_adapted"
 """Name of the attribute of an adapted model that holds its method and the hooks of its fast path."""
@@ -32,14 +33,16 @@ ADAPTED = "rasa_train_adapted"
 def adapt(model: nn.Module, method: Method) -> nn.Module:
     """Freeze a model and put the adapters of ``method`` into it, for your own training loop.
 
-    The linears of the decoder layers that ``method.targets`` selects get an update, which is zero at first for almost
+    The linears of the repeated layers that ``method.targets`` selects get an update, which is zero at first for almost
     every method, so the outputs do not change. Adapter parameters are fp32, on the device of the weights they belong
-    to; only they have ``requires_grad``. Forward and backward take the fast path (factors packed in the dtype of the
-    weights once per forward pass), and ``loss.backward()`` leaves complete gradients in the parameters. Afterwards the
-    model may be moved to another device, compiled, checkpointed (``use_reentrant=False``) or wrapped in DDP or FSDP.
+    to; only they have ``requires_grad``, and the head of a sequence classifier, which is then held in fp32 too.
+    Forward and backward take the fast path (factors packed in the dtype of the weights once per forward pass), and
+    ``loss.backward()`` leaves complete gradients in the parameters. Afterwards the model may be moved to another
+    device, compiled, checkpointed (``use_reentrant=False``) or wrapped in DDP or FSDP.
 
     Args:
-        model: a transformers model with repeated decoder layers, with its weights.
+        model: a transformers model with repeated layers, with its weights: a decoder, or a sequence classifier of an
+            encoder or a decoder.
         method: the hyper-parameters, for example ``RaSA(r=8, k=1, alpha=8)`` or
             ``LoRA(r=8, alpha=16, dropout=0.05)``. Where ``init_from`` names an adapter directory, the adapters start
             with the values stored there.
@@ -49,10 +52,11 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
         UserError: the model already has adapters, a target matches nothing, or the method wraps the model in a model
             of another library (``peft``: use that library directly).
     """
-    return _adapt(model, method, read_adapter(method.init_from) if method.init_from else None)
+    start = read_adapter(method.init_from) if method.init_from else None
+    return _adapt(model, method, start, any_head=True)
 
 
-def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None) -> nn.Module:
+def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None, *, any_head: bool = False) -> nn.Module:
     if hasattr(model, ADAPTED):
         raise UserError("the model already has adapters: call merge(model) first, which folds them into its weights")
     adapted, _ = inject.adapt(model, method)
@@ -61,7 +65,7 @@ def _adapt(model: nn.Module, method: Method, start: SavedAdapter | None) -> nn.M
             f"adapt: the method {method.method!r} wraps the model in one of another library; use that library directly"
         )
     if start is not None:
-        _load(model, start)
+        _load(model, start, any_head)
     setattr(model, ADAPTED, (method, PackedForward(model)))
     return model
 
@@ -88,8 +92,10 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
         name = str(Path(name).resolve())  # so that it is found from any working directory
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    identity = base_identity(name)
-    write_adapter(path, method, saved_tensors(model), base_model=name, base_revision=None, base_tensors=identity)
+    origin = Origin(base_model=name, base_revision=None, base_tensors=base_identity(name))
+    if is_classifier(model):
+        origin["head"] = head_of(model.config)  # type: ignore[arg-type]
+    write_adapter(path, method, saved_tensors(model), **origin)
     return path
 
 
@@ -127,10 +133,13 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load(model: nn.Module, saved: SavedAdapter) -> None:
-    """Load the values of a saved adapter. An adapter that does not fit leaves the model without adapters."""
+def _load(model: nn.Module, saved: SavedAdapter, any_head: bool) -> None:
+    """Load the values of a saved adapter. An adapter that does not fit leaves the model without adapters.
+    ``any_head``: if the adapter's head has another shape, the model keeps its own.
+    """
     try:
-        load_tensors(model, saved.tensors, origin=str(saved.directory))
+        tensors = with_own_head(model, saved.tensors)[0] if any_head else saved.tensors
+        load_tensors(model, tensors, origin=str(saved.directory))
     except UserError:
         detach(model)
         raise

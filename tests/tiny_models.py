@@ -5,17 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 VOCABULARY = 61
 MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 OWN: dict[str, dict[str, Any]] = {
+    "bert": {"pad_token_id": 0},
     "cohere": {"logit_scale": 0.3},
+    "deberta-v2": {
+        **{"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+        **{"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "conv_kernel_size": 3, "conv_act": "gelu"},
+        **{"pad_token_id": 0, "type_vocab_size": 0, "pooler_hidden_size": 32, "pooler_dropout": 0.0},
+    },
     "deepseek_v3": {
         **{**MOE, **LATENT, "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1},
         **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "tie_word_embeddings": False},
     },
+    "electra": {"embedding_size": 16, "pad_token_id": 0, "summary_last_dropout": 0.0},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "attn_logit_softcapping": None},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -26,12 +33,19 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**MOE, "head_dim": 8},
+    "modernbert": {"pad_token_id": 0, "local_attention": 6, "cls_token_id": 1, "sep_token_id": 2},
     "phi3": {"pad_token_id": 0},
+    "roberta": {"pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1},
 }
 
 
-def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """Two layers, width 32, grouped queries where the architecture has them; fp32, without dropout."""
+ENCODERS = ("bert", "roberta", "deberta-v2", "modernbert", "electra")
+"""Kinds of ``tiny_model`` that are encoders, which transformers opens as sequence classifiers."""
+
+
+def tiny_model(kind: str, seed: int = 0, labels: int = 0) -> PreTrainedModel:
+    """Two layers, width 32, grouped queries where the architecture has them; fp32, without dropout. With ``labels``, a
+    sequence classifier, whose padding token is 0 unless the architecture has another."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -46,9 +60,12 @@ def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} | {
         name: 0.0 for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "residual_dropout")
     }
+    off |= {name: 0.0 for name in ("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout")}
+    head = {"num_labels": labels, "pad_token_id": 0} if labels else {}
+    build = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **{**sizes, **off, **OWN.get(kind, {})}), dtype=torch.float32
+    model: PreTrainedModel = build.from_config(
+        AutoConfig.for_model(kind, **{**sizes, **off, **head, **OWN.get(kind, {})}), dtype=torch.float32
     )
     with torch.no_grad():  # as they are made, many hardly attend and have no biases
         for parameter in model.parameters():

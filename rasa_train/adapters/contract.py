@@ -145,6 +145,7 @@ class PeftConfig(TypedDict, total=False):
     exclude_modules: str | list[str] | None
     layers_to_transform: int | list[int] | None
     layers_pattern: str | list[str] | None
+    modules_to_save: list[str] | None
     fan_in_fan_out: bool
     inference_mode: bool
     r: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..models.classifier import release_head
 from .contract import Adapter
 from .experts import AdaptedExperts
 from .inserted import remove_inserted
@@ -41,5 +42,6 @@ def detach(model: nn.Module) -> None:
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             model.set_submodule(path, module.unwrapped())
     remove_inserted(model)
+    release_head(model)
     if hasattr(model, POOLS):
         delattr(model, POOLS)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
+from ..models.classifier import head_parameters, hold_head
 from ..models.families import SHARED_INPUTS
 from .contract import Adapter, FactorAdapter, Method
 from .experts import AdaptedExperts
@@ -28,7 +29,8 @@ def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
 
 
 def attach(model: nn.Module, method: Method) -> list[Site]:
-    """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order.
+    """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order. The head of a
+    classifier is trained whatever the method.
 
     Adapter parameters are fp32 on the device of the weight they belong to; pools are at ``model.pools``. On the meta
     device the adapters get shapes but no values.
@@ -43,7 +45,8 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
     method.insert(model)
-    base = method.trained_base(model)
+    hold_head(model)
+    base = method.trained_base(model) | head_parameters(model).keys()
     for name, parameter in list(model.named_parameters()):
         if name in base:
             parameter.data = parameter.data.float()

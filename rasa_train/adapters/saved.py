@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Required, TypedDict, Unpack, cast
 
 import torch
 from pydantic import ValidationError
@@ -30,6 +30,7 @@ from ..io.json_file import read_object
 from ..io.model_dir import TOKENIZER, VOCABULARIES, check_files
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
+from ..models.task import Head
 from .contract import Method, PeftConfig
 from .registry import METHODS
 from .state import POOLS, saved_tensors
@@ -75,22 +76,27 @@ class SavedAdapter:
     recorded."""
     base_path: str | None = None
     """Absolute path of a base that was named by a relative one."""
+    head: Head | None = None
+    """Head of the classifier that was trained; None for a causal language model."""
 
 
-def write_adapter(
-    directory: Path,
-    method: Method,
-    tensors: Mapping[str, Tensor],
-    *,
-    base_model: str,
-    base_revision: str | None,
-    base_tensors: Mapping[str, Any] | None = None,
-) -> None:
+class Origin(TypedDict, total=False):
+    """What an adapter was trained on."""
+
+    base_model: Required[str]
+    base_revision: Required[str | None]
+    base_tensors: Mapping[str, Any] | None
+    """Identity of the base (``io.base_fingerprint.base_identity``), by which a merge recognises the base."""
+    head: Head | None
+    """Head of the classifier that was trained."""
+
+
+def write_adapter(directory: Path, method: Method, tensors: Mapping[str, Tensor], **origin: Unpack[Origin]) -> None:
     """Write one adapter into ``directory``, which must exist. Tensors are stored unchanged, sorted by name.
 
     The checksums come last: until then those of an adapter that was there before tell that the files do not belong
     together."""
-    write_config(directory, method, base_model=base_model, base_revision=base_revision, base_tensors=base_tensors)
+    write_config(directory, method, **origin)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     # Not by save_file, whose files only their owner can read, whatever the umask. And not over the old file, from which
     # the tensors may still be read.
@@ -100,26 +106,17 @@ def write_adapter(
     write_checksums(directory, [directory / CONFIG, directory / TENSORS])
 
 
-def write_config(
-    directory: Path,
-    method: Method,
-    *,
-    base_model: str,
-    base_revision: str | None,
-    base_tensors: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the file that describes the tensors of an adapter directory. Returns the path of the file.
-
-    ``base_tensors`` is the identity of the base (``io.base_fingerprint.base_identity``), by which a merge recognises
-    the base.
-    """
+def write_config(directory: Path, method: Method, **origin: Unpack[Origin]) -> Path:
+    """Write the file that describes the tensors of an adapter directory. Returns the path of the file."""
+    base_model, head = origin["base_model"], origin.get("head")
     config = {
         "format": "rasa_train",
         "format_version": FORMAT_VERSION,
         **method.model_dump(exclude={"init_from"}),
         "base_model": base_model,
-        "base_revision": base_revision,
-        **({"base_tensors": dict(base_tensors)} if base_tensors else {}),
+        "base_revision": origin["base_revision"],
+        **({"base_tensors": dict(tensors)} if (tensors := origin.get("base_tensors")) else {}),
+        **({"task": head.task} if head else {}),
     }
     if (path := Path(base_model).expanduser()).is_dir() and str(path.absolute()) != base_model:
         config["base_path"] = str(path.absolute())
@@ -262,6 +259,7 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     config.pop("format")
     base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
     base_tensors, base_path = config.pop("base_tensors", None) or {}, config.pop("base_path", None)
+    head = Head.of_task(config.pop("task", None), f"{directory / CONFIG}: task")
     if not all(isinstance(value, str | None) for value in (base_model, base_revision, base_path)):
         raise UserError(f"{directory / CONFIG}: base_model, base_revision and base_path must be text")
     if not is_identity(base_tensors):
@@ -277,6 +275,7 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
         base_revision,  # type: ignore[arg-type]
         base_tensors,
         base_path,  # type: ignore[arg-type]
+        head,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
+from ..models.classifier import head_parameters
 from .contract import Adapter
 from .fused_parts import Parts
 from .linear import AdaptedLinear
@@ -41,6 +44,14 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in module.state_dict(keep_vars=True).items()
     }
     return frozen | dict(trainable(model))
+
+
+def with_own_head(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of an adapter to start from, and the names of those that are ``model``'s own: those of a head
+    which the adapter lacks or has in another shape (an adapter of MNLI has three labels, and one of RTE two)."""
+    head = head_parameters(model)
+    own = {name: p for name, p in head.items() if name not in tensors or tensors[name].shape != p.shape}
+    return {**tensors, **own}, sorted(own)
 
 
 def rule_state(model: nn.Module) -> dict[str, Tensor]:

@@ -16,16 +16,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .. import process
 from ..adapters.sites import not_adapted
-from ..data.prepare import PreparedData, prepare
+from ..data.prepare import PreparedData, known_head, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError, shown
 from ..merging import merged
 from ..models.load import check_base, has_weights, load_tokenizer
-from ..models.suitable import check_vocabulary, quantization_of
+from ..models.suitable import check_length, check_vocabulary, quantization_of
 from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
+from .labels import Labels, answer_text
 
 Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
 
@@ -72,6 +73,8 @@ class CheckResult:
     """A few words about the data."""
     samples: list[list[tuple[str, bool]]]
     """Decoded examples as (text, supervised) pieces."""
+    labels: Labels | None = None
+    """The labels of the texts, for a classification."""
 
     @property
     def ready(self) -> bool:
@@ -80,6 +83,7 @@ class CheckResult:
     def as_json(self) -> dict[str, object]:
         return {
             **asdict(self.estimate),
+            **(self.labels.as_json() if self.labels else {}),
             "disk_bytes_free": self.disk_bytes_free,
             "devices": [device._asdict() for device in self.devices],
             "versions": process.versions(),
@@ -93,7 +97,7 @@ class CheckResult:
     def show(self) -> None:
         console = Console(highlight=False)
         whole = not console.is_terminal  # lines for other programs are neither cut nor padded
-        rows = _lines(self.estimate)
+        rows = [*_lines(self.estimate), *(self.labels.lines() if self.labels else [])]
         if whole:
             width = max(len(name) for name, _ in rows)
             lines = (shown(f"{name:<{width}} {value}") for name, value in rows)
@@ -104,7 +108,8 @@ class CheckResult:
                 table.add_row(*(escape(shown(cell)) for cell in row))
             console.print(table)
         for i, pieces in enumerate(self.samples):
-            console.print(f"\nsample {i + 1} (what is trained on is marked »like this«)", style="bold")
+            marks = "" if self.labels else " (what is trained on is marked »like this«)"
+            console.print(f"\nsample {i + 1}{marks}", style="bold")
             marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
             console.print(shown(marked), markup=False, soft_wrap=whole)
         console.print()
@@ -139,7 +144,7 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
     estimate = plan(recipe, None, workers, on_cpu=on_cpu)  # a wrong adapter is reported before the data is read
     try:
         tokenizer = load_tokenizer(recipe.model)
-        data = prepare(recipe.data, tokenizer)
+        data = prepare(recipe.data, tokenizer, task=recipe.task)
     except SourceMissing as error:
         problems.append(Problem("data", str(error)))
     except UserError as error:
@@ -150,6 +155,8 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
     if data:
         if base is not None:
             check_vocabulary(base, recipe.model.name, data.largest_id)
+            if data.head:
+                check_length(base, recipe.model.name, data.longest)
         estimate = plan(recipe, data, workers, on_cpu=on_cpu)
         words = f"median {np.median(data.train.lengths):,.0f}, longest {data.train.lengths.max():,} tokens"
         notes += data.notes
@@ -162,7 +169,8 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
         if trial and not trial.finite:
             problems.append(Problem("model", NOT_FINITE))
     samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
-    return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples)
+    labels = Labels.of(data) if data and data.head else None
+    return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples, labels)
 
 
 def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
@@ -172,7 +180,7 @@ def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
     Raises:
         UserError: the base cannot be trained, or cannot be merged into.
     """
-    base = check_base(recipe.model)
+    base = check_base(recipe.model, known_head(recipe.data.dataset, recipe.task))
     quantized = quantization_of(base.config)
     if (directory := Path(recipe.model.name)).is_dir() and not quantized:
         merged.check_base(directory)
@@ -244,6 +252,8 @@ def _size(size: float) -> str:
 
 def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
     example = data.train[index]
+    if data.head:
+        return [(f"{tokenizer.decode(example.input_ids.tolist())} -> {answer_text(data.head, example.labels)}", False)]
     supervised = example.labels != -100
     pieces: list[tuple[str, bool]] = []
     start = 0

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..adapters.inject import adapt
 from ..adapters.site import Site
 from ..adapters.state import adapters, effective_ranks, saved_tensors, trainable
-from ..data.prepare import PreparedData
+from ..data.prepare import PreparedData, known_head
 from ..distributed.config import STRATEGIES, Capabilities, Strategy
 from ..kernels.linear_cross_entropy import CHUNK
 from ..models.families import decoder_layers, has_plain_head
@@ -73,7 +73,8 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu:
     Raises:
         UserError: the architecture is not available, or the adapter does not fit it.
     """
-    model = meta_model(recipe.model)
+    head = data.head if data else known_head(recipe.data.dataset, recipe.task)
+    model = meta_model(recipe.model, head)
     if recipe.training.flat:
         check_packable(model)
     total = count_parameters(model)
@@ -202,7 +203,8 @@ def memory(
         kept = per_layer  # only for the layer that is being computed
     parts["activations"] = tokens * kept
     chunked = has_plain_head(model)
-    parts["logits"] = config.vocab_size * (min(tokens, CHUNK) * half if chunked else tokens * (half + 8))
+    outputs = config.vocab_size if recipe.task.name == "causal_lm" else 0  # a classifier has a few for each text
+    parts["logits"] = outputs * (min(tokens, CHUNK) * half if chunked else tokens * (half + 8))
     parts["total"] = sum(parts.values())
     return parts
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def trial(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> Tr
     with scratch_directory("check") as directory, contextlib.redirect_stderr(io.StringIO()):
         changed = {"output_dir": str(directory), "training": recipe.training.model_copy(update=short)}
         tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
-        run(tried, StopSignal(), PreparedData(data.train, None, data.stats, data.key))
+        run(tried, StopSignal(), replace(data, validation=None))
         rows = RunDirectory(directory).rows()
     per_step = float(data.train.lengths.mean()) * min(recipe.training.batch_size, len(data.train))
     finite = any(row["loss"] is not None for row in rows)

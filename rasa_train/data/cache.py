@@ -2,8 +2,9 @@
 
 A set is a directory of ``tokens`` and ``labels`` (int32, one example after the other), ``offsets`` (int64, the
 start of each example, and the end of the last), ``supervised`` (int32, number of targets of each example) and
-``meta.json``. It is written beside its final place and renamed, so a reader sees all of it or nothing, and several
-processes may write the same set.
+``meta.json``. A set of texts to classify has, instead of ``labels`` and ``supervised``, ``answers`` (float64, the same
+number of values for each text) and ``types`` (int8, the token types). It is written beside its final place and renamed,
+so a reader sees all of it or nothing, and several processes may write the same set.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ FORMAT = 2
 """Version of the files and of the text they were made from: raise it when either changes."""
 
 _FILES = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int32}
+_TEXTS = {"tokens": np.int32, "types": np.int8, "offsets": np.int64, "answers": np.float64}
 _BLOCK = 1 << 22  # bytes
 _log = logging.getLogger(__name__)
 
@@ -45,12 +47,16 @@ class TokenDataset:
         self.directory = directory
         self._indices = indices
         self._tokens = _mapped(directory, "tokens")
-        self._labels = _mapped(directory, "labels")
         self._offsets = _mapped(directory, "offsets")
-        self._supervised = _mapped(directory, "supervised")
+        self._of_texts = (directory / "answers").exists()
+        if self._of_texts:
+            self._types, self._answers = _mapped(directory, "types"), _mapped(directory, "answers")
+            self._answers = self._answers.reshape(len(self._offsets) - 1, -1)
+        else:
+            self._labels, self._supervised = _mapped(directory, "labels"), _mapped(directory, "supervised")
 
     def __len__(self) -> int:
-        return len(self._supervised) if self._indices is None else len(self._indices)
+        return len(self._offsets) - 1 if self._indices is None else len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
         """Return example ``index`` of this view, as copies that do not refer to the file.
@@ -62,6 +68,8 @@ class TokenDataset:
             raise IndexError(f"example {index} of {len(self)}")
         at = index if self._indices is None else self._indices[index]
         where = slice(self._offsets[at], self._offsets[at + 1])
+        if self._of_texts:
+            return Example(np.array(self._tokens[where]), np.array(self._answers[at]), np.array(self._types[where]))
         return Example(np.array(self._tokens[where]), np.array(self._labels[where]))
 
     @cached_property
@@ -71,8 +79,14 @@ class TokenDataset:
 
     @cached_property
     def supervised(self) -> np.ndarray:
-        """Number of tokens of each example that carry loss, after the shift (never the first); int32, shape (len,)."""
-        return self._of_view(self._supervised)
+        """Number of tokens of each example that carry loss, after the shift (never the first), or 1 for each text to
+        classify; int32, shape (len,)."""
+        return np.ones(len(self), np.int32) if self._of_texts else self._of_view(self._supervised)
+
+    @cached_property
+    def answers(self) -> np.ndarray:
+        """Answers of the texts to classify; float64, shape (len, values)."""
+        return self._of_view(self._answers)
 
     @cached_property
     def largest_id(self) -> int:
@@ -97,20 +111,21 @@ class CacheWriter:
 
     Args:
         directory: where the set will be after ``commit``.
+        texts: whether the examples are texts to classify.
     Raises:
         OSError: the directory cannot be written to, or the disk is full.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, texts: bool = False) -> None:
+        self.directory, self._files = directory, _TEXTS if texts else _FILES
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._draft = directory.with_name(f".{directory.name}-{draft_name()}")
         with self._others_waiting():
             remove_drafts(directory.parent, f".*-{DRAFT}*")
             self._draft.mkdir()
             self._lock = lock(self._draft)
-        self._open = {name: (self._draft / name).open("wb") for name in _FILES}
-        self._checksums = dict.fromkeys(_FILES, 0)
+        self._open = {name: (self._draft / name).open("wb") for name in self._files}
+        self._checksums = dict.fromkeys(self._files, 0)
         self._end = 0
         self._put("offsets", [0])
 
@@ -131,10 +146,15 @@ class CacheWriter:
         if not examples:
             return
         self._put("tokens", np.concatenate([example.input_ids for example in examples]))
-        self._put("labels", np.concatenate([example.labels for example in examples]))
+        labels = np.concatenate([example.labels for example in examples])
+        if "answers" in self._files:
+            self._put("answers", labels)
+            self._put("types", np.concatenate([example.token_types for example in examples]))  # type: ignore[arg-type]
+        else:
+            self._put("labels", labels)
+            self._put("supervised", [targets(example.labels) for example in examples])
         ends = self._end + np.cumsum([len(example.input_ids) for example in examples])
         self._put("offsets", ends)
-        self._put("supervised", [targets(example.labels) for example in examples])
         self._end = int(ends[-1])
 
     def commit(self, key: str, stats: dict[str, Any]) -> None:
@@ -147,7 +167,8 @@ class CacheWriter:
             "key": key,
             "stats": stats,
             "files": {
-                name: {"bytes": (self._draft / name).stat().st_size, "crc32": self._checksums[name]} for name in _FILES
+                name: {"bytes": (self._draft / name).stat().st_size, "crc32": self._checksums[name]}
+                for name in self._files
             },
         }
         with open(self._draft / "meta.json", "wb") as meta_file:
@@ -171,7 +192,7 @@ class CacheWriter:
             yield
 
     def _put(self, name: str, values: Any) -> None:
-        data = np.ascontiguousarray(values, _FILES[name]).tobytes()
+        data = np.ascontiguousarray(values, self._files[name]).tobytes()
         self._checksums[name] = zlib.crc32(data, self._checksums[name])
         self._open[name].write(data)
 
@@ -188,7 +209,7 @@ def read_stats(directory: Path, key: str) -> dict[str, Any] | None:
         meta = json.loads((directory / "meta.json").read_bytes())
         if (meta["format"], meta["key"]) != (FORMAT, key):
             raise ValueError("made by another version")
-        for name in _FILES:
+        for name in _TEXTS if "answers" in meta["files"] else _FILES:
             file = directory / name
             if meta["files"][name] != {"bytes": file.stat().st_size, "crc32": _crc32(file)}:
                 raise ValueError(f"{name} is damaged")
@@ -207,7 +228,7 @@ def default_directory() -> Path:
 
 
 def _mapped(directory: Path, name: str) -> np.ndarray:
-    return np.memmap(directory / name, dtype=_FILES[name], mode="r")
+    return np.memmap(directory / name, dtype={**_FILES, **_TEXTS}[name], mode="r")
 
 
 def _crc32(path: Path) -> int:

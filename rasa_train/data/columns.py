@@ -139,7 +139,8 @@ def find_columns(row: Row, where: str, configured: Mapping[str, str] | None, wan
     known = ", ".join("/".join(pair) for pair in _PAIRS)
     raise UserError(
         f"{where}: there are no known columns among {listed(row)}; known are input_ids, messages, {known}. "
-        "Say which to use with data.columns: {query: <column>, response: <column>}",
+        "Say which to use with data.columns: {query: <column>, response: <column>}"
+        + ("; or set task: classification, for texts and their labels" if "label" in row else ""),
         key="data.columns",
     )
 
@@ -158,6 +159,12 @@ def _present(row: Row, name: str, where: str) -> None:
         )
 
 
+def text_in(row: Row, name: str, where: str) -> str:
+    """Return the text in a column. Raises ``UserError`` if there is none."""
+    text: str = _value(row, name, str, where)
+    return text
+
+
 def _value(row: Row, name: str, wanted: type[str] | type[list[object]], where: str) -> Any:
     _present(row, name, where)
     value = row[name]
@@ -167,7 +174,7 @@ def _value(row: Row, name: str, wanted: type[str] | type[list[object]], where: s
         return value
     kind = "text" if wanted is str else "a list"
     raise UserError(
-        f"{where}: column {name!r} must be {kind}, got {_kind_of(value)}; correct or remove this row",
+        f"{where}: column {name!r} must be {kind}, got {kind_of(value)}; correct or remove this row",
         key="data.dataset",
     )
 
@@ -183,7 +190,7 @@ def _message(message: object, name: str, where: str) -> Message:
     """Return a message without nulls, whose content is text, a list of parts that are text, or None for a tool call."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UserError(
-            f"{where}: {name} must be an object with a text `role` and a `content`, got {_kind_of(message)}",
+            f"{where}: {name} must be an object with a text `role` and a `content`, got {kind_of(message)}",
             key="data.dataset",
         )
     clean, role = _without_nulls(message), message["role"]
@@ -197,7 +204,7 @@ def _message(message: object, name: str, where: str) -> Message:
     elif isinstance(content, list) and content:
         content = [_part(part, f"{name}.content[{i}]", where) for i, part in enumerate(content)]
     elif content or not (role == "assistant" and (clean.get("tool_calls") or clean.get("function_call"))):
-        got = _kind_of(message["content"]) if "content" in message else "none"
+        got = kind_of(message["content"]) if "content" in message else "none"
         wanted = "text or a list of text parts" + (", or tool calls instead" if role == "assistant" else "")
         raise UserError(
             f"{where}: the content of {name} (role {role}) must be {wanted}, got {got}; correct or remove this row",
@@ -221,7 +228,7 @@ def _part(part: object, name: str, where: str) -> dict[str, str]:
     text = part.get("text") if isinstance(part, Mapping) else part
     if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
         raise UserError(
-            f"{where}: {name} is {_kind_of(part)}; only text is trained on: its parts are {{type: text, text: ...}}. "
+            f"{where}: {name} is {kind_of(part)}; only text is trained on: its parts are {{type: text, text: ...}}. "
             "Correct or remove this row",
             key="data.dataset",
         )
@@ -256,7 +263,7 @@ def _listed_objects(value: Any, name: str, where: str) -> list[Any]:
             raise TypeError
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
-            f"{where}: column {name!r} must be a list of objects, or the JSON text of one, got {_kind_of(value)}; "
+            f"{where}: column {name!r} must be a list of objects, or the JSON text of one, got {kind_of(value)}; "
             "correct or remove this row",
             key="data.dataset",
         ) from None
@@ -277,7 +284,7 @@ def _check_unicode(text: str, name: str, where: str) -> None:
         ) from None
 
 
-def _kind_of(value: object) -> str:
+def kind_of(value: object) -> str:
     if value is None:
         return "null"
     shown = _SHORT.repr(value)

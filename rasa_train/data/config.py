@@ -59,8 +59,9 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dataset: str = Field(min_length=1)
-    """Dataset to train on: a built-in name (metamathqa, magicoder, demo), a hub id, a local .jsonl/.json/.parquet file
-    (.gz too, except parquet), a directory of such files, or a directory written by datasets.save_to_disk."""
+    """Dataset to train on: a built-in name (metamathqa, magicoder, demo; glue/sst2 and the other sets of GLUE), a hub
+    id, a local .jsonl/.json/.parquet file (.gz too, except parquet), a directory of such files, or a directory written
+    by datasets.save_to_disk."""
     subset: str | None = None
     """Name of the configuration, for a hub set that has several."""
     split: str = "train"
@@ -70,8 +71,9 @@ class DataConfig(BaseModel):
     """Branch, tag or commit of a hub set. The default is the hub's main branch."""
     columns: dict[str, str] | None = None
     """Columns of the file that hold each part of an example: {query: ..., response: ...}, perhaps with {input: ...},
-    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. By default those of the
-    built-in set, or else recognised from the first row."""
+    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. For task: classification
+    {text: ..., label: ...}, perhaps with {text_pair: ...}. By default those of the built-in set, or else recognised
+    from the first row."""
     template: Template = "alpaca"
     """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
     the response, with nothing else."""
@@ -103,10 +105,17 @@ class DataConfig(BaseModel):
                 key="data.supervise",
             )
         named = set(self.columns or {"messages"})
-        if named - {"tools"} not in ({"query", "response"}, {"query", "input", "response"}, {"messages"}):
+        pairs = (
+            {"query", "response"},
+            {"query", "input", "response"},
+            {"text", "label"},
+            {"text", "text_pair", "label"},
+        )
+        if named - {"tools"} not in (*pairs, {"messages"}):
             raise UserError(
-                f"data.columns must name `query` and `response` (perhaps `input`), or `messages`, got {sorted(named)}; "
-                "write it as {query: <column of the file>, response: <column of the file>}",
+                f"data.columns must name `query` and `response` (perhaps `input`), or `messages`, or `text` and "
+                f"`label` (perhaps `text_pair`), got {sorted(named)}; write it as {{query: <column of the file>, "
+                "response: <column of the file>}",
                 key="data.columns",
             )
         if "tools" in named and self.template != "chat":

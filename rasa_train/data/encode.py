@@ -32,11 +32,14 @@ EncoderRow = tuple[str, Any, Variables]
 class Example(NamedTuple):
     """One training sequence: ``input_ids`` and ``labels``, int32 arrays of shape (length,).
 
-    ``labels[i]`` is ``input_ids[i]`` where token i carries loss, else -100. They are not shifted.
+    ``labels[i]`` is ``input_ids[i]`` where token i carries loss, else -100. They are not shifted. A text to classify
+    has its answer instead, float64 of shape (values,) (``texts.Answers``), and its token types, int8 of shape
+    (length,).
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    token_types: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Encoder:
                     over += 1
                     continue
                 truncated += 1
-                example = Example(*(part[: self.config.max_length] for part in example))
+                example = Example(*(part[: self.config.max_length] for part in example[:2]))
             if targets(example.labels) == 0:
                 unsupervised += 1
                 continue

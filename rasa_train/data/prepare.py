@@ -3,13 +3,7 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +13,22 @@ import numpy as np
 from .. import process
 from ..errors import UserError, some
 from ..io.bounded import weight
-from ..stop import die_with
+from ..models.task import Head, TaskConfig
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns
 from .config import DataConfig, ValidationConfig
-from .encode import Encoded, Encoder, EncoderRow, plain_backend
+from .encode import Encoded, Encoder, plain_backend
+from .encode_pool import CHUNK, Chunk, encode_all
+from .encode_texts import TextEncoder, longest
+from .glue import GLUE
 from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
+from .texts import TextColumns, find_text_columns, found_labels, single_class
 
-_CHUNK, _CHUNK_BYTES = 256, 8 << 20  # rows, and about the bytes of their texts
+_CHUNK_BYTES = 8 << 20  # about the bytes of the texts of a chunk
 _MOST_NAMES = 20  # of columns, in a message
 _SEED = 42  # the seed of the reference's data scaling runs
-Chunk = list[EncoderRow]
+CAUSAL = TaskConfig()
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,10 @@ class Stats:
     """Columns that rows have and that are not used, sorted."""
     date: str | None = None
     """The date that the chat template prints, if it prints one."""
+    labels: list[str] | None = None
+    """Names of the labels of a classification set."""
+    pairs: bool = False
+    """Whether its texts are pairs."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,18 @@ class PreparedData:
     """sha256 of everything the training examples depend on, their order included."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about the data, one line each."""
+    head: Head | None = None
+    """The labels of a classification; None for a language model."""
 
     @property
     def largest_id(self) -> int:
         """The largest token id of all examples."""
         return max(part.largest_id for part in (self.train, self.validation) if part is not None)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest example of all."""
+        return max(int(part.lengths.max()) for part in (self.train, self.validation) if part is not None)
 
 
 def prepare(
@@ -81,6 +90,7 @@ def prepare(
     tokenizer_fingerprint: str | None = None,
     progress: Callable[[int], None] | None = None,
     pool_threshold: int = 20_000,
+    task: TaskConfig = CAUSAL,
 ) -> PreparedData:
     """Tokenise a dataset, or find it tokenised in the cache.
 
@@ -92,14 +102,19 @@ def prepare(
         tokenizer_fingerprint: identity of the tokenizer's content, if it is known; else it is computed.
         progress: called with the number of rows done so far, now and then.
         pool_threshold: rows encoded before a process pool is started; the result does not depend on it.
+        task: what the rows are for. Labels that neither the task nor the set names are those of the training rows.
     Raises:
         UserError: the dataset is missing or malformed, or leaves no example.
     """
-    make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold)
+    head = known_head(config.dataset, task)
+    make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold, head)
     source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
     held_out = config.validation
     apart = _held_out_source(config, held_out, source) if held_out and held_out.dataset else None
     whole, counts, key = make(source, columns, config.dataset)
+    if head is not None:
+        head = replace(head, labels=tuple(counts.labels or ()))
+        make = replace(make, head=head)
     indices = np.random.default_rng(_SEED).permutation(len(whole))
     validation = None
     if apart is not None and held_out is not None:
@@ -116,6 +131,8 @@ def prepare(
         validation = whole.select(np.sort(last))
     indices = indices[: max(1, int(config.fraction * len(indices)))]
     train = whole if len(indices) == len(whole) else whole.select(np.sort(indices))
+    if head is not None and head.problem == "single_label" and len(present := np.unique(train.answers)) == 1:
+        raise single_class(f"the {len(train)} training rows of {config.dataset}", head.labels[int(present[0])])
     stats = replace(
         counts,
         examples=len(train),
@@ -127,7 +144,47 @@ def prepare(
     notes = _notes(counts)
     if held_out and held_out.dataset and not held_out.split and (chosen := _held_out_split(held_out)):
         notes.append(f"data.validation is the {chosen} split of {held_out.dataset}, not the train split")
-    return PreparedData(train, validation, stats, view, notes)
+    return PreparedData(train, validation, stats, view, notes, head)
+
+
+def prepare_texts(config: DataConfig, tokenizer: Any, head: Head) -> TokenDataset:
+    """Tokenise texts to classify whose labels are known, or find them tokenised in the cache. Texts that are too long
+    are cut, so that the examples are the rows of ``config.dataset``, in their order.
+
+    Raises:
+        UserError: the dataset is missing or malformed.
+    """
+    config = config.model_copy(update={"over_length": "truncate"})
+    source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
+    dataset, _, _ = _Maker(config, tokenizer, _fingerprint(tokenizer), None, 20_000, head)(
+        source, columns, config.dataset
+    )
+    return dataset
+
+
+def known_head(dataset: str, task: TaskConfig) -> Head | None:
+    """Return the head as far as the task and the name of the set determine it: without labels if those of the rows are
+    to be taken. Return None for a language model.
+
+    Raises:
+        UserError: the task is not that of the set.
+    """
+    if task.name != "classification":
+        return None
+    built_in = GLUE[dataset].head if dataset in GLUE else None
+    if built_in and task.problem not in (None, built_in.problem):
+        raise UserError(
+            f"task.problem: {dataset} is {built_in.problem}, got {task.problem}; leave it out", key="task.problem"
+        )
+    if built_in and task.labels and len(task.labels) != len(built_in.labels):
+        raise UserError(
+            f"task.labels: {dataset} has {len(built_in.labels)} labels, {', '.join(built_in.labels) or 'but numbers'}; "
+            f"got {task.labels}; leave them out",
+            key="task.labels",
+        )
+    if built_in and not task.labels:
+        return built_in
+    return Head(tuple(task.labels or ()), task.problem or "single_label")
 
 
 def _held_out_source(
@@ -156,7 +213,9 @@ def _held_out_source(
 
 
 def _held_out_split(held_out: ValidationConfig) -> str | None:
-    """Return the split that a directory has for validation, or else for tests; None if it has neither."""
+    """Return the split that a directory or a set of GLUE has for validation, or else for tests, if there is one."""
+    if held_out.dataset in GLUE:
+        return GLUE[held_out.dataset].splits[0]
     splits = splits_of(str(held_out.dataset)) or ()
     return next((split for split in HELD_OUT if split in splits), None)
 
@@ -179,6 +238,8 @@ class _Maker:
     tokenizer_fingerprint: str
     progress: Callable[[int], None] | None
     pool_threshold: int
+    head: Head | None
+    """The head of a classification; without labels, if those of the rows are to be taken."""
 
     def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
         columns = self.config.columns or columns
@@ -188,7 +249,7 @@ class _Maker:
         if (known := read_stats(directory, key)) is not None:
             return TokenDataset(directory), Stats(**known), key
         try:
-            with CacheWriter(directory) as writer:
+            with CacheWriter(directory, texts=self.head is not None) as writer:
                 stats = self._write(source, dataset, columns, writer)
                 writer.commit(key, asdict(stats))
         except OSError as error:  # no permission, or the disk is full
@@ -213,6 +274,8 @@ class _Maker:
             "max_length": config.max_length,
             "over_length": config.over_length,
         }
+        if self.head is not None:
+            parts |= {"format": FORMAT, "head": asdict(self.head), "max_length": longest(config, self.tokenizer)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _write(self, source: Source, dataset: str, columns: dict[str, str] | None, writer: CacheWriter) -> Stats:
@@ -220,14 +283,41 @@ class _Maker:
         first = next(rows, None)
         if first is None:
             raise UserError(f"data.dataset: {dataset} has no rows", key="data.dataset")
+        if self.head is not None:
+            return self._write_texts(source, dataset, find_text_columns(first[1], first[0], columns), writer)
         kind = find_columns(first[1], first[0], columns).kind
         encoder = Encoder(self.config, self.tokenizer, kind)
         chat = encoder.chat
         found = find_columns(first[1], first[0], columns, chat.names if chat else ())
         chunks = _chunks(itertools.chain([first], rows), found)
         workers = 1 if found.kind == "tokens" else _worker_count(self.config)
+        stats = self._encoded(encoder, chunks, workers, writer, dataset)
+        if found.absent:
+            raise UserError(
+                f"data.columns: no row of {dataset} has a column {sorted(found.absent)[0]!r}; name the right columns",
+                key="data.columns",
+            )
+        date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
+        return replace(stats, unused_columns=sorted(found.unused), date=date)
+
+    def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
+        assert self.head
+        found = TextColumns(names, self.head, may_be_empty=dataset in GLUE)
+        if self.head.problem != "regression" and not self.head.labels:
+            values = ((where, found.value(row, where)) for where, row in source.rows())
+            labels = found_labels(values, several=self.head.problem == "multi_label", dataset=dataset)
+            found = replace(found, head=replace(self.head, labels=labels))
+        pairs = "text_pair" in names
+        encoder = TextEncoder(self.config, self.tokenizer, pairs=pairs)
+        chunks = _chunks(source.rows(), found)
+        stats = self._encoded(encoder, chunks, _worker_count(self.config), writer, dataset)
+        return replace(stats, unused_columns=sorted(found.unused), labels=list(found.head.labels), pairs=pairs)
+
+    def _encoded(
+        self, encoder: Encoder | TextEncoder, chunks: Iterator[Chunk], workers: int, writer: CacheWriter, dataset: str
+    ) -> Stats:
         stats = Stats(0, 0, 0, 0, 0, 0, 0, 0)
-        for size, encoded in _encode(encoder, chunks, workers, self.pool_threshold):
+        for size, encoded in encode_all(encoder, chunks, workers, self.pool_threshold):
             writer.add(encoded.examples)
             stats = _added(stats, size, encoded)
             if self.progress is not None:
@@ -242,13 +332,7 @@ class _Maker:
                 "data.max_length or choose another supervise",
                 key="data.dataset",
             )
-        if found.absent:
-            raise UserError(
-                f"data.columns: no row of {dataset} has a column {sorted(found.absent)[0]!r}; name the right columns",
-                key="data.columns",
-            )
-        date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
-        return replace(stats, unused_columns=sorted(found.unused), date=date)
+        return stats
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
@@ -265,7 +349,7 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
     )
 
 
-def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk]:
+def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns) -> Iterator[Chunk]:
     chunk: Chunk = []
     size = 0
     for where, row in rows:
@@ -276,7 +360,7 @@ def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns) -> Iterator[Chunk
                 f"{where}: lists in lists, too deep to be read; correct or remove this row", key="data.dataset"
             ) from None
         size += weight(chunk[-1])
-        if len(chunk) == _CHUNK or size > _CHUNK_BYTES:
+        if len(chunk) == CHUNK or size > _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -287,57 +371,6 @@ def _worker_count(config: DataConfig) -> int:
     if config.num_workers != "auto":
         return config.num_workers
     return min(process.cores(), 16)
-
-
-def _encode(
-    encoder: Encoder, chunks: Iterator[Chunk], workers: int, pool_threshold: int
-) -> Iterator[tuple[int, Encoded]]:
-    """Yield (rows, encoded) of each chunk, in order. This process encodes the first chunks; if there are many, a pool
-    encodes the rest."""
-    here = chunks if workers == 1 else itertools.islice(chunks, -(-pool_threshold // _CHUNK))
-    for chunk in here:
-        yield len(chunk), encoder.encode(chunk)
-    following = next(chunks, None)
-    if following is not None:
-        yield from _encode_in_pool(encoder, itertools.chain([following], chunks), workers)
-
-
-def _encode_in_pool(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[int, Encoded]]:
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
-    )
-    waiting: deque[tuple[int, Future[Encoded]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append((len(chunk), pool.submit(_encode_chunk, chunk)))
-            if len(waiting) > 2 * workers:  # bounds the memory: reading is faster than encoding
-                size, future = waiting.popleft()
-                yield size, future.result()
-        for size, future in waiting:
-            yield size, future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that tokenises has died, perhaps for lack of memory (or a script of your own lacks `if "
-            "__name__ == '__main__':`); set data.num_workers: 1",
-            key="data.num_workers",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_encoder: Encoder  # the encoder of a worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
-    if parent := multiprocessing.parent_process():
-        die_with(parent.pid or 0, signal.SIGKILL)  # it would wait for more work for ever
-    _encoder = encoder
-
-
-def _encode_chunk(chunk: Chunk) -> Encoded:
-    return _encoder.encode(chunk)
 
 
 def _fingerprint(tokenizer: Any) -> str:

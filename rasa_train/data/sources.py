@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from ..errors import UserError, first_line, some
 from ..io.json_file import field, read_object
 from .columns import Row
+from .glue import GLUE, HUB
 from .row_files import columnar_rows, file_rows
 
 BUILT_IN = {
@@ -69,6 +70,10 @@ def find_source(
     if dataset in BUILT_IN:
         name, columns = BUILT_IN[dataset]
         return HubSource(name, subset, split, revision), columns
+    if dataset in GLUE:
+        if subset:
+            raise UserError(f"data.subset: {dataset} names the subset already; remove it", key="data.subset")
+        return HubSource(HUB, dataset.partition("/")[2], split, revision), GLUE[dataset].columns
     path = Path(dataset).expanduser()
     if path.exists() and (subset or revision):
         raise UserError(
@@ -115,7 +120,7 @@ def splits_of(dataset: str) -> tuple[str, ...] | None:
     """Return the splits of a local directory, under our names if they are usual ones; empty if nothing in it is named
     for a split. Return None for everything else: a file has no splits, and those of a hub set are not known here."""
     path = Path(dataset).expanduser()
-    if dataset in ("demo", *BUILT_IN) or not path.is_dir():
+    if dataset in ("demo", *BUILT_IN, *GLUE) or not path.is_dir():
         return None
     if (listed := path / "dataset_dict.json").exists():
         try:
@@ -307,16 +312,17 @@ class HubSource:
             return datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
         except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
             raise SourceMissing(
-                f"data.dataset: {self.name!r} is no local file, no built-in name ({', '.join(BUILT_IN)}) and "
+                f"data.dataset: {self.name!r} is no local file, no built-in name ({', '.join((*BUILT_IN, *GLUE))}) and "
                 f"no set of the hub that you may read ({first_line(error)}). Check the spelling; for a "
                 "private or gated set, log in with `hf auth login`",
                 key="data.dataset",
             ) from error
         except ConnectionError as error:
+            named = ", ".join(repr(part) for part in (self.name, self.subset) if part)
             raise SourceMissing(
                 f"data.dataset: {self.name!r} is no local file or built-in name, and the Hugging Face hub "
                 "cannot be reached (or HF_HUB_OFFLINE is set) and the set is not in its local cache. Load it "
-                f"once with a network (python -c \"import datasets; datasets.load_dataset('{self.name}')\"), "
+                f'once with a network (python -c "import datasets; datasets.load_dataset({named})"), '
                 "or point data.dataset to a local file",
                 key="data.dataset",
             ) from error

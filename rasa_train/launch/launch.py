@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from .. import process
 from ..adapters.contract import Method
-from ..data.prepare import PreparedData, prepare
+from ..data.prepare import PreparedData, known_head, prepare
 from ..distributed import rendezvous
 from ..distributed.door import secret
 from ..errors import DeviceLost, Stopped, UserError, WorkerLost, say
@@ -26,7 +26,7 @@ from ..io.json_file import field
 from ..io.run_dir import RunDirectory
 from ..models.fused import fusable
 from ..models.load import check_base, load_config, load_tokenizer, meta_model
-from ..models.suitable import check_vocabulary
+from ..models.suitable import check_length, check_vocabulary
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
@@ -122,9 +122,11 @@ def _check_input(recipe: Recipe) -> PreparedData:
             raise UserError(
                 f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
             )
-    base = check_base(recipe.model)
-    data = prepare(recipe.data, load_tokenizer(recipe.model))
+    base = check_base(recipe.model, known_head(recipe.data.dataset, recipe.task))
+    data = prepare(recipe.data, load_tokenizer(recipe.model), task=recipe.task)
     check_vocabulary(base, recipe.model.name, data.largest_id)
+    if data.head:
+        check_length(base, recipe.model.name, data.longest)
     return data
 
 

@@ -19,6 +19,7 @@ from ..adapters.site import Site
 from ..errors import UserError
 from ..io.checkpoint_files import CODES, FLOATS, Checkpoint, Stored, tensor_bytes, write_tensors
 from .bias import new_biases
+from .head import names_in_output, new_tensors
 from .names import Piece, locate
 from .source import Source
 from .tied import only_names
@@ -68,6 +69,7 @@ class Folding:
                 self.sites.setdefault(f"{site.path}.bias", [])
         self.stored = checkpoint.tensors
         found = locate(source.model, {name: tensor.shape for name, tensor in self.stored.items()})
+        self.names = names_in_output(source, self.stored, found)
         names = only_names(source.model)
         self.pieces = {n: replace(p, parameter=names.get(p.parameter, p.parameter)) for n, p in found.items()}
         copies: dict[str, dict[str, list[str]]] = {}  # parameter -> name of it -> tensors; tied ones have several names
@@ -78,6 +80,7 @@ class Folding:
         self.of_added = Tally()
         self.added, self.switches = self._add_biases()
         self._add_untied()
+        self._add_head()
         for parameter in self.sites:
             for tensors in copies.get(parameter, {parameter: list[str]()}).values():
                 self._check(parameter, tensors)
@@ -93,7 +96,9 @@ class Folding:
         return sum(bias.nbytes for added in self.added.values() for bias in added.values())
 
     def stored_bytes(self, tensor: Stored) -> int:
-        """Return the size of a tensor in the output."""
+        """Return the size of a tensor in the output, which does not have every tensor of the base."""
+        if tensor.name not in self.names:
+            return 0
         if tensor.dtype not in FLOATS:
             return tensor.nbytes
         return math.prod(tensor.shape) * self._dtype(tensor).itemsize
@@ -113,11 +118,11 @@ class Folding:
             UserError: a merged value is not finite.
         """
         tally = Tally()
-        tensors = {tensor.name: tensor for tensor in self.checkpoint.files[file]}
+        tensors = {self.names[t.name]: t for t in self.checkpoint.files[file] if t.name in self.names}
         # Wide dtypes come first, so that every tensor is aligned. Pieces of one parameter stand side by side, so
         # that the parameter's update is computed once.
         order = sorted(tensors.values(), key=lambda t: (self._group(t), t.start))
-        entries = [(t.name, self._code(t), t.shape, self.stored_bytes(t)) for t in order]
+        entries = [(self.names[t.name], self._code(t), t.shape, self.stored_bytes(t)) for t in order]
         added = self.added.get(file, {})
         entries += [(name, CODES[t.dtype], tuple(t.shape), t.nbytes) for name, t in added.items()]
         entries.sort(key=_width, reverse=True)
@@ -127,7 +132,7 @@ class Folding:
                 out.write(tensor_bytes(added[name]))
                 return
             tensor = tensors[name]
-            if self._adapted(name):
+            if self._adapted(tensor.name):
                 for part in self._merged(tensor, tally):
                     out.write(tensor_bytes(part))
             elif self._code(tensor) == tensor.dtype:
@@ -138,6 +143,7 @@ class Folding:
 
         tally.bytes = write_tensors(path, entries, write, self.checkpoint.metadata[file])
         tally.kept = None
+        tick(sum(t.nbytes for t in self.checkpoint.files[file] if t.name not in self.names))
         return tally
 
     # -- one tensor ----------------------------------------------------------------------------------------
@@ -268,6 +274,20 @@ class Folding:
                     self.added.setdefault(beside.path.name, {})[name] = stored
         if self.source.untied:
             self.switches["tie_word_embeddings"] = False
+
+    def _add_head(self) -> None:
+        """Add the tensors of a classifier's head that the base does not have."""
+        if not (new := new_tensors(self.source, self.names)):
+            return
+        file, beside = next(
+            (f, t) for f, tensors in self.checkpoint.files.items() for t in tensors if t.dtype in FLOATS
+        )
+        for name, tensor in new.items():
+            self.sites.pop(name, None)
+            stored = self._finite(name, tensor.to(self._dtype(beside)))
+            self.of_added.update2 += _norm2(tensor)
+            self.of_added.error2 += _norm2(tensor - stored.float())
+            self.added.setdefault(file, {})[name] = stored
 
     # -- checks and layout, from headers -------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from ..io.checksums import write_checksums
 from ..lowrank.product_svd import product_svd
 from ..models.families import EXPERT_LINEARS
 from . import peft_load
+from .head import for_peft, others_replaced
 from .options import WRITING, Base, Progress, Writing
 from .source import Adapters, Source, find_tokenizer, open_source
 
@@ -114,16 +115,19 @@ def export_lora(
     _check(source)
     targets = _targets(source)
     ranks = {target.name: _rank(source, target, max_rank) for target in targets}
+    head, of_head = for_peft(source)
     nbytes = 4 * sum(math.prod(shape) for target in targets for shape in _shapes(source, target, ranks[target.name]))
+    nbytes += sum(tensor.nbytes for tensor in head.values())
     inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
     with new_directory(Path(output), overwrite=writing.overwrite, inputs=inputs, nbytes=nbytes) as partial:
         written, error = _write_factors(source, targets, ranks, partial / PEFT_TENSORS, writing.progress)
-        (partial / CONFIG).write_text(json.dumps(_peft_config(source, targets, ranks), indent=2) + "\n")
+        config = {**_peft_config(source, targets, ranks), **of_head}
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in find_tokenizer(source):
             shutil.copyfile(path, partial / path.name)
         write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         tried = peft_load.is_installed()
-        if tried and (why := peft_load.refusal(partial, source.directory)):
+        if tried and (why := peft_load.refusal(partial, source.directory, source.head)):
             raise UserError(
                 f"PEFT does not load this adapter as a LoRA of {type(source.model).__name__}: {why}. Nothing is "
                 "written: use --format merged, or leave those linears out with adapter.exclude when you train"
@@ -134,7 +138,7 @@ def export_lora(
         format="lora",
         method=source.label,
         base_model=source.base,
-        tensors=2 * len(targets),
+        tensors=2 * len(targets) + len(head),
         adapted=len(source.sites),
         bytes=written,
         seconds=round(time.perf_counter() - start, 3),
@@ -249,12 +253,17 @@ def _write_factors(
             name = f"{target.prefix}.lora_{side}.weight"
             entries.append((name, "F32", shape, 4 * math.prod(shape)))
             sides[name] = target, side
+    head, _ = for_peft(source)
+    entries += [(name, "F32", tuple(tensor.shape), tensor.nbytes) for name, tensor in head.items()]
     total, done = sum(entry[-1] for entry in entries), 0
     lost2 = norm2 = 0.0
     now: tuple[str, Tensor, Tensor] | None = None
 
     def write(name: str, out: BinaryIO) -> None:
         nonlocal done, lost2, norm2, now
+        if name in head:
+            done += out.write(tensor_bytes(head[name]))
+            return
         target, side = sides[name]
         if now is None or now[0] != target.name:
             A, B = _factors(source, target)
@@ -278,7 +287,6 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
     pattern = {name: rank for name, rank in ranks.items() if rank != r}
     config: PeftConfig = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source.base,
         "r": r,
         "lora_alpha": r,
@@ -316,10 +324,9 @@ def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) ->
 
 
 def _check(source: Source) -> None:
-    if source.replaced:
+    if others := others_replaced(source):
         raise UserError(
-            f"the adapter has base parameters ({min(source.replaced)}, ...), which a LoRA cannot hold: use "
-            "--format merged"
+            f"the adapter has base parameters ({others[0]}, ...), which a LoRA cannot hold: use --format merged"
         )
     for site in source.sites:
         if not isinstance(source.adapters[site.path], FactorAdapter):

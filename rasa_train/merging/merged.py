@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..io import json_file
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
+from . import head
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .names import locate
 from .options import WRITING, Base, Progress, Writing
@@ -103,13 +104,16 @@ def merge(
         tallies = _write_files(folding, partial, threads or _threads(folding), tick)
         if checkpoint.index is not None:
             index = checkpoint.index
-            index["weight_map"] |= {name: file for file, added in folding.added.items() for name in added}
+            files = {folding.names[n]: file for n, file in index["weight_map"].items() if n in folding.names}
+            index["weight_map"] = files | {name: file for file, added in folding.added.items() for name in added}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": nbytes}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         left_out = copy_small_files(source.directory, partial)
         tokenizer = copy_tokenizer(source, partial)
-        if dtype is not None or folding.switches:
+        if dtype is not None or folding.switches or source.head:
             _switch(config, folding.switches)
+            if source.head:
+                head.describe(config, source.model)
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -141,7 +145,7 @@ def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: fl
         method=source.label,
         base_model=source.base,
         base_checked=source.checked,
-        tensors=len(folding.stored) + sum(map(len, folding.added.values())),
+        tensors=len(folding.names) + sum(map(len, folding.added.values())),
         adapted=folding.adapted,
         bytes=sum(tally.bytes for tally in tallies),
         seconds=round(seconds, 3),

@@ -25,6 +25,7 @@ from ..methods.vera import VeRA
 from ..models.config import ModelConfig
 from ..models.load import load_model
 from . import peft_load
+from .head import for_peft
 from .lora import ExportReport, target_modules
 from .options import Base
 from .source import Source, check_identity, find_adapter, find_base, open_source
@@ -53,9 +54,10 @@ def export_peft(
             f"{fused[0].path} is held in a fused weight, which --format peft does not support: use --format lora, which "
             "PEFT reads as exactly the same update (for lora and vera), or --format merged"
         )
-    tensors = _tensors(source, names)
+    head, of_head = for_peft(source)
+    tensors = _tensors(source, names) | head
     config |= {
-        "task_type": "CAUSAL_LM",
+        **of_head,
         "base_model_name_or_path": source.base,
         "fan_in_fan_out": any(site.transposed for site in source.sites),
         "inference_mode": True,
@@ -68,7 +70,7 @@ def export_peft(
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
         _complete(partial, config)
         tried = peft_load.is_installed()
-        if tried and (why := peft_load.refusal(partial, source.directory, scale=None)):
+        if tried and (why := peft_load.refusal(partial, source.directory, source.head, scale=None)):
             raise UserError(
                 f"PEFT does not load this adapter into {type(source.model).__name__}: {why}. Nothing is written: use "
                 "--format lora (for lora and vera), or --format merged"
@@ -97,7 +99,7 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     start = time.perf_counter()
     name, directory = find_base(saved, base.name, base.revision, weights=True)
     checked = base.any_base or check_identity(saved, directory)
-    model = load_model(ModelConfig(name=str(directory), dtype="float32"))
+    model = load_model(ModelConfig(name=str(directory), dtype="float32"), saved.head)
     inputs = [saved.directory, *([directory] if Path(name).is_dir() else [])]
     nbytes = sum(tensor.nbytes for tensor in saved.tensors.values())
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:

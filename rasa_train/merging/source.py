@@ -27,8 +27,10 @@ from ..io.checksums import CHECKSUMS
 from ..io.links import refuse_links_out
 from ..io.model_dir import check_files
 from ..io.run_dir import RunDirectory, numbered
+from ..models.classifier import head_parameters
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
+from ..models.task import Head
 from .options import Base
 from .tied import as_stored, joined
 from .total import total
@@ -64,6 +66,8 @@ class Source:
     """Whether the base is known to be the one that the adapter was trained on."""
     untied: list[list[str]] = field(default_factory=list)
     """Names, in groups, that are one tied parameter in the base and that the adapter changes differently."""
+    head: Head | None = None
+    """Head of the classifier that was trained, whose tensors are in ``replaced``; None for a causal language model."""
 
 
 def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) -> Source:
@@ -91,7 +95,10 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
     if len(sources) == 1 and read[0][1] == 1:
         return replace(sources[0], checked=checked)
     if any(source.replaced for source in sources):
-        raise UserError("an adapter with trained base parameters cannot be part of a sum, and cannot be weighted")
+        raise UserError(
+            "an adapter with trained base parameters, or with the head of a classifier, cannot be part of a sum, and "
+            "cannot be weighted"
+        )
     sites, adapters = total([(s.sites, s.adapters, weight) for s, (_, weight) in zip(sources, read, strict=True)])
     label = " + ".join(f"{weight:g} {saved.method.method}" for saved, weight in read)
     origins = [saved.directory for saved, _ in read]
@@ -236,19 +243,22 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     Raises:
         UserError: the adapter does not fit this base because of a name or a shape, or has a value that is not finite.
     """
-    model = as_stored(architecture(base_dir), base_dir)
-    base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"))
     if saved.method.method != PEFT_METHOD and (why := saved.method.unmerged):
         raise UserError(
             f"the adapter in {saved.directory} cannot be merged: {why}. rasa-eval evaluates it inside the base, and "
             "rasa_train.load_adapter puts it into a model"
         )
+    head = saved.head
+    model = as_stored(architecture(base_dir, head), base_dir)
+    base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"), head)
     if (merged := saved.method.merged(base, saved.tensors)) is not None:
         merged, untied = joined(model, merged)
-        return Source(saved.method.method, name, base_dir, [saved.directory], model, [], {}, merged, untied=untied)
+        label, origins = saved.method.method, [saved.directory]
+        return Source(label, name, base_dir, origins, model, [], {}, merged, untied=untied, head=head)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     replaced = {key: tensor for key, tensor in saved.tensors.items() if key in shapes}
-    check_tensors({key: shapes[key] for key in replaced}, replaced, origin=str(saved.directory))
+    expected = {*replaced, *head_parameters(model)}
+    check_tensors({key: shapes[key] for key in expected}, replaced, origin=str(saved.directory))
     sites: list[Site] = []
     adapters: dict[str, Adapter] = {}
     if len(replaced) < len(saved.tensors) or not replaced:
@@ -270,13 +280,13 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
                 place.copy_(tensors[key])
         for adapter in adapters.values():
             adapter.eval()
-    return Source(saved.method.method, name, base_dir, [saved.directory], model, sites, adapters, replaced)
+    return Source(saved.method.method, name, base_dir, [saved.directory], model, sites, adapters, replaced, head=head)
 
 
-def architecture(base_dir: Path) -> PreTrainedModel:
-    """Return the model of a directory on the meta device."""
+def architecture(base_dir: Path, head: Head | None = None) -> PreTrainedModel:
+    """Return the model of a directory on the meta device: a classifier, with ``head``."""
     try:
-        return meta_model(ModelConfig(name=str(base_dir)))
+        return meta_model(ModelConfig(name=str(base_dir)), head)
     except UserError as error:
         raise UserError(str(error).replace("model.name:", "base model:", 1)) from None
 

@@ -17,6 +17,7 @@ from ..data.encode import prompt_text
 from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
+from ..models.task import Head
 from .options import Base
 from .source import Adapters, Source, find_adapter, find_tokenizer, open_source
 
@@ -47,7 +48,8 @@ class VerifyReport:
     kl: float
     """Mean over tokens of KL(adapted || merged), nats."""
     loss: float
-    """Mean next-token loss of the adapted model on the prompts."""
+    """Mean next-token loss of the adapted model on the prompts; for a classifier, mean -log p of the label that the
+    adapted model finds likeliest."""
     loss_difference: float
     """Loss of the merged model minus loss of the adapted model."""
     experts: bool = False
@@ -75,14 +77,14 @@ def verify(
     """
     source = open_source(adapter, base, weights=True)
     batches, template = _prompts(source, template)
-    without = _logits(lambda: _load(source.directory), batches)
+    without = _logits(lambda: _load(source.directory, source.head), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)
-    off = _logits(lambda: _load(Path(merged)), batches)
+    off = _logits(lambda: _load(Path(merged), source.head), batches)
     differences = [float((a - b).abs().max()) for a, b in zip(on, off, strict=True)]
     effect = max(float((a - b).abs().max()) for a, b in zip(on, without, strict=True))
     tokens = sum(len(logits) for logits in on)
     kl = sum(float(_kl(a, b)) for a, b in zip(on, off, strict=True)) / tokens
-    losses = [_loss(logits, batches) for logits in (on, off)]
+    losses = [_loss(logits, _targets(source, on, batches)) for logits in (on, off)]
     experts = any(is_fused(module) for module in source.model.modules())
     report = VerifyReport(
         len(batches), tokens, template, max(differences), effect, kl, losses[0], losses[1] - losses[0], experts
@@ -104,24 +106,25 @@ def _prompts(source: Source, template: str) -> tuple[list[Tensor], str]:
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(0, vocabulary, (1, 32), generator=generator) for _ in QUERIES], "tokens"
+    template = "text" if source.head else template
     if template == "chat":
         texts = [
             tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
             for q in QUERIES
         ]
     else:
-        texts = [prompt_text(template, query) for query in QUERIES]
+        texts = QUERIES if source.head else [prompt_text(template, query) for query in QUERIES]
     return [tokenizer(str(text), return_tensors="pt")["input_ids"] for text in texts], template
 
 
-def _load(directory: Path) -> nn.Module:
-    model: nn.Module = load_model(ModelConfig(name=str(directory), dtype="float32"))
+def _load(directory: Path, head: Head | None) -> nn.Module:
+    model: nn.Module = load_model(ModelConfig(name=str(directory), dtype="float32"), head)
     return model
 
 
 def _adapted(source: Source, adapter: Adapters) -> nn.Module:
     """Return the base with the adapter attached: as in training, or by hand for a sum, which no recipe trains."""
-    model = _load(source.directory)
+    model = _load(source.directory, source.head)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
     if len(given) == 1 and given[0][1] == 1:
         saved = read_adapter(find_adapter(Path(given[0][0])))
@@ -135,9 +138,10 @@ def _adapted(source: Source, adapter: Adapters) -> nn.Module:
 
 @torch.no_grad()
 def _logits(make: Callable[[], nn.Module], batches: list[Tensor]) -> list[Tensor]:
-    """Return the logits of each prompt, (tokens, vocabulary). The model is freed afterwards."""
+    """Return the logits of each prompt, (tokens, vocabulary) or, of a classifier, (1, labels). The model is freed
+    afterwards."""
     model = make().eval()
-    return [model(input_ids=batch).logits[0].float() for batch in batches]
+    return [model(input_ids=batch).logits.flatten(0, -2).float() for batch in batches]
 
 
 def _kl(on: Tensor, off: Tensor) -> Tensor:
@@ -145,6 +149,10 @@ def _kl(on: Tensor, off: Tensor) -> Tensor:
     return F.kl_div(log_off, log_on, reduction="sum", log_target=True)
 
 
-def _loss(logits: list[Tensor], batches: list[Tensor]) -> float:
-    losses = [F.cross_entropy(a[:-1], b[0, 1:], reduction="sum") for a, b in zip(logits, batches, strict=True)]
-    return float(sum(losses)) / sum(batch.shape[1] - 1 for batch in batches)
+def _targets(source: Source, on: list[Tensor], batches: list[Tensor]) -> list[Tensor]:
+    return [batch[0, 1:] for batch in batches] if source.head is None else [logits.argmax(-1) for logits in on]
+
+
+def _loss(logits: list[Tensor], targets: list[Tensor]) -> float:
+    losses = [F.cross_entropy(a[: len(b)], b, reduction="sum") for a, b in zip(logits, targets, strict=True)]
+    return float(sum(losses)) / sum(map(len, targets))

@@ -153,9 +153,23 @@ QKVO = {
 
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
 """Linears of one module that every known architecture calls one after the other with the same input:
 ``adapters.shared_input.Group`` computes them together (and detects a module that calls them differently)."""
+
+
+POSITIONS = {"position_embeddings", "embed_positions", "wpe"}
+"""Names of the tables of learned positions."""
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Return the most tokens that a model with learned positions can read; None for any other model. RoBERTa's table
+    has a row for each position after that of padding."""
+    named = [module for path, module in model.named_modules() if path.rpartition(".")[2] in POSITIONS]
+    tables = [module for module in named if isinstance(module, nn.Embedding)]
+    return min((t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables), default=None)

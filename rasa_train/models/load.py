@@ -18,9 +18,11 @@ from .. import process
 from ..errors import UserError, shown, some
 from ..io.checkpoint_files import INDEX
 from ..io.model_dir import check_files
+from .classifier import can_classify, check_head, classifier_class, draw_head, set_head
 from .config import ModelConfig, torch_dtype
 from .declared import bounded_modules, check_config, check_sizes, reading, stored_sizes
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
+from .task import Head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,15 +31,31 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def load_config(config: ModelConfig) -> PretrainedConfig:
-    """Return the architecture. Raises ``UserError`` if the model does not exist or transformers does not know it."""
+def load_config(config: ModelConfig, head: Head | None = None) -> PretrainedConfig:
+    """Return the architecture: with ``head``, that of a classifier. Raises ``UserError`` if the model does not exist or
+    transformers does not know it."""
     _check_name(config.name, "model.name")
     _check_remote_code(config)
     _check_directory(config.name, config.revision)
     check_no_adapter(config.name)
     from transformers import AutoConfig
 
-    return _from_hub(AutoConfig.from_pretrained, config.name, config, key="model.name")
+    architecture: PretrainedConfig = _from_hub(AutoConfig.from_pretrained, config.name, config, key="model.name")
+    if head is not None:
+        set_head(architecture, head, _padding(architecture, config))
+    return architecture
+
+
+def _padding(architecture: PretrainedConfig, config: ModelConfig) -> int | None:
+    """Return a token that can fill up texts, for a model whose configuration names none: the tokenizer's, or else the
+    one that ends a text."""
+    text = architecture.get_text_config()
+    if getattr(text, "pad_token_id", None) is not None:
+        return None
+    tokenizer = load_tokenizer(config)
+    ends = text.eos_token_id
+    found = [tokenizer and tokenizer.pad_token_id, ends[0] if isinstance(ends, list) else ends, 0]
+    return next(token for token in found if token is not None)
 
 
 def check_no_adapter(name: str) -> None:
@@ -52,46 +70,63 @@ def check_no_adapter(name: str) -> None:
         )
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, head: Head | None = None, seed: int = 0) -> PreTrainedModel:
     """Load the base with its weights, in ``config.dtype``, in eval mode, on the CPU.
 
+    Args:
+        head: the head of a classifier; None for a causal language model. The files' own head is kept if it has the
+            same shape.
+        seed: seed from which a new head is drawn.
     Raises:
-        UserError: the files lack a weight of the model, or hold one in another shape.
+        UserError: the files lack a weight of the model, or hold one in another shape. For a classifier this does not
+            concern its head.
     """
-    return _opened(config, quiet=not sys.stderr.isatty() or process.rank() > 0)
+    model, new = _opened(config, head, quiet=not sys.stderr.isatty() or process.rank() > 0)
+    if new:
+        draw_head(model, new, seed)
+    return model
 
 
-def check_base(config: ModelConfig) -> PreTrainedModel:
+def check_base(config: ModelConfig, head: Head | None = None) -> PreTrainedModel:
     """Open the base as ``load_model`` does, but on the meta device: the names and shapes of its weights are compared
     with the model's, and no weight is read. Returns the model. Weights that are not on this machine are not compared.
 
     Raises:
-        UserError: ``load_model`` would raise it, or the model is not a causal language model.
+        UserError: ``load_model`` would raise it, or the model is not a causal language model (without ``head``).
     """
-    architecture = load_config(config)
+    architecture = load_config(config, head)
     check_quantization(architecture, config.name)
     here = has_weights(config) and (Path(config.name).is_dir() or _is_cached(config))
     if quantization_of(architecture):  # bitsandbytes cannot open its weights on the meta device
         here = False
-    model = _opened(config, quiet=True, device_map="meta") if here else meta_model(config)
-    check_causal(model)
+    try:
+        model = _opened(config, head, quiet=True, device_map="meta")[0] if here else meta_model(config, head)
+    except UserError:
+        if head is None:  # an encoder's files lack an LM head, which is not what is wrong with it
+            check_causal(meta_model(config))
+        raise
+    if head is None:
+        check_causal(model)
     return model
 
 
-def _opened(config: ModelConfig, *, quiet: bool, **options: Any) -> PreTrainedModel:
-    """Open the base with ``from_pretrained`` and look at its report of what was loaded. ``quiet``: without a bar."""
+def _opened(config: ModelConfig, head: Head | None, *, quiet: bool, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """Open the base with ``from_pretrained`` and look at its report of what was loaded. ``quiet``: without a bar.
+    Returns the model, and the names of its parameters that the files do not have: only those of a head."""
     from transformers.utils import logging as transformers_logging
 
-    architecture = load_config(config)
+    architecture = load_config(config, head)
     if Path(config.name).is_dir() and not has_weights(config):
         raise UserError(f"model.name: {config.name} has a config.json but no *.safetensors weights", key="model.name")
-    sizes = _check_stored(config, architecture)
-    shown = transformers_logging.is_progress_bar_enabled()
+    sizes = _check_stored(config, architecture, head)
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     if quiet:
         transformers_logging.disable_progress_bar()
+    if head is not None:  # its missing weights are no news, and ``check_head`` says what is
+        transformers_logging.set_verbosity_error()
     with bounded_modules(config.name, sizes):
         model, report = _from_hub(
-            _auto_class(architecture, config).from_pretrained,
+            _auto_class(architecture, config, head).from_pretrained,
             config.name,
             config,
             key="model.name",
@@ -105,9 +140,10 @@ def _opened(config: ModelConfig, *, quiet: bool, **options: Any) -> PreTrainedMo
         )
     if shown:
         transformers_logging.enable_progress_bar()
+    transformers_logging.set_verbosity(verbosity)
+    new = set() if head is None else check_head(config.name, report, model, quiet="device_map" in options)
     _check_report(config.name, report)
-    assert isinstance(model, nn.Module)
-    return model  # type: ignore[return-value]
+    return model, new
 
 
 def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
@@ -122,8 +158,8 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
         extra = f"; they hold {some(unexpected)}, which the model does not have" if unexpected else ""
         raise UserError(
             f"model.name: {name} is not a whole checkpoint of the model in its config.json: {', and '.join(what)}"
-            f"{extra}. Training would start from random values there. Give a complete checkpoint of a causal language "
-            "model, or correct config.json",
+            f"{extra}. Training would start from random values there. Give a complete checkpoint of this model, "
+            "or correct config.json",
             key="model.name",
         )
     if scales := [key for key in unexpected if looks_quantized(key)]:
@@ -136,11 +172,11 @@ def _check_report(name: str, report: dict[str, Collection[Any]]) -> None:
         _log.warning("model.name: %s holds tensors that the model does not use: %s", name, shown(some(unexpected)))
 
 
-def meta_model(config: ModelConfig) -> PreTrainedModel:
+def meta_model(config: ModelConfig, head: Head | None = None) -> PreTrainedModel:
     """Return a model of the same architecture on the meta device: names and shapes without memory."""
     sizes = _stored_sizes(config)
     with torch.device("meta"):
-        model = _from_config(config, sizes)
+        model = _from_config(config, head, sizes)
         if sizes is not None and not quantization_of(model.config):
             check_sizes(model, config.name, sizes)
     return model
@@ -154,15 +190,15 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def empty_model(config: ModelConfig, tied: list[list[str]]) -> PreTrainedModel:
+def empty_model(config: ModelConfig, tied: list[list[str]], head: Head | None = None) -> PreTrainedModel:
     """Return the base as ``load_model`` does, but with its parameters on the meta device; buffers (rotary frequencies)
     have their values. ``tied`` holds the ``tied_groups`` of the loaded base: the values in its files, not only its
     config.json, decide what is tied."""
     from accelerate import init_empty_weights
 
-    sizes = _check_stored(config, load_config(config))
+    sizes = _check_stored(config, load_config(config), head)
     with init_empty_weights(include_buffers=False):
-        model = _from_config(config, sizes, **_attention(config))
+        model = _from_config(config, head, sizes, **_attention(config))
     for first, *others in tied:
         for name in others:
             path, _, leaf = name.rpartition(".")
@@ -174,7 +210,7 @@ def _stored_sizes(config: ModelConfig) -> list[int] | None:
     return stored_sizes(Path(config.name)) if Path(config.name).is_dir() else None
 
 
-def _check_stored(config: ModelConfig, architecture: PretrainedConfig) -> list[int] | None:
+def _check_stored(config: ModelConfig, architecture: PretrainedConfig, head: Head | None) -> list[int] | None:
     """Raise ``UserError`` if the weights on this machine are damaged, or far fewer than the architecture has. Returns
     their sizes; None for those of the hub."""
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -182,18 +218,18 @@ def _check_stored(config: ModelConfig, architecture: PretrainedConfig) -> list[i
     sizes = _stored_sizes(config)
     # ZeRO-3 divides what is built, and cannot do so without memory. The launch has checked the base before.
     if sizes is not None and not quantization_of(architecture) and not is_deepspeed_zero3_enabled():
-        meta_model(config)
+        meta_model(config, head)
     return sizes
 
 
-def _from_config(config: ModelConfig, sizes: list[int] | None, **options: Any) -> PreTrainedModel:
+def _from_config(config: ModelConfig, head: Head | None, sizes: list[int] | None, **options: Any) -> PreTrainedModel:
     def refuse(why: str) -> UserError:
         return UserError(
             f"model.name: no model can be made of the config.json of {config.name}: {why}", key="model.name"
         )
 
-    architecture = load_config(config)
-    build = _auto_class(architecture, config).from_config
+    architecture = load_config(config, head)
+    build = _auto_class(architecture, config, head).from_config
     options |= {"dtype": torch_dtype(config), "trust_remote_code": config.trust_remote_code}
     with bounded_modules(config.name, sizes):
         model: PreTrainedModel = reading(lambda: build(architecture, **options), refuse)
@@ -204,13 +240,16 @@ def _attention(config: ModelConfig) -> dict[str, str]:
     return {} if config.attention == "auto" else {"attn_implementation": config.attention}
 
 
-def _auto_class(architecture: PretrainedConfig, config: ModelConfig) -> Any:
+def _auto_class(architecture: PretrainedConfig, config: ModelConfig, head: Head | None) -> Any:
     """Return the class of transformers that opens the model: the one for causal language models, or, for a
-    vision-language checkpoint without such a class, the one whose text decoder is trained.
+    vision-language checkpoint without such a class, the one whose text decoder is trained; with ``head``, the one for
+    sequence classifiers.
 
     Raises:
-        UserError: transformers has no causal language model of this architecture.
+        UserError: transformers has no causal language model, or no classifier, of this architecture.
     """
+    if head is not None:
+        return classifier_class(architecture, config.name)
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -225,7 +264,8 @@ def _auto_class(architecture: PretrainedConfig, config: ModelConfig) -> Any:
         return AutoModelForImageTextToText
     raise UserError(
         f"model.name: {config.name} is a model of the type {architecture.model_type!r}, of which transformers has no "
-        "causal language model; give a decoder that predicts the next token",
+        f"causal language model; {'set task: classification, or ' if can_classify(architecture) else ''}give a decoder "
+        "that predicts the next token",
         key="model.name",
     )
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..kernels.varlen_attention import NAME
+from .classifier import is_classifier
 
 KINDS = {"full_attention", "sliding_attention"}
 
@@ -19,6 +20,12 @@ def check_packable(model: PreTrainedModel) -> None:
     """Raise ``UserError`` if sequences of the model cannot share a row. The check does not need weights."""
     config = model.config.get_text_config()
     values = config.to_dict()
+    if is_classifier(model):
+        raise UserError(
+            "training.batching: classifiers are trained with padding, because each text of a row has its own output; "
+            "set training.batching to length-grouped or shuffled, and training.padding_free to false",
+            key="training.batching",
+        )
     others = set(values.get("layer_types") or []) - KINDS
     if not model.is_backend_compatible():
         why = "its attention cannot be replaced"

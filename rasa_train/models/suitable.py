@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UserError
+from .families import most_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,9 +91,26 @@ def check_vocabulary(model: nn.Module, name: str, largest: int) -> None:
         )
 
 
+def check_length(model: nn.Module, name: str, longest: int) -> None:
+    """Raise ``UserError`` if a text to classify is longer than the model can read.
+
+    Args:
+        name: name of the model in the recipe.
+        longest: tokens of the longest text.
+    """
+    most = most_tokens(model)
+    if most is not None and longest > most:
+        raise UserError(
+            f"data.max_length: the longest text has {longest} tokens, and {name} has learned positions for {most}; set "
+            f"data.max_length: {most}",
+            key="data.max_length",
+        )
+
+
 def not_causal(name: str) -> UserError:
     return UserError(
         f"model.name: {name} is not a causal language model: its tokens see the tokens that follow, so training to "
-        "predict the next token would show it the answer. Give a decoder",
+        "predict the next token would show it the answer. Give a decoder, or set task: classification to train a "
+        "classifier",
         key="model.name",
     )

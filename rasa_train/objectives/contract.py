@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 class Objective(ABC):
     """A loss that is a sum over targets. A step divides the sum by the number of targets in its global batch."""
+
+    causal: ClassVar[bool] = True
+    """Whether no target may depend on the tokens after it."""
 
     @abstractmethod
     def tensors(self, examples: Sequence[Example], *, flat: bool) -> Batch:

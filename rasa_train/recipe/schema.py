@@ -10,6 +10,8 @@ from pydantic.fields import FieldInfo
 from ..adapters.contract import Method
 from ..adapters.registry import METHODS
 from ..data.config import DataConfig
+from ..data.glue import GLUE
+from ..data.sources import BUILT_IN
 from ..distributed.config import DistributedConfig
 from ..errors import UserError
 from ..io.home import expanded
@@ -28,6 +30,23 @@ if TYPE_CHECKING:
     AdapterConfig = Method
 else:
     AdapterConfig = _adapter_config()
+CLASSIFIED = ("classification", *GLUE)
+"""Suites of classifiers."""
+Suite = Literal[
+    "math",
+    "gsm8k",
+    "code",
+    "forgetting",
+    "classification",
+    "glue/sst2",
+    "glue/cola",
+    "glue/mrpc",
+    "glue/qqp",
+    "glue/stsb",
+    "glue/rte",
+    "glue/qnli",
+    "glue/mnli",
+]
 Every = Literal["epoch"] | PositiveInt
 
 
@@ -39,12 +58,13 @@ class EvaluateConfig(_Section):
     """Section ``training.evaluate:``. Task accuracy is measured during training and written to ``metrics.jsonl`` as
     ``eval_SUITE``; ``summary.json`` names the checkpoint with the best value. Needs the extra ``eval``."""
 
-    suite: Literal["math", "gsm8k", "code", "forgetting"]
-    """Suite to evaluate, with the same questions, answers and metrics as in ``rasa-eval``."""
+    suite: Suite
+    """Suite to evaluate, with the same questions, answers and metrics as in ``rasa-eval``. For ``task:
+    classification``: ``classification``, the rows of ``data.validation`` (or of ``data``), or a set of GLUE."""
     every: Every = "epoch"
     """Interval between evaluations: ``epoch``, or a number of steps. The last step is always evaluated."""
     limit: PositiveInt | None = 200
-    """Number of questions (of each task, for ``forgetting``); null for all."""
+    """Number of questions (of each task, for ``forgetting``); null for all. Texts are always classified all."""
     data: str | None = None
     """Local questions, as for ``--data`` of ``rasa-eval``; null for the questions on the hub."""
 
@@ -162,6 +182,66 @@ class Recipe(_Section):
     def _home(cls, values: Any) -> Any:
         """Expand ``~`` here for all paths of a recipe; ``data.columns`` holds names of columns."""
         return _expanded(values, "")
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Recipe:
+        if self.task.name == "classification":
+            _check_classification(self)
+        else:
+            _check_causal(self)
+        return self
+
+
+def _check_classification(recipe: Recipe) -> None:
+    """Raise ``UserError`` if a key has no meaning for a classification."""
+    data, training, name = recipe.data, recipe.training, "task: classification"
+    if (data.columns is not None and "text" not in data.columns) or data.dataset in ("demo", *BUILT_IN):
+        key = "data.columns" if data.columns is not None else "data.dataset"
+        raise UserError(
+            f"{key}: {data.columns or data.dataset} holds queries and responses, and {name} needs texts and labels: "
+            "{text: <column>, label: <column>}, perhaps with text_pair; or leave out task",
+            key=key,
+        )
+    for key in ("template", "supervise"):
+        if (value := getattr(data, key)) != DataConfig.model_fields[key].default:
+            raise UserError(f"data.{key}: {value} is for responses; with {name} leave it out", key=f"data.{key}")
+    if training.flat:
+        key = "padding_free" if training.padding_free else "batching"
+        raise UserError(
+            f"training.{key}: {getattr(training, key)} puts texts into one row, and {name} needs a row for each; leave "
+            "it out, or use batching: length-grouped",
+            key=f"training.{key}",
+        )
+    if (evaluate := training.evaluate) and evaluate.suite not in CLASSIFIED:
+        raise UserError(
+            f"training.evaluate.suite: {evaluate.suite} asks for text, which a classifier does not write; use one of "
+            f"{', '.join(CLASSIFIED)}",
+            key="training.evaluate.suite",
+        )
+    if evaluate and evaluate.suite == "classification" and not evaluate.data and data.validation is None:
+        raise UserError(
+            "training.evaluate.suite: classification needs rows that are held out: add data.validation (for example "
+            "{size: 0.05}), or name a file in training.evaluate.data",
+            key="training.evaluate.suite",
+        )
+
+
+def _check_causal(recipe: Recipe) -> None:
+    """Raise ``UserError`` if a key has a meaning only for a classification."""
+    data, evaluate = recipe.data, recipe.training.evaluate
+    if "text" in (data.columns or {}) or data.dataset in GLUE:
+        key = "data.dataset" if data.dataset in GLUE else "data.columns"
+        raise UserError(
+            f"{key}: {data.dataset if data.dataset in GLUE else data.columns} holds texts and labels, which need "
+            "`task: classification`; the task is causal_lm",
+            key=key,
+        )
+    if evaluate and evaluate.suite in CLASSIFIED:
+        raise UserError(
+            f"training.evaluate.suite: {evaluate.suite} is for classifiers; set task: classification, or use one of "
+            "math, gsm8k, code, forgetting",
+            key="training.evaluate.suite",
+        )
 
 
 def _expanded(value: Any, key: str) -> Any:

@@ -126,6 +126,7 @@ def write_adapter(model: TrainableModel, directory: Path, writers: int = 1) -> l
             base_model=base.name,
             base_revision=base.revision,
             base_tensors=model.base_identity,
+            head=model.head,
         )
         written += [config, *write_tokenizer(directory, base)]
     tensors = model.engine.gathered(model.saved_tensors, model.shapes)

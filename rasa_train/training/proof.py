@@ -62,13 +62,13 @@ class Proof:
         Raises:
             UserError: tokens see what they are to predict, or sequences of one row are not computed as they are apart.
         """
-        if not self._before:
+        if not self._before and self.model.objective.causal:
             self.model.module.eval()
             with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(_devices(self.model)):
                 self._check_causal()
                 if self.model.recipe.training.flat:
                     self._check_packing(work)
-            self._before = self._values()
+        self._before = self._before or self._values()
 
     def _check_causal(self) -> None:
         ids = np.resize(self.train[0].input_ids, PROBE_TOKENS)
@@ -200,14 +200,16 @@ class Proof:
     def _facts(self, reached: int, units: int) -> Iterable[str]:
         yield f"{reached} of {units} adapted linears have a gradient and have moved"
         model, guess = self.model, math.log(self.model.vocabulary)
-        if self._first_loss < GUESSING * guess:
+        if not model.objective.causal:
+            yield f"the first loss is {self._first_loss:.2f}"
+        elif self._first_loss < GUESSING * guess:
             yield f"the first loss is {self._first_loss:.2f} ({guess:.2f} would be guessing)"
         else:
             yield (
                 f"the first loss is {self._first_loss:.2f}, no better than guessing ({guess:.2f}): does the tokenizer "
                 "belong to the model, and has it been trained?"
             )
-        if ends := end_tokens(model.module):
+        if model.objective.causal and (ends := end_tokens(model.module)):
             looked = range(0, len(self.train), max(1, len(self.train) // ROWS))
             trained = sum(bool(np.isin(self.train[i].labels, ends).any()) for i in looked)
             if trained:

@@ -31,6 +31,8 @@ from ..models.fused import fusable, fuse, is_fused
 from ..models.layers import checkpoint_layers, light_contexts
 from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
+from ..models.task import Head
+from ..objectives.classification import Classification
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
 from ..optim.optimizers import make_optimizer
@@ -61,26 +63,28 @@ class TrainableModel:
     """Identity of the base as it was when the run started; only the first worker has it."""
     ranks: dict[str, int]
     """The largest effective rank of each kind of linear."""
+    head: Head | None
+    """The head of a classifier; None for a causal language model."""
     compiled = False
     """Whether the decoder layers are compiled (``training.compiling``)."""
 
-    def __init__(self, recipe: Recipe, engine: Engine) -> None:
-        """Load the base and put the adapters into it.
+    def __init__(self, recipe: Recipe, engine: Engine, head: Head | None = None) -> None:
+        """Load the base, as a classifier with ``head``, and put the adapters into it.
 
         Raises:
             UserError: the model cannot be loaded, or the adapter does not fit it.
         """
-        self.recipe, self.engine = recipe, engine
+        self.recipe, self.engine, self.head = recipe, engine, head
         training = recipe.training
         name, revision = recipe.model.name, recipe.model.revision
         self.base_identity = base_identity(name, revision) if engine.accelerator.is_main_process else {}
-        divide = engine.capabilities.divides_as_it_loads and not needs_whole_base(recipe)
+        divide = engine.capabilities.divides_as_it_loads and not needs_whole_base(recipe, head)
         with engine.loading(torch_dtype(recipe.model), divide=divide):
-            base = read_base(recipe, engine)
+            base = read_base(recipe, engine, head)
         if divide and tied_against_files(recipe, base):
             with engine.loading(torch_dtype(recipe.model), divide=False):
-                base = read_base(recipe, engine)
-        if training.flat:
+                base = read_base(recipe, engine, head)
+        if training.flat:  # refused for a classifier
             padding_free.use_varlen(base)
         if checkpointing := training.activation_checkpointing:
             # Never the reentrant kind: it breaks parameters that are used once per layer, as RaSA's pools are.
@@ -91,7 +95,7 @@ class TrainableModel:
         torch.manual_seed(recipe.seed)
         self._base = base
         self.module, self.sites = adapt(base, recipe.adapter)
-        self.objective: Objective = NextToken()
+        self.objective: Objective = NextToken() if head is None else Classification(head)
         self._loss = self.objective.install(self.module)
         if training.activation_offload:
             self._loss = with_offload(self._loss)
@@ -181,7 +185,7 @@ class TrainableModel:
 
     @property
     def trains_base(self) -> bool:
-        """Whether weights of the base itself are trained."""
+        """Whether weights of the base itself are trained, other than those of a head."""
         return trains_base(self.recipe, self.module)
 
     @property
@@ -202,7 +206,7 @@ class TrainableModel:
 
 
 def trains_base(recipe: Recipe, module: nn.Module) -> bool:
-    """Whether the method trains weights of the base itself."""
+    """Whether the method trains weights of the base itself. The head of a classifier is trained by every method."""
     return any(map(recipe.adapter.trains, dict(module.named_parameters())))
 
 
@@ -223,20 +227,20 @@ def autocast(recipe: Recipe, module: nn.Module) -> torch.autocast:
     return torch.autocast(kind, torch_dtype(recipe.model) if enabled else None, enabled=enabled, cache_enabled=False)
 
 
-def read_base(recipe: Recipe, engine: Engine) -> PreTrainedModel:
+def read_base(recipe: Recipe, engine: Engine, head: Head | None = None) -> PreTrainedModel:
     """Load the base, with its weights if this worker reads them. If only the first worker reads, the others wait as
     long as it takes: a large base on a slow disk takes longer than the timeout of an exchange."""
     check_quantization(load_config(recipe.model), recipe.model.name)
     if not engine.first_reads:
-        return load_model(recipe.model)
+        return load_model(recipe.model, head, recipe.seed)
     read: list[PreTrainedModel] = []
 
     def work() -> str:
-        read.append(load_model(recipe.model))
+        read.append(load_model(recipe.model, head, recipe.seed))
         return json.dumps(tied_groups(read[0]))
 
     tied = rendezvous.once("base", engine.reads, work)
-    return read[0] if read else empty_model(recipe.model, json.loads(tied))
+    return read[0] if read else empty_model(recipe.model, json.loads(tied), head)
 
 
 def tied_against_files(recipe: Recipe, base: nn.Module) -> bool:
@@ -250,8 +254,11 @@ def tied_against_files(recipe: Recipe, base: nn.Module) -> bool:
     return len(tied_groups(as_stored(meta_model(recipe.model), directory))) < len(groups)
 
 
-def needs_whole_base(recipe: Recipe) -> bool:
-    """Whether the method reads or trains weights of the base, which then cannot be divided while they are loaded."""
+def needs_whole_base(recipe: Recipe, head: Head | None = None) -> bool:
+    """Whether the method reads or trains weights of the base, which then cannot be divided while they are loaded; a
+    classifier's head is trained."""
+    if head is not None:
+        return True
     model = meta_model(recipe.model)
     with torch.device("meta"):
         model, _ = adapt(model, recipe.adapter)

@@ -16,13 +16,13 @@ from .. import process
 from ..adapters.inject import narrow_base
 from ..adapters.saved import load_tensors, read_adapter
 from ..adapters.sites import not_adapted
-from ..adapters.state import effective_ranks
+from ..adapters.state import effective_ranks, with_own_head
 from ..data.ahead import ahead
 from ..data.batching import Limit
 from ..data.prepare import PreparedData, prepare
 from ..distributed import collectives, preflight, rendezvous
 from ..distributed.choose import make_engine
-from ..errors import UserError
+from ..errors import UserError, some
 from ..io.atomic import write_json
 from ..io.base_fingerprint import compare
 from ..io.run_dir import RunDirectory
@@ -85,7 +85,7 @@ class Trainer:
         """
         self.recipe, self.training = recipe, recipe.training
         self.directory = RunDirectory(recipe.output_dir)
-        self.data = data or prepare(recipe.data, load_tokenizer(recipe.model))
+        self.data = data or prepare(recipe.data, load_tokenizer(recipe.model), task=recipe.task)
         self.steps_per_epoch = math.ceil(len(self.data.train) / self.training.batch_size)
         self.total_steps = self.training.max_steps or self.training.epochs * self.steps_per_epoch
         self.accelerator = rendezvous.start(
@@ -115,12 +115,15 @@ class Trainer:
     def setup(self) -> None:
         """Load the model, put the adapters with their initial values into it, and divide it among the workers."""
         self.engine = make_engine(self.recipe.distributed, self.accelerator, self.training.max_grad_norm)
-        self.model = TrainableModel(self.recipe, self.engine)
+        self.model = TrainableModel(self.recipe, self.engine, self.data.head)
         self.found = checkpoint.agreed_newest(self.directory.checkpoints, self.say, self.accelerator)
         origin = self.found or self.recipe.adapter.init_from
         if origin and self.engine.reads:
             saved = read_adapter(origin)
-            load_tensors(self.model.module, saved.tensors, origin=str(origin))
+            tensors, own = with_own_head(self.model.module, saved.tensors) if not self.found else (saved.tensors, [])
+            load_tensors(self.model.module, tensors, origin=str(origin))
+            if own:
+                self.say(f"note: adapter.init_from: {origin} has another head; {some(own)} start anew")
             base = self.recipe.model
             if not self.found and (problem := compare(saved.base_tensors, base.name, base.revision).problem):
                 self.say(f"note: adapter.init_from: {another_base(saved, base.name, problem)}")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_data import rows_of, write_lines
 
-from rasa_train.data import prepare as prepare_module
+from rasa_train.data import encode_pool
 from rasa_train.data.cache import TokenDataset
 from rasa_train.data.config import DataConfig
 from rasa_train.data.encode import Encoder
@@ -189,7 +189,7 @@ def test_pool_is_used_only_past_the_threshold(jsonl: Jsonl, bpe: Any, monkeypatc
     def refuse(*_: Any) -> None:
         raise AssertionError("a pool was started")
 
-    monkeypatch.setattr(prepare_module, "_encode_in_pool", refuse)
+    monkeypatch.setattr(encode_pool, "_encode_in_pool", refuse)
     config = DataConfig(dataset=jsonl(rows_of(512)), num_workers=2)
     assert prepare(config, bpe, pool_threshold=512).stats.examples == 512
     with pytest.raises(AssertionError, match="a pool"):
