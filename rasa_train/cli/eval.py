@@ -112,15 +112,25 @@ def _score(path: Path, suite: str, data: str | None, allow_unsandboxed: bool) ->
 
 
 def _evaluate(target: str, options: Any, all_checkpoints: bool, output: Path | None) -> dict[str, Any]:
+    from ..evaluate.classify import ClassifierEvaluation, check_suites, head_of_subject
     from ..evaluate.load import find_subjects
     from ..evaluate.run import Evaluation, evaluate_all
     from ..stop import StopSignal
 
     subjects = find_subjects(target, all_checkpoints=all_checkpoints, output=output)
+    classifier = head_of_subject(subjects[0], trust_remote_code=options.trust_remote_code) is not None
+    options = check_suites(options, classifier=classifier)
+
+    def speak(text: str) -> None:
+        say(text, sys.stderr)
+
     with StopSignal() as stop:
-        evaluation = Evaluation(options, lambda text: say(text, sys.stderr), _reporter, stop)
+        evaluation: Any = (
+            ClassifierEvaluation(options, speak) if classifier else Evaluation(options, speak, _reporter, stop)
+        )
         found, table = evaluate_all(subjects, evaluation)
-    return {"results": found, "best_last": table, "directory": str(subjects[0].results)}
+    single = found[0]["metrics"] if classifier and len(found) == 1 else {}
+    return {"results": found, "best_last": table, "directory": str(subjects[0].results), **single}
 
 
 def _describe(found: dict[str, Any]) -> str:

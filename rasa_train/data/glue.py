@@ -46,3 +46,5 @@ GLUE = {
     ),
 }
 """The sets by their name in ``data.dataset``."""
+CLASSIFIED = ("classification", *GLUE)
+"""Suites of classifiers. ``classification`` is any file of texts and labels."""

@@ -224,12 +224,10 @@ def label_counts(head: Head, answers: np.ndarray) -> dict[str, int]:
 
 
 def majority(head: Head, answers: np.ndarray) -> float | None:
-    """Return the accuracy of the most frequent answer: the share of its label, or the mean of this over the labels if a
-    text has several; None for a regression."""
+    """Return the accuracy of the most frequent answer; None for a regression."""
     if head.problem == "regression":
         return None
-    shares = np.array(list(label_counts(head, answers).values())) / len(answers)
-    return float(shares.max() if head.problem == "single_label" else np.maximum(shares, 1 - shares).mean())
+    return float(np.unique(answers, axis=0, return_counts=True)[1].max() / len(answers))
 
 
 def _missing(row: Row, what: str, where: str) -> UserError:

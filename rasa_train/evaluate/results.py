@@ -26,11 +26,11 @@ Result = dict[str, Any]
 
 
 def result_path(results: Path, suite: str, name: str) -> Path:
-    return results / suite / f"{name}.json"
+    return results / suite.replace("/", "_") / f"{name}.json"
 
 
 def sample_path(results: Path, suite: str, name: str) -> Path:
-    return results / suite / f"{name}.samples.jsonl"
+    return results / suite.replace("/", "_") / f"{name}.samples.jsonl"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..data.glue import CLASSIFIED
 from ..errors import UserError
 from ..process import version_of
 from .problems import Row
@@ -18,7 +19,16 @@ from .problems import Row
 TASKS = {"math": "rasa_math", "gsm8k": "rasa_gsm8k", "code": "rasa_humaneval_plus"}
 """Suites whose answers are generated, and the task of each in ``tasks/``. ``forgetting`` is scored by likelihood."""
 SUITES = (*TASKS, "forgetting")
-HEADLINE = {"math": "math_sympy", "gsm8k": "accuracy", "code": "pass@1", "forgetting": "average"}
+HEADLINE = {
+    "math": "math_sympy",
+    "gsm8k": "accuracy",
+    "code": "pass@1",
+    "forgetting": "average",
+    **dict.fromkeys(CLASSIFIED, "accuracy"),
+    "regression": "pearson",
+    "glue/cola": "matthews_correlation",
+    "glue/stsb": "pearson",
+}
 """Main metric of each suite: tables show it first, and training chooses the best checkpoint by it."""
 DEFINITIONS = Path(__file__).parent / "tasks"
 STEP_BY_STEP = "Let's think step by step."
@@ -90,8 +100,8 @@ class Suite:
 def check_names(names: Sequence[str]) -> None:
     """Raise ``UserError`` for an unknown suite."""
     for name in names:
-        if name not in SUITES:
-            raise UserError(f"--suite must name suites out of {', '.join(SUITES)} (separated by commas), got {name!r}")
+        if name not in (known := (*SUITES, *CLASSIFIED)):
+            raise UserError(f"--suite must name suites out of {', '.join(known)} (separated by commas), got {name!r}")
 
 
 def load_suite(name: str, data: str | None) -> Suite:

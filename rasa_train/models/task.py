@@ -83,7 +83,7 @@ class Head:
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        return cls(tuple(read.labels or ()), read.problem) if read.name == "classification" else None
+        return cls(tuple(read.labels or ()), read.problem or "single_label") if read.name == "classification" else None
 
     @property
     def outputs(self) -> int:

@@ -63,16 +63,20 @@ class Classification(Objective):
     def install(self, model: nn.Module) -> Loss:
         """Make ``model(**batch)`` return the loss of a batch, in fp32. The loss of a model that another library (PEFT)
         has wrapped is computed outside of it, from its logits."""
+        self.look_at(model)
+        if not isinstance(model, PreTrainedModel):
+            return lambda wrapped, batch: _loss(wrapped, self.problem, **batch)  # type: ignore[arg-type]
+        model.forward = partial(_loss, model.forward, self.problem)
+        return lambda called, batch: called(**batch)
+
+    def look_at(self, model: nn.Module) -> None:
+        """Make batches for this model from now on: with its padding, and token types if it takes them."""
         config: Any = model.config
         text = config.get_text_config()
         self._pad, self._most = text.pad_token_id or 0, most_tokens(model)
         base = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
         takes = "token_type_ids" in inspect.signature(base.forward).parameters
         self._types = takes and getattr(text, "type_vocab_size", 2) > 1
-        if not isinstance(model, PreTrainedModel):
-            return lambda wrapped, batch: _loss(wrapped, self.problem, **batch)  # type: ignore[arg-type]
-        model.forward = partial(_loss, model.forward, self.problem)
-        return lambda called, batch: called(**batch)
 
     @contextmanager
     def with_logits(self, model: nn.Module) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.fields import FieldInfo
@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from ..adapters.contract import Method
 from ..adapters.registry import METHODS
 from ..data.config import DataConfig
-from ..data.glue import GLUE
+from ..data.glue import CLASSIFIED, GLUE
 from ..data.sources import BUILT_IN
 from ..distributed.config import DistributedConfig
 from ..errors import UserError
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     AdapterConfig = Method
 else:
     AdapterConfig = _adapter_config()
-CLASSIFIED = ("classification", *GLUE)
-"""Suites of classifiers."""
 Suite = Literal[
     "math",
     "gsm8k",
@@ -239,7 +237,7 @@ def _check_causal(recipe: Recipe) -> None:
     if evaluate and evaluate.suite in CLASSIFIED:
         raise UserError(
             f"training.evaluate.suite: {evaluate.suite} is for classifiers; set task: classification, or use one of "
-            "math, gsm8k, code, forgetting",
+            f"{', '.join(suite for suite in get_args(Suite) if suite not in CLASSIFIED)}",
             key="training.evaluate.suite",
         )
 

@@ -5,18 +5,77 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
+from ..data.prepare import PreparedData
 from ..errors import UserError
+from ..evaluate.class_scores import scores
+from ..evaluate.classify import OWN, configs, logits_of, read_texts
 from ..evaluate.generate import SampleFile
 from ..evaluate.load import wrap
 from ..evaluate.run import Evaluation, Options
 from ..evaluate.suites import HEADLINE
-from ..models.load import load_tokenizer
+from ..models.families import most_tokens
+from ..models.load import load_tokenizer, meta_model
 from ..recipe.schema import Recipe
+
+
+class Measure(Protocol):
+    """A measurement while a model is trained."""
+
+    name: str
+    every: int | Literal["epoch"]
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the score of the model, which gives logits while this is called."""
+
+
+def make_measure(recipe: Recipe, data: PreparedData, *, divided: bool, say: Callable[[str], None]) -> Measure | None:
+    """Return what ``training.evaluate`` measures, if anything.
+
+    Raises:
+        UserError: questions, tokenizer or packages are missing, or the strategy divides the model.
+    """
+    config = recipe.training.evaluate
+    if config is None:
+        return None
+    if divided:
+        raise UserError(
+            "training.evaluate computes with the whole model on one worker: distributed.strategy must be ddp, got "
+            f"{recipe.distributed.strategy}; or evaluate the checkpoints with rasa-eval --all-checkpoints",
+            key="training.evaluate",
+        )
+    return ClassifierMeasure(recipe, data, say) if data.head else TrainingEvaluation(recipe, say)
+
+
+class ClassifierMeasure:
+    """Scores of the classifier that is being trained, on the held-out rows or on a set of their own."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData, say: Callable[[str], None]) -> None:
+        config, self.head = recipe.training.evaluate, data.head
+        assert config is not None and self.head is not None
+        self.every, self.say = config.every, say
+        # a suite has one headline, and that of a regression is another one
+        self.name = "regression" if (config.suite, self.head.problem) == (OWN, "regression") else config.suite
+        if config.suite == OWN and config.data is None:
+            assert data.validation is not None
+            self.texts, self.answers = data.validation, data.validation.answers
+            return
+        most = most_tokens(meta_model(recipe.model, self.head))
+        found = configs(config.suite, config.data, recipe.data.model_dump(), most)[""]
+        self.texts, self.answers = read_texts(config.suite, found, load_tokenizer(recipe.model), self.head)
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the suite's headline metric."""
+        assert self.head is not None
+        with _as_it_was(model):
+            model.eval()
+            found = scores(self.head, self.answers, logits_of(model, self.head, self.texts, Options((), None).tokens))
+        self.say(f"{self.name}: {', '.join(f'{key} {value:.4f}' for key, value in found.items())}")
+        return found[HEADLINE[self.name]]
 
 
 class TrainingEvaluation:
@@ -26,18 +85,12 @@ class TrainingEvaluation:
     while the others wait; every worker must hold the whole model.
 
     Raises:
-        UserError: questions, tokenizer or packages are missing, or the strategy divides the model.
+        UserError: questions, tokenizer or packages are missing.
     """
 
-    def __init__(self, recipe: Recipe, *, divided: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         config = recipe.training.evaluate
         assert config is not None
-        if divided:
-            raise UserError(
-                "training.evaluate generates with the whole model: distributed.strategy must be ddp, got "
-                f"{recipe.distributed.strategy}; or evaluate the checkpoints with rasa-eval --all-checkpoints",
-                key="training.evaluate",
-            )
         self.name, self.every, self.say = config.suite, config.every, say
         self.tokenizer = load_tokenizer(recipe.model)
         if self.tokenizer is None:

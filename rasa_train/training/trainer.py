@@ -35,7 +35,7 @@ from ..stop import StopSignal
 from . import checkpoint, fault_handling
 from .checkpoint import Progress
 from .compiling import compile_or_fuse
-from .evaluation import TrainingEvaluation
+from .evaluation import make_measure
 from .micro_batches import Step, fit, plan_steps, step_of
 from .proof import Proof
 from .reporter import MetricsRow, Reporter
@@ -131,9 +131,7 @@ class Trainer:
             preflight.same_everywhere(self.accelerator, preflight.fingerprints(self.model.module))
         self.base_difference = self._narrow_base()
         self.model.prepare()
-        self.measure = None
-        if self.training.evaluate:
-            self.measure = TrainingEvaluation(self.recipe, divided=self.engine.sharded, say=self.say)
+        self.measure = make_measure(self.recipe, self.data, divided=self.engine.sharded, say=self.say)
 
     def _narrow_base(self) -> float | None:
         """Hold the frozen base in fewer bits, if the recipe says so. Returns the relative difference this makes."""
