@@ -20,8 +20,8 @@ class Inserted(nn.Module):
 
 
 def insert_after(module: nn.Module, inserted: Inserted, hook: Hook) -> None:
-    """Make ``inserted`` the submodule ``adapter`` of a module of the base, whose results then pass through ``hook``. The
-    names of the base's own tensors do not change."""
+    """Make ``inserted`` the submodule ``adapter`` of a module of the base, and let ``hook`` change what that module
+    returns. The names of the base's own tensors stay the same."""
     module.add_module("adapter", inserted)
     inserted.handle = module.register_forward_hook(hook)
 

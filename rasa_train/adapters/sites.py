@@ -133,4 +133,4 @@ def _matching(sites: list[Site], parts: list[Site], targets: str | list[str], ke
 
 def _named(sites: list[Site], names: Sequence[str]) -> list[Site]:
     """Return the sites that have one of the names, or a path or kind that ends with it."""
-    return [s for s in sites if any(s.path == n or own == n or own.endswith(f".{n}") for n in names for own in _names(s))]
+    return [s for s in sites if s.path in names or any(f".{own}".endswith(f".{n}") for n in names for own in _names(s))]

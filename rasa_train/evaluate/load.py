@@ -134,7 +134,7 @@ def load_lm(plan: Plan) -> Any:
         )
     if plan.backend == "vllm":
         if inside is not None:
-            raise UserError("--backend vllm reads merged models only, and this adapter cannot be merged: use --backend hf")
+            raise UserError("--backend vllm reads merged models, and this adapter cannot be merged: use --backend hf")
         if source is not None:
             raise UserError(
                 "--backend vllm reads merged models only: merge the adapter with rasa-merge first, or use --backend hf"

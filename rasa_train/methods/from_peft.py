@@ -3,7 +3,7 @@
     adapter: {method: peft, config: {peft_type: PREFIX_TUNING, num_virtual_tokens: 8}}
 
 PEFT wraps the model, computes and merges; the update does not belong to sites, so nothing else in this package that
-works on sites applies to it. PEFT does not have bottleneck adapters (Houlsby, Lin, Pfeiffer, AdapterDrop).
+works on sites applies to it. PEFT does not have bottleneck adapters, which are ``method: bottleneck``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..adapters.contract import Built, Method, PeftConfig
 from ..adapters.patterns import path_pattern
 from ..adapters.site import Site
 from ..errors import UserError
+from ..models.classifier import is_classifier
 
 if TYPE_CHECKING:
     import peft
@@ -83,6 +84,12 @@ class Peft(Method):
         Raises:
             UserError: PEFT is not installed or does not know the method or a key, or the method does not fit the model.
         """
+        if is_classifier(model):
+            raise UserError(
+                "adapter.method: peft is for task: causal_lm, since it would leave the head of a classifier untrained; "
+                "for a classifier use a method of this package, such as lora",
+                key="adapter.method",
+            )
         config = self._config()
         _bound_patterns(config, model)
         import peft
@@ -217,7 +224,7 @@ class Peft(Method):
             usable = ", ".join(sorted(known.keys() - NEEDS_MORE.keys()))
             raise UserError(
                 f"adapter.config.peft_type must be a method of PEFT, got {self.config.get('peft_type')!r}; PEFT has "
-                f"{usable} (but not bottleneck adapters such as Houlsby's or Pfeiffer's)",
+                f"{usable} (for Houlsby's or Pfeiffer's adapters use adapter.method: bottleneck)",
                 key="adapter.config",
             )
         if self.peft_type in NEEDS_MORE:
@@ -266,8 +273,8 @@ def _without_prompt(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _generate(wrapped: Any, *args: Any, **kwargs: Any) -> Any:
-    """Generate with the virtual tokens before each text. PEFT's own ``generate`` does not fit the caches of transformers
-    5, and takes padding on the left for tokens between the virtual ones and the text."""
+    """Generate with the virtual tokens before each text. PEFT's own ``generate`` does not fit the caches of
+    transformers 5, and counts padding on the left as tokens between the virtual ones and the text."""
     base = wrapped.base_model
     own, before = base.forward, dict(vars(base))
     base.forward = partial(_with_prompt, wrapped, own)

@@ -51,7 +51,8 @@ def sublayers(layer: nn.Module) -> tuple[str, str, str | None] | None:
     return attention, ffn, next((name for name in ("output_layer_norm",) if name in names), None)
 
 
-ATTENTION, FFN = ("self_attn", "attn", "attention", "self_attention"), ("mlp", "ffn", "block_sparse_moe", "feed_forward", "fc2")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+FFN = ("mlp", "ffn", "block_sparse_moe", "feed_forward", "fc2")
 """Names of a layer's attention and of its FFN in families that add their results to the residual as they are."""
 
 

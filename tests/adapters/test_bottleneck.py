@@ -26,7 +26,7 @@ from rasa_train.methods.bottleneck import Bottleneck
 D, M, LAYERS = 32, 5, 3
 IDS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 ENCODERS = ("bert", "roberta", "electra", "deberta-v2")
-DECODERS = ("gpt2", "llama", "gpt_neox", "mixtral")
+DECODERS = ("gpt2", "llama", "gpt_neox", "mixtral", "opt")
 OTHER_ENCODERS = ("distilbert", "modernbert")
 KINDS = ("houlsby", "pfeiffer", "lin", "dropped")
 
@@ -42,6 +42,7 @@ def base(kind: str) -> PreTrainedModel:
         "distilbert": {"dim": D, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 48},
         "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "conv_kernel_size": 3},
         "electra": {"embedding_size": D},
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": D},
         "mixtral": {"num_key_value_heads": 4, "num_local_experts": 2},
     }.get(kind, {})
     make = AutoModelForCausalLM if kind in DECODERS else AutoModel
@@ -92,7 +93,8 @@ def by_hand(model: PreTrainedModel, method: Bottleneck, tensors: dict[str, Tenso
         kind = model.config.model_type
         encoder = kind in ENCODERS
         names = {"gpt2": ("attn", "mlp"), "modernbert": ("attn", "mlp"), "distilbert": ("attention", "ffn")}
-        attention, ffn = names.get(kind, ("attention" if kind == "gpt_neox" else "self_attn", "mlp"))
+        names |= {"gpt_neox": ("attention", "mlp"), "opt": ("self_attn", "fc2")}
+        attention, ffn = names.get(kind, ("self_attn", "mlp"))
         if method.kind == "lin":
             plus("")
         elif method.kind == "houlsby":
@@ -160,7 +162,7 @@ def test_saved_evaluated_and_not_merged(placed: Any, tmp_path: Path) -> None:
     assert saved.method == method and saved.tensors.keys() == trainable(model).keys()
     assert torch.equal(outputs(put_in(base("gpt2"), saved)), wanted)
     for write in (merge, export_lora):
-        with pytest.raises(UserError, match="cannot be merged.*rasa-eval evaluates it inside the base"):
+        with pytest.raises(UserError, match=r"cannot be merged.*rasa-eval evaluates it inside the base"):
             write(directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -206,5 +208,5 @@ def test_refused() -> None:
     with pytest.raises(UserError, match="from -3 to 2, got \\[3\\]"):
         adapt(base("gpt2"), Bottleneck(layers=[3]))
     config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=40)
-    with pytest.raises(UserError, match="does not; use adapter.kind: lin"):
+    with pytest.raises(UserError, match=r"does not; use adapter\.kind: lin"):
         adapt(AutoModelForCausalLM.from_config(config), Bottleneck())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from rasa_train.adapters.inject import adapt
 from rasa_train.adapters.saved import load_tensors, read_adapter, write_adapter
@@ -154,7 +154,13 @@ def test_generates_with_the_prompt(kind: str, how: dict[str, Any]) -> None:
         for _ in range(new):
             text = torch.cat([text, model(input_ids=text).logits[:, -1:].argmax(-1)], 1)
         greedy.append(text)
-    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, **how}
+    options: dict[str, Any] = {
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "do_sample": False,
+        "pad_token_id": 0,
+        **how,
+    }
     options |= {"return_dict_in_generate": True, "output_scores": True}
     found = model.generate(input_ids=IDS, attention_mask=mask, **options)  # type: ignore[operator]
     got = found.sequences
@@ -168,6 +174,12 @@ def test_generates_with_the_prompt(kind: str, how: dict[str, Any]) -> None:
         theirs = base().generate(input_ids=IDS, attention_mask=mask, **options)
         assert not torch.equal(got, theirs.sequences)
     assert "forward" not in vars(model.base_model)
+
+
+def test_a_classifier_is_refused() -> None:
+    model = AutoModelForSequenceClassification.from_config(SHAPE)
+    with pytest.raises(UserError, match="it would leave the head of a classifier untrained; for a classifier use"):
+        adapt(model, method("PROMPT_TUNING"))
 
 
 def test_activation_checkpointing_of_layers() -> None:

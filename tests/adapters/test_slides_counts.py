@@ -1,4 +1,4 @@
-"""Trained parameters of the baselines and of LoRA on GPT-2 and GPT-3, as integers, against the figures of the LoRA paper
+"""Trained parameters of the baselines and of LoRA on GPT-2 and GPT-3, as integers, against the LoRA paper's figures
 (arXiv 2106.09685, tables 2 to 5) where those can be reproduced. Heads of classifiers are left out, as there."""
 
 from __future__ import annotations
