@@ -184,7 +184,9 @@ class Method(BaseModel, ABC):
     method: str
     targets: str | list[str] = "all-linear"
     """Linears to adapt: ``all-linear`` (every linear of the decoder layers, but neither the LM head nor a router),
-    a list of names (``[q_proj, v_proj]``), or a regular expression for the whole path."""
+    a list of names (``[q_proj, v_proj]``), or a regular expression for the whole path. ``[wq, wk, wv, wo]`` are the
+    four matrices of attention in every family. Queries, keys and values that a model computes as one linear can be
+    named as its parts: ``[c_attn.q, c_attn.v]`` in GPT-2; each part then has an update of its own."""
     exclude: list[str] = []
     """Names of linears that are not adapted although ``targets`` selects them."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
