@@ -292,12 +292,12 @@ def _with_prompt(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
-    position_ids: Tensor | None = None,
     **others: Any,
 ) -> Any:
     """Compute the base's outputs for the next tokens of texts that begin with the virtual tokens."""
     rows, length = input_ids.shape
     number = wrapped.active_peft_config.num_virtual_tokens
+    others.pop("position_ids", None)
     if others.get("use_cache") is False:
         past_key_values = None
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
