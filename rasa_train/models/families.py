@@ -133,6 +133,8 @@ def fused_layout(config: Any, name: str, outputs: int) -> tuple[int, dict[str, i
     """Return how the outputs of the linear ``name`` are divided, if several linears are computed in it: the number of
     equal groups of outputs, and the outputs of each linear in a group, by its name. No names for any other linear."""
     found, sizes = FUSED.get(config.model_type, {}).get(name, ("", ""))
+    if not found:
+        return 1, {}
     names, heads = found.split(), config.num_attention_heads
     if "q" in names and "by heads" not in sizes and outputs != 3 * config.hidden_size:
         return 1, {}  # the keys and values of cross-attention, without queries
