@@ -34,8 +34,8 @@ def _parts(config: Any, site: Site) -> Iterator[Site]:
     start = 0
     for name, size in sizes.items():
         rows, start = (start, start + size), start + size
-        names = {"path": f"{site.path}.{name}", "kind": f"{site.kind}.{name}"}
-        yield replace(site, **names, out_features=groups * size, rows=rows, groups=groups)
+        path, kind = f"{site.path}.{name}", f"{site.kind}.{name}"
+        yield replace(site, path=path, kind=kind, out_features=groups * size, rows=rows, groups=groups)
 
 
 def check_apart(sites: Sequence[Site]) -> None:
@@ -116,7 +116,7 @@ class Parts(Adapter):
         assert site.rows is not None
         size = self.site.out_features // site.groups
         around = (site.rows[0], size - site.rows[1])
-        each = tensor.unflatten(dim, (site.groups, -1))
+        each = torch.unflatten(tensor, dim, (site.groups, -1))
         whole = F.pad(each, around if dim == -1 else (0, 0, *around))
         return whole.flatten(dim - 1, dim)
 

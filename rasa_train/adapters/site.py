@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -54,7 +55,7 @@ class Site:
         several groups of rows."""
         whole = parameter.mT if self.transposed else parameter
         if self.groups > 1:
-            whole = whole.unflatten(-2, (self.groups, -1))
+            whole = torch.unflatten(whole, -2, (self.groups, -1))
         return whole if self.rows is None else whole[..., slice(*self.rows), :]
 
 

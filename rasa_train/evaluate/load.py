@@ -120,10 +120,11 @@ def load_lm(plan: Plan) -> Any:
     needs_harness()
     name, source, inside, own = plan.subject.path, None, None, None
     if plan.subject.is_adapter:
-        inside = _unmerged(plan)
-        if inside is None:
+        if (inside := _unmerged(plan)) is not None:
+            name = str(inside[1])
+        else:
             source = open_source(plan.subject.path, plan.base, weights=True)
-        name = str(source.directory if source is not None else inside[1])
+            name = str(source.directory)
         own = str(Path(plan.subject.path).absolute()) if tokenizer_files(Path(plan.subject.path)) else None
     config = ModelConfig(name=name, tokenizer=own, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(config)

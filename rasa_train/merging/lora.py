@@ -209,7 +209,7 @@ def _rank(source: Source, target: Target, max_rank: int | None) -> int:
 def _rows(source: Source, target: Target) -> int:
     """Return the number of output rows of the linear, or of the whole fused weight."""
     weight = source.model.get_parameter(target.sites[0].weight)
-    return weight.shape[-1] if target.sites[0].transposed else weight.shape[-2]
+    return int(weight.shape[-1 if target.sites[0].transposed else -2])
 
 
 def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -120,7 +120,8 @@ class Network(Inserted):
         y = x.float() if self.wide else x
         y = y if self.norm is None else self.norm(y)
         y = F.dropout(y, self.dropout, self.training)
-        return self.up(ACTIVATIONS[self.activation](self.down(y))).to(x.dtype)
+        update: Tensor = self.up(ACTIVATIONS[self.activation](self.down(y)))
+        return update.to(x.dtype)
 
 
 class Linear(nn.Linear):
