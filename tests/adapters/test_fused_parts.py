@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -203,14 +203,24 @@ def test_pools_and_ranks_of_parts() -> None:
     assert sum(p.numel() for p in trainable(model).values()) == 3 * (2 * 3 * 64 + 2 * 64 + 2 * (3 + 2))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gpt_neox"])
+ENCODERS = ("bert", "roberta", "electra", "deberta-v2", "distilbert", "modernbert")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gpt_neox", "opt", "phi", *ENCODERS])
 def test_one_name_in_every_family(kind: str) -> None:
-    model = tiny_model(kind)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48} if kind == "distilbert" else {}
+    make = AutoModel if kind in ENCODERS else AutoModelForCausalLM
+    with torch.device("meta"):
+        own = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
+        model = make.from_config(AutoConfig.for_model(kind, **{**sizes, **own.get(kind, {})}))
     by_name = {name: [s.path for s in find_sites(model, [name])] for name in ("wq", "wk", "wv", "wo")}
     assert all(len(paths) == 2 for paths in by_name.values()), by_name
     assert len({path for paths in by_name.values() for path in paths}) == 8
     for name, letter in (("wq", "q"), ("wk", "k"), ("wv", "v")):
-        assert all(path.endswith((f"{letter}_proj", f".{letter}")) for path in by_name[name])
+        ends = {path.rpartition(".")[2] for path in by_name[name]}
+        assert all(end.startswith(letter) for end in ends), ends
+    assert all("mlp" not in path and "fc" not in path for path in by_name["wo"])
     assert [s.kind for s in find_sites(model, ["wq", "wv"])] == [s.kind for s in find_sites(model, ["wv", "wq"])]
 
 
