@@ -23,6 +23,8 @@ PROBLEMS: dict[Problem, str] = {
     "regression": "regression",
 }
 """The ``problem_type`` in the ``config.json`` of a classifier, by the problem in a recipe."""
+POOLS = "pools"
+"""Name of the module at the root of an adapted model that holds the tensors that its layers share."""
 POOLERS = ("pooler", "pooling_layer")
 """Names of modules of an encoder that only a classifier on top of it uses, and that are trained with the head."""
 
@@ -102,7 +104,8 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         return {}
     prefix = f"{model.base_model_prefix}."
     poolers = tuple(f"{prefix}{name}." for name in POOLERS)
-    return {n: p for n, p in model.named_parameters() if not n.startswith(prefix) or n.startswith(poolers)}
+    other = (prefix, f"{POOLS}.")
+    return {n: p for n, p in model.named_parameters() if not n.startswith(other) or n.startswith(poolers)}
 
 
 HELD = "rasa_train_held"
