@@ -23,7 +23,6 @@ from ..adapters.contract import Built, Method, PeftConfig
 from ..adapters.patterns import path_pattern
 from ..adapters.site import Site
 from ..errors import UserError
-from ..models.classifier import is_classifier
 
 if TYPE_CHECKING:
     import peft
@@ -84,12 +83,6 @@ class Peft(Method):
         Raises:
             UserError: PEFT is not installed or does not know the method or a key, or the method does not fit the model.
         """
-        if is_classifier(model):
-            raise UserError(
-                "adapter.method: peft is for task: causal_lm, since it would leave the head of a classifier untrained; "
-                "for a classifier use a method of this package, such as lora",
-                key="adapter.method",
-            )
         config = self._config()
         _bound_patterns(config, model)
         import peft

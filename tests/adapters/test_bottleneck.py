@@ -22,6 +22,9 @@ from rasa_train.evaluate.load import put_in
 from rasa_train.merging.lora import export_lora
 from rasa_train.merging.merged import merge
 from rasa_train.methods.bottleneck import Bottleneck
+from rasa_train.models.classifier import head_parameters
+
+from ..tiny_models import tiny_model
 
 D, M, LAYERS = 32, 5, 3
 IDS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -165,6 +168,25 @@ def test_saved_evaluated_and_not_merged(placed: Any, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"cannot be merged.*rasa-eval evaluates it inside the base"):
             write(directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2", "llama"])
+def test_a_classifier_trains_its_head_too(kind: str, tmp_path: Path) -> None:
+    def classifier() -> PreTrainedModel:
+        return tiny_model(kind, labels=3).eval()
+
+    method = Bottleneck(kind="pfeiffer", size=M)
+    model, _ = adapt(classifier(), method)
+    head = head_parameters(model)
+    networks = {name for name in trainable(model) if name not in head}
+    assert head and networks and all(".down." in name or ".up." in name for name in networks)
+    for parameter in trainable(model).values():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    write_adapter(tmp_path, method, saved_tensors(model), base_model="b", base_revision=None)
+    saved = read_adapter(tmp_path)
+    assert saved.tensors.keys() == networks | head.keys()
+    assert torch.equal(outputs(put_in(classifier(), saved)), outputs(model))
+    assert not torch.allclose(outputs(classifier()), outputs(model))
 
 
 def test_from_python(tmp_path: Path) -> None:

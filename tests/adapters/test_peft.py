@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rasa_train.adapters.inject import adapt
 from rasa_train.adapters.saved import load_tensors, read_adapter, write_adapter
@@ -174,12 +174,6 @@ def test_generates_with_the_prompt(kind: str, how: dict[str, Any]) -> None:
         theirs = base().generate(input_ids=IDS, attention_mask=mask, **options)
         assert not torch.equal(got, theirs.sequences)
     assert "forward" not in vars(model.base_model)
-
-
-def test_a_classifier_is_refused() -> None:
-    model = AutoModelForSequenceClassification.from_config(SHAPE)
-    with pytest.raises(UserError, match="it would leave the head of a classifier untrained; for a classifier use"):
-        adapt(model, method("PROMPT_TUNING"))
 
 
 def test_activation_checkpointing_of_layers() -> None:
