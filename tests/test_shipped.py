@@ -102,7 +102,10 @@ def test_a_shell_completes_recipes_files_and_flags(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "more").mkdir()
-    recipes, verbs = {"mine.yaml", "more/", *shipped.runnable()}, {"run", "check", "list", "copy", "schema"}
+    recipes, verbs = (
+        {"mine.yaml", "more/", *shipped.runnable()},
+        {"run", "check", "list", "copy", "schema", "demo_classify"},
+    )
     assert set(complete("rasa-train ", tmp_path)) == recipes | verbs and not recipes & verbs
     for form in ("", "run ", "check ", "copy "):
         assert not form or set(complete(f"rasa-train {form}", tmp_path)) == recipes

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -223,6 +224,30 @@ def schema() -> None:
     from ..recipe.schema import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command("demo_classify", cls=Command)
+def demo_classify(
+    output: Annotated[Path, typer.Option(help="Directory for the encoder, the texts and the runs.")] = Path(
+        "runs/demo_classify"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on a small classifier, in a minute or two.
+
+    Full fine-tuning, BitFit, LoRA and RaSA of an encoder that is made here, on generated reviews. Nothing is
+    downloaded.
+    """
+    with user_errors(), stoppable():
+        from ..demo.classify import compare, table
+
+        try:
+            results = compare(output, lambda line: say(line, file=sys.stderr))
+        except OSError as error:
+            raise UserError(
+                f"{output} cannot be written: {error.strerror}; give another directory with --output"
+            ) from None
+        print(json.dumps(results) if as_json else shown(table(results)))
 
 
 def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool) -> None:

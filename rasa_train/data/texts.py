@@ -104,7 +104,7 @@ def name_of(value: object, where: str) -> str:
     raise _wrong(where, value, "must be the name or number of a label")
 
 
-def found_labels(values: Iterable[tuple[str, object]], *, several: bool, dataset: str) -> tuple[str, ...]:
+def found_labels(values: Iterable[tuple[str, Any]], *, several: bool, dataset: str) -> tuple[str, ...]:
     """Return the names of all labels in (place, value of the label column), sorted: as numbers if all are numbers.
 
     Args:
@@ -117,7 +117,7 @@ def found_labels(values: Iterable[tuple[str, object]], *, several: bool, dataset
     for where, value in values:
         if several and not isinstance(value, list):
             raise _wrong(where, value, "must be a list of labels for task.problem: multi_label")
-        names.update(name_of(label, where) for label in (value if several else [value]))  # type: ignore[union-attr]
+        names.update(name_of(label, where) for label in (value if several else [value]))
         if len(names) > MOST_LABELS:
             raise UserError(
                 f"{where}: there are more than {MOST_LABELS:,} labels up to this row of {dataset}; name another "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def check_suites(options: Options, *, classifier: bool) -> Options:
             )
     if OWN in asked and not options.data:
         raise UserError(f"--suite {OWN} needs the texts and labels: --data FILE")
-    return Options(**{**vars(options), "suites": asked})
+    return replace(options, suites=asked)
 
 
 class ClassifierEvaluation:
@@ -237,7 +237,7 @@ def read_texts(name: str, config: DataConfig, tokenizer: Any, head: Head) -> tup
     if own.problem != head.problem or len(own.labels) != len(head.labels):
         gives = f"{len(head.labels)} labels ({head.problem})" if head.labels else "a number"
         needs = f"{len(own.labels)} labels, {', '.join(own.labels)}" if own.labels else "a number"
-        raise UserError(f"--suite {name} needs {needs}, and this classifier gives {gives}")
+        raise UserError(f"the suite {name} needs {needs}, and this classifier gives {gives}")
     texts = prepare_texts(config, tokenizer, own)
     answers = texts.answers
     if own.problem == "single_label" and set(own.labels) == set(head.labels):  # perhaps in another order

@@ -57,8 +57,8 @@ class EvaluateConfig(_Section):
     ``eval_SUITE``; ``summary.json`` names the checkpoint with the best value. Needs the extra ``eval``."""
 
     suite: Suite
-    """Suite to evaluate, with the same questions, answers and metrics as in ``rasa-eval``. For ``task:
-    classification``: ``classification``, the rows of ``data.validation`` (or of ``data``), or a set of GLUE."""
+    """Suite to evaluate, with the same questions, answers and metrics as in ``rasa-eval``. For ``task: classification``
+    either ``classification``, which is the rows of ``data.validation`` (or of ``data``), or a set of GLUE."""
     every: Every = "epoch"
     """Interval between evaluations: ``epoch``, or a number of steps. The last step is always evaluated."""
     limit: PositiveInt | None = 200

@@ -33,7 +33,9 @@ def bert() -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", model_max_length=40)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    options = {"pad_token": "[PAD]", "model_max_length": 40, "model_input_names": names}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 def prepared(tokenizer: Any, path: str, problem: Any = None, labels: Any = None, **data: Any) -> PreparedData:
@@ -147,6 +149,13 @@ def test_a_limit_below_the_special_tokens_is_refused(bert: Any, jsonl: Jsonl) ->
     path = jsonl([{"text": "cat", "label": 0}, {"text": "mat", "label": 1}])
     with pytest.raises(UserError, match=r"data\.max_length: 2 leaves no room"):
         prepared(bert, path, max_length=2)
+
+
+def test_rows_of_the_other_task_are_told_of_it(bert: Any, jsonl: Jsonl) -> None:
+    with pytest.raises(UserError, match="or set task: classification, for texts and their labels"):
+        prepare(DataConfig(dataset=jsonl([{"text": "cat", "label": 0}])), bert)
+    with pytest.raises(UserError, match="or leave out task: classification for rows of queries and responses"):
+        prepared(bert, jsonl([{"query": "cat", "response": "mat"}]))
 
 
 def test_glue_is_as_on_the_hub() -> None:
