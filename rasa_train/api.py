@@ -122,9 +122,11 @@ def merge(model: nn.Module) -> nn.Module:
     Returns:
         The model itself, again an ordinary model of its class.
     Raises:
-        UserError: the model was not adapted by ``adapt``.
+        UserError: the model was not adapted by ``adapt``, or the method has nothing to merge.
     """
-    _, forward = _adapted(model)
+    method, forward = _adapted(model)
+    if why := method.unmerged:
+        raise UserError(f"merge: an adapter of method {method.method!r} cannot be merged: {why}")
     forward.remove()
     fold_all(model)
     delattr(model, ADAPTED)

@@ -16,7 +16,7 @@ from typing import Any
 
 from rasa_train.check.estimate import plan
 from rasa_train.recipe.load import load_recipe
-from rasa_train.recipe.shipped import configs_dir, runnable
+from rasa_train.recipe.shipped import configs_dir, listed
 
 SHAPES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": {
@@ -64,7 +64,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    rows = [json.dumps(measure(name)) for name in runnable()]
+    rows = [json.dumps(measure(name)) for name in listed()]
     (configs_dir() / "measured.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
     print(configs_dir() / "measured.json")
 

@@ -184,7 +184,9 @@ class Method(BaseModel, ABC):
     method: str
     targets: str | list[str] = "all-linear"
     """Linears to adapt: ``all-linear`` (every linear of the decoder layers, but neither the LM head nor a router),
-    a list of names (``[q_proj, v_proj]``), or a regular expression for the whole path."""
+    a list of names (``[q_proj, v_proj]``), or a regular expression for the whole path. ``[wq, wk, wv, wo]`` are the
+    four matrices of attention in every family. Queries, keys and values that a model computes as one linear can be
+    named as its parts: ``[c_attn.q, c_attn.v]`` in GPT-2; each part then has an update of its own."""
     exclude: list[str] = []
     """Names of linears that are not adapted although ``targets`` selects them."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -209,6 +211,26 @@ class Method(BaseModel, ABC):
     @abstractmethod
     def build(self, sites: list[Site]) -> Built:
         """Make the adapters of all sites. Works on any device, meta included; draws from torch's RNG."""
+
+    def insert(self, model: nn.Module) -> None:
+        """Put modules of the method's own, which are no updates of weights, into the frozen model; their tensors are
+        trained, in fp32. Most methods have none."""
+
+    @property
+    def unmerged(self) -> str | None:
+        """Why an adapter of this method cannot be merged, as a clause; None if it can. Such an adapter is evaluated in
+        place, inside the base."""
+        return None
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """Copy the tensors of a saved adapter into the model that ``adapt`` returned for this method.
+
+        Raises:
+            UserError: they do not fit; ``origin`` names their source.
+        """
+        from .saved import load_tensors
+
+        load_tensors(model, tensors, origin=origin)
 
     def wrap(self, model: nn.Module) -> nn.Module | None:
         """Return the model wrapped in a model of another library, which trains parameters of its own; None for a method

@@ -8,6 +8,7 @@ from torch import nn
 from ..models.classifier import release_head
 from .contract import Adapter
 from .experts import AdaptedExperts
+from .inserted import remove_inserted
 from .linear import AdaptedLinear
 from .site import Site
 from .state import POOLS, adapters
@@ -20,9 +21,9 @@ def fold(site: Site, adapter: Adapter, parameters: dict[str, nn.Parameter]) -> N
     Args:
         parameters: parameters of the model, by name. The site's weight and bias are changed in place.
     """
-    held = site.view(parameters[site.weight])
-    W = held.float()
-    held.copy_(W + adapter.delta(W if adapter.needs_weight else None))
+    held = site.place(parameters[site.weight])
+    W = site.view(parameters[site.weight]).float()
+    held.copy_((W + adapter.delta(W if adapter.needs_weight else None)).reshape(held.shape))
     if site.bias and (bias := adapter.delta_bias()) is not None:
         parameters[f"{site.path}.bias"].add_(bias)
 
@@ -40,6 +41,7 @@ def detach(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             model.set_submodule(path, module.unwrapped())
+    remove_inserted(model)
     release_head(model)
     if hasattr(model, POOLS):
         delattr(model, POOLS)

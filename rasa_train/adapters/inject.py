@@ -11,12 +11,13 @@ from ..errors import UserError
 from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
 from ..models.classifier import head_parameters, hold_head, is_classifier
 from ..models.families import SHARED_INPUTS
-from .contract import Adapter, Method
+from .contract import Adapter, FactorAdapter, Method
 from .experts import AdaptedExperts
+from .fused_parts import FactorParts, Parts, is_part, linear_of
 from .linear import AdaptedLinear
 from .shared_input import Group
 from .site import Site
-from .sites import find_sites
+from .sites import find_sites, linear_site
 from .state import POOLS
 
 
@@ -50,6 +51,7 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
     _form_groups(model)
     if built.pools:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
+    method.insert(model)
     hold_head(model)
     base = method.trained_base(model) | head_parameters(model).keys()
     for name, parameter in list(model.named_parameters()):
@@ -57,7 +59,7 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, nn.LayerNorm) and any(p.requires_grad for p in module.parameters(False)):
             module.float()  # torch requires its weight and bias in one dtype, also under autocast
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
@@ -98,10 +100,13 @@ def place(model: nn.Module, site: Site, adapter: Adapter) -> None:
     parameter = model.get_parameter(site.weight)
     adapter.to(parameter.device)
     if adapter.needs_weight and not parameter.is_meta:
-        linear = None if site.num_experts else model.get_submodule(site.path)
+        linear = None if site.num_experts else model.get_submodule(linear_of(site))
         quantized = linear is not None and is_bitsandbytes(linear)
-        adapter.start((dequantized(linear) if quantized else site.view(parameter.detach())).float())
+        adapter.start(site.view(dequantized(linear) if quantized else parameter.detach()).float())
     path, _, name = site.path.rpartition(".")
+    if is_part(site):
+        _place_part(model, site, name, adapter)
+        return
     if site.num_experts is None:
         parent = model.get_submodule(path)
         setattr(parent, name, AdaptedLinear(getattr(parent, name), adapter))
@@ -111,6 +116,20 @@ def place(model: nn.Module, site: Site, adapter: Adapter) -> None:
         experts = AdaptedExperts(experts)
         model.set_submodule(path, experts)
     experts.add(name, adapter)
+
+
+def _place_part(model: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
+    """Put the adapter of a part of a linear into the adapter of that linear, which is made for the first of its
+    parts."""
+    path, _, own = linear_of(site).rpartition(".")
+    parent = model.get_submodule(path)
+    linear = getattr(parent, own)
+    if not isinstance(linear, AdaptedLinear):
+        whole = linear_site(linear_of(site), site.kind.rpartition(".")[0], site.layer, linear)
+        kind = FactorParts if isinstance(adapter, FactorAdapter) else Parts
+        linear = AdaptedLinear(linear, kind(whole, adapter))
+        setattr(parent, own, linear)
+    linear.adapter.add_module(name, adapter)
 
 
 def _form_groups(model: nn.Module) -> None:

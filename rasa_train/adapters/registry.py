@@ -45,6 +45,7 @@ SHIPPED = {
     "prilora": "prilora:PriLoRA",
     "full": "full:Full",
     "bitfit": "bitfit:BitFit",
+    "bottleneck": "bottleneck:Bottleneck",
     "peft": "from_peft:Peft",
 }
 """Methods of this package: the name in a recipe, and ``module:class`` below ``rasa_train.methods``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,9 @@ class Site:
     num_experts: int | None = None
     rows: tuple[int, int] | None = None
     """Range of output rows of the base parameter that W is (gate and up in a fused gate_up_proj); None: all rows."""
+    groups: int = 1
+    """Number of equal groups of output rows of the base parameter, one for each head in GPT-NeoX's query_key_value. W
+    has the range ``rows`` of each group."""
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -41,8 +45,17 @@ class Site:
         return (self.out_features, self.in_features)
 
     def view(self, parameter: Tensor) -> Tensor:
-        """Return the view of the base parameter (or of a tensor with its layout) that is W (*lead, out, in)."""
+        """Return the view of the base parameter (or of a tensor with its layout) that is W (*lead, out, in). If W is
+        in several groups of rows, this is a copy."""
+        place = self.place(parameter)
+        return place if self.groups == 1 else place.flatten(-3, -2)
+
+    def place(self, parameter: Tensor) -> Tensor:
+        """Return the view of the base parameter that holds W: (*lead, out, in), or (*lead, groups, rows, in) if W is in
+        several groups of rows."""
         whole = parameter.mT if self.transposed else parameter
+        if self.groups > 1:
+            whole = torch.unflatten(whole, -2, (self.groups, -1))
         return whole if self.rows is None else whole[..., slice(*self.rows), :]
 
 

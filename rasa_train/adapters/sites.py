@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..models.families import EXPERT_NAMES, SKIPPED_LAYERS, adapts_by_default, text_layers
+from ..models.families import EXPERT_NAMES, QKVO, SKIPPED_LAYERS, adapts_by_default, text_layers
 from .experts import expert_sites, is_fused, is_supported
+from .fused_parts import check_apart, part_sites
 from .linear import maps_vectors
 from .patterns import path_pattern
 from .site import Site
@@ -28,6 +29,7 @@ def find_sites(
         UserError: the model has no repeated layers, or an item of ``targets`` or ``exclude`` matches nothing.
     """
     sites = list(_all_linears(model))
+    parts = part_sites(model, sites)
     if not sites:
         raise UserError(
             f"{type(model).__name__} has no repeated decoder layers with linears to adapt", key="model.name"
@@ -35,9 +37,10 @@ def find_sites(
     if targets == "all-linear":
         selected = [site for site in sites if adapts_by_default(site.kind)]
     else:
-        selected = _matching(sites, targets, "targets")
+        selected = _matching(sites, parts, targets, "targets")
+        check_apart(selected)
     if exclude:
-        excluded = set(_matching(sites, exclude, "exclude"))
+        excluded = set(_matching(sites, parts, exclude, "exclude"))
         selected = [site for site in selected if site not in excluded]
     if not selected:
         raise UserError("adapter.exclude leaves nothing to adapt", key="adapter.exclude")
@@ -99,13 +102,14 @@ def _names(site: Site) -> list[str]:
     return [site.kind, *(f"{parent}.{other}" for other in others)]
 
 
-def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Site]:
+def _matching(sites: list[Site], parts: list[Site], targets: str | list[str], key: str) -> list[Site]:
     """Return the sites that ``targets`` selects: a regular expression for the path, or names (``q_proj``,
-    ``mlp.up_proj``)."""
+    ``mlp.up_proj``, ``wq`` in any family). Parts of linears (``c_attn.q``) are selected by what selects no linear."""
     kinds = sorted({site.kind for site in sites})
     if isinstance(targets, str):
         matches = path_pattern(targets, f"adapter.{key}")
-        matched = [site for site in sites if matches(site.path) or matches(site.kind)]
+        found = ([site for site in some if matches(site.path) or matches(site.kind)] for some in (sites, parts))
+        matched = next(filter(None, found), None)
         if not matched:
             raise UserError(
                 f"adapter.{key}: the pattern {targets!r} matches no linear; the model has {', '.join(kinds)}",
@@ -114,8 +118,9 @@ def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Sit
         return matched
     wanted: set[Site] = set()
     for name in targets:
-        hits = [s for s in sites if name == s.path or any(n == name or n.endswith("." + name) for n in _names(s))]
+        hits = _named(sites, (name,)) or _named(parts, (name,)) or _named([*sites, *parts], QKVO.get(name, ()))
         if not hits:
+            kinds += sorted({part.kind for part in parts})
             close = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in kinds}, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UserError(
@@ -123,4 +128,9 @@ def _matching(sites: list[Site], targets: str | list[str], key: str) -> list[Sit
                 key=f"adapter.{key}",
             )
         wanted.update(hits)
-    return [site for site in sites if site in wanted]
+    return [site for site in [*sites, *parts] if site in wanted]
+
+
+def _named(sites: list[Site], names: Sequence[str]) -> list[Site]:
+    """Return the sites that have one of the names, or a path or kind that ends with it."""
+    return [s for s in sites if s.path in names or any(f".{own}".endswith(f".{n}") for n in names for own in _names(s))]

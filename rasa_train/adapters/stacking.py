@@ -25,7 +25,10 @@ def form(adapter: Adapter) -> tuple[object, ...]:
     named = chain(adapter.named_parameters(), adapter.named_buffers())
     tensors = [(name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in named]
     others = [(name, _value(value)) for name, value in vars(adapter).items() if name not in _OF_MODULES]
-    return (type(adapter), adapter.site.shape, adapter.site.lead, adapter.training, tuple(tensors), tuple(others))
+    named_parts = [(name, part) for name, part in adapter.named_children() if isinstance(part, Adapter)]
+    parts = [(name, part.site.rows, part.site.groups, form(part)) for name, part in named_parts]
+    kind = (type(adapter), adapter.site.shape, adapter.site.lead, adapter.training)
+    return (*kind, tuple(tensors), tuple(others), tuple(parts))
 
 
 def _value(value: object) -> object:

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from ..models.classifier import POOLS as POOLS  # only at the root do shared tensors work with DDP, ZeRO-3 and FSDP2
 from ..models.classifier import head_parameters
 from .contract import Adapter
+from .fused_parts import Parts
 from .linear import AdaptedLinear
 from .shared_input import Group
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters in ``model`` by the path of their site."""
-    return {module.site.path: module for module in model.modules() if isinstance(module, Adapter)}
+    found = [module for module in model.modules() if isinstance(module, Adapter) and not isinstance(module, Parts)]
+    return {module.site.path: module for module in found}
 
 
 def groups(model: nn.Module) -> list[Group]:

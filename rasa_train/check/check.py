@@ -20,7 +20,6 @@ from ..data.prepare import PreparedData, known_head, prepare
 from ..data.sources import SourceMissing
 from ..errors import UserError, shown
 from ..merging import merged
-from ..methods.from_peft import Peft
 from ..models.load import check_base, has_weights, load_tokenizer
 from ..models.suitable import check_length, check_vocabulary, quantization_of
 from ..recipe.schema import Recipe
@@ -30,10 +29,6 @@ from .estimate import USABLE, Estimate, plan
 from .labels import Labels, answer_text
 
 Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
-UNMERGED = (
-    "this method adds to the prompt, not to weights: it cannot be merged, and rasa-eval cannot evaluate it; "
-    "rasa-merge --format peft writes it for PEFT"
-)
 
 
 class Problem(NamedTuple):
@@ -192,8 +187,8 @@ def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
         merged.check_base(directory, head)
     left_out = not_adapted(base) if recipe.adapter.targets == "all-linear" else None
     notes += [left_out] if left_out else []
-    if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:
-        notes.append(UNMERGED)
+    if why := recipe.adapter.unmerged:
+        notes.append(f"the adapter cannot be merged ({why}); rasa-eval evaluates it inside the base")
     if quantized:
         notes.append("the base is quantised: to merge, give the original base with rasa-merge --base")
     return base

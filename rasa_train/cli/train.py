@@ -260,11 +260,10 @@ def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool)
         say(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
         say(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
-        from ..methods.from_peft import Peft
-
-        if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:
-            say(f"{recipe.adapter.peft_type} adds to the prompt, not to weights, so it cannot be merged or evaluated")
-            say(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
+        if why := recipe.adapter.unmerged:
+            say(f"it cannot be merged ({why}); evaluate it inside the base with rasa-eval {output_dir}")
+            if recipe.adapter.method == "peft":
+                say(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
         else:
             say(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
 

@@ -14,14 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapters.fold import fold
-from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS
+from ..adapters.inject import adapt
+from ..adapters.saved import CONFIG, PEFT_TENSORS, TENSORS, SavedAdapter, read_adapter, tokenizer_files
 from ..errors import UserError
 from ..io.checksums import sha256
 from ..io.json_file import field, read_bytes, read_object
 from ..io.links import refuse_links_out
 from ..io.run_dir import RunDirectory, numbered
 from ..merging.bias import new_biases
-from ..merging.source import Source, find_adapter, find_tokenizer, open_source
+from ..merging.source import Source, check_identity, find_adapter, find_base, open_source
 from ..merging.tied import untie
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
@@ -117,11 +118,14 @@ def load_lm(plan: Plan) -> Any:
         UserError: the model cannot be loaded, has no tokenizer, or is not supported by the backend.
     """
     needs_harness()
-    name, source = plan.subject.path, None
+    name, source, inside, own = plan.subject.path, None, None, None
     if plan.subject.is_adapter:
-        source = open_source(plan.subject.path, plan.base, weights=True)
-        name = str(source.directory)
-    own = str(Path(plan.subject.path).absolute()) if source is not None and find_tokenizer(source) else None
+        if (inside := _unmerged(plan)) is not None:
+            name = str(inside[1])
+        else:
+            source = open_source(plan.subject.path, plan.base, weights=True)
+            name = str(source.directory)
+        own = str(Path(plan.subject.path).absolute()) if tokenizer_files(Path(plan.subject.path)) else None
     config = ModelConfig(name=name, tokenizer=own, dtype=plan.resolved_dtype, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(config)
     if tokenizer is None:
@@ -130,6 +134,8 @@ def load_lm(plan: Plan) -> Any:
             "tokenizer of the model that it was made from into the directory"
         )
     if plan.backend == "vllm":
+        if inside is not None:
+            raise UserError("--backend vllm reads merged models, and this adapter cannot be merged: use --backend hf")
         if source is not None:
             raise UserError(
                 "--backend vllm reads merged models only: merge the adapter with rasa-merge first, or use --backend hf"
@@ -138,7 +144,29 @@ def load_lm(plan: Plan) -> Any:
     model = load_model(config)
     if source is not None:
         merge_in_memory(model, source)
-    return wrap(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+    evaluated: nn.Module = model if inside is None else put_in(model, inside[0])
+    return wrap(evaluated.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+
+def _unmerged(plan: Plan) -> tuple[SavedAdapter, Path] | None:
+    """Return an adapter that cannot be merged, and the directory of its base; None for other adapters."""
+    saved = read_adapter(find_adapter(Path(plan.subject.path)))
+    if saved.method.unmerged is None:
+        return None
+    _, base = find_base(saved, plan.base, None, weights=True)
+    check_identity(saved, base)
+    return saved, base
+
+
+def put_in(model: nn.Module, saved: SavedAdapter) -> nn.Module:
+    """Put a saved adapter into a loaded base. Returns the model to evaluate, which computes with the adapter in place.
+
+    Raises:
+        UserError: the adapter does not fit the base.
+    """
+    adapted, _ = adapt(model, saved.method)
+    saved.method.load(adapted, saved.tensors, str(saved.directory))
+    return adapted.eval()
 
 
 def wrap(model: nn.Module, tokenizer: Any) -> Any:

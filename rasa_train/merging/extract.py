@@ -157,9 +157,9 @@ def _sites(before: Weights, after: Weights, targets: str | list[str]) -> list[Si
     """Return the sites of both models. Raises ``UserError`` if the models do not fit, or a site is a fused weight."""
     sites = find_sites(before.model, targets)
     check_finetuned(before, after, sites)
-    if fused := [site for site in sites if site.num_experts is not None]:
+    if fused := [site for site in sites if site.num_experts is not None or site.rows is not None]:
         raise UserError(
-            f"{fused[0].path} is a fused expert weight, which rasa-merge extract does not support: name other linears "
+            f"{fused[0].path} is held in a fused weight, which rasa-merge extract does not support: name other linears "
             "with --targets"
         )
     return sites

@@ -223,7 +223,8 @@ class Folding:
             return delta.mT if sites[0].transposed else delta
         update = torch.zeros(shape)
         for site in sites:
-            site.view(update).add_(self._delta(site, W))
+            place = site.place(update)
+            place.add_(self._delta(site, W).reshape(place.shape))
         return update
 
     def _delta(self, site: Site, W: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters.contract import FactorAdapter, PeftConfig
 from ..adapters.experts import is_fused
+from ..adapters.fused_parts import is_part, linear_of
 from ..adapters.saved import CONFIG, PEFT_TENSORS
 from ..adapters.site import Site
 from ..errors import UserError
@@ -45,14 +46,14 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Target:
-    """A linear or a fused expert weight, which PEFT adapts with one pair of factors."""
+    """A linear, of which parts may be adapted, or a fused expert weight: PEFT adapts it with one pair of factors."""
 
     name: str
     """Path of the module, or name of the parameter: PEFT matches its patterns and targets against this name."""
     prefix: str
     """Prefix of the target's tensors in the file."""
     sites: list[Site]
-    """The site of the linear, or the adapted sites that are rows of the fused weight."""
+    """The site of the linear, or the adapted sites that are rows of it or of the fused weight."""
 
     @property
     def fused(self) -> bool:
@@ -180,14 +181,15 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
 def _targets(source: Source) -> list[Target]:
     """Return the linears in the order of their sites, then the fused weights."""
     fused: dict[str, list[Site]] = {}
+    linears: dict[str, list[Site]] = {}
     targets = []
     as_parameters = EXPERT_LINEARS if any(is_fused(module) for module in source.model.modules()) else frozenset()
     for site in source.sites:
-        if site.num_experts is None:
-            name = site.weight if site.path.rpartition(".")[2] in as_parameters else site.path
-            targets.append(Target(name, f"base_model.model.{site.path}", [site]))
-        else:
-            fused.setdefault(site.weight, []).append(site)
+        (linears if site.num_experts is None else fused).setdefault(site.weight, []).append(site)
+    for weight, sites in linears.items():
+        path = linear_of(sites[0])
+        name = weight if path.rpartition(".")[2] in as_parameters else path
+        targets.append(Target(name, f"base_model.model.{path}", sites))
     for name, sites in fused.items():
         module, _, _ = name.rpartition(".")
         own = [f"{module}.{key}" for key, _ in source.model.get_submodule(module).named_parameters(recurse=False)]
@@ -206,7 +208,8 @@ def _rank(source: Source, target: Target, max_rank: int | None) -> int:
 
 def _rows(source: Source, target: Target) -> int:
     """Return the number of output rows of the linear, or of the whole fused weight."""
-    return source.model.get_parameter(target.name).shape[-2] if target.fused else target.sites[0].out_features
+    weight = source.model.get_parameter(target.sites[0].weight)
+    return int(weight.shape[-1 if target.sites[0].transposed else -2])
 
 
 def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -216,16 +219,15 @@ def _shapes(source: Source, target: Target, rank: int) -> tuple[tuple[int, int],
 
 
 def _factors(source: Source, target: Target) -> tuple[Tensor, Tensor]:
-    """Return A and B as ``lora_factors`` does. The linears of one fused weight each have ranks of their own, which
-    stand side by side."""
+    """Return A and B as ``lora_factors`` does. The linears of one fused weight, and the parts of a linear, each have
+    ranks of their own, which stand side by side."""
     pairs = [lora_factors(_factor_adapter(source, site)) for site in target.sites]
-    if not target.fused:
-        return pairs[0]
     A = torch.cat([A for A, _ in pairs], -2)
-    B = A.new_zeros(len(A), _rows(source, target), A.shape[-2])
+    B = A.new_zeros(*target.sites[0].lead, _rows(source, target), A.shape[-2])
     start = 0
     for site, (_, own) in zip(target.sites, pairs, strict=True):
-        B[:, slice(*(site.rows or (None, None))), start : start + own.shape[-1]] = own
+        place = replace(site, transposed=False).place(B[..., start : start + own.shape[-1]])
+        place.copy_(own.reshape(place.shape))
         start += own.shape[-1]
     return A, B
 
@@ -305,10 +307,11 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
 
 
 def target_modules(model: nn.Module, sites: list[Site]) -> list[str]:
-    """Return the shortest names that select exactly these sites: last parts of the names, else kinds, else paths."""
-    kinds = {site.kind for site in sites}
+    """Return the shortest names that select exactly the linears of these sites: last parts of the names, else kinds,
+    else paths."""
+    kinds = {site.kind.rpartition(".")[0] if is_part(site) else site.kind for site in sites}
     last = {kind.rpartition(".")[2] for kind in kinds}
-    return _shortest([last, kinds], {site.path for site in sites}, [path for path, _ in model.named_modules()])
+    return _shortest([last, kinds], {linear_of(site) for site in sites}, [path for path, _ in model.named_modules()])
 
 
 def _shortest(candidates: list[set[str]], wanted: set[str], paths: list[str]) -> list[str]:

@@ -51,8 +51,8 @@ def export_peft(
     config, names = _format(saved.method)
     if fused := [site for site in source.sites if site.num_experts is not None or site.rows is not None]:
         raise UserError(
-            f"{fused[0].path} is a fused expert weight, which --format peft does not support: use --format lora, which "
-            "PEFT reads as exactly the same update (for lora and vera), or --format merged"
+            f"{fused[0].path} is held in a fused weight, which --format peft does not support: use --format lora, "
+            "which PEFT reads as exactly the same update (for lora and vera), or --format merged"
         )
     head, of_head = for_peft(source)
     tensors = _tensors(source, names) | head

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
-from ..adapters.saved import CONFIG, SavedAdapter, check_tensors, damage, read_adapter, tokenizer_files
+from ..adapters.saved import CONFIG, PEFT_METHOD, SavedAdapter, check_tensors, damage, read_adapter, tokenizer_files
 from ..adapters.site import Site
 from ..adapters.sites import find_sites
 from ..adapters.state import POOLS
@@ -243,6 +243,11 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
     Raises:
         UserError: the adapter does not fit this base because of a name or a shape, or has a value that is not finite.
     """
+    if saved.method.method != PEFT_METHOD and (why := saved.method.unmerged):
+        raise UserError(
+            f"the adapter in {saved.directory} cannot be merged: {why}. rasa-eval evaluates it inside the base, and "
+            "rasa_train.load_adapter puts it into a model"
+        )
     head = saved.head
     model = as_stored(architecture(base_dir, head), base_dir)
     base = partial(load_model, ModelConfig(name=str(base_dir), dtype="float32"), head)

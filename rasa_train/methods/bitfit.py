@@ -33,9 +33,9 @@ class BitFit(Method):
     def build(self, sites: list[Site]) -> Built:
         without = [site for site in sites if self.add_bias and not site.bias]
         for site in without:
-            if site.num_experts is not None:
+            if site.num_experts is not None or site.rows is not None:
                 raise UserError(
-                    f"adapter.targets: {site.path} is a fused expert weight, to which bitfit cannot add a bias; "
+                    f"adapter.targets: {site.path} is held in a fused weight, to which bitfit cannot add a bias; "
                     "name other linears, or set adapter.add_bias to false",
                     key="adapter.targets",
                 )

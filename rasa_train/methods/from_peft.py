@@ -3,7 +3,7 @@
     adapter: {method: peft, config: {peft_type: PREFIX_TUNING, num_virtual_tokens: 8}}
 
 PEFT wraps the model, computes and merges; the update does not belong to sites, so nothing else in this package that
-works on sites applies to it. PEFT does not have bottleneck adapters (Houlsby, Lin, Pfeiffer, AdapterDrop).
+works on sites applies to it. PEFT does not have bottleneck adapters, which are ``method: bottleneck``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -93,6 +94,7 @@ class Peft(Method):
         if config.is_prompt_learning:
             model.gradient_checkpointing_enable = _no_checkpointing  # type: ignore[assignment]
             wrapped.register_forward_hook(_without_prompt, with_kwargs=True)
+            wrapped.generate = partial(_generate, wrapped)  # type: ignore[assignment]
         else:
             saved = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -145,9 +147,17 @@ class Peft(Method):
         }
 
     @property
-    def is_prompt(self) -> bool:
-        """Whether the method adds to the prompt and not to weights, so that it cannot be merged."""
-        return bool(self._config().is_prompt_learning)
+    def unmerged(self) -> str | None:
+        prompt = self._config().is_prompt_learning
+        return f"{self.peft_type} adds to the prompt, not to weights" if prompt else None
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+        if any(ADAPTER in name.split(".") for name in tensors):
+            super().load(model, tensors, origin)
+        elif self._config().is_prompt_learning:
+            self._load_prompt(model, tensors)
+        else:
+            self._load_file(model, tensors)
 
     def save(self, base: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
         """Write the saved tensors of an adapter as PEFT writes them."""
@@ -156,6 +166,18 @@ class Peft(Method):
         wrapped = self.wrap(base)
         load_tensors(wrapped, tensors, origin="the adapter's file")
         wrapped.save_pretrained(str(directory))  # type: ignore[operator]
+
+    def _load_prompt(self, wrapped: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Load PEFT's file of a prompt or prefix, which holds what the encoder of the prompt made."""
+        config, prompt = wrapped.active_peft_config, tensors.get("prompt_embeddings")
+        if prompt is None or len(tensors) > 1 or len(prompt) != config.num_virtual_tokens:
+            raise UserError(
+                f"the adapter does not fit its config: {self.peft_type} with num_virtual_tokens "
+                f"{config.num_virtual_tokens} has one tensor, prompt_embeddings, with as many rows"
+            )
+        place = wrapped.prompt_encoder[ADAPTER].embedding
+        place.weight = nn.Parameter(prompt.to(place.weight.device), requires_grad=place.weight.requires_grad)
+        config.inference_mode = True  # the encoder is not needed, and its values are not in the file
 
     def _load_file(self, wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
         """Load tensors with the names of PEFT's files. Returns the paths of the base's modules that they replace."""
@@ -195,7 +217,7 @@ class Peft(Method):
             usable = ", ".join(sorted(known.keys() - NEEDS_MORE.keys()))
             raise UserError(
                 f"adapter.config.peft_type must be a method of PEFT, got {self.config.get('peft_type')!r}; PEFT has "
-                f"{usable} (but not bottleneck adapters such as Houlsby's or Pfeiffer's)",
+                f"{usable} (for Houlsby's or Pfeiffer's adapters use adapter.method: bottleneck)",
                 key="adapter.config",
             )
         if self.peft_type in NEEDS_MORE:
@@ -240,6 +262,52 @@ def _without_prompt(wrapped: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """Cut the logits after forward to those of the sequence itself, without the virtual tokens before it."""
     given: Tensor = args[0] if args else kwargs["input_ids"]
     output.logits = output.logits[:, -given.shape[1] :]
+    return output
+
+
+def _generate(wrapped: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate with the virtual tokens before each text. PEFT's own ``generate`` does not fit the caches of
+    transformers 5, and counts padding on the left as tokens between the virtual ones and the text."""
+    base = wrapped.base_model
+    own, before = base.forward, dict(vars(base))
+    base.forward = partial(_with_prompt, wrapped, own)
+    try:
+        return base.generate(*args, **kwargs)
+    finally:
+        del base.forward
+        if "forward" in before:
+            base.forward = before["forward"]
+
+
+def _with_prompt(
+    wrapped: Any,
+    forward: Callable[..., Any],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **others: Any,
+) -> Any:
+    """Compute the base's outputs for the next tokens of texts that begin with the virtual tokens."""
+    rows, length = input_ids.shape
+    number = wrapped.active_peft_config.num_virtual_tokens
+    others.pop("position_ids", None)
+    if others.get("use_cache") is False:
+        past_key_values = None
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(rows, max(seen - number, 0) + length)
+    mask = torch.cat([attention_mask.new_ones(rows, number), attention_mask], 1)
+    given: dict[str, Any] = {"input_ids": input_ids}
+    if not seen and wrapped.active_peft_config.peft_type == "PREFIX_TUNING":
+        past_key_values = wrapped.get_prompt(batch_size=rows)
+    elif not seen:
+        tokens = wrapped.word_embeddings(input_ids)
+        prompt = wrapped.get_prompt(batch_size=rows).to(tokens.dtype)
+        given, length = {"inputs_embeds": torch.cat([prompt, tokens], 1)}, number + length
+    if "position_ids" in inspect.signature(forward).parameters:
+        given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    output = forward(attention_mask=mask, past_key_values=past_key_values, **given, **others)
+    output.logits = output.logits[:, -input_ids.shape[1] :]
     return output
 
 

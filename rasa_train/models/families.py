@@ -37,6 +37,25 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(map(list, text_layers(model).values()), key=len)
 
 
+def sublayers(layer: nn.Module) -> tuple[str, str, str | None] | None:
+    """Return the names, inside a layer, of the modules whose results are added to the residual after attention and
+    after the FFN, and of the norm that follows the second sum inside the layer (None: there is none, or it is not known
+    to be there). None for a layer whose structure is not known."""
+    names = {name for name, _ in layer.named_modules()}
+    if {"attention.output.dropout", "output.dropout", "output.LayerNorm"} <= names:  # BERT and its relatives
+        return "attention.output.dropout", "output.dropout", "output.LayerNorm"
+    attention = next((name for name in ATTENTION if name in names), None)
+    ffn = next((name for name in FFN if name in names), None)
+    if attention is None or ffn is None:
+        return None
+    return attention, ffn, next((name for name in ("output_layer_norm",) if name in names), None)
+
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+FFN = ("mlp", "ffn", "block_sparse_moe", "feed_forward", "fc2")
+"""Names of a layer's attention and of its FFN in families that add their results to the residual as they are."""
+
+
 def end_tokens(model: nn.Module) -> list[int]:
     """Return the ids of the tokens at which the model ends a text, for generation; empty if it names none."""
     config: Any = getattr(model, "config", None)
@@ -99,6 +118,41 @@ def adapts_by_default(kind: str) -> bool:
     """Whether ``all-linear`` adapts a kind of linear: not those of a router, nor those that no gradient reaches."""
     return (ROUTERS | UNREACHED).isdisjoint(kind.split("."))
 
+
+FUSED: dict[str, dict[str, tuple[str, str]]] = {
+    "gpt2": {"c_attn": ("q k v", "equal")},
+    "gpt_neox": {"query_key_value": ("q k v", "equal in each head")},
+    "modernbert": {"Wqkv": ("q k v", "equal")},
+    "phi3": {"qkv_proj": ("q k v", "by heads"), "gate_up_proj": ("gate up", "equal")},
+}
+"""Linears that compute several, by ``model_type``: what they compute, in the order of their outputs, and how many
+outputs each has."""
+
+
+def fused_layout(config: Any, name: str, outputs: int) -> tuple[int, dict[str, int]]:
+    """Return how the outputs of the linear ``name`` are divided, if several linears are computed in it: the number of
+    equal groups of outputs, and the outputs of each linear in a group, by its name. No names for any other linear."""
+    found, sizes = FUSED.get(config.model_type, {}).get(name, ("", ""))
+    if not found:
+        return 1, {}
+    names, heads = found.split(), config.num_attention_heads
+    if "q" in names and "by heads" not in sizes and outputs != 3 * config.hidden_size:
+        return 1, {}  # the keys and values of cross-attention, without queries
+    if sizes == "by heads":
+        each = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return 1, {"q": heads * each} | dict.fromkeys("kv", config.num_key_value_heads * each)
+    groups = heads if sizes == "equal in each head" else 1
+    return groups, {name: outputs // groups // len(names) for name in names}
+
+
+QKVO = {
+    "wq": ("q_proj", "query", "query_proj", "q_lin", "c_attn.q", "qkv_proj.q", "query_key_value.q", "Wqkv.q"),
+    "wk": ("k_proj", "key", "key_proj", "k_lin", "c_attn.k", "qkv_proj.k", "query_key_value.k", "Wqkv.k"),
+    "wv": ("v_proj", "value", "value_proj", "v_lin", "c_attn.v", "qkv_proj.v", "query_key_value.v", "Wqkv.v"),
+    "wo": ("o_proj", "out_proj", "attention.output.dense", "attention.dense", "self_attn.dense", "self_attention.dense",
+           "out_lin", "attn.c_proj", "attn.Wo"),
+}  # fmt: skip
+"""The four matrices of self-attention under one name in all families: their names in each."""
 
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),

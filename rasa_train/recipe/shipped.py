@@ -19,6 +19,12 @@ def runnable() -> list[str]:
     return sorted((name for name in found if not name.startswith("base/")), key=_place)
 
 
+def listed() -> list[str]:
+    """Return those of ``runnable`` that ``rasa-train list`` lists: all but those of the LoRA paper's tables, which
+    ``configs/slides/README.md`` lists with the figures of the paper."""
+    return [name for name in runnable() if not name.startswith("slides/")]
+
+
 def _place(name: str) -> tuple[int, str]:
     return (0 if name.startswith("demo") else 1 + name.count("/"), name)
 
@@ -40,7 +46,7 @@ class Measured(TypedDict):
 
 
 def measured() -> list[Measured]:
-    """Return a row for each of ``runnable``, as ``scripts/measure_recipes.py`` wrote it."""
+    """Return a row for each of ``listed``, as ``scripts/measure_recipes.py`` wrote it."""
     rows: list[Measured] = json.loads((configs_dir() / "measured.json").read_text(encoding="utf-8"))
     return rows
 
@@ -57,7 +63,8 @@ def table() -> str:
         "",
         "GiB: memory of one GPU as `rasa-train check RECIPE` estimates it; x8: of each",
         "of 8 GPUs that share the base. To start a recipe of your own, copy one:",
-        "`rasa-train copy demo my.yaml`.",
+        "`rasa-train copy demo my.yaml`. The tables of the LoRA paper are recipes, too:",
+        "slides/..., listed in configs/slides/README.md.",
     ]
     return "\n".join(lines + notes)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters.contract import Adapter
+from ..adapters.fused_parts import parts
 from ..adapters.inject import adapt
 from ..adapters.shared_input import Group, Held, packable, packed
 from ..adapters.site import Site
@@ -174,7 +175,8 @@ class TrainableModel:
     @property
     def packs_all(self) -> bool:
         """Whether all adapters are computed with packed factors."""
-        return len(self.adapters) == sum(len(group.members) for group in self.groups if packable(group))
+        packed_groups = [group for group in self.groups if packable(group)]
+        return len(self.adapters) == sum(len(parts(member.adapter)) for g in packed_groups for member in g.members)
 
     @property
     def trained(self) -> int:

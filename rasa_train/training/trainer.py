@@ -160,10 +160,13 @@ class Trainer:
         if self.recipe.tracking.trackers:
             self.accelerator.init_trackers(self.recipe.tracking.project)
         count, done = self.model.trained, self.progress.step
-        self.say(f"{self.recipe.adapter.method}: {count:,} trainable parameters in {len(self.model.sites)} linears")
+        places = f" in {len(self.model.adapters)} linears" if self.model.adapters else ""
+        self.say(f"{self.recipe.adapter.method}: {count:,} trainable parameters{places}")
         default = self.model.adapters and self.recipe.adapter.targets == "all-linear"
         if default and (left_out := not_adapted(self.model.module)):
             self.say(left_out)
+        if why := self.recipe.adapter.unmerged:
+            self.say(f"note: this adapter cannot be merged ({why}); rasa-eval evaluates it inside the base")
         if checked := preflight.preflight(self.accelerator, count):
             self.say(checked)
         examples = f"{len(self.data.train):,} examples"

@@ -38,6 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "prilora": {"r": 4, "alpha": 8},
     "full": {},
     "bitfit": {},
+    "bottleneck": {"size": 3},
     "peft": {"config": {"peft_type": "LORA", "r": 3, "target_modules": "all-linear"}},
 }
 HEADS = {"vocab_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -52,8 +53,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 STARTS_ELSEWHERE = {"vb-lora"}
 """dW is not zero before training: both factors are mixtures of random vectors."""
-NO_SITES = {"full", "peft", "bitfit"}
-"""The update is of the base's own parameters, or PEFT's; BitFit adapts only linears without a bias (not GPT-2's)."""
+NO_SITES = {"full", "peft", "bitfit", "bottleneck"}
+"""The update is of the base's own parameters, or PEFT's; BitFit adapts only linears without a bias (not GPT-2's);
+bottleneck adapters are layers of their own."""
+UNMERGED = {"bottleneck"}
 REFUSED = {("bitfit", "experts"): "bitfit cannot add a bias"}
 
 CASES = [(m, w, d) for m in FIELDS for w in WEIGHTS for d in DTYPES if (m, w) not in REFUSED]
@@ -168,6 +171,11 @@ def test_forward_is_the_delta(case: Case) -> None:
 
 @torch.no_grad()
 def test_merged_is_the_base_plus_the_update(case: Case, tmp_path: Path) -> None:
+    if case.method.method in UNMERGED:
+        assert case.method.unmerged
+        with pytest.raises(UserError, match=f"cannot be merged: {case.method.unmerged}"):
+            merge(case.directory, tmp_path / "out")
+        return
     report = merge(case.directory, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
     assert merged.dtype == case.dtype and report.rounding is not None

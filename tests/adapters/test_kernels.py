@@ -26,7 +26,7 @@ from rasa_train.kernels.operators import Operands, SharedInput
 from rasa_train.methods.lora import LoRA
 from tests.adapters.test_contract import FIELDS, HEADS
 
-WITH_SITES = [name for name in METHODS if name not in ("full", "peft")]
+WITH_SITES = [name for name in METHODS if name not in ("full", "peft", "bottleneck")]
 PLAIN = {"dora", "bitfit"}
 """Methods without a fast path."""
 IDS = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))

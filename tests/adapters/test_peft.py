@@ -134,6 +134,48 @@ def test_prompts_cannot_be_merged(kind: str, tmp_path: Path) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("kind", PROMPTS)
+@torch.no_grad()
+def test_generates_with_the_prompt(kind: str, how: dict[str, Any]) -> None:
+    """Token by token, each text alone, is the oracle; padding on the left changes nothing; beams know their scores."""
+    model = perturbed(adapt(base(), method(kind))[0])
+    length, new = IDS.shape[1], 6
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = mask[2, :2] = 0
+    texts = [row[m.bool()][None] for row, m in zip(IDS, mask, strict=True)]
+
+    def likelihood(text: Tensor) -> float:
+        scores = model(input_ids=text).logits.log_softmax(-1)[:, -new - 1 : -1]
+        return float(scores.gather(-1, text[:, -new:, None]).sum())
+
+    greedy = []
+    for text in texts:
+        for _ in range(new):
+            text = torch.cat([text, model(input_ids=text).logits[:, -1:].argmax(-1)], 1)
+        greedy.append(text)
+    options: dict[str, Any] = {
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "do_sample": False,
+        "pad_token_id": 0,
+        **how,
+    }
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    found = model.generate(input_ids=IDS, attention_mask=mask, **options)  # type: ignore[operator]
+    got = found.sequences
+    assert torch.equal(got[:, :length], IDS) and got.shape == (3, length + new)
+    if "num_beams" in how:
+        for text, row, score in zip(texts, got, found.sequences_scores, strict=True):
+            whole = torch.cat([text, row[None, length:]], 1)
+            assert likelihood(whole) == pytest.approx(new * float(score), rel=1e-3)
+    else:
+        assert torch.equal(got[:, length:], torch.cat([text[:, -new:] for text in greedy]))
+        theirs = base().generate(input_ids=IDS, attention_mask=mask, **options)
+        assert not torch.equal(got, theirs.sequences)
+    assert "forward" not in vars(model.base_model)
+
+
 def test_activation_checkpointing_of_layers() -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -35,6 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dora": {"r": 4},
     "full": {},
     "bitfit": {},
+    "bottleneck": {"kind": "lin", "size": 4},
 }
 TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-4, "parameter": 2e-5}
 
@@ -253,3 +254,34 @@ def test_experts(strategy: str, base: Case, tiny_mixtral: Path, group: Group, tm
 def test_other_methods(strategy: str, base: Case, group: Group, tmp_path: Path) -> None:
     """Those that train base weights (full, bitfit) or start from them (pissa, olora, dora) included."""
     assert_equal(compare([case(base, m, strategy, False, 2, "adamw") for m in OTHERS], group, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp"])
+def test_parts_of_fused_linears(strategy: str, base: Case, group: Group, tmp_path: Path) -> None:
+    """Queries and values inside GPT-2's c_attn, with pools of their own."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config.update({"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    many = case(
+        {**base, "model": {"name": str(tmp_path / "base"), "dtype": "float32"}}, "rasa", strategy, True, 2, "adamw"
+    )
+    many["adapter"] |= {"targets": ["c_attn.q", "c_attn.v"], "dropout": 0.0}
+    many["training"]["max_steps"] = 8
+    assert_equal(compare([many], group, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
+def test_other_bottlenecks(kind: str, base: Case, group: Group, tmp_path: Path) -> None:
+    """Beside ``lin`` among the other methods."""
+    cases = [
+        case(base, "bottleneck", strategy, strategy == "fsdp", 2, "adamw") for strategy in ("ddp", "zero3", "fsdp")
+    ]
+    for many in cases:
+        many["adapter"]["kind"] = kind
+        many["training"]["max_steps"] = 8
+    assert_equal(compare(cases, group, tmp_path))

@@ -280,6 +280,7 @@ UNUSED = {
     "full": ["dropout=0.1", "compute=float32"],
     "bitfit": ["dropout=0.1", "compute=float32"],
     "bitfit adapter.add_bias=false": ["targets=[q_proj]", "exclude=[q_proj]"],
+    "bottleneck": ["targets=[q_proj]", "exclude=[q_proj]"],
     "peft adapter.config.peft_type=LORA": ["targets=[q_proj]", "exclude=[q_proj]", "dropout=0.1", "compute=float32"],
 }
 
