@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import which
 from threading import Timer
 
-PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 """Tokens that coco-caption drops."""
 SECONDS = 600
 """Time that each program may take."""

@@ -39,7 +39,7 @@ class EvaluateConfig(_Section):
     """Section ``training.evaluate:``. Task accuracy is measured during training and written to ``metrics.jsonl`` as
     ``eval_SUITE``; ``summary.json`` names the checkpoint with the best value. Needs the extra ``eval``."""
 
-    suite: Literal["math", "gsm8k", "code", "forgetting"]
+    suite: Literal["math", "gsm8k", "code", "e2e", "samsum", "wikisql", "forgetting"]
     """Suite to evaluate, with the same questions, answers and metrics as in ``rasa-eval``."""
     every: Every = "epoch"
     """Interval between evaluations: ``epoch``, or a number of steps. The last step is always evaluated."""
