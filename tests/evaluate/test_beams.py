@@ -151,6 +151,20 @@ def test_suites_of_text(cli: Any, tmp_path: Path, e2e: Path, monkeypatch: pytest
         assert result["protocol"]["prompt_example"].startswith("Below is an instruction")
 
 
+def test_a_classifier_does_not_write(cli: Any, e2e: Path, tmp_path: Path) -> None:
+    """Neither a model of transformers nor an adapter with a head."""
+    for name, facts in (
+        ("config.json", {"architectures": ["RobertaForSequenceClassification"]}),
+        ("adapter_config.json", {"task": {"name": "classification", "labels": ["a", "b"]}}),
+    ):
+        path = tmp_path / name.partition(".")[0]
+        path.mkdir()
+        (path / name).write_text(json.dumps(facts))
+        (path / "adapter_model.safetensors").write_bytes(b"")
+        done = cli("eval", path, "--suite", "e2e", "--data", e2e)
+        assert done.returncode == 2 and "classifies texts, and this suite needs a model that writes" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
