@@ -13,14 +13,16 @@ from importlib.metadata import Distribution, distributions
 ALLOWED = {
     "0BSD", "Academic Free License (AFL)", "Apache 2.0 License", "Apache Software License",
     "Apache Software License 2.0", "Apache-2.0", "BSD", "BSD License", "3-Clause BSD License", "BSD-2-Clause",
-    "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "ISC License (ISCL)", "LLVM-exception", "MIT",
-    "MIT License", "MIT-CMU", "Mozilla Public License 2.0 (MPL 2.0)", "MPL-2.0", "PSF-2.0",
+    "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "FreeBSD", "ISC", "ISC License (ISCL)", "LLVM-exception",
+    "MIT", "MIT License", "MIT-CMU", "Mozilla Public License 2.0 (MPL 2.0)", "MPL-2.0", "PSF-2.0",
     "Python Software Foundation License", "The MIT License (MIT)", "The Unlicense (Unlicense)", "Unlicense", "Zlib",
 }  # fmt: skip
 """Allowed licences as packages write them: permissive licences, and the Mozilla licence, which applies only to changes
 of its own files."""
 EXCEPTIONS = {
     "chardet": "LGPL, used unchanged, a dependency of the extra `eval` (lm-eval)",
+    "pycocoevalcap": "declares none; it brings METEOR (LGPL) and Stanford's tokenizer (GPL), run unchanged as processes of "
+    "their own; a dependency of the extra `nlg`",
     "nvidia-": "NVIDIA's own licence, with the CUDA builds of torch: use is allowed, changes are not",
     "cuda-": "as nvidia-",
 }

@@ -1,4 +1,4 @@
-"""``rasa-eval``: evaluate a run, an adapter or a model on MATH, GSM8K, HumanEval+ and forgetting."""
+"""``rasa-eval``: evaluate a run, an adapter or a model on MATH, GSM8K, HumanEval+, E2E, SAMSum, WikiSQL, forgetting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def evaluate(
         typer.Argument(metavar="RUN_OR_MODEL", help="A run, adapter, checkpoint or model directory, or a hub id."),
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="Suites to evaluate: math, gsm8k, code, forgetting; separate several by commas.")
+        str,
+        typer.Option(
+            help="Suites to evaluate: math, gsm8k, code, e2e, samsum, wikisql, forgetting; separate several by commas. "
+            "With --score also nlg: any texts with references."
+        ),
     ] = "math",
     all_checkpoints: Annotated[
         bool, typer.Option("--all-checkpoints", help="Evaluate every checkpoint of the run, and show BEST and LAST.")
@@ -134,8 +138,10 @@ def _evaluate(target: str, options: Any, all_checkpoints: bool, output: Path | N
 
 
 def _describe(found: dict[str, Any]) -> str:
+    from ..evaluate.suites import shown_score
+
     if "rows" in found:
-        wrong = [row for row in found["rows"] if not row["correct"]]
+        wrong = [row for row in found["rows"] if not row.get("correct", True)]
         lines = [f"{row.get('task_id', row['index'])}: {row['reason']}" for row in wrong[:20]]
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         return "\n".join([*lines, *more, *_metrics(found), f"{found['samples']} samples"])
@@ -149,13 +155,16 @@ def _describe(found: dict[str, Any]) -> str:
         for suite, metrics in found["best_last"].items():
             for name, row in metrics.items():
                 epoch = "" if row["best_epoch"] is None else f"{row['best_epoch']:g}"
-                lines.append(f"{suite + ' ' + name:44}{row['best']:8.1%}{epoch:>8}{row['last']:8.1%}")
+                best, last = (shown_score(suite, row[key]) for key in ("best", "last"))
+                lines.append(f"{suite + ' ' + name:44}{best:>8}{epoch:>8}{last:>8}")
     return "\n".join([*lines, f"results are in {found['directory']}"])
 
 
 def _metrics(result: dict[str, Any]) -> list[str]:
+    from ..evaluate.suites import shown_score
+
     missing = result.get("not_measured", {})  # results of older versions do not have it
-    lines = [f"  {name:42}{value:8.1%}" for name, value in result["metrics"].items()]
+    lines = [f"  {name:42}{shown_score(result['suite'], value):>8}" for name, value in result["metrics"].items()]
     return [*lines, *(f"  {name}: not measured, {why}" for name, why in missing.items())]
 
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, Str
 
 from ..errors import UserError
 
-Template = Literal["alpaca", "chat", "plain"]
+Template = Literal["alpaca", "chat", "plain", "separated"]
 Supervise = Literal["response", "paper", "all"]
 
 
@@ -76,7 +76,8 @@ class DataConfig(BaseModel):
     from the first row."""
     template: Template = "alpaca"
     """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
-    the response, with nothing else."""
+    the response, with nothing else; separated: the query, the tokenizer's bos token (its eos token where it has none),
+    a space and the response, as LoRA's experiments with GPT-2 on E2E have it."""
     supervise: Supervise = "response"
     """Tokens that carry loss. response: the tokens of the response and the end token; paper: all tokens but those of
     the question, as in the reference implementation; all: every token."""

@@ -59,14 +59,14 @@ def targets(labels: np.ndarray) -> int:
 
 def prompt_text(template: str, query: str) -> str:
     """Return the prompt for a trained model at evaluation: the training text up to the start of the response, without
-    bos.
+    bos, which comes first, or last in the template ``separated``.
 
     Raises:
         ValueError: the template is ``chat``, whose text only the tokenizer knows (``apply_chat_template``).
     """
     if template == "alpaca":
         return f"{_PREAMBLE}{_INSTRUCTION}{query.strip()}\n\n{_RESPONSE}"
-    if template == "plain":
+    if template in ("plain", "separated"):
         return query
     raise ValueError(f"no fixed prompt for template {template!r}: use tokenizer.apply_chat_template")
 
@@ -190,7 +190,9 @@ class Encoder:
         texts, starts = [], []
         for query, response in pairs:
             prompt = prompt_text(self.config.template, query)
-            if not prompt.startswith(self.bos):
+            if self.config.template == "separated":
+                prompt, response = prompt + (self.bos or self.eos), f" {response.strip()}"
+            elif not prompt.startswith(self.bos):
                 prompt = self.bos + prompt
             response = response.strip() if alpaca else response
             if response.endswith(self.eos):  # the row already has an end token: one is enough

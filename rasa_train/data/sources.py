@@ -24,8 +24,13 @@ from .row_files import columnar_rows, file_rows
 BUILT_IN = {
     "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
     "magicoder": ("ise-uiuc/Magicoder-Evol-Instruct-110K", {"query": "instruction", "response": "response"}),
+    "e2e": ("tuetschek/e2e_nlg", {"query": "meaning_representation", "response": "human_reference"}),
+    "samsum": ("knkarthick/samsum", {"query": "dialogue", "response": "summary"}),
 }
-"""Name -> (hub id, columns). The paper's two training sets (Appendix C). ``demo`` is built in as well."""
+"""Name -> (hub id, columns). The paper's two training sets (Appendix C), and two of LoRA's. ``demo`` is built in as
+well."""
+REVISIONS = {"e2e": "refs/convert/parquet"}
+"""Revision of a built-in set whose main branch has a script for rows, which datasets no longer runs."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLITS = {
@@ -68,7 +73,7 @@ def find_source(
     if dataset == "demo":
         return DemoSource(), {"query": "query", "response": "response"}
     if dataset in BUILT_IN:
-        name, columns = BUILT_IN[dataset]
+        (name, columns), revision = BUILT_IN[dataset], revision or REVISIONS.get(dataset)
         return HubSource(name, subset, split, revision), columns
     if dataset in GLUE:
         if subset:

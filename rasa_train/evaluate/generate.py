@@ -22,6 +22,7 @@ from ..errors import Stopped, UserError
 from ..io.atomic import write_text
 from ..io.json_file import read_bytes
 from ..stop import StopSignal
+from .beams import respond
 from .suites import Question, Suite
 
 LARGEST = 1 << 30
@@ -122,11 +123,9 @@ def generate(
     Raises:
         Stopped: ``generation.stop`` was signalled. The responses made so far are in the sample file.
     """
-    from lm_eval.api.instance import Instance
-
     stop = generation.stop
-    tokenizer, bos = lm.tokenizer, lm.tokenizer.bos_token or ""
-    prompts = {q.index: q.prompt if bos and q.prompt.startswith(bos) else bos + q.prompt for q in questions}
+    tokenizer = lm.tokenizer
+    prompts = {q.index: suite.prompt(q, tokenizer.bos_token or "", tokenizer.eos_token or "") for q in questions}
     lengths = {index: len(tokenizer.encode(text, add_special_tokens=False)) for index, text in prompts.items()}
     wanted = [(q.index, sample) for q in questions for sample in range(suite.samples)]
     progress = Progress(len(wanted), sum(key in samples.responses for key in wanted))
@@ -141,12 +140,9 @@ def generate(
                 "continue"
             )
         arguments = suite.decoding | {"max_gen_toks": budget}
-        instances = [
-            Instance("generate_until", {}, (prompts[index], dict(arguments)), i) for i, (index, _) in enumerate(batch)
-        ]
         torch.manual_seed(_seed(suite, batch[0]))
         lm.batch_size_per_gpu = len(batch)
-        texts = lm.generate_until(instances, disable_tqdm=True) if budget > 0 else [""] * len(batch)
+        texts = _texts(lm, suite, [prompts[index] for index, _ in batch], arguments)
         made = dict(zip(batch, texts, strict=True))
         samples.add(made)
         progress.done += len(batch)
@@ -155,6 +151,18 @@ def generate(
         if generation.report:
             generation.report(progress)
     return [[samples.responses[q.index, sample] for sample in range(suite.samples)] for q in questions]
+
+
+def _texts(lm: Any, suite: Suite, prompts: Sequence[str], arguments: dict[str, Any]) -> list[str]:
+    """Return the response to each prompt of one batch."""
+    if arguments["max_gen_toks"] <= 0:
+        return [""] * len(prompts)
+    if suite.beams > 1:
+        return respond(lm, prompts, arguments)
+    from lm_eval.api.instance import Instance
+
+    instances = [Instance("generate_until", {}, (prompt, dict(arguments)), i) for i, prompt in enumerate(prompts)]
+    return list(lm.generate_until(instances, disable_tqdm=True))
 
 
 def response_budget(suite: Suite, prompt_tokens: int, max_length: int) -> int:
@@ -182,7 +190,7 @@ def _batches(
         groups.setdefault(response_budget(suite, lengths[key[0]], max_length), []).append(key)
     for budget, keys in groups.items():
         while keys:
-            size = max(batch_tokens // (lengths[keys[0][0]] + budget), 1)
+            size = max(batch_tokens // ((lengths[keys[0][0]] + budget) * suite.beams), 1)
             yield budget, keys[:size]
             keys = keys[size:]
 

@@ -118,6 +118,7 @@ def load_lm(plan: Plan) -> Any:
         UserError: the model cannot be loaded, has no tokenizer, or is not supported by the backend.
     """
     needs_harness()
+    _check_generates(Path(plan.subject.path))
     name, source, inside, own = plan.subject.path, None, None, None
     if plan.subject.is_adapter:
         if (inside := _unmerged(plan)) is not None:
@@ -197,6 +198,19 @@ def merge_in_memory(model: PreTrainedModel, source: Source) -> None:
         parameters[name].copy_(tensor)
     for site in source.sites:
         fold(site, source.adapters[site.path], parameters)
+
+
+def _check_generates(path: Path) -> None:
+    """Raise ``UserError`` for a local classifier, which writes no text."""
+    found = next((path / name for name in (CONFIG, "config.json") if (path / name).is_file()), None)
+    facts = {} if found is None else read_object(found)
+    task, names = facts.get("task"), facts.get("architectures")
+    classifies = isinstance(task, dict) and task.get("name") == "classification"
+    if classifies or any(str(name).endswith("ForSequenceClassification") for name in names or ()):
+        raise UserError(
+            f"{path} classifies texts, and this suite needs a model that writes: evaluate a causal language model, or "
+            "name a suite of classification"
+        )
 
 
 def _vllm(plan: Plan) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.columns import listed
 from ..errors import UserError
+from . import generated
 from .answers import Checker, given_answer, marked_answer
 from .passk import mean_pass_at_k, without_pass_at_k
 from .problems import Row, code_problem, load, local_rows, math_problem, program
@@ -16,6 +17,8 @@ from .sandbox import Program, Sandbox
 
 Tick = Callable[[int, int], None]
 """Called with (verdicts so far, verdicts in all)."""
+SCORED = ("code", "math", "gsm8k", "nlg", *generated.SUITES)
+"""Suites whose responses can be scored without a model."""
 
 
 def score_math(
@@ -115,8 +118,10 @@ def score_file(
 
     Args:
         path: JSON lines. Code: ``task_id`` and ``solution`` (a whole program) or ``completion`` (the text after the
-            prompt). Mathematics: ``problem``, ``response``, and ``solution`` or ``answer``.
+            prompt). Mathematics: ``problem``, ``response``, and ``solution`` or ``answer``. ``nlg``, ``samsum`` and
+            ``wikisql``: as in ``generated.score_samples``.
         data: file or directory of the code problems; None for the lines' own ``test`` programs, or else for the hub.
+            For ``wikisql`` that of the questions.
         make_sandbox: called only for code.
     Returns:
         ``suite``, ``samples``, ``metrics``, ``not_measured`` (why a metric or problems are missing), and ``rows`` with
@@ -124,11 +129,13 @@ def score_file(
     Raises:
         UserError: a line lacks a field, or names an unknown problem.
     """
-    if suite not in ("math", "gsm8k", "code"):
-        raise UserError(f"--score needs --suite code, math or gsm8k, got {suite!r}")
+    if suite not in SCORED:
+        raise UserError(f"--score needs --suite {', '.join(SCORED[:-1])} or {SCORED[-1]}, got {suite!r}")
     samples = list(local_rows(_existing(path)))
     if not samples:
         raise UserError(f"{path} has no samples")
+    if suite in ("nlg", *generated.SUITES):
+        return generated.scored_file(suite, samples, data)
     missing: dict[str, str] = {}
     if suite == "code":
         programs, absent = _programs(samples, data)

@@ -16,13 +16,23 @@ from ..errors import UserError
 from ..process import version_of
 from .problems import Row
 
-TASKS = {"math": "rasa_math", "gsm8k": "rasa_gsm8k", "code": "rasa_humaneval_plus"}
+TASKS = {
+    "math": "rasa_math",
+    "gsm8k": "rasa_gsm8k",
+    "code": "rasa_humaneval_plus",
+    "e2e": "rasa_e2e",
+    "samsum": "rasa_samsum",
+    "wikisql": "rasa_wikisql",
+}
 """Suites whose answers are generated, and the task of each in ``tasks/``. ``forgetting`` is scored by likelihood."""
 SUITES = (*TASKS, "forgetting")
 HEADLINE = {
     "math": "math_sympy",
     "gsm8k": "accuracy",
     "code": "pass@1",
+    "e2e": "bleu",
+    "samsum": "rouge1",
+    "wikisql": "lf_accuracy",
     "forgetting": "average",
     **dict.fromkeys(CLASSIFIED, "accuracy"),
     "regression": "pearson",
@@ -80,10 +90,23 @@ class Suite:
     def metadata(self) -> dict[str, Any]:
         return dict(self.task.config.metadata)
 
+    @property
+    def beams(self) -> int:
+        """Number of beams; 1 for greedy and sampled responses."""
+        return int(self.decoding.get("num_beams", 1))
+
+    def prompt(self, question: Question, bos: str, eos: str) -> str:
+        """Return the prompt of a question with the tokenizer's bos: before it, or in the template ``separated`` after
+        it (eos, where there is no bos)."""
+        if self.metadata.get("template") == "separated":
+            return question.prompt + (bos or eos)
+        return question.prompt if bos and question.prompt.startswith(bos) else bos + question.prompt
+
     def protocol(self) -> dict[str, Any]:
         """Return everything but the model that a response depends on. Results of different protocols are never
         mixed."""
-        source = (DEFINITIONS / f"{TASKS[self.name]}.yaml").read_text() + (DEFINITIONS / "hooks.py").read_text()
+        hooks = "hooks.py" if self.name in ("math", "gsm8k", "code") else "text_hooks.py"
+        source = (DEFINITIONS / f"{TASKS[self.name]}.yaml").read_text() + (DEFINITIONS / hooks).read_text()
         return {
             "task": TASKS[self.name],
             "version": self.metadata["version"],
@@ -102,6 +125,13 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in (known := (*SUITES, *CLASSIFIED)):
             raise UserError(f"--suite must name suites out of {', '.join(known)} (separated by commas), got {name!r}")
+
+
+def shown_score(suite: str, value: float) -> str:
+    """Return a value of a suite's metrics as text: as its publications print it, or in percent."""
+    if suite in ("e2e", "nlg"):
+        return f"{value:.4f}"
+    return f"{value:.2f}" if suite == "samsum" else f"{value:.1%}"
 
 
 def load_suite(name: str, data: str | None) -> Suite:
@@ -135,6 +165,7 @@ def needs_harness() -> None:
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
     names = ("rasa_train", "torch", "transformers", "lm_eval", "math-verify", "sympy", "vllm")
+    names += ("sacrebleu", "pycocoevalcap", "rouge-score")
     return {name: version_of(name) or "unknown" for name in names if find_spec(name.replace("-", "_")) is not None}
 
 

@@ -17,7 +17,7 @@ from ..evaluate.classify import OWN, configs, logits_of, read_texts
 from ..evaluate.generate import SampleFile
 from ..evaluate.load import wrap
 from ..evaluate.run import Evaluation, Options
-from ..evaluate.suites import HEADLINE
+from ..evaluate.suites import HEADLINE, shown_score
 from ..models.families import most_tokens
 from ..models.load import load_tokenizer, meta_model
 from ..recipe.schema import Recipe
@@ -94,17 +94,16 @@ class TrainingEvaluation:
         self.evaluation = Evaluation(options, say, lambda title: lambda progress: None)
 
     def __call__(self, model: nn.Module) -> float:
-        """Return the suite's headline metric, in [0, 1]."""
+        """Return the suite's headline metric, in [0, 1]; that of samsum is a percentage."""
         with _as_it_was(model):
             model.eval()
             lm = wrap(model, self.tokenizer)
             if self.name == "forgetting":
                 metrics = self.evaluation.forgetting(lm, None)
             else:
-                _, metrics, _ = self.evaluation.answer(
-                    lambda: lm, self.evaluation.suites[self.name], SampleFile(None, {})
-                )
-        self.say(f"{self.name}: {HEADLINE[self.name]} {metrics[HEADLINE[self.name]]:.1%}")
+                suite = self.evaluation.suites[self.name]
+                metrics = self.evaluation.answer(lambda: lm, suite, SampleFile(None, {})).metrics
+        self.say(f"{self.name}: {HEADLINE[self.name]} {shown_score(self.name, metrics[HEADLINE[self.name]])}")
         return metrics[HEADLINE[self.name]]
 
 

@@ -105,6 +105,13 @@ def test_bpe_text_is_whole_with_one_bos_and_one_supervised_eos(bpe: Any, supervi
         assert pieces(bpe, example)[-1] == (True, f"{response} </s>")
 
 
+def test_separated_is_the_text_of_loras_experiments(characters: Any) -> None:
+    """context, bos, a space and the completion, eos; the loss begins after bos."""
+    example = encode_one(characters, ("name : Cotto", "It is there . "), template="separated")
+    assert pieces(characters, example) == [(False, "name : Cotto<s>"), (True, " It is there .</s>")]
+    assert prompt_text("separated", "name : Cotto") == "name : Cotto"
+
+
 def test_all_supervises_every_token_and_plain_adds_nothing(characters: Any) -> None:
     example = encode_one(characters, ("a ", " b "), template="plain", supervise="all")
     assert pieces(characters, example) == [(True, "<s>a  b </s>")]

@@ -90,7 +90,7 @@ def test_score_math(cli: Any, tmp_path: Path) -> None:
         ("code", {"task_id": "T/0"}, "`completion` must be text (or `solution`"),
         ("math", {"problem": "?", "answer": "1"}, "`response` must be text"),
         ("math", {"response": "1", "answer": "1"}, "a mathematics problem must have `problem`"),
-        ("forgetting", {}, "--score needs --suite code, math or gsm8k, got 'forgetting'"),
+        ("forgetting", {}, "--score needs --suite code, math, gsm8k, nlg, e2e, samsum or wikisql, got 'forgetting'"),
     ],
 )
 def test_bad_samples(cli: Any, tmp_path: Path, problems: Path, suite: str, row: dict[str, Any], message: str) -> None:
