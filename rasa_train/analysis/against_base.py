@@ -167,7 +167,8 @@ def leading(update: Update, number: int) -> tuple[Tensor, Tensor, Tensor]:
 def _phi(V: Tensor, W: Tensor) -> Tensor:
     """Return phi for all numbers of the orthonormal columns of V (d, i) and W (d, j): (i, j)."""
     i, j = (torch.arange(1, n + 1) for n in (V.shape[1], W.shape[1]))
-    return (V.mT @ W).square().cumsum(0).cumsum(1) / torch.minimum(i[:, None], j[None])
+    overlap: Tensor = (V.mT @ W).square().cumsum(0).cumsum(1)
+    return overlap / torch.minimum(i[:, None], j[None])
 
 
 def _random(size: int, number: int, seed: int) -> Tensor:

@@ -241,7 +241,7 @@ def subspace(
             return
         if ranks is not None or len(others or ()) > 1:
             raise UserError("--ranks and more than two adapters need --against-base")
-        second, i, j = (others or [None])[0], i or 4, j or 4
+        second, i, j = others[0] if others else None, i or 4, j or 4
         pair = _layers(layers)
         if second is None and pair is None and amplification is None:
             raise UserError(
