@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .api import merge as merge
     from .api import save_adapter as save_adapter
     from .errors import UserError as UserError
+    from .merging.switch import switch as switch
     from .methods.adalora import AdaLoRA as AdaLoRA
     from .methods.bitfit import BitFit as BitFit
     from .methods.dora import DoRA as DoRA
@@ -40,6 +41,7 @@ _PLACES = {
     **dict.fromkeys(("Adapter", "FactorAdapter", "Method"), "adapters.contract"),
     **dict.fromkeys(("METHODS", "register"), "adapters.registry"),
     "UserError": "errors",
+    "switch": "merging.switch",
     "AdaLoRA": "methods.adalora",
     "BitFit": "methods.bitfit",
     "DoRA": "methods.dora",

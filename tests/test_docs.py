@@ -178,7 +178,7 @@ def outputs(arguments: list[str]) -> list[Path]:
 def affordable(arguments: list[str], large: str | None) -> list[str]:
     """The same command on what this machine can do: a few steps, or a check, on the shape of its model."""
     verb = arguments[0] if arguments[0] in ("check", "list", "copy", "schema") else "run"
-    if large and "--sweep" in arguments:
+    if large and {"--sweep", "--sweep-together"} & set(arguments):
         return [*arguments, "--print"]
     if verb == "copy" and len(arguments) > 2:
         Path(arguments[-1]).unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def parse(program: str, arguments: list[str]) -> dict[str, Any]:
         for path in found_recipe(values["recipe"]):
             overrides = list(values.get("overrides") or [])
             load_recipe(path, overrides)
-            grid(path, overrides, values.get("sweep") or [])
+            grid(path, overrides, values.get("sweep") or [], values.get("together") or [])
     return values
 
 
@@ -375,6 +375,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         overrides = [f"adapter.method={method}", f"output_dir={root / run}", "training.checkpoint_every=1", *short]
         launch(load_recipe("demo", overrides).recipe)
     names = ["lora", "seed=1", "seed=2", "math_llama8b_rasa_r8", "mine", "sweep/seed=1", "sweep/seed=2"]
+    names += [f"rank/adapter.r={r},adapter.alpha={2 * r},adapter.targets=_q_proj_" for r in (4, 8, 64)]
     for name in names:
         shutil.copytree(root / "runs/rasa", root / "runs" / name)
     for name in ("a", "b", "OUT/adapter"):

@@ -51,6 +51,30 @@ def test_keys_that_change_together(recipe: Path) -> None:
     assert [list(point.values.values()) for point in pairs] == [[".*(q|v)_proj", "1"], ["[k_proj]", "2"]]
 
 
+def test_sweep_together(recipe: Path, cli: Cli) -> None:
+    """One option with several assignments, the option repeated, and the form of --sweep are the same runs; what follows
+    the next option is an override again."""
+    lists = ("adapter.targets=[q_proj],[q_proj, v_proj],all-linear", "adapter.r=8,4,2")
+    forms = [
+        ("--sweep-together", *lists, "--print", "training.max_steps=2"),
+        ("--sweep-together", lists[0], f"--sweep-together={lists[1]}", "--print", "training.max_steps=2"),
+        ("--print", "training.max_steps=2", f"--sweep-together={lists[0]}", lists[1]),
+        ("training.max_steps=2", "--print", "--sweep", f"adapter.targets,adapter.r={lists[0][16:]}|8,4,2"),
+    ]
+    printed = [cli("train", recipe, *form, check=True).stdout for form in forms]
+    assert len(set(printed)) == 1
+    loaded = [load_recipe(words[1], words[2:]).recipe for words in map(shlex.split, printed[0].splitlines())]
+    assert [(r.adapter.targets, r.adapter.model_dump()["r"], r.training.max_steps) for r in loaded] == [
+        (["q_proj"], 8, 2),
+        (["q_proj", "v_proj"], 4, 2),
+        ("all-linear", 2, 2),
+    ]
+    grown = cli("train", recipe, "--sweep", "seed=1,2", "--sweep-together", *lists, "--print", "--json", check=True)
+    assert len(json.loads(grown.stdout)) == 6
+    wrong = cli("train", recipe, "--sweep-together", "adapter.r=4,8", "training.max_steps=2", "--print")
+    assert wrong.returncode == 2 and "adapter.r has 2, training.max_steps has 1" in wrong.stderr
+
+
 def test_values_with_commas_and_slashes(recipe: Path) -> None:
     points = grid(str(recipe), [], ["adapter.targets=all-linear,[q_proj, v_proj]", "tracking.project=a/b,'c,d'"])
     assert len(points) == 4 and len({point.output_dir for point in points}) == 4

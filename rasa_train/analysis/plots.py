@@ -85,6 +85,31 @@ def heat_map(values: Tensor, title: str, x: str, y: str, largest: float | None =
     return figure
 
 
+def against_base(grids: Mapping[str, Tensor], sizes: Sequence[int], title: str) -> Figure:
+    """Plot phi of an update's directions with those of the base's weight, one panel per update, the random baseline
+    last (the LoRA paper's Figure 8).
+
+    Args:
+        grids: phi (directions of dW, sizes) by the title of the panel.
+        sizes: numbers of directions of W.
+    """
+    figure = Figure(figsize=(1 + 2.6 * len(grids), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(grids), squeeze=False)[0]
+    for panel, (name, grid) in zip(panels, grids.items(), strict=True):
+        image = panel.imshow(
+            grid.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
+            origin="lower", extent=(sizes[0] - 0.5, sizes[-1] + 0.5, 0.5, grid.shape[0] + 0.5),
+        )  # fmt: skip
+        panel.set_title(name, fontsize=9)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    figure.colorbar(image, ax=panels[-1])
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("j (directions of W)", fontsize=9)
+    figure.supylabel("i (directions of dW)", fontsize=9)
+    return figure
+
+
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.4, 3.8), layout="constrained")
     axes = figure.add_subplot()

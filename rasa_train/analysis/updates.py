@@ -89,16 +89,15 @@ def of_adapter(path: Path, base: str | Base | None = None) -> Updates:
             opened.append(Weights(find_base(saved, base.name, base.revision, weights=True)[1]))
         return opened[0].weight(site)
 
-    if source.replaced:
-        sites = [site for site in find_sites(source.model) if site.weight in source.replaced]
-        return _dense(sites, lambda site: site.view(source.replaced[site.weight]).float() - weight(site), weight)
+    replaced = [site for site in find_sites(source.model) if site.weight in source.replaced]
+    trained = _dense(replaced, lambda site: site.view(source.replaced[site.weight]).float() - weight(site), weight)
     factored = [site for site in source.sites if isinstance(source.adapters[site.path], FactorAdapter)]
     found = {
         _kind(key): _factor_reader(group[0].kind, group, source.adapters, weight)
         for key, group in by_kind(factored).items()
     }
     others = [site for site in source.sites if site not in factored]
-    return found | _dense(others, lambda site: _delta(source.adapters[site.path], site, weight), weight)
+    return trained | found | _dense(others, lambda site: _delta(source.adapters[site.path], site, weight), weight)
 
 
 def random_updates(L: int, b: int, a: int, q: int | None, seed: int = 0) -> Updates:

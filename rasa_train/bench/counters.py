@@ -139,11 +139,7 @@ def count(config: PretrainedConfig, dropout: float, only: Collection[Label] | No
     Raises:
         UserError: the architecture is neither Llama's nor Mistral's, so it is not known how to run one of its layers.
     """
-    if config.model_type not in ("llama", "mistral"):
-        raise UserError(
-            f"--counters needs the shape of a Llama or Mistral model, got that of a {config.model_type} model",
-            key="--shape",
-        )
+    _check(config)
     chosen = [
         engine
         for engine in engines(config.hidden_size, dropout)
@@ -167,6 +163,17 @@ def count(config: PretrainedConfig, dropout: float, only: Collection[Label] | No
     }
 
 
+def saved_per_token_and_layer(engine: Engine, config: PretrainedConfig) -> float:
+    """Return the bytes that an engine keeps for the backward pass, by token and layer.
+
+    Raises:
+        UserError: the architecture is not supported, as in ``count``.
+    """
+    _check(config)
+    (one,), (two,) = (_per_token([engine], config, run) for run in (1, 2))
+    return two.saved - one.saved
+
+
 NARROW = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -176,6 +183,14 @@ NARROW = {
     "num_key_value_heads": 1,
 }
 """Configuration of the Llama on which operations are counted."""
+
+
+def _check(config: PretrainedConfig) -> None:
+    if config.model_type not in ("llama", "mistral"):
+        raise UserError(
+            f"--counters needs the shape of a Llama or Mistral model, got that of a {config.model_type} model",
+            key="--shape",
+        )
 
 
 class _Grown(NamedTuple):

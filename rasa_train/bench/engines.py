@@ -114,10 +114,10 @@ def engines(width: int, dropout: float, rank: int = 8) -> list[Engine]:
         Engine("peft", lora, _place_peft, autocast=True, stock=True, needs="peft"),
         Engine("peft-tuned", lora, _place_peft_tuned, needs="peft"),
         Engine("per-linear", LoRA(r=rank, alpha=rank), place_per_linear),
-        Engine("ours", lora, _place_ours),
-        Engine("ours", rasa, _place_ours),
-        Engine("ours", VeRA(r=min(1024, width // 4), dropout=dropout), _place_ours),
-        Engine("ours", MoRA(r=rank, dropout=dropout), _place_ours),
+        Engine("ours", lora, place_ours),
+        Engine("ours", rasa, place_ours),
+        Engine("ours", VeRA(r=min(1024, width // 4), dropout=dropout), place_ours),
+        Engine("ours", MoRA(r=rank, dropout=dropout), place_ours),
     ]
 
 
@@ -206,12 +206,13 @@ def values_for(method: Method | None, base: nn.Module) -> dict[str, Tensor]:
     if method is None:
         return {}
     torch.manual_seed(1)
-    parameters = _place_ours(shared_copy(base), method)
+    parameters = place_ours(shared_copy(base), method)
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     return {name: value if value.any() else torch.randn_like(value) * 0.02 for name, value in values.items()}
 
 
-def _place_ours(model: nn.Module, method: Method) -> Parameters:
+def place_ours(model: nn.Module, method: Method) -> Parameters:
+    """Put the adapters of ``method`` into a model, as ``rasa-train`` does. Returns the trained parameters by name."""
     adapt(model, method)
     return trainable(model)
 

@@ -10,6 +10,7 @@ from .engines import title
 from .run import Comparison, Counters
 
 if TYPE_CHECKING:  # it loads the whole of training
+    from .against_full import AgainstFull
     from .end_to_end import EndToEnd
 
 
@@ -101,6 +102,38 @@ def ends_table(result: EndToEnd) -> str:
         if cost.over_ours is None:
             lines += [f"NO RATIO: the first loss of {side} is {cost.first_loss:.4f}, of ours {first:.4f}"]
     return "\n".join(lines)
+
+
+def against_full_table(result: AgainstFull) -> str:
+    """Return the table of full fine-tuning and adapters."""
+    settings, full = result.settings, result.memory["full"].total
+    timed = f", median of {settings.rounds} steps (range); load {result.load:.1f}" if result.times else ""
+    dtype = str(settings.dtype if result.times else "bfloat16").removeprefix("torch.")
+    lines = textwrap.wrap(
+        f"{settings.shape}: {sum(settings.sizes):,} tokens a step, {dtype}, dropout {settings.dropout}, AdamW{timed}",
+        80,
+    )
+    lines += ["", f"{'MiB':<8}{'trained':>14}{'weights':>9}{'grads':>9}{'AdamW':>9}{'kept':>9}{'all':>10}{'/ full':>9}"]
+    lines += [
+        f"{name:<8}{each.trained:>14,}"
+        + "".join(f"{_mib(n):>9}" for n in (each.parameters, each.gradients, each.optimizer, each.activations))
+        + f"{_mib(each.total):>10}{each.total / full:>9.3f}"
+        for name, each in result.memory.items()
+    ]
+    if result.times:
+        clock = "CPU" if settings.device.type == "cpu" else "GPU"
+        lines += ["", f"{'':<8}{f'{clock} us/token':<22}{'/ full':<24}{'peak MiB':>10}{'/ full':>9}"]
+    for name, time in result.times.items():
+        ratio, peak, whole = time.over_full_range, time.peak_memory_bytes, result.times["full"].peak_memory_bytes
+        took = f"{time.us_per_token:.0f} ({time.us_range[0]:.0f}-{time.us_range[1]:.0f})"
+        over = f"{time.over_full:.3f} ({ratio[0]:.3f}-{ratio[1]:.3f})"
+        memory = f"{_mib(peak):>10}{peak / whole:>9.3f}" if peak and whole else f"{'?':>10}"
+        lines.append(f"{name:<8}{took:<22}{over:<24}{memory}")
+    return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.{0 if size > 2**23 else 1}f}"
 
 
 def _with_range(value: float | None, limits: tuple[float, float] | None, scale: float = 1.0) -> str:

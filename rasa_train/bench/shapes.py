@@ -65,17 +65,21 @@ def architecture(shape: str) -> PretrainedConfig:
     return load_config(ModelConfig(name=str(path.resolve())))
 
 
-def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def random_model(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, *, to_embedding: bool = True
+) -> PreTrainedModel:
     """Return a causal language model with random weights, the same each time on one kind of device.
 
-    The output of its embedding requires a gradient, so that the frozen base of a comparison, like all other engines,
-    runs its backward pass down to the first layer.
+    Args:
+        to_embedding: whether the output of its embedding requires a gradient, so that the frozen base of a comparison,
+            like all other engines, runs its backward pass down to the first layer.
     """
     torch.manual_seed(0)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+    if to_embedding:
+        model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     return model
 
 

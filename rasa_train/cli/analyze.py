@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import UserError, say, shown
+from ..errors import UserError, say
+from .analyze_output import against_base_found, bar, save, table
 from .errors import Command, Group, start, user_errors
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
     from ..analysis.updates import Updates
@@ -87,7 +85,7 @@ def reconstruct(
 
         ks = _ks(k, r)
         updates = chosen(_updates(source or [], random, _base(base, any_base), seed), kind or [])
-        with _bar(len(updates) * len(ks)) as tick:
+        with bar(len(updates) * len(ks)) as tick:
             kinds = [capacity(read(), r, ks, Descent(sweeps, start, seed), tick) for read in updates.values()]
         said = advice(kinds, r)
         if plots is not None and all(found.e_lora > 0 for found in kinds):
@@ -95,7 +93,7 @@ def reconstruct(
 
             usual = next((n for n in (max(r // 8, 1), *ks) if n in ks and n), 0)
             marks = sorted({n for n in (5, 10, 20, sweeps) if n <= sweeps})
-            _save(
+            save(
                 plots,
                 {"reconstruction-by-sweep": figure_2(kinds, usual), "reconstruction-by-k": figure_3(kinds, marks)},
             )
@@ -111,7 +109,7 @@ def reconstruct(
             + [f"{c.e_rasa[n][-1] / c.e_lora:.4f}" if c.e_lora else "-" for n in ks]
             for c in kinds
         ]
-        _table(
+        table(
             f"r={r}, {sweeps} sweeps: LoRA's least error (share of |dW|^2), and RaSA's over LoRA's",
             ["kind", "updates", "LoRA", *(f"k={n}" for n in ks)],
             rows,
@@ -141,7 +139,7 @@ def spectrum(
 
         updates = chosen(_updates(source, None, _base(base, any_base), 0), kind or [])
         rows = []
-        with _bar(len(updates)) as tick:
+        with bar(len(updates)) as tick:
             for read in updates.values():
                 found = read()
                 for i, name in enumerate(found.names):
@@ -155,7 +153,7 @@ def spectrum(
             for of_kind, _, s, _ in rows:
                 lines.setdefault(of_kind, []).append(s.singular_values)
             maps = {f"mixing-{name}": heat_map(d, name, "shared rank", "layer") for name, d in mixing.items()}
-            _save(plots, {"spectra": spectra(lines), **maps})
+            save(plots, {"spectra": spectra(lines), **maps})
         if as_json:
             layers = [{"kind": k, "name": name, **asdict(s), **(asdict(e) if e else {})} for k, name, s, e in rows]
             print(json.dumps({"layers": layers, "mixing": {name: d.tolist() for name, d in mixing.items()}}))
@@ -168,18 +166,45 @@ def spectrum(
             + ([f"{e.private if e else 0:.1%}", f"{e.shared if e else 0:.1%}"] if shared else [])
             for _, name, s, e in rows
         ]
-        _table("updates by layer: norms, and ranks by three measures", columns, cells)
+        table("updates by layer: norms, and ranks by three measures", columns, cells)
 
 
 @app.command(cls=Command)
 def subspace(
     first: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter or run directory.")],
-    second: Annotated[
-        Path | None,
-        typer.Argument(metavar="[OTHER]", help="Another adapter or run directory. (default: the first again)"),
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[OTHER]",
+            help="Another adapter or run directory; several with --against-base. (default: the first again)",
+        ),
     ] = None,
-    i: Annotated[int, typer.Option("-i", min=1, help="Number of directions of the first adapter.")] = 4,
-    j: Annotated[int, typer.Option("-j", min=1, help="Number of directions of the second adapter.")] = 4,
+    i: Annotated[
+        int | None, typer.Option("-i", min=1, help="Number of directions of the first adapter. (default: 4)")
+    ] = None,
+    j: Annotated[
+        int | None,
+        typer.Option(
+            "-j",
+            min=1,
+            help="Number of directions of the second adapter (default: 4), or of W with --against-base (default: all "
+            "up to a smaller side of 1024, else 64).",
+        ),
+    ] = None,
+    against_base: Annotated[
+        bool,
+        typer.Option(
+            "--against-base",
+            help="Compare the directions of each update with those of the base's W, and with random ones (Figure 8).",
+        ),
+    ] = False,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,R,...",
+            help="For --against-base: numbers of directions of dW. (default: 1, 2, 4, ... up to its rank or 64)",
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -206,10 +231,22 @@ def subspace(
         from ..analysis.compare import Directions, compare
         from ..analysis.updates import chosen, of_adapter
 
+        if against_base:
+            unfit = {"-i": i, "--layers": layers, "--amplification": amplification}
+            if given := [option for option, value in unfit.items() if value is not None]:
+                raise UserError(f"{given[0]} does not go with --against-base, which takes --ranks and -j")
+            runs = {str(path): of_adapter(path, _base(base, any_base)) for path in (first, *(others or ()))}
+            picked = {name: chosen(updates, kind or []) for name, updates in runs.items()}
+            against_base_found(picked, _ranks(ranks), (j, side), plots, as_json)
+            return
+        if ranks is not None or len(others or ()) > 1:
+            raise UserError("--ranks and more than two adapters need --against-base")
+        second, i, j = others[0] if others else None, i or 4, j or 4
         pair = _layers(layers)
         if second is None and pair is None and amplification is None:
             raise UserError(
-                "an adapter is always fully similar to itself: give another adapter, --layers M,N or --amplification R"
+                "an adapter is always fully similar to itself: give another adapter, --layers M,N, --amplification R "
+                "or --against-base"
             )
         one = chosen(of_adapter(first, _base(base, any_base)), kind or [])
         two = one if second is None else of_adapter(second, _base(base, any_base))
@@ -218,7 +255,7 @@ def subspace(
             from ..analysis.plots import heat_map
 
             figures = {f"phi-{row.name}": heat_map(row.grid, row.name, "j", "i", 1.0) for row in found}
-            _save(plots, figures)
+            save(plots, figures)
         if as_json:
             print(json.dumps({"i": i, "j": j, "side": side, "sites": [row.as_json() for row in found]}))
             return
@@ -230,7 +267,7 @@ def subspace(
                 if (a := row.amplification) is not None:
                     cell += [f"{a.update_norm:.3g}", f"{a.projection:.3g}", f"{a.projection_own:.3g}"]
                     cell += [f"{a.projection_random:.3g}", f"{a.factor:.2f}"]
-        _table("phi = 1: the smaller subspace lies in the larger; random: mean of random subspaces", columns, cells)
+        table("phi = 1: the smaller subspace lies in the larger; random: mean of random subspaces", columns, cells)
 
 
 def main() -> None:
@@ -275,6 +312,13 @@ def _ks(text: str | None, r: int) -> list[int]:
     return sorted({int(n) for n in numbers})
 
 
+def _ranks(text: str | None) -> list[int] | None:
+    numbers = [] if text is None else text.split(",")
+    if not all(n.strip().isdecimal() and int(n) > 0 for n in numbers):
+        raise UserError(f"--ranks must be numbers from 1, separated by commas, got {text!r}")
+    return sorted({int(n) for n in numbers}) or None
+
+
 def _layers(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -282,47 +326,6 @@ def _layers(text: str | None) -> tuple[int, int] | None:
     if not (first.strip().isdecimal() and second.strip().isdecimal()):
         raise UserError(f"--layers must be two layer numbers, such as 0,3, got {text!r}")
     return int(first), int(second)
-
-
-def _save(directory: Path, figures: Mapping[str, Figure]) -> None:
-    from ..analysis.plots import save
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            save(figure, directory / name)
-    except OSError as error:
-        raise UserError(f"--plots {directory} cannot be written: {error.strerror or error}") from None
-    say(f"{2 * len(figures)} pictures in {directory}", file=sys.stderr)
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(shown(cell)) for cell in row))
-    Console(highlight=False).print(table)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """Yield a function that advances a progress bar on stderr, if stderr is a terminal, and does nothing otherwise."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(
-        BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import UserError, shown
 from .errors import Command, start, user_errors
+
+if TYPE_CHECKING:
+    from ..bench.against_full import AgainstFull
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -95,6 +98,14 @@ def bench(
             "optimizer, each in a process of its own. trl: TRL's SFTTrainer with PEFT (pip install trl peft)."
         ),
     ] = None,
+    against_full: Annotated[
+        bool,
+        typer.Option(
+            "--against-full",
+            help="Train with full fine-tuning and with adapters instead: memory by what it is for, and time of a step "
+            "with AdamW. With --counters: memory alone, of a model of any size.",
+        ),
+    ] = False,
     data: Annotated[
         bool,
         typer.Option("--data", help="Measure data preparation instead: tokenising, caching, and a second start."),
@@ -113,11 +124,22 @@ def bench(
 
     rasa-bench --peers trl             # our training and TRL's, end to end
 
+    rasa-bench --against-full          # full fine-tuning, LoRA and RaSA: memory and time
+
     rasa-bench --counters --json
     """
     with user_errors(), _quiet():
         if dropout is None:
             dropout = 0.1 if workload == "2x4096" else 0.05
+        if against_full:
+            with redirect_stdout(sys.stderr):
+                against = _against_full(
+                    (shape, tokens), (device, dtype), (methods, dropout), counters, (warmup, rounds)
+                )
+            from ..bench.report import against_full_table
+
+            _print(against.as_json(), as_json, lambda: against_full_table(against))
+            return
         if counters:
             from ..bench.engines import Choice
             from ..bench.report import counters_table
@@ -173,6 +195,34 @@ def bench(
             raise UserError(f"--kernels liger cannot be used: {why}", key="--kernels")
         result = compare(shape or ("llama-3.1-8b" if on_gpu else LINEARS), workload, tokens, protocol, where)
         _print(result.as_json(), as_json, lambda: table(result))
+
+
+def _against_full(
+    size: tuple[str | None, int | None],
+    where: tuple[str, str],
+    what: tuple[str | None, float],
+    counters: bool,
+    steps: tuple[int, int],
+) -> AgainstFull:
+    import torch
+
+    from ..bench.against_full import Settings, compare_with_full, count_against_full
+    from ..bench.engines import Choice
+
+    device = _device("cpu" if counters else where[0])
+    on_gpu = device.type == "cuda"
+    torch.set_num_threads(1)
+    settings = Settings(
+        shape=size[0] or ("llama-3.1-8b" if counters else "llama-42m"),
+        tokens=size[1] or (4_096 if on_gpu or counters else 1_024),
+        dtype=torch.bfloat16 if counters else _dtype(where[1], on_gpu),
+        dropout=what[1],
+        choice=Choice.read(None, what[0]),
+        warmup=steps[0],
+        rounds=steps[1],
+        device=device,
+    )
+    return count_against_full(settings) if counters else compare_with_full(settings)
 
 
 def _print(result: Mapping[str, object], as_json: bool, table: Callable[[], str]) -> None:

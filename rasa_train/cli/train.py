@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,8 +73,33 @@ Sweep = Annotated[
     ),
 ]
 
+TOGETHER = "--sweep-together"
+Together = Annotated[
+    list[str] | None,
+    typer.Option(
+        TOGETHER,
+        metavar="KEY=V1,V2,... KEY=W1,W2,...",
+        help="Start a run for V1 and W1, one for V2 and W2, ...: keys that change together. Ends at the next option.",
+        rich_help_panel=SWEEPS,
+    ),
+]
 
-@app.command("run", cls=Command)
+
+class Sweeping(Command):
+    """A command whose ``--sweep-together`` takes all assignments that follow it."""
+
+    def make_context(self, info_name: Any, args: list[str], *others: Any, **kwargs: Any) -> Any:
+        given: list[str] = []
+        following = False
+        for argument in args:
+            named = argument == TOGETHER or argument.startswith(f"{TOGETHER}=")
+            following = named or (following and "=" in argument and not argument.startswith("-"))
+            again = following and not named and given[-1] != TOGETHER
+            given += [TOGETHER, argument] if again else [argument]
+        return super().make_context(info_name, given, *others, **kwargs)
+
+
+@app.command("run", cls=Sweeping)
 def run(
     recipe: RecipeName = None,
     overrides: Overrides = None,
@@ -103,6 +128,7 @@ def run(
         ),
     ] = 0,
     sweep: Sweep = None,
+    together: Together = None,
     print_commands: Annotated[
         bool,
         typer.Option(
@@ -134,7 +160,7 @@ def run(
             raise UserError(f"--nproc must be a number of processes or auto, got {nproc!r}")
         from ..recipe.load import load_recipe
 
-        if sweep or print_commands:
+        if sweep or together or print_commands:
             given = {"--check": check_only, "--fresh": fresh}
             flags = [flag for flag, on in given.items() if on]
             valued = {"--nproc": (nproc, "auto"), "--max-restarts": (max_restarts, 0)}
@@ -145,7 +171,7 @@ def run(
                 )
             if recipe in {verb.name for verb in app.registered_commands}:
                 recipe = f"./{recipe}"  # the commands of the runs must not take the file for a verb
-            sys.exit(_sweep(recipe, overrides or [], sweep or [], flags, print_commands, as_json))
+            sys.exit(_sweep(recipe, overrides or [], (sweep or [], together or []), flags, print_commands, as_json))
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine: it reports what all of them see
         try:
             loaded = load_recipe(recipe, overrides or [])
@@ -174,7 +200,7 @@ def run(
             _finish(loaded.recipe, finished.summary, finished.was_complete, as_json)
 
 
-@app.command("check", cls=Command)
+@app.command("check", cls=Sweeping)
 def check(
     recipe: RecipeName = None,
     overrides: Overrides = None,
@@ -182,6 +208,7 @@ def check(
     nproc: Nproc = "auto",
     nnodes: Nnodes = 1,
     sweep: Sweep = None,
+    together: Together = None,
 ) -> None:
     """Print what a run would be: parameters, steps, memory, time.
 
@@ -190,7 +217,7 @@ def check(
 
         rasa-train check math_llama8b_r8 --nproc 8
     """
-    run(recipe, overrides, check_only=True, as_json=as_json, nproc=nproc, nnodes=nnodes, sweep=sweep)
+    run(recipe, overrides, check_only=True, as_json=as_json, nproc=nproc, nnodes=nnodes, sweep=sweep, together=together)
 
 
 @app.command("list", cls=Command)
@@ -269,14 +296,23 @@ def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool)
 
 
 def _sweep(
-    recipe: str, overrides: list[str], sweeps: list[str], flags: list[str], print_commands: bool, as_json: bool
+    recipe: str,
+    overrides: list[str],
+    sweeps: tuple[list[str], list[str]],
+    flags: list[str],
+    print_commands: bool,
+    as_json: bool,
 ) -> int:
-    """Run or print a sweep. Returns exit code 0 if every run is complete, otherwise that of the first that failed."""
+    """Run or print a sweep. Returns exit code 0 if every run is complete, otherwise that of the first that failed.
+
+    Args:
+        sweeps: values of ``--sweep`` and of ``--sweep-together``.
+    """
     from ..recipe.sweep import commands, grid, run
 
-    if not sweeps:
+    if not any(sweeps):
         raise UserError("--print needs a sweep: say what to sweep, for example --sweep adapter.r=8,16")
-    points = grid(recipe, overrides, sweeps)
+    points = grid(recipe, overrides, *sweeps)
     if print_commands:
         lines = commands(points, flags)
         print(json.dumps(lines) if as_json else shown("\n".join(lines)))

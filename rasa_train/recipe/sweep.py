@@ -1,5 +1,5 @@
 """A grid of runs from one recipe: ``--sweep adapter.r=8,16 --sweep seed=1,2,3``. Keys that change together are one
-sweep: ``--sweep 'adapter.r,adapter.alpha=8,16|16,32'``.
+sweep: ``--sweep-together adapter.r=8,16 adapter.alpha=16,32``, or ``--sweep 'adapter.r,adapter.alpha=8,16|16,32'``.
 
 Each point of the grid is a run of its own, in a directory below the recipe's ``output_dir`` named by its values. The
 runs follow one another, each in a process of its own, so that what one run leaves in memory cannot affect the next.
@@ -64,16 +64,18 @@ class Outcome:
         }
 
 
-def grid(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Point]:
+def grid(recipe: str, overrides: Sequence[str], sweeps: Sequence[str], together: Sequence[str] = ()) -> list[Point]:
     """Return the points of the grid; the last ``--sweep`` changes fastest. The recipe of every point is valid.
 
     Args:
         sweeps: ``section.key=value,value,...``, or several keys and as many lists of values, which are taken in step:
             ``key,key=value,value,...|value,value,...``. What is inside brackets, braces or quotes belongs to its value.
+        together: ``section.key=value,value,...`` of the keys whose values are taken in step. They are one more sweep,
+            the first one.
     Raises:
         UserError: a sweep cannot be read, a key is set twice, or the recipe of a point is wrong.
     """
-    axes = [_axis(text) for text in sweeps]
+    axes = [*([_together(together)] if together else []), *(_axis(text) for text in sweeps)]
     keys = [key for axis, _ in axes for key in axis]
     for key in keys:
         if keys.count(key) > 1:
@@ -160,7 +162,25 @@ def _child(command: list[str], capture: bool) -> tuple[int, str]:
     return (STOPPED if asked else child.returncode), printed
 
 
-def _axis(text: str) -> tuple[list[str], list[tuple[str, ...]]]:
+Axis = tuple[list[str], list[tuple[str, ...]]]
+"""Keys, and the values that they have together, one tuple after the other."""
+
+
+def _together(texts: Sequence[str]) -> Axis:
+    """Return the sweep of all ``--sweep-together``."""
+    axes = [_axis(text, "--sweep-together") for text in texts]
+    if len({len(rows) for _, rows in axes}) > 1:
+        found = ", ".join(f"{','.join(keys)} has {len(rows)}" for keys, rows in axes)
+        raise UserError(
+            f"--sweep-together needs equally many values of every key, got: {found}. A value with commas stands in "
+            "brackets or quotes, and keys with one value for all runs stand before --sweep-together"
+        )
+    return [key for keys, _ in axes for key in keys], [
+        tuple(itertools.chain(*rows)) for rows in zip(*(rows for _, rows in axes), strict=True)
+    ]
+
+
+def _axis(text: str, option: str = "--sweep") -> Axis:
     """Return the keys of one ``--sweep``, and the values that they have together, one tuple after the other."""
     left, equals, right = text.partition("=")
     keys = [key.strip() for key in left.split(",")]
@@ -168,16 +188,16 @@ def _axis(text: str) -> tuple[list[str], list[tuple[str, ...]]]:
     lists = [[value.strip() for value in _split(part, ",")] for part in parts]
     if not equals or not all(part for key in keys for part in key.split(".")) or not all(map(all, lists)):
         raise UserError(
-            f"--sweep is section.key=value,value,... or key,key=value,value,...|value,value,..., got {text!r}"
+            f"{option} is section.key=value,value,... or key,key=value,value,...|value,value,..., got {text!r}"
         )
     if len(lists) != len(keys) or len({len(values) for values in lists}) > 1:
         found = "; ".join(f"{len(values)} ({','.join(values)})" for values in lists)
         raise UserError(
-            f"--sweep {left}: {len(keys)} keys that change together need {len(keys)} lists of equally many values, "
+            f"{option} {left}: {len(keys)} keys that change together need {len(keys)} lists of equally many values, "
             f"separated by |, as in adapter.r,adapter.alpha=8,16,32|16,32,64; got {len(lists)}, of {found}"
         )
     if "output_dir" in keys:
-        raise UserError("--sweep output_dir: the sweep makes the directories itself, below output_dir")
+        raise UserError(f"{option} output_dir: the sweep makes the directories itself, below output_dir")
     return keys, list(zip(*lists, strict=True))
 
 
