@@ -141,7 +141,8 @@ def _opened(config: ModelConfig, head: Head | None, *, quiet: bool, **options: A
     if shown:
         transformers_logging.enable_progress_bar()
     transformers_logging.set_verbosity(verbosity)
-    new = set() if head is None else check_head(config.name, report, model, quiet="device_map" in options)
+    silent = "device_map" in options or process.rank() > 0
+    new = set() if head is None else check_head(config.name, report, model, quiet=silent)
     _check_report(config.name, report)
     return model, new
 
