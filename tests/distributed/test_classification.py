@@ -1,16 +1,17 @@
-"""Classifiers give the losses of one process with every strategy, and go on after a kill as if nothing had happened."""
+"""Classifiers give the losses of one process with every strategy, and go on from a checkpoint as if never stopped."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.conftest import run_command
 from tests.test_classification_runs import ADAPTERS, recipe, save_base
 
-from .conftest import Group, adapter, difference
+from .conftest import Group, adapter, difference, metrics
 
 NAMED = {
     "lora": ADAPTERS["lora"],
@@ -18,52 +19,42 @@ NAMED = {
     "bitfit": {"method": "bitfit"},
     "full": {"method": "full", "layers": [-1]},
 }
+FEW = {"roberta": {"rasa": ["ddp", "fsdp"]}}
+MANY = {
+    "roberta": {"rasa": ["zero3"], "lora": ["zero1", "zero3"], "bitfit": ["zero3", "fsdp"], "full": ["zero3", "fsdp"]},
+    "deberta-v2": {"rasa": ["ddp", "zero3", "fsdp"]},
+    "llama": {"rasa": ["ddp", "zero3", "fsdp"]},
+}
 
 
 def case(home: Path, run: str, method: str, strategy: str = "ddp", **training: object) -> dict[str, Any]:
-    made = recipe(home, NAMED[method], max_grad_norm=0.5, checkpoint_every=4, epochs=1, **training)
+    made = recipe(home, NAMED[method], max_grad_norm=0.5, checkpoint_every=4, **training)
     made["distributed"] = {"strategy": strategy, "resident_size": 0, "timeout_seconds": 300}
     made["data"]["validation"] = {"size": 4}
     return {**made, "output_dir": str(home / run)}
 
 
-@pytest.mark.parametrize(
-    ("kind", "methods", "strategies"),
-    [
-        ("roberta", ["rasa"], ["ddp", "fsdp"]),
-        pytest.param("roberta", ["lora", "bitfit", "full"], ["ddp", "zero1", "zero3", "fsdp"], marks=pytest.mark.slow),
-        pytest.param("deberta-v2", ["rasa"], ["ddp", "zero3", "fsdp"], marks=pytest.mark.slow),
-        pytest.param("llama", ["rasa"], ["ddp", "zero3", "fsdp"], marks=pytest.mark.slow),
-    ],
-)
-def test_strategies_equal_one_process(
-    kind: str, methods: list[str], strategies: list[str], tmp_path: Path, group: Group
-) -> None:
-    save_base(tmp_path, kind)
-    group([case(tmp_path, f"{method}-one", method) for method in methods], 1)
-    group([case(tmp_path, f"{method}-{s}", method, s) for method in methods for s in strategies], 2)
-    for method in methods:
-        head = [name for name in adapter(tmp_path / f"{method}-one") if name.startswith(("classifier.", "score."))]
-        assert head
-        for strategy in strategies:
-            found = difference(tmp_path / f"{method}-one", tmp_path / f"{method}-{strategy}")
-            assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-4 and found["parameter"] < 1e-4, (method, strategy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp"])
-def test_run_goes_on_from_its_checkpoint(strategy: str, tmp_path: Path, group: Group) -> None:
-    save_base(tmp_path, "roberta")
-    whole = case(tmp_path, "whole", "rasa", strategy)
-    group([whole], 2)
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole", stopped)  # as a kill after step 6 leaves it: with the checkpoint of step 4
-    for later in (stopped / "checkpoints").iterdir():
-        if later.name > "step-00000004":
-            shutil.rmtree(later)
-    shutil.rmtree(stopped / "adapter")
-    (stopped / "summary.json").unlink(missing_ok=True)
-    rest = case(tmp_path, "rest", "rasa", strategy)
-    group([{**rest, "continues": str(stopped)}], 2)
-    found = difference(tmp_path / "whole", tmp_path / "rest")
-    assert found["loss"] == 0 and found["parameter"] == 0
+@pytest.mark.parametrize("cases", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)])
+def test_strategies_equal_one_process(cases: dict[str, dict[str, list[str]]], tmp_path: Path, group: Group) -> None:
+    many, pairs = [], []
+    for kind, methods in cases.items():
+        home = tmp_path / kind
+        home.mkdir()
+        save_base(home, kind)
+        for method, strategies in methods.items():
+            one = case(home, f"{method}-one", method)
+            (home / "one.yaml").write_text(yaml.safe_dump(one))
+            run_command("train", home / "one.yaml", check=True)
+            assert any(name.startswith(("classifier.", "score.")) for name in adapter(one["output_dir"]))
+            for strategy in strategies:
+                many.append(case(home, f"{method}-{strategy}", method, strategy))
+                half = case(home, f"{method}-{strategy}-half", method, strategy, max_steps=5)
+                rest = case(home, f"{method}-{strategy}-rest", method, strategy)
+                many += [half, {**rest, "continues": half["output_dir"]}]
+                pairs += [(one, many[-3]), (one, rest)]
+                assert len(metrics(one["output_dir"])) > 5
+    group(many, 2)
+    for one, other in pairs:
+        found = difference(one["output_dir"], other["output_dir"])
+        assert found["loss"] < 1e-5, other["output_dir"]
+        assert found["grad_norm"] < 1e-4 and found["parameter"] < 1e-4, (other["output_dir"], found)
