@@ -140,10 +140,9 @@ def compare(output: Path, show: Callable[[str], None] = say) -> dict[str, Any]:
         summary = launch(load_recipe(path).recipe, Workers(1)).summary
         assert summary is not None
         scores: Any = summary["evaluation"]
-        last = scores["last"] if isinstance(scores, dict) else scores.last
         results["methods"][name] = {
             "trainable_parameters": summary["trainable_parameters"],
-            "accuracy": last["value"] if isinstance(last, dict) else last.value,
+            "accuracy": scores["last"]["value"],
             "loss": summary["loss"],
             "seconds": round(time.perf_counter() - started, 1),
         }
