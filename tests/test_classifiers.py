@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from rasa_train import LoRA, RaSA, adapt
+from rasa_train.adapters.inject import adapt as attach_any
+from rasa_train.adapters.registry import METHODS
 from rasa_train.adapters.shared_input import packable
 from rasa_train.adapters.state import groups, trainable
 from rasa_train.errors import UserError
@@ -182,3 +184,9 @@ def test_lora_trains_the_head_as_peft_does() -> None:
     )
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
     assert counts[0] == counts[1]
+
+
+def test_methods_of_peft_do_not_train_a_classifier() -> None:
+    method = METHODS["peft"].model_validate({"config": {"peft_type": "IA3"}})
+    with pytest.raises(UserError, match=r"adapter\.method: peft cannot train a classifier"):
+        attach_any(tiny_model("roberta", labels=2), method)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
-from ..models.classifier import head_parameters, hold_head
+from ..models.classifier import head_parameters, hold_head, is_classifier
 from ..models.families import SHARED_INPUTS
 from .contract import Adapter, Method
 from .experts import AdaptedExperts
@@ -22,7 +22,14 @@ from .state import POOLS
 
 def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
     """Put ``method`` into ``model``. Returns the model to train and the adapted sites. For every method but ``peft``
-    that model is ``model`` itself, and this function does the same as ``attach``."""
+    that model is ``model`` itself, and this function does the same as ``attach``. Raises ``UserError`` for a classifier
+    and a method that wraps."""
+    if is_classifier(model) and type(method).wrap is not Method.wrap:
+        raise UserError(
+            f"adapter.method: {method.method} cannot train a classifier, whose head it would leave frozen; use lora, "
+            "rasa or another method of this package",
+            key="adapter.method",
+        )
     wrapped = method.wrap(model)
     return (model, attach(model, method)) if wrapped is None else (wrapped, [])
 

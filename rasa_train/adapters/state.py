@@ -6,14 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ..models.classifier import POOLS as POOLS  # only at the root do shared tensors work with DDP, ZeRO-3 and FSDP2
 from ..models.classifier import head_parameters
 from .contract import Adapter
 from .linear import AdaptedLinear
 from .shared_input import Group
-
-POOLS = "pools"
-"""Name of the module at the root of the model that holds the tensors that sites share. Only this placement works under
-DDP, ZeRO-3 and FSDP2."""
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

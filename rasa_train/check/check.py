@@ -185,10 +185,11 @@ def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
     Raises:
         UserError: the base cannot be trained, or cannot be merged into.
     """
-    base = check_base(recipe.model, known_head(recipe.data.dataset, recipe.task))
+    head = known_head(recipe.data.dataset, recipe.task)
+    base = check_base(recipe.model, head)
     quantized = quantization_of(base.config)
     if (directory := Path(recipe.model.name)).is_dir() and not quantized:
-        merged.check_base(directory)
+        merged.check_base(directory, head)
     left_out = not_adapted(base) if recipe.adapter.targets == "all-linear" else None
     notes += [left_out] if left_out else []
     if isinstance(recipe.adapter, Peft) and recipe.adapter.is_prompt:

@@ -43,16 +43,16 @@ def describe(config: dict[str, Any], model: PreTrainedModel) -> None:
 
 
 def for_peft(source: Source) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Return the tensors of the head by PEFT's names, fp32, and the keys of PEFT's configuration that they need; for a
-    causal language model, no tensors."""
+    """Return the tensors of the head by PEFT's names, fp32, and the keys of PEFT's configuration that say what the
+    model is for; for a causal language model, no tensors."""
     if source.head is None:
-        return {}, {"task_type": "CAUSAL_LM"}
+        return {}, {"task_type": "CAUSAL_LM", "inference_mode": True}
     prefix = f"{source.model.base_model_prefix}."
     head = {name: source.replaced[name] for name in head_parameters(source.model)}
     inside = {prefix + name.removeprefix(prefix).partition(".")[0] for name in head if name.startswith(prefix)}
     whole = inside | {name.partition(".")[0] for name in head if not name.startswith(prefix)}
     tensors = {f"base_model.model.{name}": tensor.detach().float().contiguous() for name, tensor in head.items()}
-    return tensors, {"task_type": "SEQ_CLS", "modules_to_save": sorted(whole)}
+    return tensors, {"task_type": "SEQ_CLS", "modules_to_save": sorted(whole), "inference_mode": True}
 
 
 def others_replaced(source: Source) -> list[str]:

@@ -292,7 +292,6 @@ def _peft_config(source: Source, targets: list[Target], ranks: dict[str, int]) -
         "bias": "none",
         "use_rslora": False,
         "fan_in_fan_out": any(site.transposed for site in source.sites),
-        "inference_mode": True,
         "target_modules": target_modules(source.model, [t.sites[0] for t in targets if not t.is_parameter]),
     }
     if parameters := [target for target in targets if target.is_parameter]:

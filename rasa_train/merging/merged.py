@@ -24,6 +24,8 @@ from ..errors import UserError
 from ..io import json_file
 from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
+from ..models.classifier import head_parameters
+from ..models.task import Head
 from . import head
 from .folding import QUANTISED, Folding, Tally, dtype_name
 from .names import locate
@@ -121,15 +123,16 @@ def merge(
     return replace(report, tokenizer=tokenizer, left_out=left_out)
 
 
-def check_base(directory: Path) -> None:
-    """Open a base as ``merge`` does. Raises ``UserError`` if a merge would refuse it, whatever the adapter."""
+def check_base(directory: Path, classifier: Head | None = None) -> None:
+    """Open a base as ``merge`` does: with the head of a ``classifier``, if it is one, which may have another shape in
+    the files. Raises ``UserError`` if a merge would refuse the base, whatever the adapter."""
     checkpoint = open_checkpoint(directory)
-    model = architecture(directory)
+    model = architecture(directory, classifier)
+    replaced = head_parameters(model)
     found = locate(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     for name, piece in found.items():
-        if piece.whole and checkpoint.tensors[name].shape != (
-            shape := tuple(model.state_dict()[piece.parameter].shape)
-        ):
+        shape = tuple(model.state_dict()[piece.parameter].shape)
+        if piece.whole and piece.parameter not in replaced and checkpoint.tensors[name].shape != shape:
             raise UserError(
                 f"base model: {name} in {directory} has shape {checkpoint.tensors[name].shape}, but config.json gives "
                 f"{shape}: they do not belong to one model"

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..adapters.site import Site
 from ..errors import UserError
 from ..io.checkpoint_files import FLOATS, Stored, open_checkpoint
-from ..models.load import tied_groups
+from ..models.classifier import stored_head
+from ..models.config import ModelConfig
+from ..models.load import load_config, tied_groups
 from .names import Piece, locate
 from .source import architecture
 
@@ -23,7 +25,7 @@ class Weights:
     def __init__(self, directory: Path) -> None:
         stored = open_checkpoint(directory).tensors
         self.directory = directory
-        self.model = architecture(directory)
+        self.model = architecture(directory, stored_head(load_config(ModelConfig(name=str(directory)))))
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.pieces: dict[str, list[tuple[Piece, Stored]]] = {}
         for name, piece in locate(self.model, {name: tensor.shape for name, tensor in stored.items()}).items():

@@ -60,7 +60,6 @@ def export_peft(
         **of_head,
         "base_model_name_or_path": source.base,
         "fan_in_fan_out": any(site.transposed for site in source.sites),
-        "inference_mode": True,
         "target_modules": target_modules(source.model, source.sites),
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())

@@ -23,6 +23,8 @@ PROBLEMS: dict[Problem, str] = {
     "regression": "regression",
 }
 """The ``problem_type`` in the ``config.json`` of a classifier, by the problem in a recipe."""
+POOLS = "pools"
+"""Name of the module at the root of an adapted model that holds the tensors that its layers share."""
 POOLERS = ("pooler", "pooling_layer")
 """Names of modules of an encoder that only a classifier on top of it uses, and that are trained with the head."""
 
@@ -88,6 +90,18 @@ def head_of(architecture: PretrainedConfig) -> Head:
     return Head(() if problem == "regression" and len(labels) == 1 else labels, problem)
 
 
+def stored_head(architecture: PretrainedConfig) -> Head | None:
+    """Return the head of a checkpoint that is a classifier, or an encoder of which transformers has no causal language
+    model; None for any other."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    names = architecture.architectures or []
+    named = any(name.endswith("ForSequenceClassification") for name in names)
+    if can_classify(architecture) and (named or type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return head_of(architecture)
+    return None
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model is a sequence classifier of transformers."""
     from transformers import PreTrainedModel
@@ -102,7 +116,8 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         return {}
     prefix = f"{model.base_model_prefix}."
     poolers = tuple(f"{prefix}{name}." for name in POOLERS)
-    return {n: p for n, p in model.named_parameters() if not n.startswith(prefix) or n.startswith(poolers)}
+    other = (prefix, f"{POOLS}.")
+    return {n: p for n, p in model.named_parameters() if not n.startswith(other) or n.startswith(poolers)}
 
 
 HELD = "rasa_train_held"

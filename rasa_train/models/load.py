@@ -54,8 +54,8 @@ def _padding(architecture: PretrainedConfig, config: ModelConfig) -> int | None:
         return None
     tokenizer = load_tokenizer(config)
     ends = text.eos_token_id
-    found = [tokenizer and tokenizer.pad_token_id, ends[0] if isinstance(ends, list) else ends, 0]
-    return next(token for token in found if token is not None)
+    found = [getattr(tokenizer, "pad_token_id", None), ends[0] if isinstance(ends, list) else ends, 0]
+    return int(next(token for token in found if token is not None))
 
 
 def check_no_adapter(name: str) -> None:
@@ -141,7 +141,8 @@ def _opened(config: ModelConfig, head: Head | None, *, quiet: bool, **options: A
     if shown:
         transformers_logging.enable_progress_bar()
     transformers_logging.set_verbosity(verbosity)
-    new = set() if head is None else check_head(config.name, report, model, quiet="device_map" in options)
+    silent = "device_map" in options or process.rank() > 0
+    new = set() if head is None else check_head(config.name, report, model, quiet=silent)
     _check_report(config.name, report)
     return model, new
 

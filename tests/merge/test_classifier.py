@@ -19,6 +19,8 @@ from rasa_train.adapters.state import trainable
 from rasa_train.errors import UserError
 from rasa_train.merging import export_lora, export_peft, verify
 from rasa_train.merging import merge as merge_checkpoint
+from rasa_train.merging.merged import check_base
+from rasa_train.merging.parameters import Weights
 from rasa_train.models.classifier import head_parameters
 from rasa_train.models.config import ModelConfig
 from rasa_train.models.load import load_model
@@ -173,3 +175,12 @@ def test_a_damaged_task_is_refused(task: object, tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "task": task}))
     with pytest.raises(UserError, match=r"adapter_config\.json: task"):
         read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "roberta"])
+def test_a_base_is_checked_and_read_as_a_classifier(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind, labels=2)
+    model.save_pretrained(tmp_path)
+    check_base(tmp_path, HEAD)  # of another shape, which a merge replaces
+    weights = Weights(tmp_path)
+    assert all(torch.equal(weights.read(name), parameter) for name, parameter in model.named_parameters())
