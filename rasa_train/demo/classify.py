@@ -33,8 +33,8 @@ task: classification
 model: {{name: {base}, dtype: float32}}
 adapter: {adapter}
 data:
-  dataset: {data}/train.jsonl
-  validation: {{dataset: {data}/dev.jsonl}}
+  dataset: {train}
+  validation: {{dataset: {dev}}}
   num_workers: 1
 training:
   epochs: 4
@@ -134,16 +134,16 @@ def compare(output: Path, show: Callable[[str], None] = say) -> dict[str, Any]:
     results: dict[str, Any] = {"majority": max(positive, 1 - positive), "texts": HELD_OUT, "methods": {}}
     for name, (directory, adapter, lr) in METHODS.items():
         path, started = output / f"{directory}.yaml", time.perf_counter()
-        places = {"path": path, "base": output / "encoder", "data": output, "run": output / directory}
-        write_text(path, RECIPE.format(adapter=adapter, lr=lr, **places))
+        files = {"base": "encoder", "train": "train.jsonl", "dev": "dev.jsonl", "run": directory}
+        places = {key: json.dumps(str(output / file)) for key, file in files.items()}  # quoted, as YAML reads it too
+        write_text(path, RECIPE.format(path=path, adapter=adapter, lr=lr, **places))
         show(f"{name}: rasa-train run {path}")
         summary = launch(load_recipe(path).recipe, Workers(1)).summary
         assert summary is not None
         scores: Any = summary["evaluation"]
-        last = scores["last"] if isinstance(scores, dict) else scores.last
         results["methods"][name] = {
             "trainable_parameters": summary["trainable_parameters"],
-            "accuracy": last["value"] if isinstance(last, dict) else last.value,
+            "accuracy": scores["last"]["value"],
             "loss": summary["loss"],
             "seconds": round(time.perf_counter() - started, 1),
         }
