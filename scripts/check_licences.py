@@ -21,8 +21,8 @@ ALLOWED = {
 of its own files."""
 EXCEPTIONS = {
     "chardet": "LGPL, used unchanged, a dependency of the extra `eval` (lm-eval)",
-    "pycocoevalcap": "declares none; it brings METEOR (LGPL) and Stanford's tokenizer (GPL), run unchanged as processes of "
-    "their own; a dependency of the extra `nlg`",
+    "pycocoevalcap": "declares none; it brings METEOR (LGPL) and Stanford's tokenizer (GPL), run unchanged as "
+    "processes of their own; a dependency of the extra `nlg`",
     "nvidia-": "NVIDIA's own licence, with the CUDA builds of torch: use is allowed, changes are not",
     "cuda-": "as nvidia-",
 }

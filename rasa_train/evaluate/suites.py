@@ -164,8 +164,8 @@ def needs_harness() -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
-    names = ("rasa_train", "torch", "transformers", "lm_eval", "math-verify", "sympy", "vllm")
-    names += ("sacrebleu", "pycocoevalcap", "rouge-score")
+    models = ("rasa_train", "torch", "transformers", "lm_eval", "vllm")
+    names = (*models, "math-verify", "sympy", "sacrebleu", "pycocoevalcap", "rouge-score")
     return {name: version_of(name) or "unknown" for name in names if find_spec(name.replace("-", "_")) is not None}
 
 

@@ -77,8 +77,8 @@ def read_query(value: Any) -> Query:
         if not all(isinstance(part, list) for part in parts) or len({len(part or ()) for part in parts}) > 1:
             raise BadQuery("conds must have column_index, operator_index and condition, of the same length")
         conditions = [list(condition) for condition in zip(*map(list, filter(None, parts)), strict=True)]
-    numbers = (value.get("sel"), value.get("agg"))
-    if not all(type(number) is int for number in numbers) or not isinstance(conditions, list):
+    column, aggregation = value.get("sel"), value.get("agg")
+    if type(column) is not int or type(aggregation) is not int or not isinstance(conditions, list):
         raise BadQuery("sel and agg must be whole numbers, and conds a list")
     for condition in conditions:
         if (
@@ -88,7 +88,7 @@ def read_query(value: Any) -> Query:
             or not isinstance(condition[2], str | int | float)
         ):
             raise BadQuery("a condition must be [column, operator, value]")
-    return Query(*numbers, tuple((column, operator, text) for column, operator, text in conditions))
+    return Query(column, aggregation, tuple((place, operator, text) for place, operator, text in conditions))
 
 
 def read_table(value: Any) -> Table:
