@@ -167,14 +167,14 @@ def leading(update: Update, number: int) -> tuple[Tensor, Tensor, Tensor]:
 def _phi(V: Tensor, W: Tensor) -> Tensor:
     """Return phi for all numbers of the orthonormal columns of V (d, i) and W (d, j): (i, j)."""
     i, j = (torch.arange(1, n + 1) for n in (V.shape[1], W.shape[1]))
-    overlap: Tensor = (V.mT @ W).square().cumsum(0).cumsum(1)
-    return overlap / torch.minimum(i[:, None], j[None])
+    return (V.mT @ W).square().cumsum(0).cumsum(1) / torch.minimum(i[:, None], j[None])
 
 
 def _random(size: int, number: int, seed: int) -> Tensor:
     """Return random orthonormal columns (size, number), fp64."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(size, number, generator=generator, dtype=torch.float64))[0]
+    columns: Tensor = torch.linalg.qr(torch.randn(size, number, generator=generator, dtype=torch.float64))[0]
+    return columns
 
 
 def _sizes(most: int) -> list[int]:
