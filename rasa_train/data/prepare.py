@@ -14,6 +14,7 @@ from .. import process
 from ..errors import UserError, some
 from ..io.bounded import weight
 from ..models.task import Head, TaskConfig
+from .built_in import GLUE
 from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
 from .chat import DATE
 from .columns import Columns, Row, find_columns
@@ -21,7 +22,6 @@ from .config import DataConfig, ValidationConfig
 from .encode import Encoded, Encoder, plain_backend
 from .encode_pool import CHUNK, Chunk, encode_all
 from .encode_texts import TextEncoder, longest
-from .glue import GLUE
 from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
 from .texts import TextColumns, find_text_columns, found_labels, single_class
 

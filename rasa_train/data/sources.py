@@ -17,20 +17,9 @@ from typing import Any, Protocol
 
 from ..errors import UserError, first_line, some
 from ..io.json_file import field, read_object
+from .built_in import BUILT_IN, GLUE, HUB, REVISIONS
 from .columns import Row
-from .glue import GLUE, HUB
 from .row_files import columnar_rows, file_rows
-
-BUILT_IN = {
-    "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
-    "magicoder": ("ise-uiuc/Magicoder-Evol-Instruct-110K", {"query": "instruction", "response": "response"}),
-    "e2e": ("tuetschek/e2e_nlg", {"query": "meaning_representation", "response": "human_reference"}),
-    "samsum": ("knkarthick/samsum", {"query": "dialogue", "response": "summary"}),
-}
-"""Name -> (hub id, columns). The paper's two training sets (Appendix C), and two of LoRA's. ``demo`` is built in as
-well."""
-REVISIONS = {"e2e": "refs/convert/parquet"}
-"""Revision of a built-in set whose main branch has a script for rows, which datasets no longer runs."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _SPLITS = {

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..adapters.inject import adapt
 from ..adapters.saved import CONFIG, load_tensors, read_adapter, tokenizer_files
+from ..data.built_in import CLASSIFIED, GLUE
 from ..data.cache import TokenDataset
 from ..data.config import DataConfig
-from ..data.glue import CLASSIFIED, GLUE
 from ..data.prepare import prepare_texts
 from ..data.sources import HELD_OUT, splits_of
 from ..errors import UserError

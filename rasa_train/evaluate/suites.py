@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..data.glue import CLASSIFIED
+from ..data.built_in import CLASSIFIED
 from ..errors import UserError
 from ..process import version_of
 from .problems import Row

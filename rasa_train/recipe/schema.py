@@ -9,9 +9,8 @@ from pydantic.fields import FieldInfo
 
 from ..adapters.contract import Method
 from ..adapters.registry import METHODS
+from ..data.built_in import BUILT_IN, CLASSIFIED, GLUE
 from ..data.config import DataConfig
-from ..data.glue import CLASSIFIED, GLUE
-from ..data.sources import BUILT_IN
 from ..distributed.config import DistributedConfig
 from ..errors import UserError
 from ..io.home import expanded

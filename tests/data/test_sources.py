@@ -11,8 +11,9 @@ import pytest
 from tiny_data import rows_of, write_lines
 
 from rasa_train.data import row_files, sources
+from rasa_train.data.built_in import BUILT_IN
 from rasa_train.data.columns import find_columns
-from rasa_train.data.sources import BUILT_IN, find_source
+from rasa_train.data.sources import find_source
 from rasa_train.errors import UserError
 
 ROWS = rows_of(5)

@@ -13,8 +13,8 @@ from tiny_data import write_lines
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rasa_train.data.built_in import GLUE
 from rasa_train.data.config import DataConfig, ValidationConfig
-from rasa_train.data.glue import GLUE
 from rasa_train.data.prepare import PreparedData, prepare, prepare_texts
 from rasa_train.errors import UserError
 from rasa_train.models.task import Head, TaskConfig

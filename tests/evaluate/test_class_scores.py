@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rasa_train.data.glue import GLUE
+from rasa_train.data.built_in import GLUE
 from rasa_train.errors import UserError
 from rasa_train.evaluate.class_scores import scores
 from rasa_train.evaluate.classify import check_suites, configs

@@ -1,4 +1,5 @@
-"""The sets of GLUE by name (Wang et al., 2019): columns, labels and splits as on the hub, in ``nyu-mll/glue``."""
+"""The sets that a recipe names without a path: the hub id, columns, labels and splits of each. Those of GLUE (Wang et
+al., 2019) are as on the hub, in ``nyu-mll/glue``."""
 
 from __future__ import annotations
 
@@ -6,8 +7,19 @@ from typing import NamedTuple
 
 from ..models.task import Head
 
+BUILT_IN = {
+    "metamathqa": ("meta-math/MetaMathQA", {"query": "query", "response": "response"}),
+    "magicoder": ("ise-uiuc/Magicoder-Evol-Instruct-110K", {"query": "instruction", "response": "response"}),
+    "e2e": ("tuetschek/e2e_nlg", {"query": "meaning_representation", "response": "human_reference"}),
+    "samsum": ("knkarthick/samsum", {"query": "dialogue", "response": "summary"}),
+}
+"""Name -> (hub id, columns). The paper's two training sets (Appendix C), and two of LoRA's. ``demo`` is built in as
+well."""
+REVISIONS = {"e2e": "refs/convert/parquet"}
+"""Revision of a built-in set whose main branch has a script for rows, which datasets no longer runs."""
+
 HUB = "nyu-mll/glue"
-"""Hub id of all sets; the name of a set is its subset."""
+"""Hub id of the sets of GLUE; the name of a set is its subset."""
 
 
 class Glue(NamedTuple):
