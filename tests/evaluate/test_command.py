@@ -262,7 +262,10 @@ def test_a_run_its_checkpoints_and_training_evaluate(cli: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{demo}", "--suite", "maths"), "--suite must name suites out of math, gsm8k, code, forgetting"),
+        (
+            ("{demo}", "--suite", "maths"),
+            "--suite must name suites out of math, gsm8k, code, e2e, samsum, wikisql, forgetting",
+        ),
         (("{demo}", "--suite", "math"), "--data PATH, a file or a directory"),
         (("{demo}", "--suite", "forgetting"), "give a directory with hellaswag.jsonl"),
         (("{demo}", "--suite", "math", "--data", "nowhere"), "--data: nowhere does not exist"),
