@@ -100,7 +100,7 @@ def against_base(grids: Mapping[str, Tensor], sizes: Sequence[int], title: str) 
             grid.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
             origin="lower", extent=(sizes[0] - 0.5, sizes[-1] + 0.5, 0.5, grid.shape[0] + 0.5),
         )  # fmt: skip
-        panel.set_title(name, fontsize=9)
+        panel.set_title(name.replace(",", "\n"), fontsize=8)  # a run of a sweep has a long name
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     figure.colorbar(image, ax=panels[-1])
