@@ -247,7 +247,8 @@ def _write_factors(
     progress: Progress | None,
 ) -> tuple[int, float]:
     """Write the factors of all targets. Returns the size of the file, and the relative error of the truncation."""
-    entries, sides = [], {}
+    entries: list[tuple[str, str, tuple[int, ...], int]] = []
+    sides = {}
     for target in targets:
         for side, shape in zip("AB", _shapes(source, target, ranks[target.name]), strict=True):
             name = f"{target.prefix}.lora_{side}.weight"
