@@ -122,6 +122,7 @@ def reference_losses(bert: Path, file: Path) -> float:
     return total / len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "label", "metric"),
     [
