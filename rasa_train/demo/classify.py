@@ -2,7 +2,8 @@
 
 The reviews are generated: dishes of a restaurant and what somebody says of them. The last word of judgement decides
 the label, turned round by ``not`` and ``never``, so that single words do not tell it. The encoder is a BERT that is
-pretrained on other reviews by guessing words that are left out. Seeds determine all of it, and nothing is downloaded.
+pretrained on other reviews, which go on with what the guest felt, by guessing words that are left out. Seeds determine
+all of it, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from ..errors import say
 from ..io.atomic import write_text
 
 METHODS = {
-    "full fine-tuning": ("full", "{method: full}", 1e-3),
+    "full fine-tuning": ("full", "{method: full}", 2e-3),
     "BitFit": ("bitfit", "{method: bitfit}", 1e-2),
-    "LoRA": ("lora", "{method: lora, r: 4, alpha: 8}", 1e-2),
-    "RaSA": ("rasa", "{method: rasa, r: 4, k: 1, alpha: 8}", 1e-2),
+    "LoRA": ("lora", "{method: lora, r: 4, alpha: 8}", 5e-3),
+    "RaSA": ("rasa", "{method: rasa, r: 4, k: 1, alpha: 8}", 5e-3),
 }
 """The name of each method, the directory of its run, its section ``adapter:`` and its learning rate."""
 TRAIN, HELD_OUT, PRETRAIN = 1200, 400, 4000
-STEPS, BATCH = 300, 64
+STEPS, BATCH = 500, 64
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITHOUT_NOISE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1}
 RECIPE = """\
 # One run of `rasa-train demo_classify`; `rasa-train run {path}` repeats it.
 task: classification
@@ -48,6 +50,7 @@ output_dir: {run}
 _DISHES = ["soup", "bread", "fish", "rice", "salad", "cake", "tea", "coffee", "pasta", "pie"]
 _GOOD = ["good", "great", "fresh", "tasty", "lovely", "perfect"]
 _BAD = ["bad", "stale", "cold", "bland", "awful", "sour"]
+_FELT = {"positive": ["happy", "glad", "pleased"], "negative": ["sad", "angry", "upset"]}
 _TIMES = ["today", "yesterday", "again", "as always", "this time", ""]
 
 
@@ -64,7 +67,7 @@ def reviews(seed: int, count: int, others: Sequence[Mapping[str, str]] = ()) -> 
 def _review(rng: random.Random) -> dict[str, str]:
     parts, positive = [], True
     for _ in range(rng.choice((1, 2, 2))):
-        good, turned = rng.random() < 0.55, rng.random() < 0.35
+        good, turned = rng.random() < 0.55, rng.random() < 0.25
         word = rng.choice(_GOOD if good else _BAD)
         parts.append(f"the {rng.choice(_DISHES)} was {rng.choice(('not', 'never')) + ' ' if turned else ''}{word}")
         positive = good != turned
@@ -80,7 +83,8 @@ def make_encoder(directory: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    texts = [row["text"] for row in reviews(1, PRETRAIN)]
+    rng = random.Random(1)
+    texts = [f"{row['text']} so i was {rng.choice(_FELT[row['label']])}" for row in reviews(1, PRETRAIN)]
     words = sorted({word for text in texts for word in text.split()})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
@@ -97,12 +101,16 @@ def make_encoder(directory: Path) -> None:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **SIZES))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        model = BertForMaskedLM(
+            BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **SIZES, **WITHOUT_NOISE)
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        felt = torch.tensor([vocabulary[word] for words in _FELT.values() for word in words])
         for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / STEPS)
+            optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / STEPS)
             chosen = torch.randint(len(ids), (BATCH,))
             left_out = (torch.rand(BATCH, ids.shape[1]) < 0.2) & (ids[chosen] > 4)
+            left_out |= torch.isin(ids[chosen], felt) & (torch.rand(BATCH, 1) < 0.7)
             labels = ids[chosen].masked_fill(~left_out, -100)
             inputs = ids[chosen].masked_fill(left_out, vocabulary["[MASK]"])
             loss = model(input_ids=inputs, attention_mask=mask[chosen], labels=labels).loss

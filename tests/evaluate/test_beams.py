@@ -153,16 +153,20 @@ def test_suites_of_text(cli: Any, tmp_path: Path, e2e: Path, monkeypatch: pytest
 
 def test_a_classifier_does_not_write(cli: Any, e2e: Path, tmp_path: Path) -> None:
     """Neither a model of transformers nor an adapter with a head."""
-    for name, facts in (
-        ("config.json", {"architectures": ["RobertaForSequenceClassification"]}),
-        ("adapter_config.json", {"task": {"name": "classification", "labels": ["a", "b"]}}),
+    for name, facts, message in (
+        ("config.json", {"architectures": ["RobertaForSequenceClassification"]}, "classifies texts, and this suite"),
+        (
+            "adapter_config.json",
+            {"task": {"name": "classification", "labels": ["a", "b"]}},
+            "--suite e2e does not fit a classifier, which writes no text",
+        ),
     ):
         path = tmp_path / name.partition(".")[0]
         path.mkdir()
         (path / name).write_text(json.dumps(facts))
         (path / "adapter_model.safetensors").write_bytes(b"")
         done = cli("eval", path, "--suite", "e2e", "--data", e2e)
-        assert done.returncode == 2 and "classifies texts, and this suite needs a model that writes" in done.stderr
+        assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.parametrize(
