@@ -140,6 +140,8 @@ def _merge(below: Layer, above: Layer) -> None:
             allowed = _fields_of(section, new[tag])
             for name in [n for n in old if n not in allowed]:
                 del old[name]
+    if isinstance(below.values.get("task"), str) and isinstance(above.values.get("task"), dict):
+        below.values["task"] = {"name": below.values["task"]}
     _merge_values(below.values, above.values)
     below.locations.update(above.locations)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..adapters.inserted import Inserted
 from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
 from ..data.prepare import Stats
@@ -186,7 +187,7 @@ class Proof:
         # After one step nothing is known of methods whose first gradient reaches no tensor of a linear's own.
         if dead and (self._steps > 1 or (self._reached and self.model.adapters)):
             self.say(
-                f"no gradient reaches {len(dead)} of {len(units)} adapted linears: {some(dead)}. They stay as they "
+                f"no gradient reaches {len(dead)} of {len(units)} {self._kind}: {some(dead)}. They stay as they "
                 f"are; leave them out with adapter.exclude: [{', '.join(self._names(dead))}]"
             )
         self.say(f"proof: {'; '.join(self._facts(len(units) - len(dead), len(units)))}")
@@ -198,7 +199,7 @@ class Proof:
         return sorted({path if kinds.get(path, path) in alive else kinds.get(path, path) for path in dead})
 
     def _facts(self, reached: int, units: int) -> Iterable[str]:
-        yield f"{reached} of {units} adapted linears have a gradient and have moved"
+        yield f"{reached} of {units} {self._kind} have a gradient and have moved"
         model, guess = self.model, math.log(self.model.vocabulary)
         if not model.objective.causal:
             yield f"the first loss is {self._first_loss:.2f}"
@@ -223,16 +224,23 @@ class Proof:
         if self.stats.truncated:
             yield f"{self.stats.truncated / self.stats.rows:.1%} of the rows were cut at data.max_length"
 
+    @property
+    def _kind(self) -> str:
+        return "adapted linears" if self.model.adapters else "trained modules"
+
     def _units(self) -> Mapping[str, list[str]]:
-        """Return the names of the trained tensors of each adapted linear, or of each module of the base that is
-        trained."""
+        """Return the names of the trained tensors of each adapted linear; without adapted linears, of each module that
+        was put into the base, or is trained in it."""
         if self.model.adapters:
             named = {path: dict(adapter.named_parameters()) for path, adapter in self.model.adapters.items()}
             own = {path: [f"{path}.{name}" for name, p in found.items()] for path, found in named.items()}
             return {path: names for path, names in own.items() if any(name in self.model.parameters for name in names)}
+        modules = self.model.module.named_modules()  # names of tensors leave the last part of an inserted module out
+        inserted = [path.rpartition(".")[0] for path, module in modules if isinstance(module, Inserted)]
         units: dict[str, list[str]] = {}
         for name in self.model.parameters:
-            units.setdefault(name.rpartition(".")[0], []).append(name)
+            around = next((path for path in inserted if name.startswith(f"{path}.")), name.rpartition(".")[0])
+            units.setdefault(around, []).append(name)
         return units
 
     @torch.no_grad()

@@ -111,6 +111,12 @@ def test_an_error_names_all_that_a_key_takes(recipe: Path, override: str, messag
     assert error_of(recipe, override).splitlines()[-2:] == [message, f"  at command line: {override}"]
 
 
+def test_the_short_form_of_task_takes_further_keys(recipe: Path) -> None:
+    recipe.write_text(f"task: classification\n{GOOD}".replace("metamathqa", "rows.jsonl"))
+    task = load_recipe(str(recipe), ["task.labels=[a, b]"]).recipe.task
+    assert (task.name, task.labels) == ("classification", ["a", "b"])
+
+
 def test_all_errors_at_once(recipe: Path) -> None:
     message = error_of(recipe, "adapter.k=9", "seed=-1", "training.batch_size=0")
     assert all(word in message for word in ("adapter.k", "seed", "training.batch_size"))
