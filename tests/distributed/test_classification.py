@@ -19,9 +19,14 @@ NAMED = {
     "bitfit": {"method": "bitfit"},
     "full": {"method": "full", "layers": [-1]},
 }
-FEW = {"roberta": {"rasa": ["ddp", "fsdp"]}}
+FEW = {"roberta": {"rasa": ["fsdp"]}}
 MANY = {
-    "roberta": {"rasa": ["zero3"], "lora": ["zero1", "zero3"], "bitfit": ["zero3", "fsdp"], "full": ["zero3", "fsdp"]},
+    "roberta": {
+        "rasa": ["ddp", "zero3"],
+        "lora": ["zero1", "zero3"],
+        "bitfit": ["zero3", "fsdp"],
+        "full": ["zero3", "fsdp"],
+    },
     "deberta-v2": {"rasa": ["ddp", "zero3", "fsdp"]},
     "llama": {"rasa": ["ddp", "zero3", "fsdp"]},
 }
