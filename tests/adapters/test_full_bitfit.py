@@ -142,7 +142,7 @@ def test_bitfit_without_added_biases() -> None:
 
 def test_no_bias_for_fused_experts() -> None:
     experts = Site("layers.0.experts", "experts", 0, 4, 4, "layers.0.experts.up", num_experts=2)
-    with pytest.raises(UserError, match=r"adapter\.targets: layers\.0\.experts is a fused expert"):
+    with pytest.raises(UserError, match=r"adapter\.targets: layers\.0\.experts is held in a fused weight"):
         BitFit().build([experts])
     assert not BitFit(add_bias=False).build([experts]).adapters
 
