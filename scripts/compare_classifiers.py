@@ -23,10 +23,10 @@ from rasa_train.recipe.load import load_recipe
 
 SETS = {"sst2": "accuracy", "cola": "matthews", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson"}
 METHODS = {
-    "FT": ("{method: full}", 3e-4),
+    "FT": ("{method: full}", 1e-4),
     "BitFit": ("{method: bitfit, add_bias: false}", 3e-3),
-    "LoRA": ("{method: lora, r: 8, alpha: 16, targets: [wq, wv]}", 3e-3),
-    "RaSA": ("{method: rasa, r: 8, k: 1, alpha: 16, targets: [wq, wv]}", 3e-3),
+    "LoRA": ("{method: lora, r: 8, alpha: 16, targets: [wq, wv]}", 2e-3),
+    "RaSA": ("{method: rasa, r: 8, k: 1, alpha: 16, targets: [wq, wv]}", 2e-3),
     "Adapter-H": ("{method: bottleneck, kind: houlsby, size: 16}", 1e-3),
 }
 """The section ``adapter:`` and the learning rate of each method."""
@@ -43,7 +43,7 @@ training:
   batch_size: 16
   optimizer: {{name: adamw, lr: {lr}, weight_decay: 0.01}}
   schedule: {{name: linear, warmup_ratio: 0.06}}
-  evaluate: {{suite: glue/{name}, data: {validation}}}
+  evaluate: {{suite: glue/{name}, data: {validation}, every: 100000}}
   checkpoint_every: 100000
 output_dir: {run}
 seed: {seed}

@@ -44,7 +44,7 @@ class Command:
     output: str | None = None
     """The file after ``>``."""
     first: bool = True
-    """Of its line."""
+    """Whether the command is the first of its line."""
 
 
 def name_of(page: Path) -> str:

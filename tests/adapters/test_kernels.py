@@ -50,7 +50,7 @@ def tiny(kind: str, dtype: torch.dtype, method: str, **fields: Any) -> nn.Module
 
 
 def losses(model: nn.Module) -> list[float]:
-    """Of two micro-batches with dropout; their gradients add up."""
+    """Gradients of two micro-batches with dropout add up."""
     result = []
     for seed in (1, 2):
         torch.manual_seed(seed)

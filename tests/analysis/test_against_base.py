@@ -82,7 +82,7 @@ def test_random_updates_are_the_baseline(W: torch.Tensor) -> None:
 
 
 def test_truncated_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large matrix, whose values fall off as those of trained weights do, or not at all."""
+    """A large matrix whose values fall off as those of trained weights do, or not at all."""
     monkeypatch.setattr(module, "EXACT", 64)
     W = torch.randn(600, 700, generator=torch.Generator().manual_seed(3))
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -47,7 +47,7 @@ def content(dataset: TokenDataset) -> list[tuple[list[int], list[int]]]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports what this one can."""
+    """Return the environment of a process that imports what this one can."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 

@@ -168,7 +168,7 @@ def perturb(answer: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not MATH.exists(), reason="no MATH here")
 def test_reference_solutions_and_perturbed_ones_and_lm_eval() -> None:
-    """Of every 10th problem: gold against itself, against the next number, and beside lm-eval's own verdicts."""
+    """Every 10th problem: gold against itself, against the next number, and beside lm-eval's own verdicts."""
     from lm_eval.tasks.minerva_math.utils import is_equiv, normalize_final_answer
 
     solutions = [json.loads(line)["solution"] for line in MATH.read_text().splitlines()][::10]

@@ -177,7 +177,7 @@ def kill_somewhere(
 
 
 def check_kept(run: Path, every: int) -> None:
-    """Of a run that was killed: every checkpoint is whole, and no more is lost than ``every`` steps."""
+    """Check a run that was killed: every checkpoint is whole, and no more is lost than ``every`` steps."""
     saved = sorted((run / "checkpoints").glob("step-*"))
     assert [damage(path) for path in saved] == [None] * len(saved)
     whole = [line for line in _lines(run) if line.endswith("}")]

@@ -20,7 +20,7 @@ KEYS = (
     "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
 )  # fmt: skip
-"""Of config.json: what the converter reads of a Llama."""
+"""Keys of config.json: what the converter reads of a Llama."""
 
 
 @pytest.mark.parametrize("shards", ["1GB", "300KB"])
