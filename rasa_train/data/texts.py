@@ -239,8 +239,9 @@ def _missing(row: Row, what: str, where: str) -> UserError:
 
 
 def _wrong(where: str, value: object, what: str) -> UserError:
+    shown = kind_of(value).partition(" ")[2] or "null"
     return UserError(
-        f"{where}: the label {kind_of(value).partition(' ')[2] or 'null'} {what}; correct or remove this row, or correct task.labels",
+        f"{where}: the label {shown} {what}; correct or remove this row, or correct task.labels",
         key="data.dataset",
     )
 
