@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters.inject import adapt
-from ..adapters.saved import CONFIG, load_tensors, read_adapter, tokenizer_files
+from ..adapters.saved import CONFIG, read_adapter, tokenizer_files
 from ..data.built_in import CLASSIFIED, GLUE
 from ..data.cache import TokenDataset
 from ..data.config import DataConfig
@@ -32,7 +31,7 @@ from ..models.task import Head
 from ..objectives.classification import Classification
 from . import results
 from .class_scores import scores
-from .load import Plan, Subject
+from .load import Plan, Subject, put_in
 from .results import Result
 from .run import Options
 from .suites import HEADLINE, SUITES, versions
@@ -174,8 +173,7 @@ class _Lazy:
         model: nn.Module = load_model(self._config, self.head)
         if self._saved is not None:
             with torch.random.fork_rng(devices=[]):  # the values that are drawn are replaced
-                model, _ = adapt(model, self._saved.method)
-            load_tensors(model, self._saved.tensors, origin=str(self._saved.directory))
+                model = put_in(model, self._saved)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @cached_property

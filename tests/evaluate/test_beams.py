@@ -13,11 +13,8 @@ import torch
 from rasa_train.errors import Stopped, UserError
 from rasa_train.evaluate.beams import NoRepeatInResponse, search
 from rasa_train.evaluate.generate import Generation, SampleFile, generate
-from rasa_train.evaluate.load import wrap
 from rasa_train.evaluate.nlg_sets import load
 from rasa_train.evaluate.suites import load_suite
-from rasa_train.models.config import ModelConfig
-from rasa_train.models.load import load_model, load_tokenizer
 from tests.evaluate.test_command import AlwaysStop
 
 pytest.importorskip("lm_eval")
@@ -98,17 +95,6 @@ def test_published_forms_of_e2e(e2e: Path, tmp_path: Path) -> None:
     lines.rename(tmp_path / "x.csv").write_text("mr,text\na,b\n")
     with pytest.raises(UserError, match=r"x.csv:2: the reference must be text in `ref` or .*; the row has mr, text"):
         load("e2e", str(tmp_path / "x.csv"))
-
-
-@pytest.fixture(scope="module")
-def lm() -> Any:
-    config = ModelConfig(name="demo", dtype="float32")
-    model = load_model(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return wrap(model, load_tokenizer(config))
 
 
 def test_responses_of_the_suite(lm: Any, e2e: Path, tmp_path: Path) -> None:

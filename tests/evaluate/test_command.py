@@ -35,18 +35,6 @@ def suite() -> Suite:
     return made
 
 
-@pytest.fixture(scope="module")
-def lm() -> Any:
-    """The demo model with noise on its weights: untrained for the task it would say nothing."""
-    config = ModelConfig(name="demo", dtype="float32")
-    model = load_model(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return wrap(model, load_tokenizer(config))
-
-
 class AlwaysStop(StopSignal):
     """Asked for after some responses."""
 
