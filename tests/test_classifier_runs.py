@@ -161,7 +161,7 @@ def test_other_problems_are_learnt(problem: str, label: Any, metric: str, cli: C
         (["task=causal_lm"], "training.evaluate", "is for classifiers; set task: classification, or use one of math"),
         (["task={name: classification, labels: [a]}"], "task", "nothing to learn with a single label"),
         (["task={name: classification, labels: [a, a]}"], "task", "names 'a' twice"),
-        (["task={labels: [a, b]}"], "task", "add `name: classification`"),
+        (["task={name: causal_lm, labels: [a, b]}"], "task", "add `name: classification`"),
     ],
 )
 def test_keys_without_a_meaning_are_refused(
