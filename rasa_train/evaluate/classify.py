@@ -34,7 +34,7 @@ from .class_scores import scores
 from .load import Plan, Subject, put_in
 from .results import Result
 from .run import Options
-from .suites import HEADLINE, SUITES, versions
+from .suites import HEADLINE, SUITES
 
 OWN = "classification"
 """Suite of any file of texts and labels."""
@@ -125,22 +125,9 @@ class ClassifierEvaluation:
             metrics |= {f"{key}{end}": value for key, value in found.items()}
             rows += verdicts(head, answers, logits, len(rows))
         first = HEADLINE["regression" if (name, head.problem) == (OWN, "regression") else name]
-        result = {
-            "suite": name,
-            "checkpoint": subject.name,
-            "step": subject.step,
-            "epoch": subject.epoch,
-            "headline": first if first in metrics else None,
-            "metrics": metrics,
-            "not_measured": {},
-            "questions": len(rows),
-            "limit": options.limit,
-            "seconds": round(time.perf_counter() - started, 1),
-            "tokens_per_second": None,
-            **depends_on,
-            "versions": versions(),
-            "rows": rows,
-        }
+        seconds = round(time.perf_counter() - started, 1)
+        measured = {"metrics": metrics, "questions": len(rows), "seconds": seconds, **depends_on, "rows": rows}
+        result = results.result_of(subject, name, first, options.limit, measured)
         results.write_result(subject.results, result)
         return result
 

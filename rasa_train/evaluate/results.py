@@ -21,6 +21,8 @@ from typing import Any
 from ..errors import UserError
 from ..io.atomic import write_json
 from ..io.json_file import field, read_object
+from .load import Subject
+from .suites import versions
 
 Result = dict[str, Any]
 
@@ -44,6 +46,27 @@ def writable(results: Path) -> Iterator[None]:
             raise
         said = error.strerror or str(error)
         raise UserError(f"{results} cannot be written: {said}. Give another directory with --output") from None
+
+
+def result_of(subject: Subject, suite: str, headline: str, limit: int | None, measured: Result) -> Result:
+    """Return a result of ``subject``.
+
+    Args:
+        headline: name of the main metric, if it was measured.
+        measured: ``metrics``, ``questions``, ``rows``, ``protocol``, ``model``, ``seconds`` and what else was found.
+    """
+    return {
+        "suite": suite,
+        "checkpoint": subject.name,
+        "step": subject.step,
+        "epoch": subject.epoch,
+        "headline": headline if headline in measured["metrics"] else None,
+        "not_measured": {},
+        "limit": limit,
+        "tokens_per_second": None,
+        **measured,
+        "versions": versions(),
+    }
 
 
 def write_result(results: Path, result: Result) -> None:

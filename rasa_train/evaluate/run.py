@@ -23,7 +23,7 @@ from .problems import code_candidate, program
 from .results import Result
 from .sandbox import Sandbox
 from .score import code_metrics, code_not_measured, math_metrics, score_code, score_math
-from .suites import HEADLINE, Suite, load_suite, versions
+from .suites import HEADLINE, Suite, load_suite
 
 
 @dataclass(frozen=True)
@@ -132,22 +132,16 @@ class Evaluation:
                 self.say(f"{path}: {samples.damaged} damaged lines are left out; these questions are answered again")
             rows, metrics, speed, missing = self.answer(lambda: model.lm, self.suites[name], samples)
             questions = len(self.suites[name].questions[: options.limit])
-        result = {
-            "suite": name,
-            "checkpoint": subject.name,
-            "step": subject.step,
-            "epoch": subject.epoch,
-            "headline": next((m for m in (HEADLINE[name],) if m in metrics), None),
+        measured = {
             "metrics": metrics,
             "not_measured": missing,
             "questions": questions,
-            "limit": options.limit,
             "seconds": round(time.perf_counter() - started, 1),
             "tokens_per_second": speed,
             **depends_on,
-            "versions": versions(),
             "rows": rows,
         }
+        result = results.result_of(subject, name, HEADLINE[name], options.limit, measured)
         results.write_result(subject.results, result)
         return result
 
