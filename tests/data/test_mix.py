@@ -211,6 +211,15 @@ def test_texts_to_classify(files: Path, bpe: PreTrainedTokenizerFast) -> None:
     assert list(data.examples_by_dataset.values()) == [3, 6]
     texts = prepare_texts(DataConfig(mix=sets), bpe, data.head)
     assert np.array_equal(texts.answers, data.train.answers)
+    with pytest.raises(
+        UserError, match=r"data\.mix: all rows have the label 'pos' in the 12 training rows of one\.jsonl #1"
+    ) as error:
+        mixed(
+            *[{"dataset": "one.jsonl"}] * 2,
+            tokenizer=bpe,
+            task=TaskConfig(name="classification", labels=["neg", "pos"]),
+        )
+    assert error.value.key == "data.mix"
     with pytest.raises(UserError, match=r"glue/sst2 and glue/mnli have other labels"):
         mixed({"dataset": "glue/sst2"}, {"dataset": "glue/mnli"}, task=TaskConfig(name="classification"))
 
