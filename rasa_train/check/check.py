@@ -282,6 +282,8 @@ def _lines(facts: Estimate) -> Sequence[tuple[str, str]]:
         ("examples", number(facts.examples)),
         ("dropped", number(facts.dropped_examples)),
         ("truncated", number(facts.truncated_examples)),
+        *([] if facts.contaminated_rows is None else [("contaminated", f"{facts.contaminated_rows:,} rows")]),
+        *([] if facts.duplicates is None else [("duplicates", number(facts.duplicates))]),
         ("tokens", number(facts.tokens)),
         ("supervised", number(facts.supervised_tokens)),
         ("steps", number(facts.optimizer_steps)),

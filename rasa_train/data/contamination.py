@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ..errors import UserError, shown
+from ..errors import UserError
 from .config import DecontaminateConfig
 from .encode import Encoded, Encoder, EncoderRow
 from .encode_texts import TextEncoder
@@ -16,7 +17,8 @@ from .evaluation_sets import evaluation_sets, fingerprint, texts_of
 from .sources import Source
 from .word_runs import Text, WordRuns
 
-_MOST_SHOWN = 5  # rows that are told
+MOST_TOLD = 5
+"""Rows that are told, of those that were found."""
 _LONGEST_SHOWN = 100  # characters of the words that are shared
 _NO_TEXT = {"role", "type", "trained", "weight", "train", "id"}
 
@@ -32,41 +34,24 @@ class Found(NamedTuple):
     """The longest run of words that the two share."""
 
     def __str__(self) -> str:
-        cut = self.words if len(self.words) <= _LONGEST_SHOWN else f"{self.words[:_LONGEST_SHOWN].rsplit(' ', 1)[0]} ..."
+        cut = textwrap.shorten(self.words, _LONGEST_SHOWN, placeholder=" ...")
         return f'{self.where} has the words "{cut}" of {self.sets[0]} ({self.origin})'
 
 
-@dataclass(frozen=True)
-class Contamination:
-    """The rows that have texts of evaluation sets.
+def notes(by_set: Mapping[str, int], rows: int, places: Sequence[str], config: DecontaminateConfig) -> list[str]:
+    """Return what the user should know about the rows that were found, one line each.
 
-    ``rows`` counts them, ``by_set`` counts them for each set; a row may have texts of several. ``removed``: whether
-    they were left out. ``places`` tells the first few.
+    Args:
+        by_set: the number of rows that have texts of each evaluation set.
+        rows: the number of rows that have texts of any.
+        places: the first of them, one line each.
     """
-
-    rows: int
-    by_set: dict[str, int]
-    removed: bool
-    places: list[str]
-
-    def add(self, found: Sequence[Found]) -> Contamination:
-        """Return the counts with more rows."""
-        counts = {name: count + sum(name in row.sets for row in found) for name, count in self.by_set.items()}
-        places = [*self.places, *map(str, found[: _MOST_SHOWN - len(self.places)])]
-        return replace(self, rows=self.rows + len(found), by_set=counts, places=places)
-
-    def notes(self) -> list[str]:
-        """Return what the user should know, one line each."""
-        by_set = ", ".join(f"{name} {count:,}" for name, count in self.by_set.items())
-        if not self.rows:
-            return [f"no training row has a question of {', '.join(self.by_set)}"]
-        done = "left out" if self.removed else "kept, because data.decontaminate.action is report"
-        more = self.rows - len(self.places)
-        return [
-            f"{self.rows:,} training rows have questions of evaluation sets and are {done}: {by_set}",
-            *map(shown, self.places),
-            *([f"... and {more:,} more"] if more else []),
-        ]
+    if not rows:
+        return [f"no training row has a question of {', '.join(by_set)} (data.decontaminate)"]
+    done = "left out" if config.action == "remove" else "kept, since data.decontaminate.action is report"
+    counts = ", ".join(f"{name} {count:,}" for name, count in by_set.items())
+    more = [f"... and {rows - len(places):,} more rows with questions of evaluation sets"] if rows > len(places) else []
+    return [f"{rows:,} training rows have questions of evaluation sets and are {done}: {counts}", *places, *more]
 
 
 @dataclass(frozen=True)
@@ -101,9 +86,6 @@ class Screen:
                     labels.append((name, where))
                 texts.append(Text(text, len(labels) - 1, whole))
         return Screened(encoder, WordRuns.of(texts, self.config.share), labels, self.config.action == "remove")
-
-    def nothing_found(self) -> Contamination:
-        return Contamination(0, dict.fromkeys(self._sources, 0), self.config.action == "remove", [])
 
 
 _RULE = 1
@@ -185,4 +167,3 @@ def _strings(value: object) -> Iterator[str]:
         else:
             for inner in value:
                 yield from _strings(inner)
-

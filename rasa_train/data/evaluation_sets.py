@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -101,17 +102,14 @@ class _Demo:
         return str(list(self.rows()))
 
 
-class _about_this_key:  # noqa: N801
-    """A context in which errors about ``data.dataset`` become errors about ``data.decontaminate``."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            message = str(error).replace("data.dataset", _KEY)
-            message = message if _KEY in message else f"{_KEY}: {message}"
-            raise type(error)(message, key=_KEY) from error
+@contextlib.contextmanager
+def _about_this_key() -> Iterator[None]:
+    """A context in which errors about ``data.dataset`` are errors about ``data.decontaminate``."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).replace("data.dataset", _KEY)
+        raise type(error)(message if _KEY in message else f"{_KEY}: {message}", key=_KEY) from None
 
 
 def fingerprint(name: str, sources: list[Source]) -> str:

@@ -9,9 +9,11 @@ import numpy as np
 
 from ..errors import UserError, some
 from ..models.task import Head, TaskConfig
+from . import contamination, duplicates
 from .built_in import GLUE
 from .cache import TokenDataset
 from .config import DataConfig, ValidationConfig
+from .duplicates import distinct
 from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
 from .texts import single_class
 from .tokenise import Maker, Stats, fingerprint
@@ -77,11 +79,12 @@ def prepare(
     whole, counts, key = make(source, columns, config.dataset)
     if head is not None:
         head = replace(head, labels=tuple(counts.labels or ()))
-    indices = np.random.default_rng(_SEED).permutation(len(whole))
-    validation = None
+    validation, apart_key = None, None
     if apart is not None and held_out is not None:
-        validation, _, _ = replace(make, head=head)(*apart, str(held_out.dataset))
-    elif held_out is not None and held_out.size is not None:
+        validation, _, apart_key = replace(make, head=head).of_all_rows()(*apart, str(held_out.dataset))
+    [whole], *equal = distinct([whole], validation, drop=config.deduplicate)
+    indices = np.random.default_rng(_SEED).permutation(len(whole))
+    if held_out is not None and held_out.size is not None:
         size = held_out.size if isinstance(held_out.size, int) else max(1, int(held_out.size * len(whole)))
         if size >= len(whole):
             raise UserError(
@@ -100,9 +103,13 @@ def prepare(
         tokens=int(train.lengths.sum()),
         supervised_tokens=int(train.supervised.sum(dtype=np.int64)),
         longest=int(train.lengths.max()),
+        duplicates=equal[0],
+        held_out_examples=equal[1],
     )
-    view = hashlib.sha256(f"{key} {held_out.size if held_out else None} {config.fraction}".encode()).hexdigest()
-    notes = _notes(counts)
+    parts = [key, held_out.size if held_out else None, config.fraction]
+    parts += [f"deduplicated against {apart_key}"] if config.deduplicate else []
+    view = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
+    notes = _notes(stats, config)
     if held_out and held_out.dataset and not held_out.split and (chosen := _held_out_split(held_out)):
         notes.append(f"data.validation is the {chosen} split of {held_out.dataset}, not the train split")
     return PreparedData(train, validation, stats, view, notes, head)
@@ -186,10 +193,13 @@ def _held_out_split(held_out: ValidationConfig) -> str | None:
     return next((split for split in HELD_OUT if split in splits), None)
 
 
-def _notes(stats: Stats) -> list[str]:
+def _notes(stats: Stats, config: DataConfig) -> list[str]:
     notes = []
     if stats.unused_columns:
         notes.append(f"columns of the data that are not used: {some(stats.unused_columns, _MOST_NAMES)}")
     if stats.date:
         notes.append(f"the chat template prints today's date: {stats.date} stands for it in all rows")
-    return notes
+    if config.decontaminate:
+        found = (stats.contaminated, stats.contaminated_rows, stats.contaminated_places)
+        notes += contamination.notes(*found, config.decontaminate)
+    return notes + duplicates.notes(stats.duplicates, stats.held_out_examples, dropped=config.deduplicate)

@@ -24,8 +24,15 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 _WORD = re.compile(rf"[{_UNSPACED}]|[0-9]+|[^\W0-9_{_UNSPACED}]+")
 _WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/=<>^%!&|~]")
 _UNSEEN = re.compile("[\u00ad\u0300-\u036f\u200b-\u200f\u2060\ufeff]")  # soft hyphens, accents, characters of no width
-_SIGNS = str.maketrans("\u2010\u2011\u2012\u2013\u2014\u2212\u00d7\u22c5\u00b7\u00f7\u2215\u2264\u2265", "------***//<>")
+_SIGNS = str.maketrans(
+    "\u2010\u2011\u2012\u2013\u2014\u2212\u00d7\u22c5\u00b7\u00f7\u2215\u2264\u2265", "------***//<>"
+)
 _GROUPED = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\!?,|\\ )(?:\\!)?(?=[0-9]{3}(?![0-9]))")  # 1,000 and 1{,}000
+_UNSEEN_COMMANDS = re.findall(
+    "[a-z]+",
+    """left right big bigl bigr bigg biggl biggr quad qquad hspace displaystyle textstyle limits text textbf textit
+    textrm mbox mathrm mathbf mathit mathsf operatorname dots ldots cdots circ degree""",
+)
 _COMMANDS = {
     **dict.fromkeys(("cdot", "times"), "*"),
     **dict.fromkeys(("div",), "/"),
@@ -33,11 +40,7 @@ _COMMANDS = {
     **dict.fromkeys(("ge", "geq", "geqslant"), ">"),
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
     **dict.fromkeys(("dbinom", "tbinom"), "binom"),
-    **dict.fromkeys(
-        "left right big bigl bigr bigg biggl biggr quad qquad hspace displaystyle textstyle limits text textbf textit "
-        "textrm mbox mathrm mathbf mathit mathsf operatorname dots ldots cdots circ degree".split(),
-        " ",
-    ),
+    **dict.fromkeys(_UNSEEN_COMMANDS, " "),
 }
 """Commands of LaTeX that set the same text in another way, and what stands for each."""
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_COMMANDS, key=len, reverse=True))})(?![a-z])")
@@ -151,7 +154,8 @@ class WordRuns:
         covered: dict[tuple[int, int], set[int]] = {}  # (part, text) -> places of runs in the text
         for here, first in zip(at.tolist(), found.tolist(), strict=True):
             part = int(np.searchsorted(starts, here, "right")) - 1
-            for place in places[first : first + _MOST_EQUAL][hashes[first : first + _MOST_EQUAL] == hashes[first]]:
+            last = min(np.searchsorted(hashes, hashes[first], "right"), first + _MOST_EQUAL)
+            for place in places[first:last]:
                 if (self.numbers[place : place + RUN] == numbers[here : here + RUN]).all():
                     text = int(np.searchsorted(self.starts, place, "right")) - 1
                     covered.setdefault((part, text), set()).add(int(place))
@@ -163,13 +167,15 @@ class WordRuns:
             if not self.exact[text] and mask.mean() >= self.share and any(self._is_own(place) for place in runs):
                 yield part, text, self._shown(start + _longest(mask))
 
-    def _as_a_whole(self, numbers: np.ndarray, starts: np.ndarray, parts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    def _as_a_whole(
+        self, numbers: np.ndarray, starts: np.ndarray, parts: Sequence[str]
+    ) -> Iterator[tuple[int, int, str]]:
         """Yield (part, text, shared words) of the texts that are found only as a whole."""
         hashes, places = self._beginnings
         found, at = _lookup(_hashes(numbers, SHORTEST), hashes)
         for here, first in zip(at.tolist(), found.tolist(), strict=True):
             part = int(np.searchsorted(starts, here, "right")) - 1
-            for place in places[first:][hashes[first:] == hashes[first]]:
+            for place in places[first : np.searchsorted(hashes, hashes[first], "right")]:
                 text = int(np.searchsorted(self.starts, place, "right")) - 1
                 if self.exact[text] in exactly(parts[part]):
                     yield part, text, self._shown(np.arange(self.starts[text], self.starts[text + 1] - 1))

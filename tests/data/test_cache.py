@@ -18,7 +18,7 @@ EXAMPLE = Example(np.array([1, 2, 3], np.int32), np.array([-100, 2, 3], np.int32
 
 
 def _write_for_ever(directory: Path, ready: Connection) -> None:
-    with CacheWriter(directory) as writer:
+    with CacheWriter(directory, "key") as writer:
         writer.add([EXAMPLE])
         ready.send("under way")
         time.sleep(300)
@@ -41,13 +41,13 @@ def test_what_a_killed_run_has_tokenised_is_removed_by_the_next_and_the_work_of_
     os.kill(killed.pid or 0, signal.SIGKILL)
     killed.join()
     assert sorted(_drafts(tmp_path)) == [".one", ".two"]
-    with CacheWriter(tmp_path / "three") as writer:
+    with CacheWriter(tmp_path / "three", "three") as writer:
         assert sorted(_drafts(tmp_path)) == [".three", ".two"]
         writer.add([EXAMPLE])
-        writer.commit("three", {})
+        writer.commit({})
     assert read_stats(tmp_path / "three", "three") == {}
     os.kill(alive.pid or 0, signal.SIGKILL)
     alive.join()
-    with CacheWriter(tmp_path / "four"):
+    with CacheWriter(tmp_path / "four", "four"):
         assert _drafts(tmp_path) == [".four"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "three"]
