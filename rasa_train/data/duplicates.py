@@ -25,7 +25,9 @@ class Distinct(NamedTuple):
     """Examples that equal a held-out one; they are no ``duplicates``."""
 
 
-def distinct(views: Sequence[TokenDataset], held_out: TokenDataset | None, *, drop: bool) -> Distinct:
+def distinct(
+    views: Sequence[TokenDataset], held_out: TokenDataset | None, names: Sequence[str], *, drop: bool
+) -> Distinct:
     """Find the examples that equal an earlier one, in the order of the views, or a held-out one.
 
     Takes some 50 bytes of memory for each example.
@@ -33,9 +35,10 @@ def distinct(views: Sequence[TokenDataset], held_out: TokenDataset | None, *, dr
     Args:
         views: views of training examples.
         held_out: held-out examples, if they are a set of their own.
+        names: names of the views, for messages.
         drop: whether these examples are dropped; otherwise only those that equal a held-out one are counted.
     Raises:
-        UserError: none would be left.
+        UserError: none would be left of a view.
     """
     if held_out is None and not drop:
         return Distinct(list(views), 0, 0)
@@ -47,13 +50,13 @@ def distinct(views: Sequence[TokenDataset], held_out: TokenDataset | None, *, dr
     repeated = np.zeros(len(digests), bool)
     repeated[order[1:]] = (digests[order[1:]] == digests[order[:-1]]).all(1)
     kept = ~(repeated | leaked)
-    if not kept.any():
+    parts = np.split(kept, np.cumsum([len(view) for view in views])[:-1])
+    if empty := [name for name, part in zip(names, parts, strict=True) if not part.any()]:
         raise UserError(
-            "data.deduplicate: all training examples are held-out examples too, so none is left; name other rows in "
-            "data.validation, or hold out a share of them: data.validation: {size: 0.05}",
+            f"data.deduplicate: every example of {empty[0]} equals a held-out example (data.validation) or one of an "
+            "earlier set, so none is left; name other rows, or remove this set",
             key="data.deduplicate",
         )
-    parts = np.split(kept, np.cumsum([len(view) for view in views])[:-1])
     left = [view if part.all() else view.select(np.nonzero(part)[0]) for view, part in zip(views, parts, strict=True)]
     return Distinct(left, int((repeated & ~leaked).sum()), int(leaked.sum()))
 

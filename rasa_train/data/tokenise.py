@@ -79,7 +79,6 @@ class Maker:
     """The head of a classification; without labels, if those of the rows are to be taken."""
 
     def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
-        columns = self.config.columns or columns
         key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
         directory = root / "tokens" / key[:32]

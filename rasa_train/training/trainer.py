@@ -38,7 +38,7 @@ from .compiling import compile_or_fuse
 from .evaluation import make_measure
 from .micro_batches import Step, fit, plan_steps, step_of
 from .proof import Proof
-from .reporter import MetricsRow, Reporter
+from .reporter import MetricsRow, Reporter, flat
 from .step import train_step, validate
 from .trainable_model import TrainableModel
 
@@ -69,6 +69,10 @@ class Summary(TypedDict):
     """Whether the decoder layers were compiled."""
     versions: dict[str, str]
     workers: int
+    examples_by_dataset: NotRequired[dict[str, int]]
+    """Number of examples of each set in an epoch, if there are several."""
+    validation_loss_by_dataset: NotRequired[dict[str, float]]
+    """Loss of the held-out examples of each set, where ``validation_loss`` is that of several."""
     base_difference: NotRequired[float]
     """Relative difference that ``model.quantization`` makes, if it holds the base in fewer bits."""
     evaluation: NotRequired[dict[str, object] | None]
@@ -171,6 +175,8 @@ class Trainer:
             self.say(checked)
         examples = f"{len(self.data.train):,} examples"
         self.say(f"{examples}, {self.total_steps:,} steps of {self.training.batch_size} sequences")
+        if len(shown := self.data.examples_by_dataset) > 1:
+            self.say(f"an epoch has {some([f'{number:,} of {name}' for name, number in shown.items()], 20)}")
         found = f"resuming from {self.found} (step {done} of {self.total_steps})" if self.found else None
         self.report.start(done, found)
 
@@ -250,8 +256,13 @@ class Trainer:
         """Add the loss of the held-out set to the row, if it is due."""
         if self.data.validation and self._due(self.training.validate_every):
             with self.model.packed():
-                row["validation_loss"] = validate(self.model, self.data.validation, self.room.usual)
-            self.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}")
+                row["validation_loss"], each = validate(self.model, self.data.validation, self.room.usual)
+            said = f"step {row['step']}: validation loss {row['validation_loss']:.4f}"
+            if len(self.data.held_out) > 1:
+                by_name = {self.data.held_out[place]: loss for place, loss in each.items()}
+                row["validation_loss_by_dataset"] = by_name
+                said += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in by_name.items())})"
+            self.say(said)
 
     def evaluate(self, row: MetricsRow) -> None:
         """Add the score of ``training.evaluate`` to the row, if it is due. The first worker measures it."""
@@ -267,7 +278,7 @@ class Trainer:
         if self.first:
             self.directory.log(row)
         if self.recipe.tracking.trackers:
-            values = {key: value for key, value in row.items() if key != "step" and value is not None}
+            values = {key: value for key, value in flat(row).items() if key != "step" and value is not None}
             self.accelerator.log(values, step=row["step"])
         self.report.step(row)
 
@@ -345,6 +356,10 @@ class Trainer:
             "versions": process.versions(),
             "workers": self.accelerator.num_processes,
         }
+        if len(self.data.datasets) > 1:
+            summary["examples_by_dataset"] = self.data.examples_by_dataset
+        if self.progress.validation_loss_by_dataset:
+            summary["validation_loss_by_dataset"] = self.progress.validation_loss_by_dataset
         if self.base_difference is not None:
             summary["base_difference"] = self.base_difference
         if self.training.evaluate:
