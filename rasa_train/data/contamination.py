@@ -35,7 +35,8 @@ class Found(NamedTuple):
 
     def __str__(self) -> str:
         cut = textwrap.shorten(self.words, _LONGEST_SHOWN, placeholder=" ...")
-        return f'{self.where} has the words "{cut}" of {self.sets[0]} ({self.origin})'
+        named = self.origin.startswith(self.sets[0])
+        return f'{self.where} has "{cut}", as {self.origin if named else f"{self.sets[0]} ({self.origin})"} has'
 
 
 def notes(by_set: Mapping[str, int], rows: int, places: Sequence[str], config: DecontaminateConfig) -> list[str]:

@@ -95,10 +95,7 @@ def prepare(
     if head is not None:
         head = replace(head, labels=tuple(counts[0].labels or ()))
     refuse_two_readings(config, sources, keys)
-    outside, outside_key = None, None
-    if apart is not None and held_out is not None:
-        with _named("data.validation.dataset"):
-            outside, _, outside_key = replace(make, head=head).of_all_rows()(*apart, str(held_out.dataset))
+    outside, outside_key = _made_apart(replace(make, head=head), apart)
     wholes, *equal = distinct(wholes, outside, config.names, drop=config.deduplicate)
     parts = divided(config, wholes, keys)
     views = [trained for trained, _ in parts]
@@ -116,8 +113,7 @@ def prepare(
         duplicates=equal[0],
         held_out_examples=equal[1],
     )
-    key = keys[0] if len(keys) == 1 else f"{keys} {draws}"
-    chosen_by = [key, held_out.size if held_out else None, config.fraction]
+    chosen_by = [keys[0] if len(keys) == 1 else f"{keys} {draws}", held_out.size if held_out else None, config.fraction]
     chosen_by += [f"deduplicated, and against {outside_key}"] if config.deduplicate else []
     view = hashlib.sha256(" ".join(map(str, chosen_by)).encode()).hexdigest()
     notes = _notes(config, counts) + notes_on(config.names, sizes, draws) + _left_out(config, stats)
@@ -139,6 +135,18 @@ def _source(config: DataConfig, place: int) -> tuple[Source, dict[str, str] | No
 def _made(make: Maker, place: int, source: Source, columns: dict[str, str] | None) -> tuple[TokenDataset, Stats, str]:
     with _named(make.config.key(place, "dataset")):
         return make(source, columns, make.config.sets[place].dataset)
+
+
+def _made_apart(
+    make: Maker, found: tuple[Source, dict[str, str] | None] | None
+) -> tuple[TokenDataset | None, str | None]:
+    """Return the held-out examples that are a set of their own, and the identity of their content."""
+    if found is None:
+        return None, None
+    assert make.config.validation
+    with _named("data.validation.dataset"):
+        made, _, key = make.of_all_rows()(*found, str(make.config.validation.dataset))
+    return made, key
 
 
 @contextmanager
