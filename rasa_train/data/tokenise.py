@@ -178,24 +178,20 @@ class Maker:
             columns.unused.update(state["unused"])
             if isinstance(columns, Columns):
                 columns.absent.intersection_update(state["absent"])
-        left = chunks(itertools.islice(rows, stats.rows, None), columns, min(CHUNK, most))
-
-        def needed() -> Iterator[Chunk]:
-            while stats.examples < most and (chunk := next(left, None)) is not None:
-                yield chunk
-
         screened = self.screen.around(encoder) if self.screen else encoder
-        for size, encoded in encode_all(screened, needed(), workers, self.pool_threshold):
-            if stats.examples >= most:  # a chunk that was read ahead
-                break
-            examples = encoded.examples[: most - stats.examples]
-            writer.add(examples)
-            stats = _added(stats, size, replace(encoded, examples=examples))
-            if writer.due:
-                absent = sorted(columns.absent)
-                writer.save({"stats": asdict(stats), "unused": sorted(columns.unused), "absent": absent})
-            if self.progress is not None:
-                self.progress(stats.rows)
+        left, before = itertools.islice(rows, stats.rows, None), -1
+        while before < stats.rows and stats.examples < most:  # as many more rows as examples are lacking
+            before = stats.rows
+            parts = chunks(itertools.islice(left, most - stats.examples), columns)
+            for size, encoded in encode_all(screened, parts, workers, self.pool_threshold):
+                examples = encoded.examples[: most - stats.examples]
+                writer.add(examples)
+                stats = _added(stats, size, replace(encoded, examples=examples))
+                if writer.due:
+                    seen = {"unused": sorted(columns.unused), "absent": sorted(columns.absent)}
+                    writer.save({"stats": asdict(stats), **seen})
+                if self.progress is not None:
+                    self.progress(stats.rows)
         return stats
 
     def _check_any(self, stats: Stats, dataset: str) -> None:
@@ -231,8 +227,7 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
     )
 
 
-def chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns, most: int = CHUNK) -> Iterator[Chunk]:
-    """Yield the parts of the rows in chunks of ``most`` rows, or fewer if they are large."""
+def chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns) -> Iterator[Chunk]:
     chunk: Chunk = []
     size = 0
     for where, row in rows:
@@ -243,7 +238,7 @@ def chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns, most
                 f"{where}: lists in lists, too deep to be read; correct or remove this row", key="data.dataset"
             ) from None
         size += weight(chunk[-1])
-        if len(chunk) == most or size > _CHUNK_BYTES:
+        if len(chunk) == CHUNK or size > _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -22,7 +22,8 @@ SHORTEST = 8
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[0-9]+|[^\W0-9_{_UNSPACED}]+")
-_WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/=<>^%!&|~]")
+_WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/=<>^](?=[\s$({{\[]*(?:[0-9]|\\|[^\W0-9_](?![^\W0-9_])))")
+"""Signs count before numbers, letters and commands of LaTeX: others are punctuation, or Markdown's."""
 _UNSEEN = re.compile("[\u00ad\u0300-\u036f\u200b-\u200f\u2060\ufeff]")  # soft hyphens, accents, characters of no width
 _SIGNS = str.maketrans(
     "\u2010\u2011\u2012\u2013\u2014\u2212\u00d7\u22c5\u00b7\u00f7\u2215\u2264\u2265", "------***//<>"
@@ -59,7 +60,7 @@ def exactly(text: str) -> str:
 def _plain(text: str) -> str:
     if not text.isascii():
         text = _UNSEEN.sub("", unicodedata.normalize("NFKD", text)).translate(_SIGNS)
-    text = text.casefold()
+    text = text.casefold().replace("**", " ")
     if "," in text or "\\" in text:
         text = _GROUPED.sub("", text)
     if "\\" in text:

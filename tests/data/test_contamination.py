@@ -32,8 +32,9 @@ FUNCTION = {
     "prompt": "from typing import List\n\n\ndef spread(numbers: List[float], threshold: float) -> bool:\n"
     '    """ Check whether the numbers of the list that are neighbours are further from each other than the threshold '
     'says.\n    >>> spread([1.0, 2.0], 0.5)\n    True\n    """\n',
-    "canonical_solution": "    for one, other in zip(numbers, numbers[1:]):\n        if abs(one - other) <= threshold:\n"
-    "            return False\n    if not numbers or threshold < 0:\n        raise ValueError(threshold)\n"
+    "canonical_solution": "    for one, other in zip(numbers, numbers[1:]):\n"
+    "        if abs(one - other) <= threshold:\n            return False\n"
+    "    if not numbers or threshold < 0:\n        raise ValueError(threshold)\n"
     "    return len(numbers) > 1\n",
     "test": "def check(candidate): pass",
 }
@@ -52,10 +53,10 @@ def question(numbers: random.Random) -> str:
     first, second, third = (numbers.randint(2, 99) for _ in range(3))
     return numbers.choice(
         [
-            f"{name} has {first} {thing}. {friend} gives {name} {second} more {numbers.choice(places)} and takes {third} "
-            f"away. How many {thing} does {name} have left?",
-            f"{name} buys {first} boxes of {thing} {numbers.choice(places)}. Each box costs {second} dollars, and {friend} "
-            f"pays {third} dollars. How much money does {name} have to pay?",
+            f"{name} has {first} {thing}. {friend} gives {name} {second} more {numbers.choice(places)} and takes "
+            f"{third} away. How many {thing} does {name} have left?",
+            f"{name} buys {first} boxes of {thing} {numbers.choice(places)}. Each box costs {second} dollars, and "
+            f"{friend} pays {third} dollars. How much money does {name} have to pay?",
         ]
     )
 
@@ -96,10 +97,10 @@ def test_planted_copies_are_found_among_questions_of_the_same_manner(tmp_path: P
     "copy",
     [
         MATHS,
-        "Solve. If \\( \\dfrac{x^{2}}{4}\\le 1000 \\) and x is a positive integer,\n\nwhat is the largest\u00a0possible value "
-        "of \\(x\\times y\\), where y is the number of primes below twenty? Answer briefly.",
-        "IF X²/4 ≤ 1,000 AND X IS A POSI\u00adTIVE INTEGER, WHAT IS THE LARGEST POSSIBLE VALUE OF X·Y, WHERE Y IS THE NUMBER "
-        "OF PRIMES BELOW TWENTY",
+        "Solve. If \\( \\dfrac{x^{2}}{4}\\le 1000 \\) and x is a positive integer,\n\nwhat is the largest\u00a0"
+        "possible value of \\(x\\times y\\), where y is the number of primes below twenty? Answer briefly.",
+        "IF X²/4 ≤ 1,000 AND X IS A POSI\u00adTIVE INTEGER, WHAT IS THE LARGEST POSSIBLE VALUE OF X·Y, WHERE Y IS THE "
+        "NUMBER OF PRIMES BELOW TWENTY",
     ],
 )
 def test_spacing_signs_and_case_hide_nothing(copy: str) -> None:
@@ -116,7 +117,8 @@ def test_short_questions_count_as_a_whole() -> None:
     def found(*parts: str) -> list[tuple[int, int]]:
         return [(hit.part, hit.label) for hit in index.hits(parts)]
 
-    assert found("compute sin 60 ^", "Now compute $\\sin 60^\\circ$ and its square.") == [(0, 0)]
+    assert found("**Compute** \\(\\sin 60^{\\circ}\\)", "Now compute $\\sin 60^\\circ$ and its square.") == [(0, 0)]
+    assert found("- What is $2+3$ !") == [(0, 1)]
     assert found("What is 2 * 3?", "what is 2+3", "Tell me: What is 2 + 3?") == [(1, 1)]
     assert found("Hint: how many odd whole numbers\nare below twenty-three? Think.", "How many odd numbers?") == [
         (0, 2)
@@ -175,7 +177,7 @@ def test_every_text_of_a_conversation_is_looked_at(jsonl: Jsonl, characters: Any
     ]
     stats = made(jsonl(rows), characters, ["demo"], template="chat").stats
     assert (stats.contaminated, stats.examples) == ({"demo": 4}, 1)
-    assert "demo (demo problem 4)" in stats.contaminated_places[0]
+    assert ", as demo problem 4 has" in stats.contaminated_places[0]
 
 
 @pytest.mark.parametrize(
