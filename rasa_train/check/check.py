@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .. import process
 from ..adapters.sites import not_adapted
+from ..data.hub_source import SourceMissing
 from ..data.prepare import PreparedData, known_head, prepare
-from ..data.sources import SourceMissing
 from ..errors import UserError, shown
 from ..merging import merged
 from ..models.load import check_base, has_weights, load_tokenizer

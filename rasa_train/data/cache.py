@@ -30,7 +30,7 @@ from ..io.atomic import DRAFT, draft_name, lock, remove_drafts, write_json
 from ..io.json_file import read_object
 from ..process import version_of
 from .encode import Example, targets
-from .sources import SourceMissing
+from .hub_source import SourceMissing
 
 FORMAT = 2
 """Version of the files and of the text they were made from: raise it when either changes."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..io.bounded import weight
 from .columns import Row, listed
-from .sources import SUFFIXES, HubSource, Source, SourceMissing, find_source, splits_of
+from .hub_source import HubSource, SourceMissing
+from .sources import SUFFIXES, Source, find_source, splits_of
 from .word_runs import words
 
 HubSets = tuple[tuple[str, str | None], ...]

@@ -15,8 +15,9 @@ from .built_in import GLUE
 from .cache import TokenDataset
 from .config import DataConfig, DatasetConfig, ValidationConfig
 from .duplicates import distinct
+from .hub_source import HubSource
 from .shares import divided, draws_of, joined, notes_on, refuse_two_readings
-from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
+from .sources import HELD_OUT, Source, find_source, overlap, splits_of
 from .texts import single_class
 from .tokenise import Maker, Stats, fingerprint
 

@@ -23,6 +23,7 @@ from .contamination import MOST_TOLD, Screen, ScreenedRows
 from .encode import Encoded, Encoder, plain_backend
 from .encode_pool import CHUNK, Chunk, encode_all
 from .encode_texts import TextEncoder, longest
+from .hub_source import HubSource
 from .sources import Source
 from .texts import TextColumns, find_text_columns, found_labels
 
@@ -79,8 +80,10 @@ class Maker:
     """The head of a classification; without labels, if those of the rows are to be taken."""
 
     def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
-        key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
+        if isinstance(source, HubSource):
+            source = replace(source, commits=root / "hub")
+        key = self._key(source, columns)
         directory = root / "tokens" / key[:32]
         if (known := read_stats(directory, key)) is not None:
             return TokenDataset(directory), Stats(**known), key
@@ -88,6 +91,8 @@ class Maker:
             with CacheWriter(directory, key, texts=self.head is not None) as writer:
                 stats = self._write(source, dataset, columns, writer)
                 writer.commit(asdict(stats))
+            if isinstance(source, HubSource):
+                source.remember()
         except OSError as error:  # no permission, or the disk is full
             raise UserError(
                 f"cannot write tokenised data to {root}: {error}; set data.cache_dir, or $RASA_TRAIN_CACHE, "

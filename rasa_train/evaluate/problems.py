@@ -13,7 +13,8 @@ from typing import Any
 from ..data.columns import listed
 from ..data.demo_problems import held_out
 from ..data.evaluation_sets import GSM8K, HUMANEVAL, MATH, HubSets
-from ..data.sources import HubSource, find_source
+from ..data.hub_source import HubSource
+from ..data.sources import find_source
 from ..errors import UserError
 from ..io.bounded import weight
 from .answers import boxed_answer, gsm8k_answer, marked_answer

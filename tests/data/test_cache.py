@@ -171,11 +171,11 @@ def test_another_set_leaves_it_for_some_days(
     rows: DataConfig, bpe: Any, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [draft] = _left(directory := _killed(rows, bpe))
-    other = rows.model_copy(update={"max_length": 20})
+    other = rows.model_copy(update={"max_length": 2000})
     assert _left(directory) == sorted([draft, prepare(other, bpe).train.directory])
     days_ago = time.time() - 8 * 24 * 3600
     os.utime(draft / "progress.json", (days_ago, days_ago))
-    prepare(rows.model_copy(update={"max_length": 21}), bpe)
+    prepare(rows.model_copy(update={"max_length": 2001}), bpe)
     assert draft not in _left(directory)
     # An interruption in this process keeps what is saved; an error of the rows does not.
     del encoded[:]

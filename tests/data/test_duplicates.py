@@ -48,15 +48,17 @@ def test_equal_examples_of_several_sets_and_of_the_held_out_one(tmp_path: Path) 
     paths = [str(write_lines(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate(sets)]
     held = str(write_lines(tmp_path / "held.jsonl", tokens([7, 8], [9, 10])))
     mix: Any = {"mix": [{"dataset": path} for path in paths], "validation": {"dataset": held}}
-    kept = prepare(DataConfig(**mix, deduplicate=True), None)
+    drop = {"deduplicate": True}
+    kept = prepare(DataConfig.model_validate(mix | drop), None)
     assert [ids for ids, _ in content(kept.train)] == [(1, 2), (3, 4), (5, 6)]
     assert (kept.stats.duplicates, kept.stats.held_out_examples) == (2, 1)
     assert kept.validation is not None and len(kept.validation) == 2
     told = prepare(DataConfig(**mix), None)
     assert (len(told.train), told.stats.held_out_examples) == (6, 1)
     assert any("1 training examples are held-out examples" in note for note in told.notes)
-    with pytest.raises(UserError, match=r"every example of .*held\.jsonl equals a held-out example"):
-        prepare(DataConfig(mix=[{"dataset": paths[0]}, {"dataset": held}], deduplicate=True), None)  # type: ignore[list-item]
+    again = str(write_lines(tmp_path / "again.jsonl", tokens([3, 4], [1, 2])))
+    with pytest.raises(UserError, match=r"every example of .*again\.jsonl equals a held-out example"):
+        prepare(DataConfig.model_validate({**mix, "mix": [{"dataset": paths[0]}, {"dataset": again}], **drop}), None)
 
 
 def test_a_share_that_is_held_out_has_no_copy_of_what_is_trained_on(jsonl: Jsonl) -> None:
