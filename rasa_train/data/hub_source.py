@@ -81,17 +81,23 @@ class HubSource:
             datasets.config.HF_HUB_OFFLINE = offline
 
     @cached_property
-    def _builder(self) -> Any:
-        """What streams the set at its present commit, or reads that from the local cache; None if the set is not
-        streamed, or if the hub does not answer."""
+    def _present(self) -> str | None:
+        """The commit that the hub has now; None if the set is not streamed, or if the hub does not answer."""
         import datasets
 
         if self.commits is None or "[" in self.split or "+" in self.split or datasets.config.HF_HUB_OFFLINE:
             return None
-        if (commit := _commit(self.name, self.revision)) is None:
+        return _commit(self.name, self.revision)
+
+    @cached_property
+    def _builder(self) -> Any:
+        """What streams the set as it is at the present commit; None if that cannot be."""
+        import datasets
+
+        if self._present is None:
             return None
         try:
-            builder = datasets.load_dataset_builder(self.name, self.subset, revision=commit)
+            builder = datasets.load_dataset_builder(self.name, self.subset, revision=self._present)
             builder.as_streaming_dataset(self.split)
         except Exception:  # the ordinary way says what is wrong, or can do what streaming cannot
             return None
@@ -117,10 +123,10 @@ class HubSource:
     def commit(self) -> str | None:
         """The commit whose rows are streamed, or were streamed when the hub was last asked; None for a set that was
         never streamed, because it is in the local cache or cannot be streamed."""
-        if self._builder is None:
+        if self._present is None:
             return self._remembered
-        commit = str(self._builder.hash)
-        return None if _is_cached(self._builder) and self._remembered != commit else commit
+        streamed = self._builder is not None and not _is_cached(self._builder)
+        return self._present if streamed or self._remembered == self._present else None
 
     def remember(self) -> None:
         """Remember the commit of a set that was streamed."""
