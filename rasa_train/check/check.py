@@ -272,7 +272,7 @@ def _datasets(facts: Estimate) -> Sequence[tuple[str, str]]:
         return []
     width, all_of_them = max(map(len, examples)), sum(examples.values())
     return [
-        ("", f"{name:<{width}} {number:>12,} ({number / all_of_them:6.1%}) {tokens[name]:>14,} tokens")
+        ("", f"{name:<{width}} {number:>12,} {number / all_of_them:>7.1%} {tokens[name]:>14,} tokens")
         for name, number in examples.items()
     ]
 

@@ -64,7 +64,7 @@ class DecontaminateConfig(BaseModel):
 
 
 class DatasetConfig(BaseModel):
-    """Section ``data.mix[0]:`` and the following: one of the sets that are trained on together."""
+    """One of the sets of ``data.mix``, which are trained on together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -133,11 +133,11 @@ class Screened:
         found: dict[int, Found] = {}
         for hit in self.index.hits(parts):
             name, origin = self.labels[hit.label]
-            row = owners[hit.part]
-            if row not in found:
-                found[row] = Found(rows[row][0], (name,), origin, hit.words)
-            elif name not in found[row].sets:
-                found[row] = found[row]._replace(sets=(*found[row].sets, name))
+            place = owners[hit.part]
+            if place not in found:
+                found[place] = Found(rows[place][0], (name,), origin, hit.words)
+            elif name not in found[place].sets:
+                found[place] = found[place]._replace(sets=(*found[place].sets, name))
         return found
 
     def _texts(self, row: EncoderRow) -> Iterator[str]:

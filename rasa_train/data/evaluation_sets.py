@@ -158,7 +158,7 @@ def _texts(row: Row, where: str) -> Iterator[Text]:
     code = isinstance(row.get("entry_point"), str) or "test_list" in row
     yield Text(_task(question) if isinstance(row.get("entry_point"), str) else question, False)
     if code:
-        solutions = (row[key] for key in _SOLUTIONS if isinstance(row.get(key), str))
+        solutions = [str(row[key]) for key in _SOLUTIONS if isinstance(row.get(key), str)]
         yield from (Text(text, True) for text in solutions if len(words(text)) >= LEAST_OF_SOLUTION)
 
 

@@ -130,8 +130,8 @@ class HubSource:
 
     def remember(self) -> None:
         """Remember the commit of a set that was streamed."""
-        if self.commit is not None and self.commit != self._remembered:
-            self.commits and self.commits.mkdir(parents=True, exist_ok=True)
+        if self.commits is not None and self.commit is not None and self.commit != self._remembered:
+            self.commits.mkdir(parents=True, exist_ok=True)
             write_json(self._memory, {"dataset": self.name, "split": self.split, "commit": self.commit})
 
     def rows(self) -> Iterator[tuple[str, Row]]:
@@ -188,9 +188,10 @@ def _commit(name: str, revision: str | None) -> str | None:
     import huggingface_hub
 
     try:
-        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=10).sha
+        commit: str | None = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=10).sha
     except Exception:  # a refusal, or the HTTP library's own network errors, which share no narrower base
         return None
+    return commit
 
 
 def _hub_answers(name: str, revision: str | None) -> bool:

@@ -120,9 +120,9 @@ class WordRuns:
         kept: dict[tuple[str, int], tuple[np.ndarray, bool]] = {}
         for text, label, whole in texts:
             if (key := (exactly(text), label)) not in kept:
-                numbers = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in words(text)]
-                if numbers:
-                    kept[key] = np.array(numbers, np.int32), whole
+                known = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in words(text)]
+                if known:
+                    kept[key] = np.array(known, np.int32), whole
         end = np.zeros(1, np.int32)
         numbers = np.concatenate([part for array, _ in kept.values() for part in (array, end)] or [end])
         starts = np.cumsum([0, *(len(array) + 1 for array, _ in kept.values())])

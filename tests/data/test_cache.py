@@ -172,7 +172,8 @@ def test_another_set_leaves_it_for_some_days(
 ) -> None:
     [draft] = _left(directory := _killed(rows, bpe))
     other = rows.model_copy(update={"max_length": 2000})
-    assert _left(directory) == sorted([draft, prepare(other, bpe).train.directory])
+    made = prepare(other, bpe).train.directory
+    assert _left(directory) == sorted([draft, made])
     days_ago = time.time() - 8 * 24 * 3600
     os.utime(draft / "progress.json", (days_ago, days_ago))
     prepare(rows.model_copy(update={"max_length": 2001}), bpe)

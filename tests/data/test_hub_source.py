@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_data import rows_of, write_lines
 
-from rasa_train.data import cache
+from rasa_train.data import cache, row_files
 from rasa_train.data.config import DataConfig
 from rasa_train.data.hub_source import HubSource, SourceMissing
 from rasa_train.data.prepare import PreparedData, prepare
@@ -150,7 +150,8 @@ def test_a_set_is_streamed_and_known_again_without_a_network(
     hub.commit, hub.broken = "e" * 40, True
     hub.files["train-00000-of-00002.parquet"] = parquet(ROWS[50:350])
     monkeypatch.setattr(cache, "SAVE_EVERY", 0)
-    with pytest.raises(SourceMissing, match="some/set could not be read to its end: .*goes on from there"):
+    monkeypatch.setattr(row_files, "_AT_A_TIME", (100, 30, 1))
+    with pytest.raises(SourceMissing, match=r"some/set could not be read to its end: .*goes on from there"):
         prepare(config, bpe)
     hub.broken, done = False, list[int]()
     mended = prepare(config, bpe, progress=done.append)
