@@ -217,6 +217,7 @@ class DataConfig(BaseModel):
     @field_validator("decontaminate", mode="before")
     @classmethod
     def _list_of_sets(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str) else value
         return {"sets": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")

@@ -180,9 +180,9 @@ class Maker:
             stats = replace(stats, contaminated=dict.fromkeys(self.config.decontaminate.sets, 0))
         if (state := writer.state) is not None:
             stats = Stats(**state["stats"])
-            columns.unused.update(state["unused"])
-            if isinstance(columns, Columns):
-                columns.absent.intersection_update(state["absent"])
+            for name, noted in _noted(columns).items():
+                noted.clear()
+                noted.update(state["columns"][name])
         screened = self.screen.around(encoder) if self.screen else encoder
         left, before = itertools.islice(rows, stats.rows, None), -1
         while before < stats.rows and stats.examples < most:  # as many more rows as examples are lacking
@@ -193,8 +193,8 @@ class Maker:
                 writer.add(examples)
                 stats = _added(stats, size, replace(encoded, examples=examples))
                 if writer.due:
-                    seen = {"unused": sorted(columns.unused), "absent": sorted(columns.absent)}
-                    writer.save({"stats": asdict(stats), **seen})
+                    noted_so_far = {name: sorted(noted) for name, noted in _noted(columns).items()}
+                    writer.save({"stats": asdict(stats), "columns": noted_so_far})
                 if self.progress is not None:
                     self.progress(stats.rows)
         return stats
@@ -211,6 +211,11 @@ class Maker:
                 "data.max_length or choose another supervise",
                 key="data.dataset",
             )
+
+
+def _noted(columns: Columns | TextColumns) -> dict[str, set[str]]:
+    """Return what the columns have noted about the rows so far."""
+    return {name: value for name, value in vars(columns).items() if isinstance(value, set)}
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
