@@ -58,7 +58,7 @@ class DecontaminateConfig(BaseModel):
     data.dataset)."""
     action: Literal["remove", "report"] = "remove"
     """What happens to a row that has such a question. remove: it is left out; report: it is only counted and told."""
-    share: float = Field(0.7, gt=0, le=1)
+    share: float = Field(0.8, gt=0, le=1)
     """Part of a question's words that a row must have, in runs of 13 words or more, to be found. Near 0, a single run
     of 13 words is enough."""
 

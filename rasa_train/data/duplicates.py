@@ -83,6 +83,6 @@ def _digests(view: TokenDataset) -> _Digests:
         digest = hashlib.blake2b(digest_size=16)
         for array in arrays:
             digest.update(len(array).to_bytes(8, "little"))
-            digest.update(array)
+            digest.update(array.tobytes())
         digests[i] = np.frombuffer(digest.digest(), np.uint64)
     return digests

@@ -97,8 +97,8 @@ def prepare(
         head = replace(head, labels=tuple(counts[0].labels or ()))
     refuse_two_readings(config, sources, keys)
     outside, outside_key = _made_apart(replace(make, head=head), apart)
-    wholes, *equal = distinct(wholes, outside, config.names, drop=config.deduplicate)
-    parts = divided(config, wholes, keys)
+    kept, *equal = distinct(wholes, outside, config.names, drop=config.deduplicate)
+    parts = divided(config, kept, keys)
     views = [trained for trained, _ in parts]
     validation = joined([held for _, held in parts]) if outside is None else outside
     sizes = [len(view) for view in views]

@@ -29,11 +29,16 @@ _SIGNS = str.maketrans(
     "\u2010\u2011\u2012\u2013\u2014\u2212\u00d7\u22c5\u00b7\u00f7\u2215\u2264\u2265", "------***//<>"
 )
 _GROUPED = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\!?,|\\ )(?:\\!)?(?=[0-9]{3}(?![0-9]))")  # 1,000 and 1{,}000
-_UNSEEN_COMMANDS = re.findall(
-    "[a-z]+",
-    """left right big bigl bigr bigg biggl biggr quad qquad hspace displaystyle textstyle limits text textbf textit
-    textrm mbox mathrm mathbf mathit mathsf operatorname dots ldots cdots circ degree""",
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigmaf sigma tau upsilon "
+    "phi chi psi omega"
 )
+_UNSEEN_COMMANDS = """
+    left right big bigl bigr bigg biggl biggr quad qquad hspace vspace displaystyle textstyle limits phantom
+    text textbf textit textrm mbox mathrm mathbf mathit mathsf mathbb mathcal operatorname boldsymbol
+    dots ldots cdots circ degree sqrt infty in notin subset subseteq cap cup setminus emptyset angle triangle perp
+    parallel pm mp ne neq approx equiv sim cong to rightarrow implies iff mapsto sum prod int lfloor rfloor lceil rceil mid
+"""
 _COMMANDS = {
     **dict.fromkeys(("cdot", "times"), "*"),
     **dict.fromkeys(("div",), "/"),
@@ -41,9 +46,11 @@ _COMMANDS = {
     **dict.fromkeys(("ge", "geq", "geqslant"), ">"),
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
     **dict.fromkeys(("dbinom", "tbinom"), "binom"),
-    **dict.fromkeys(_UNSEEN_COMMANDS, " "),
+    **dict.fromkeys(_UNSEEN_COMMANDS.split(), " "),
+    **{name: chr(0x3B1 + place) for place, name in enumerate(_GREEK.split())},
 }
-"""Commands of LaTeX that set the same text in another way, and what stands for each."""
+"""Commands of LaTeX that set the same text in another way or that a sign of Unicode replaces, and what stands for
+each: nothing for what is no word as a sign of Unicode either."""
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_COMMANDS, key=len, reverse=True))})(?![a-z])")
 
 

@@ -104,7 +104,7 @@ def test_planted_copies_are_found_among_questions_of_the_same_manner(tmp_path: P
     ],
 )
 def test_spacing_signs_and_case_hide_nothing(copy: str) -> None:
-    index = WordRuns.of([Text(MATHS, 7)], 0.7)
+    index = WordRuns.of([Text(MATHS, 7)], 0.8)
     [hit] = index.hits(["nothing", copy])
     assert (hit.part, hit.label) == (1, 7)
     assert "is a positive integer what is the largest possible value" in hit.words
@@ -112,7 +112,7 @@ def test_spacing_signs_and_case_hide_nothing(copy: str) -> None:
 
 def test_short_questions_count_as_a_whole() -> None:
     texts = ["Compute $\\sin 60^\\circ$.", "What is 2 + 3?", "How many odd whole numbers are below twenty three?"]
-    index = WordRuns.of([Text(text, i) for i, text in enumerate(texts)], 0.7)
+    index = WordRuns.of([Text(text, i) for i, text in enumerate(texts)], 0.8)
 
     def found(*parts: str) -> list[tuple[int, int]]:
         return [(hit.part, hit.label) for hit in index.hits(parts)]
@@ -127,7 +127,7 @@ def test_short_questions_count_as_a_whole() -> None:
 
 def test_what_questions_have_in_common_is_no_evidence() -> None:
     phrase = "Find all pairs of relatively prime positive integers m and n for which the sum of both is"
-    index = WordRuns.of([Text(f"{phrase} {end}", i) for i, end in enumerate(("17", "a square", "prime and odd"))], 0.7)
+    index = WordRuns.of([Text(f"{phrase} {end}", i) for i, end in enumerate(("17", "a square", "prime and odd"))], 0.8)
     assert not list(index.hits([f"{phrase} even"]))
     assert [hit.label for hit in index.hits([f"{phrase} a square"])] == [1]
 
