@@ -37,7 +37,8 @@ _UNSEEN_COMMANDS = """
     left right big bigl bigr bigg biggl biggr quad qquad hspace vspace displaystyle textstyle limits phantom
     text textbf textit textrm mbox mathrm mathbf mathit mathsf mathbb mathcal operatorname boldsymbol
     dots ldots cdots circ degree sqrt infty in notin subset subseteq cap cup setminus emptyset angle triangle perp
-    parallel pm mp ne neq approx equiv sim cong to rightarrow implies iff mapsto sum prod int lfloor rfloor lceil rceil mid
+    parallel pm mp ne neq approx equiv sim cong to rightarrow implies iff mapsto sum prod int
+    lfloor rfloor lceil rceil mid
 """
 _COMMANDS = {
     **dict.fromkeys(("cdot", "times"), "*"),
