@@ -228,9 +228,9 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        for place, one in enumerate(self.mix or ([self] if self.columns else [])):
-            if one.columns is not None:
-                _check_columns(one.columns, self.key(place, "columns"), self.template)
+        for place, columns in enumerate([one.columns for one in self.mix] if self.mix else [self.columns]):
+            if columns is not None:
+                _check_columns(columns, self.key(place, "columns"), self.template)
         return self
 
 

@@ -99,7 +99,7 @@ def _drawn(size: int, draws: int, epoch: int, seed: Sequence[int]) -> np.ndarray
     times, rest = divmod(draws, size)
     shuffled = np.random.default_rng(seed).permutation(size)
     some = shuffled[(epoch * rest + np.arange(rest)) % size]
-    return np.concatenate([*[np.arange(size)] * times, np.sort(some)])
+    return np.concatenate([np.tile(np.arange(size), times), np.sort(some)])
 
 
 def apportioned(total: int, weights: Iterable[float]) -> list[int]:

@@ -95,7 +95,7 @@ def notes_on(names: Sequence[str], sizes: Sequence[int], draws: Sequence[int] | 
     notes = []
     for name, size, number in zip(names, sizes, draws or sizes, strict=True):
         times, rest = divmod(number, size)
-        how = f"each {times} or {times + 1} times" if rest else f"each {times} times"
+        how = f"each {times:,} or {times + 1:,} times" if rest else f"each {times:,} times"
         if not times:
             how = "the next epoch goes on with the others"
         if number != size:
