@@ -337,9 +337,11 @@ def _version() -> str:
 
 
 def _remove_old_drafts(directory: Path) -> None:
-    """Remove what killed writers have left in a directory: at once where nothing was saved, else after ``_KEPT``."""
+    """Remove what killed writers have left in a directory: after ``_KEPT``, or at once where nothing was saved or another
+    process has made the set."""
     for path in directory.glob(f".*-{DRAFT}*"):
         with contextlib.suppress(OSError):
-            if path.is_dir() and time.time() - (path / _PROGRESS).stat().st_mtime < _KEPT:
+            made = (directory / path.name[1:].partition("-")[0]).exists()
+            if not made and time.time() - (path / _PROGRESS).stat().st_mtime < _KEPT:
                 continue
         remove_drafts(directory, glob.escape(path.name))
