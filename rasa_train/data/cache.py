@@ -337,8 +337,8 @@ def _version() -> str:
 
 
 def _remove_old_drafts(directory: Path) -> None:
-    """Remove what killed writers have left in a directory: after ``_KEPT``, or at once where nothing was saved or another
-    process has made the set."""
+    """Remove what killed writers have left in a directory: after ``_KEPT``, or at once where nothing was saved or
+    another process has made the set."""
     for path in directory.glob(f".*-{DRAFT}*"):
         with contextlib.suppress(OSError):
             made = (directory / path.name[1:].partition("-")[0]).exists()
