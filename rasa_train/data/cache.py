@@ -37,7 +37,8 @@ FORMAT = 2
 
 _FILES = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int32}
 _TEXTS = {"tokens": np.int32, "types": np.int8, "offsets": np.int64, "answers": np.float64}
-_BLOCK = 1 << 22  # bytes
+_TYPES = {**_FILES, **_TEXTS}
+_BLOCK = 1 << 22  # bytes, or tokens
 _PROGRESS = "progress.json"
 SAVE_EVERY = 5.0
 """Seconds between two savings of a set that is being written."""
@@ -83,29 +84,43 @@ class TokenDataset:
         return Example(np.array(self._tokens[where]), np.array(self._labels[where]))
 
     def raw(self) -> Iterator[tuple[np.ndarray, ...]]:
-        """Yield all that each example consists of, as arrays that refer to the file."""
-        tokens, offsets = np.asarray(self._tokens), np.asarray(self._offsets)
-        others = np.asarray(self._types if self._of_texts else self._labels)
-        for at in range(len(self)) if self._indices is None else self._indices.tolist():
-            where = slice(offsets[at], offsets[at + 1])
-            answer = (np.asarray(self._answers[at]),) if self._of_texts else ()
-            yield tokens[where], others[where], *answer
+        """Yield all that each example in the files of the set consists of, whichever examples this view has. The files
+        are read, and not mapped, so that they do not take memory."""
+        names = ("tokens", "types", "answers") if self._of_texts else ("tokens", "labels")
+        values = len(self._answers[0]) if self._of_texts and len(self._answers) else 0
+        offsets, first = np.array(self._offsets), 0
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(self.directory / name, "rb")) for name in names]
+            while first < len(offsets) - 1:
+                last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _BLOCK, "right")) - 1)
+                size = int(offsets[last] - offsets[first])
+                read = [
+                    np.fromfile(file, _TYPES[name], (last - first) * values if name == "answers" else size)
+                    for name, file in zip(names, files, strict=True)
+                ]
+                for at in range(first, last):
+                    where = slice(offsets[at] - offsets[first], offsets[at + 1] - offsets[first])
+                    answer = slice((at - first) * values, (at - first + 1) * values)
+                    yield tuple(
+                        part[answer if name == "answers" else where] for name, part in zip(names, read, strict=True)
+                    )
+                first = last
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each example; int64, shape (len,)."""
-        return self._of_view(np.diff(self._offsets))
+        return self.of_view(np.diff(self._offsets))
 
     @cached_property
     def supervised(self) -> np.ndarray:
         """Number of tokens of each example that carry loss, after the shift (never the first), or 1 for each text to
         classify; int32, shape (len,)."""
-        return np.ones(len(self), np.int32) if self._of_texts else self._of_view(self._supervised)
+        return np.ones(len(self), np.int32) if self._of_texts else self.of_view(self._supervised)
 
     @cached_property
     def answers(self) -> np.ndarray:
         """Answers of the texts to classify; float64, shape (len, values)."""
-        return self._of_view(self._answers)
+        return self.of_view(self._answers)
 
     @cached_property
     def origins(self) -> np.ndarray:
@@ -135,7 +150,8 @@ class TokenDataset:
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenDataset, (self.directory, self._indices)  # a memory map is pickled as a copy of the file
 
-    def _of_view(self, values: np.ndarray) -> np.ndarray:
+    def of_view(self, values: np.ndarray) -> np.ndarray:
+        """Return those of the values of all examples of the files that belong to this view, in its order."""
         return np.array(values if self._indices is None else values[self._indices])
 
 
@@ -317,7 +333,7 @@ def default_directory() -> Path:
 
 
 def _mapped(directory: Path, name: str) -> np.ndarray:
-    return np.memmap(directory / name, dtype={**_FILES, **_TEXTS}[name], mode="r")
+    return np.memmap(directory / name, dtype=_TYPES[name], mode="r")
 
 
 def _crc32(path: Path, size: int | None = None) -> int:

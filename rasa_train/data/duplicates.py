@@ -78,11 +78,11 @@ def _among(digests: _Digests, known: _Digests) -> np.ndarray:
 
 
 def _digests(view: TokenDataset) -> _Digests:
-    digests = np.empty((len(view), 2), np.uint64)
-    for i, arrays in enumerate(view.raw()):
+    made = bytearray()
+    for arrays in view.raw():
         digest = hashlib.blake2b(digest_size=16)
         for array in arrays:
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(array.tobytes())
-        digests[i] = np.frombuffer(digest.digest(), np.uint64)
-    return digests
+        made += digest.digest()
+    return view.of_view(np.frombuffer(made, np.uint64).reshape(-1, 2))

@@ -44,7 +44,7 @@ KNOWN = (*PUBLISHED, "demo")
 _KEY = "data.decontaminate"
 _MOST = 1 << 28  # bytes of the rows of one set
 _QUESTIONS = ("problem", "question", "query", "instruction", "prompt", "text", "sentence", "ctx", "input")
-_DIALOGUES = ("messages", "conversations", "conversation")
+_DIALOGUES = ("messages", "conversations", "conversation", "prompt")
 _ANSWERING = {"assistant", "gpt", "model", "bot", "chatgpt"}
 _SOLUTIONS = ("canonical_solution", "code")
 LEAST_OF_SOLUTION = 25
@@ -154,10 +154,9 @@ def texts_of(name: str, sources: list[Source]) -> Iterator[tuple[str, Text]]:
 
 
 def _texts(row: Row, where: str) -> Iterator[Text]:
-    question = _question(row, where)
-    code = isinstance(row.get("entry_point"), str) or "test_list" in row
-    yield Text(_task(question) if isinstance(row.get("entry_point"), str) else question, False)
-    if code:
+    function = isinstance(row.get("entry_point"), str) and isinstance(row.get("prompt"), str)
+    yield Text(_task(str(row["prompt"])) if function else _question(row, where), False)
+    if function or "test_list" in row:
         solutions = [str(row[key]) for key in _SOLUTIONS if isinstance(row.get(key), str)]
         yield from (Text(text, True) for text in solutions if len(words(text)) >= LEAST_OF_SOLUTION)
 

@@ -133,7 +133,7 @@ def test_what_questions_have_in_common_is_no_evidence() -> None:
 
 
 def test_functions_are_known_by_what_they_do_and_not_by_their_signature(tmp_path: Path, jsonl: Jsonl, bpe: Any) -> None:
-    evaluation = write_lines(tmp_path / "HumanEval.jsonl", [FUNCTION])
+    evaluation = write_lines(tmp_path / "HumanEval.jsonl", [FUNCTION | {"instruction": "Write a function."}])
     signature = FUNCTION["prompt"].split('"""')[0]
     rows = [
         {"query": f"Complete this.\n{signature}", "response": "    return sorted(numbers)[0] > threshold"},
