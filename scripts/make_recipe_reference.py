@@ -56,6 +56,7 @@ def reference() -> str:
         section("`data`", "DataConfig"),
         section("`data.mix[0]` and the following", "DatasetConfig", "###"),
         section("`data.validation`", "ValidationConfig", "###"),
+        section("`data.decontaminate`", "DecontaminateConfig", "###"),
         section("`training`", "TrainingConfig"),
         *optimizers,
         section("`training.schedule`", "ScheduleConfig", "###"),

@@ -154,7 +154,9 @@ def test_check_with_everything(recipe: Path, cli: Cli, monkeypatch: pytest.Monke
     assert facts["median_example"] <= facts["longest_example"] and facts["truncated_examples"] == 0
     assert 0 < facts["seconds_estimate"] < 60 and not (recipe.parent / "run").exists(), "tried elsewhere"
     assert {"torch", "rasa_train"} <= facts["versions"].keys() and facts["devices"][0]["memory_bytes"] > 1e9
-    shown = cli("train", "check", recipe, check=True).stdout
+    assert facts["contaminated_rows"] is facts["duplicates"] is None, "nobody asked"
+    shown = cli("train", "check", recipe, "data.deduplicate=true", check=True).stdout
+    assert re.search("^duplicates +[0-9]+$", shown, re.M)
     assert "ready to train" in shown and not any(line.endswith(" ") for line in shown.splitlines())
     (versions,) = [line for line in shown.splitlines() if line.startswith("versions")]
     assert facts["versions"]["accelerate"] in versions, "whole lines where it is not a terminal"

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .. import process
 from ..adapters.sites import not_adapted
+from ..data.hub_source import SourceMissing
 from ..data.prepare import PreparedData, known_head, prepare
-from ..data.sources import SourceMissing
 from ..errors import UserError, shown
 from ..merging import merged
 from ..models.load import check_base, has_weights, load_tokenizer
@@ -295,6 +295,8 @@ def _lines(facts: Estimate) -> Sequence[tuple[str, str]]:
         *_datasets(facts),
         ("dropped", number(facts.dropped_examples)),
         ("truncated", number(facts.truncated_examples)),
+        *([] if facts.contaminated_rows is None else [("contaminated", f"{facts.contaminated_rows:,} rows")]),
+        *([] if facts.duplicates is None else [("duplicates", number(facts.duplicates))]),
         ("tokens", number(facts.tokens)),
         ("supervised", number(facts.supervised_tokens)),
         ("steps", number(facts.optimizer_steps)),

@@ -50,6 +50,11 @@ class Estimate:
     longest_example: int | None
     median_example: float | None
     truncated_examples: int | None
+    contaminated_rows: int | None
+    """Rows that have questions of an evaluation set; None unless ``data.decontaminate`` looks for them."""
+    contaminated_rows_by_set: dict[str, int]
+    duplicates: int | None
+    """Training examples that equal an earlier one and are dropped; None unless ``data.deduplicate`` looks for them."""
     disk_bytes_needed: int | None
     strategy: Strategy
     workers: int
@@ -115,6 +120,9 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu:
         longest_example=found,
         median_example=float(np.median(data.train.lengths)) if data else None,
         truncated_examples=data.stats.truncated if data else None,
+        contaminated_rows=data.stats.contaminated_rows if data and recipe.data.decontaminate else None,
+        contaminated_rows_by_set=data.stats.contaminated if data else {},
+        duplicates=data.stats.duplicates if data and recipe.data.deduplicate else None,
         disk_bytes_needed=disk_bytes(recipe, model, steps, steps_per_epoch),
         strategy=strategy,
         workers=workers,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, field_validator, model_validator
 
 from ..errors import UserError
 
@@ -46,6 +46,21 @@ class ValidationConfig(BaseModel):
         if isinstance(values, dict) and values.get("dataset") is None:
             return {name: value for name, value in values.items() if name != "split"}
         return values
+
+
+class DecontaminateConfig(BaseModel):
+    """Evaluation sets whose questions are looked for in the training rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    sets: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    """Names out of math, gsm8k, humaneval, mbpp and demo, or files or directories of questions (rows as for
+    data.dataset)."""
+    action: Literal["remove", "report"] = "remove"
+    """What happens to a row that has such a question. remove: it is left out; report: it is only counted and told."""
+    share: float = Field(0.8, gt=0, le=1)
+    """Part of a question's words that a row must have, in runs of 13 words or more, to be found. Near 0, a single run
+    of 13 words is enough."""
 
 
 class DatasetConfig(BaseModel):
@@ -120,6 +135,16 @@ class DataConfig(BaseModel):
     mix: list[DatasetConfig] | None = None
     """Several sets to train on together, instead of dataset: [{dataset: a.jsonl, weight: 3}, {dataset: b.jsonl, weight:
     1}]. Each has its own subset, split, revision and columns."""
+    max_examples: PositiveInt | None = None
+    """Number of examples after which no more rows are read: those of the first rows of the set, of each set of a
+    mix. The default takes all rows."""
+    decontaminate: DecontaminateConfig | None = None
+    """Evaluation sets whose questions are looked for in all texts of the training rows, which are left out if they have
+    one: a list such as [math, gsm8k, humaneval, my_test.jsonl], or a section with `sets`. Case, punctuation and line
+    breaks do not matter. Nothing is looked for by default."""
+    deduplicate: bool = False
+    """Whether of training examples with equal tokens and labels only the first is kept, and none that is also a
+    held-out example."""
 
     @property
     def sets(self) -> list[DatasetConfig]:
@@ -188,6 +213,12 @@ class DataConfig(BaseModel):
                 key=f"data.mix[{lacks}]",
             )
         return self
+
+    @field_validator("decontaminate", mode="before")
+    @classmethod
+    def _list_of_sets(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str) else value
+        return {"sets": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -11,10 +11,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 from ..errors import UserError
 from ..stop import die_with
+from .contamination import Screened
 from .encode import Encoded, Encoder, EncoderRow
 from .encode_texts import TextEncoder
 
-AnyEncoder = Encoder | TextEncoder
+AnyEncoder = Encoder | TextEncoder | Screened
 Chunk = list[EncoderRow]
 CHUNK = 256
 """Most rows of a chunk."""

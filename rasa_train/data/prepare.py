@@ -10,11 +10,14 @@ import numpy as np
 
 from ..errors import UserError, some
 from ..models.task import Head, TaskConfig
+from . import contamination, duplicates
 from .built_in import GLUE
 from .cache import TokenDataset
 from .config import DataConfig, DatasetConfig, ValidationConfig
+from .duplicates import distinct
+from .hub_source import HubSource
 from .shares import divided, draws_of, joined, notes_on, refuse_two_readings
-from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
+from .sources import HELD_OUT, Source, find_source, overlap, splits_of
 from .texts import single_class
 from .tokenise import Maker, Stats, fingerprint
 
@@ -93,11 +96,11 @@ def prepare(
     if head is not None:
         head = replace(head, labels=tuple(counts[0].labels or ()))
     refuse_two_readings(config, sources, keys)
-    parts = divided(config, wholes, keys)
-    views, validation = [trained for trained, _ in parts], joined([held for _, held in parts])
-    if apart is not None and held_out is not None:
-        with _named("data.validation.dataset"):
-            validation, _, _ = replace(make, head=head)(*apart, str(held_out.dataset))
+    outside, outside_key = _made_apart(replace(make, head=head), apart)
+    kept, *equal = distinct(wholes, outside, config.names, drop=config.deduplicate)
+    parts = divided(config, kept, keys)
+    views = [trained for trained, _ in parts]
+    validation = joined([held for _, held in parts]) if outside is None else outside
     sizes = [len(view) for view in views]
     draws = draws_of(config, sizes)
     train = joined(views, draws)
@@ -108,10 +111,13 @@ def prepare(
         tokens=sum(train.per_epoch(train.lengths)),
         supervised_tokens=sum(train.per_epoch(train.supervised)),
         longest=int(train.lengths.max()),
+        duplicates=equal[0],
+        held_out_examples=equal[1],
     )
-    key = keys[0] if len(keys) == 1 else f"{keys} {draws}"
-    view = hashlib.sha256(f"{key} {held_out.size if held_out else None} {config.fraction}".encode()).hexdigest()
-    notes = _notes(config, counts) + notes_on(config.names, sizes, draws)
+    chosen_by = [keys[0] if len(keys) == 1 else f"{keys} {draws}", held_out.size if held_out else None, config.fraction]
+    chosen_by += [f"deduplicated, and against {outside_key}"] if config.deduplicate else []
+    view = hashlib.sha256(" ".join(map(str, chosen_by)).encode()).hexdigest()
+    notes = _notes(config, counts) + notes_on(config.names, sizes, draws) + _left_out(config, stats)
     if held_out and held_out.dataset and not held_out.split and (chosen := _held_out_split(held_out)):
         notes.append(f"data.validation is the {chosen} split of {held_out.dataset}, not the train split")
     names = (str(held_out.dataset),) if held_out and held_out.dataset else config.names
@@ -130,6 +136,18 @@ def _source(config: DataConfig, place: int) -> tuple[Source, dict[str, str] | No
 def _made(make: Maker, place: int, source: Source, columns: dict[str, str] | None) -> tuple[TokenDataset, Stats, str]:
     with _named(make.config.key(place, "dataset")):
         return make(source, columns, make.config.sets[place].dataset)
+
+
+def _made_apart(
+    make: Maker, found: tuple[Source, dict[str, str] | None] | None
+) -> tuple[TokenDataset | None, str | None]:
+    """Return the held-out examples that are a set of their own, and the identity of their content."""
+    if found is None:
+        return None, None
+    assert make.config.validation
+    with _named("data.validation.dataset"):
+        made, _, key = make.of_all_rows()(*found, str(make.config.validation.dataset))
+    return made, key
 
 
 @contextmanager
@@ -155,6 +173,9 @@ def _sum(counts: Sequence[Stats]) -> Stats:
         dropped_over_length=sum(one.dropped_over_length for one in counts),
         dropped_unsupervised=sum(one.dropped_unsupervised for one in counts),
         truncated=sum(one.truncated for one in counts),
+        contaminated={name: sum(one.contaminated[name] for one in counts) for name in counts[0].contaminated},
+        contaminated_rows=sum(one.contaminated_rows for one in counts),
+        contaminated_places=[place for one in counts for place in one.contaminated_places][: contamination.MOST_TOLD],
         unused_columns=sorted({name for one in counts for name in one.unused_columns}),
         date=next((one.date for one in counts if one.date), None),
         pairs=all(one.pairs for one in counts),
@@ -270,4 +291,12 @@ def _notes(config: DataConfig, counts: Sequence[Stats]) -> list[str]:
             notes.append(f"columns of {whose} that are not used: {some(one.unused_columns, _MOST_NAMES)}")
     if date := next((one.date for one in counts if one.date), None):
         notes.append(f"the chat template prints today's date: {date} stands for it in all rows")
+    return notes
+
+
+def _left_out(config: DataConfig, stats: Stats) -> list[str]:
+    notes = duplicates.notes(stats.duplicates, stats.held_out_examples, dropped=config.deduplicate)
+    if config.decontaminate:
+        found = (stats.contaminated, stats.contaminated_rows, stats.contaminated_places)
+        notes = contamination.notes(*found, config.decontaminate) + notes
     return notes

@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UserError, first_line, some
+from ..errors import UserError, some
 from ..io.json_file import field, read_object
 from .built_in import BUILT_IN, GLUE, HUB, REVISIONS
 from .columns import Row
+from .hub_source import HubSource, SourceMissing, arrow_rows
 from .row_files import columnar_rows, file_rows
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -32,10 +33,6 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 HELD_OUT = ("validation", "test")
 """Splits that are held out, in the order in which one is taken where none is named."""
-
-
-class SourceMissing(UserError):
-    """The data set is not here: no such file, or the hub cannot be reached. Anything else about it is wrong input."""
 
 
 class Source(Protocol):
@@ -266,7 +263,7 @@ class SavedSource:
 
         def rows(most: int) -> Iterator[Row]:
             try:
-                yield from _rows(datasets.load_from_disk(str(self._directory)), most)
+                yield from arrow_rows(datasets.load_from_disk(str(self._directory)), most)
             except MemoryError:
                 raise
             except Exception as error:  # pyarrow's, OSError, KeyError: the files are whatever somebody wrote
@@ -279,77 +276,6 @@ class SavedSource:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(b"".join(_digest(file) for file in self._files)).hexdigest()
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A dataset of the Hugging Face hub, downloaded (or found in the local hub cache) by ``datasets``."""
-
-    name: str
-    subset: str | None
-    split: str
-    revision: str | None
-
-    @property
-    def whole(self) -> tuple[str | None, ...]:
-        """Name of the split without the part of it that is taken."""
-        return self.name, self.subset, self.split.partition("[")[0], self.revision
-
-    @cached_property
-    def _dataset(self) -> Any:
-        import datasets
-
-        offline = datasets.config.HF_HUB_OFFLINE
-        try:
-            # Without a network `datasets` retries for long before it looks into its cache; ask once instead.
-            datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(self.name, self.revision)
-            return datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
-        except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
-            raise SourceMissing(
-                f"data.dataset: {self.name!r} is no local file, no built-in name ({', '.join((*BUILT_IN, *GLUE))}) and "
-                f"no set of the hub that you may read ({first_line(error)}). Check the spelling; for a "
-                "private or gated set, log in with `hf auth login`",
-                key="data.dataset",
-            ) from error
-        except ConnectionError as error:
-            named = ", ".join(repr(part) for part in (self.name, self.subset) if part)
-            raise SourceMissing(
-                f"data.dataset: {self.name!r} is no local file or built-in name, and the Hugging Face hub "
-                "cannot be reached (or HF_HUB_OFFLINE is set) and the set is not in its local cache. Load it "
-                f'once with a network (python -c "import datasets; datasets.load_dataset({named})"), '
-                "or point data.dataset to a local file",
-                key="data.dataset",
-            ) from error
-        except Exception as error:  # unknown subset or split, unsupported files, a broken download
-            raise UserError(
-                f"data.dataset: cannot load {self.name!r} (subset {self.subset}, split {self.split}, "
-                f"revision {self.revision}): {error}",
-                key="data.dataset",
-            ) from error
-        finally:
-            datasets.config.HF_HUB_OFFLINE = offline
-
-    def rows(self) -> Iterator[tuple[str, Row]]:
-        dataset = self._dataset  # loaded here, once, and not in the child process
-        return columnar_rows(lambda most: _rows(dataset, most), f"{self.name} [{self.split}]", None)
-
-    def fingerprint(self) -> str:
-        return "|".join(
-            map(str, ("hub", self.name, self.subset, self.split, self.revision, self._dataset._fingerprint))
-        )
-
-
-def _hub_answers(name: str, revision: str | None) -> bool:
-    """Whether the hub says anything about this set, a refusal included, within 10 seconds."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=10)
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError):
-        return True
-    except Exception:  # the HTTP library's own network errors share no narrower base
-        return False
-    return True
 
 
 def _digest(path: Path) -> bytes:
@@ -366,15 +292,12 @@ def overlap(one: Source, other: Source) -> bool:
     same split of a hub set."""
     if isinstance(one, FileSource) and isinstance(other, FileSource):
         return not set(one.digests).isdisjoint(other.digests)
-    if isinstance(one, HubSource) and isinstance(other, HubSource) and one.whole == other.whole:
-        return one.split == other.split or "[" not in one.split or "[" not in other.split
+    if isinstance(one, HubSource) and isinstance(other, HubSource):
+        parts = "[" in one.split and "[" in other.split and one.split != other.split
+        return one.whole == other.whole and not parts
+    if isinstance(one, HubSource) or isinstance(other, HubSource):
+        return False
     return one.fingerprint() == other.fingerprint()
-
-
-def _rows(dataset: Any, at_a_time: int) -> Iterator[Row]:
-    """Yield the rows of a set of the library ``datasets``."""
-    for table in dataset.with_format("arrow").iter(at_a_time):
-        yield from table.to_pylist()
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_st
 from .chat import DATE
 from .columns import Columns, Row, find_columns
 from .config import DataConfig
+from .contamination import MOST_TOLD, Screen, ScreenedRows
 from .encode import Encoded, Encoder, plain_backend
 from .encode_pool import CHUNK, Chunk, encode_all
 from .encode_texts import TextEncoder, longest
+from .hub_source import HubSource
 from .sources import Source
 from .texts import TextColumns, find_text_columns, found_labels
 
@@ -51,6 +55,16 @@ class Stats:
     """Names of the labels of a classification set."""
     pairs: bool = False
     """Whether its texts are pairs."""
+    contaminated: dict[str, int] = field(default_factory=dict)
+    """Rows of the source that have questions of each evaluation set of ``data.decontaminate``."""
+    contaminated_rows: int = 0
+    """Rows that have questions of any of them."""
+    contaminated_places: list[str] = field(default_factory=list)
+    """What the first of these rows share, one line each."""
+    duplicates: int = 0
+    """Examples that equal an earlier one, if ``data.deduplicate`` drops them."""
+    held_out_examples: int = 0
+    """Training examples that equal a held-out one."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +80,19 @@ class Maker:
     """The head of a classification; without labels, if those of the rows are to be taken."""
 
     def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
-        key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
+        if isinstance(source, HubSource):
+            source = replace(source, commits=root / "hub")
+        key = self._key(source, columns)
         directory = root / "tokens" / key[:32]
         if (known := read_stats(directory, key)) is not None:
             return TokenDataset(directory), Stats(**known), key
         try:
-            with CacheWriter(directory, texts=self.head is not None) as writer:
+            with CacheWriter(directory, key, texts=self.head is not None) as writer:
                 stats = self._write(source, dataset, columns, writer)
-                writer.commit(key, asdict(stats))
+                writer.commit(asdict(stats))
+            if isinstance(source, HubSource):
+                source.remember()
         except OSError as error:  # no permission, or the disk is full
             raise UserError(
                 f"cannot write tokenised data to {root}: {error}; set data.cache_dir, or $RASA_TRAIN_CACHE, "
@@ -82,6 +100,14 @@ class Maker:
                 key="data.cache_dir",
             ) from error
         return TokenDataset(directory), stats, key
+
+    @cached_property
+    def screen(self) -> Screen | None:
+        return Screen(self.config.decontaminate) if self.config.decontaminate else None
+
+    def of_all_rows(self) -> "Maker":
+        """Return the maker of a set of which no rows are left out on purpose, such as the held-out one."""
+        return replace(self, config=self.config.model_copy(update={"max_examples": None, "decontaminate": None}))
 
     def _key(self, source: Source, columns: dict[str, str] | None) -> str:
         """Return the sha256 of everything that the tokens depend on."""
@@ -99,6 +125,10 @@ class Maker:
         }
         if self.head is not None:
             parts |= {"format": FORMAT, "head": asdict(self.head), "max_length": longest(config, self.tokenizer)}
+        if config.max_examples is not None:
+            parts["max_examples"] = config.max_examples
+        if self.screen is not None:
+            parts["decontaminate"] = self.screen.identity()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _write(self, source: Source, dataset: str, columns: dict[str, str] | None, writer: CacheWriter) -> Stats:
@@ -112,9 +142,9 @@ class Maker:
         encoder = Encoder(self.config, self.tokenizer, kind)
         chat = encoder.chat
         found = find_columns(first[1], first[0], columns, chat.names if chat else ())
-        parts = chunks(itertools.chain([first], rows), found)
         workers = 1 if found.kind == "tokens" else _worker_count(self.config)
-        stats = self._encoded(encoder, parts, workers, writer, dataset)
+        stats = self._encoded(encoder, itertools.chain([first], rows), found, workers, writer)
+        self._check_any(stats, dataset)
         if found.absent:
             raise UserError(
                 f"data.columns: no row of {dataset} has a column {sorted(found.absent)[0]!r}; name the right columns",
@@ -132,35 +162,67 @@ class Maker:
             found = replace(found, head=replace(self.head, labels=labels))
         pairs = "text_pair" in names
         encoder = TextEncoder(self.config, self.tokenizer, pairs=pairs)
-        parts = chunks(source.rows(), found)
-        stats = self._encoded(encoder, parts, _worker_count(self.config), writer, dataset)
+        stats = self._encoded(encoder, source.rows(), found, _worker_count(self.config), writer)
+        self._check_any(stats, dataset)
         return replace(stats, unused_columns=sorted(found.unused), labels=list(labels), pairs=pairs)
 
     def _encoded(
-        self, encoder: Encoder | TextEncoder, parts: Iterator[Chunk], workers: int, writer: CacheWriter, dataset: str
+        self,
+        encoder: Encoder | TextEncoder,
+        rows: Iterator[tuple[str, Row]],
+        columns: Columns | TextColumns,
+        workers: int,
+        writer: CacheWriter,
     ) -> Stats:
-        stats = Stats(0, 0, 0, 0, 0, 0, 0, 0)
-        for size, encoded in encode_all(encoder, parts, workers, self.pool_threshold):
-            writer.add(encoded.examples)
-            stats = _added(stats, size, encoded)
-            if self.progress is not None:
-                self.progress(stats.rows)
+        """Write the examples of all rows, or go on after those that an interrupted writer has written."""
+        stats, most = Stats(0, 0, 0, 0, 0, 0, 0, 0), self.config.max_examples or sys.maxsize
+        if self.config.decontaminate:
+            stats = replace(stats, contaminated=dict.fromkeys(self.config.decontaminate.sets, 0))
+        if (state := writer.state) is not None:
+            stats = Stats(**state["stats"])
+            for name, noted in _noted(columns).items():
+                noted.clear()
+                noted.update(state["columns"][name])
+        screened = self.screen.around(encoder) if self.screen else encoder
+        left, before = itertools.islice(rows, stats.rows, None), -1
+        while before < stats.rows and stats.examples < most:  # as many more rows as examples are lacking
+            before = stats.rows
+            parts = chunks(itertools.islice(left, most - stats.examples), columns)
+            for size, encoded in encode_all(screened, parts, workers, self.pool_threshold):
+                examples = encoded.examples[: most - stats.examples]
+                writer.add(examples)
+                stats = _added(stats, size, replace(encoded, examples=examples))
+                if writer.due:
+                    noted_so_far = {name: sorted(noted) for name, noted in _noted(columns).items()}
+                    writer.save({"stats": asdict(stats), "columns": noted_so_far})
+                if self.progress is not None:
+                    self.progress(stats.rows)
+        return stats
+
+    def _check_any(self, stats: Stats, dataset: str) -> None:
+        config = self.config
         if stats.examples == 0:
-            config = self.config
+            found = f", {stats.contaminated_rows} as questions of an evaluation set" if stats.contaminated_rows else ""
             raise UserError(
                 f"data.dataset: no example is left of the {stats.rows} rows of {dataset}: "
                 f"{stats.dropped_over_length} dropped as longer than max_length={config.max_length} tokens "
-                f"(over_length: {config.over_length}), {stats.dropped_unsupervised} because no token carries "
+                f"(over_length: {config.over_length}){found}, {stats.dropped_unsupervised} because no token carries "
                 f"loss (supervise: {config.supervise}; {stats.truncated} were cut at max_length). Raise "
                 "data.max_length or choose another supervise",
                 key="data.dataset",
             )
-        return stats
+
+
+def _noted(columns: Columns | TextColumns) -> dict[str, set[str]]:
+    """Return what the columns have noted about the rows so far."""
+    return {name: value for name, value in vars(columns).items() if isinstance(value, set)}
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
     lengths = [len(example.input_ids) for example in encoded.examples]
-    return Stats(
+    found = encoded.found if isinstance(encoded, ScreenedRows) else ()
+    return replace(
+        stats,
         rows=stats.rows + rows,
         dropped_over_length=stats.dropped_over_length + encoded.dropped_over_length,
         dropped_unsupervised=stats.dropped_unsupervised + encoded.dropped_unsupervised,
@@ -169,6 +231,9 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
         tokens=stats.tokens + sum(lengths),
         supervised_tokens=0,  # counted on the views
         longest=max([stats.longest, *lengths]),
+        contaminated={name: n + sum(name in row.sets for row in found) for name, n in stats.contaminated.items()},
+        contaminated_rows=stats.contaminated_rows + len(found),
+        contaminated_places=[*stats.contaminated_places, *map(str, found)][:MOST_TOLD],
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.columns import listed
-from ..data.sources import HubSource
+from ..data.hub_source import HubSource
 from ..errors import UserError
 from ..io.json_file import read_bytes
 from .problems import Row, find_file, local_rows

@@ -12,7 +12,9 @@ from typing import Any
 
 from ..data.columns import listed
 from ..data.demo_problems import held_out
-from ..data.sources import HubSource, find_source
+from ..data.evaluation_sets import GSM8K, HUMANEVAL, MATH, HubSets
+from ..data.hub_source import HubSource
+from ..data.sources import find_source
 from ..errors import UserError
 from ..io.bounded import weight
 from .answers import boxed_answer, gsm8k_answer, marked_answer
@@ -28,34 +30,22 @@ MOST = 1 << 30
 class Origin:
     """Where a suite's rows are published, and the names of its files."""
 
-    hub: tuple[tuple[str, str | None], ...]
-    """Hub ids and subsets, whose splits ``test`` together are the suite's questions."""
+    hub: HubSets
     files: tuple[str, ...]
     """Patterns of files below ``--data DIR``, the preferred one first."""
 
 
 ORIGINS = {
     "math": Origin(
-        tuple(
-            ("EleutherAI/hendrycks_math", subject)
-            for subject in (
-                "algebra",
-                "counting_and_probability",
-                "geometry",
-                "intermediate_algebra",
-                "number_theory",
-                "prealgebra",
-                "precalculus",
-            )
-        ),
+        MATH,
         ("*math*test*.json*", "math/*test*.json*", "math/*.json*", "MATH/*.json*", "*math*.json*", "test.json*"),
     ),
     "gsm8k": Origin(
-        (("openai/gsm8k", "main"),),
+        GSM8K,
         ("*gsm8k*test*.json*", "gsm8k/*test*.json*", "gsm8k/*.json*", "*gsm8k*.json*", "test.json*", "train.json*"),
     ),
     "code": Origin(
-        (("evalplus/humanevalplus", None),),
+        HUMANEVAL,
         (
             "*HumanEvalPlus-OriginFmt*",
             "humaneval/HumanEvalPlus-OriginFmt*",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_data import rows_of, write_lines
 
-from rasa_train.data import row_files, sources
+from rasa_train.data import hub_source, row_files
 from rasa_train.data.built_in import BUILT_IN
 from rasa_train.data.columns import find_columns
 from rasa_train.data.sources import find_source
@@ -183,7 +183,7 @@ def test_built_in_sets_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
         return datasets.Dataset.from_list([{"instruction": "q", "response": "r"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(sources, "_hub_answers", lambda *_: True)
+    monkeypatch.setattr(hub_source, "_hub_answers", lambda *_: True)
     source, columns = find_source("magicoder", split="train[:1%]", revision="abc")
     where, row = next(source.rows())
     assert asked == [("ise-uiuc/Magicoder-Evol-Instruct-110K", None, {"split": "train[:1%]", "revision": "abc"})]
@@ -195,7 +195,7 @@ def test_built_in_sets_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources, "_hub_answers", lambda *_: False)
+    monkeypatch.setattr(hub_source, "_hub_answers", lambda *_: False)
     with pytest.raises(UserError, match=r"hub cannot be reached.*datasets\.load_dataset\('no/such'\)"):
         find_source("no/such")[0].fingerprint()
     assert datasets.config.HF_HUB_OFFLINE is False
@@ -213,7 +213,7 @@ def test_hub_refusals_are_explained(monkeypatch: pytest.MonkeyPatch, error: Exce
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(sources, "_hub_answers", lambda *_: True)
+    monkeypatch.setattr(hub_source, "_hub_answers", lambda *_: True)
     with pytest.raises(UserError, match=message):
         next(find_source("no/such", split="trian")[0].rows())
 
