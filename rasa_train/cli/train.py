@@ -19,7 +19,7 @@ from .errors import Command, DefaultVerb, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..training.trainer import Summary
+    from ..training.summary import Summary
 
 app = typer.Typer(
     cls=DefaultVerb,
@@ -286,13 +286,16 @@ def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool)
     if was_complete:
         say(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
-        say(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
+        done = "stopped early after" if summary.get("stopped_early") else "done:"
+        say(f"{done} {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
         if why := recipe.adapter.unmerged:
             say(f"it cannot be merged ({why}); evaluate it inside the base with rasa-eval {output_dir}")
             if recipe.adapter.method == "peft":
                 say(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
         else:
             say(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
+    if best := summary.get("best"):
+        say(f"the best is step {best['step']} ({best['measure']} {best['value']:.4f}): add --checkpoint best")
 
 
 def _sweep(

@@ -6,7 +6,8 @@ from ..data.prepare import PreparedData
 from ..errors import Stopped
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
-from .trainer import Summary, Trainer
+from .summary import Summary
+from .trainer import Trainer
 
 
 def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> Summary | None:
@@ -28,11 +29,14 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> S
             row = trainer.step(step, work)
             trainer.validate(row)
             trainer.evaluate(row)
+            trainer.judge(row)
             trainer.log(row)
             stopping = trainer.stop_agreed(stop)
             trainer.checkpoint(needed=stopping)
             if stopping:
                 why = stop.reason or "another worker was asked to stop"
                 raise Stopped(f"{why}: saved at step {row['step']}; the same command goes on from there")
+            if trainer.stopped_early:
+                break
         trainer.write_adapter()
     return trainer.finish()
