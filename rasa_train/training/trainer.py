@@ -259,7 +259,7 @@ class Trainer:
             self.say(f"step {step}: the best so far, {measure} {value:.4f}")
         if stopping and watched.waited:
             best = f"the best is step {watched.best.step}" if watched.best else "none was finite"
-            counted = f"{watched.waited} of {stopping.patience} measurements in a row without an improvement"
+            counted = f"no improvement in {watched.waited} of at most {stopping.patience} measurements"
             self.say(f"step {step}: {counted} ({best}){'; the run stops early' if self.stopped_early else ''}")
         if self.stopped_early:  # what is measured after the last step
             self.validate(row)
