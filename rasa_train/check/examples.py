@@ -132,7 +132,8 @@ def inspect(recipe: Recipe, samples: int) -> Inspection:
         mine = np.arange(len(data.train)) if origins is None or len(names) == 1 else np.flatnonzero(origins == place)
         facts.append(_facts(name, data, mine, ends))
         examples += [
-            _shown(name, data, tokenizer, index, why) for index, why in chosen(data.train, mine, samples, recipe.seed)
+            shown_example(data, tokenizer, index, why, name)
+            for index, why in chosen(data.train, mine, samples, recipe.seed)
         ]
     return Inspection(
         dataset=", ".join(names),
@@ -209,7 +210,10 @@ def _decoded(tokenizer: Tokenizer | None, ids: Sequence[int], before: int) -> st
     return text(ids[before:])  # a character is divided between tokens
 
 
-def _shown(name: str, data: PreparedData, tokenizer: Tokenizer | None, index: int, why: str) -> Shown:
+def shown_example(
+    data: PreparedData, tokenizer: Tokenizer | None, index: int, why: str = "first", name: str = ""
+) -> Shown:
+    """Return an example of a data set as it is shown."""
     example = data.train[index]
     if data.head:
         none = np.zeros(len(example.input_ids), bool)

@@ -14,8 +14,9 @@ import typer
 from ..errors import UserError, say, shown
 from ..recipe import shipped
 from ..stop import PARENT, die_with
-from .completion import nearby
 from .errors import Command, DefaultVerb, start, stoppable, user_errors
+from .inspect import inspect
+from .recipe_argument import MISSING, AsJson, Overrides, RecipeName
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -37,23 +38,7 @@ app = typer.Typer(
 )
 
 
-def _recipes(incomplete: str) -> list[str]:
-    """Return what a shell offers for RECIPE: shipped recipes, and existing YAML files and directories."""
-    near = nearby(incomplete)
-    files = [f"{path}/" if path.is_dir() else str(path) for path in near if path.is_dir() or path.suffix == ".yaml"]
-    return [name for name in (*files, *shipped.runnable()) if name.startswith(incomplete)]
-
-
-MISSING = "RECIPE is missing, for example: rasa-train configs/demo.yaml (--help lists the options)"
 WORKERS, SWEEPS = "Several workers", "Several runs"
-RecipeName = Annotated[
-    str | None,
-    typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="section.key=value", help="Values to replace in the recipe.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Nproc = Annotated[
     str,
     typer.Option(
@@ -218,6 +203,9 @@ def check(
         rasa-train check math_llama8b_r8 --nproc 8
     """
     run(recipe, overrides, check_only=True, as_json=as_json, nproc=nproc, nnodes=nnodes, sweep=sweep, together=together)
+
+
+app.command("inspect", cls=Command)(inspect)
 
 
 @app.command("list", cls=Command)
