@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 
@@ -39,12 +40,7 @@ def page(found: Inspection) -> str:
 def turns(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Return the pieces of an example by turns, as far as the tokens show them: a turn ends with a special token that
     ends a trained part, wherever the token stands; a trained part starts a turn unless only a header is before it."""
-    after = [*pieces[1:], Piece("", False)]
-    ends = {
-        piece.text
-        for before, piece, following in zip([Piece("", False), *pieces], pieces, after, strict=False)
-        if piece.special and before.trained and not following.trained
-    }
+    ends = _ends(pieces)
     found: list[list[Piece]] = [[]]
     for piece in pieces:
         now, last = found[-1], found[-1][-1] if found[-1] else None
@@ -54,12 +50,25 @@ def turns(pieces: Sequence[Piece]) -> list[list[Piece]]:
         ended = any(p.special and p.text in ends for p in now)
         starts = piece.trained and not last.trained and sum(p.tokens for p in now) > HEADER
         stops = last.trained and not last.special and not piece.trained and not piece.special and piece.tokens > 1
-        blank = not piece.special and not piece.text.strip()  # the line break after an end belongs to it
-        if (ended and not blank) or starts or stops:
+        if (ended and not _blank(piece)) or starts or stops:
             found.append([piece])
         else:
             now.append(piece)
     return [turn for turn in found if turn]
+
+
+def _ends(pieces: Sequence[Piece]) -> set[str]:
+    """Return the special tokens that end a trained part: the last one in it, or else the next one after it."""
+    found: set[str] = set()
+    solid = [piece for piece in pieces if not _blank(piece)]  # a line break after an end belongs to it
+    for piece, following in pairwise([*solid, Piece("", False)]):
+        if piece.trained and not following.trained:
+            found |= {end.text for end in (piece, following) if end.special and (end is piece or not piece.special)}
+    return found
+
+
+def _blank(piece: Piece) -> bool:
+    return not piece.special and not piece.text.strip()
 
 
 def _examples(found: Inspection, several: bool) -> str:
@@ -94,7 +103,7 @@ def _example(place: int, name: str, example: Shown) -> str:
 def _turn(pieces: Sequence[Piece], example: Shown) -> str:
     tokens = sum(piece.tokens for piece in pieces)
     trained = sum(piece.tokens for piece in pieces if piece.trained)
-    words = f"{tokens:,} tokens" + (f", {trained:,} trained" if example.answer is None else "")
+    words = f"{tokens:,} token{'' if tokens == 1 else 's'}" + (f", {trained:,} trained" if example.answer is None else "")
     kind = "turn trained" if trained else "turn"
     return f'<div class="{kind}"><small>{words}</small><pre>{"".join(map(_piece, pieces))}</pre></div>'
 

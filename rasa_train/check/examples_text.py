@@ -108,7 +108,7 @@ def bars(histogram: Sequence[tuple[int, int, int]]) -> list[str]:
     wide, high = (len(f"{max(bar[i] for bar in histogram):,}") for i in (1, 2))
     room = WIDTH - 2 * wide - high - 8
     return [
-        f"  {least:>{wide},} - {largest:>{wide},}  {count:>{high},} {'█' * -(-count * room // most)}"
+        f"  {least:>{wide},} - {largest:>{wide},}  {count:>{high},} {'█' * -(-count * room // most)}".rstrip()
         for least, largest, count in histogram
     ]
 
