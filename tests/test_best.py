@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from rasa_train import load_adapter
 from rasa_train.evaluate.load import find_subjects
-from rasa_train.training.best import Watched
+from rasa_train.io.run_dir import step_number
+from rasa_train.recipe.measures import measures
+from rasa_train.recipe.schema import Recipe
+from rasa_train.training.best import Watched, superseded
 from rasa_train.training.evaluation import Score
 from rasa_train.training.trainer import Trainer
 
@@ -155,3 +158,83 @@ def test_a_run_that_is_killed_decides_as_an_undisturbed_one(
     (run / of_best).write_bytes(b"")
     refused = cli("merge", "run", "--checkpoint", "best", "--output", "no")
     assert refused.returncode == 2 and "is damaged" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["training.early_stopping={patience: 0}", STOPS[0]], "training.early_stopping.patience"),
+        (["training.early_stopping={patience: 2, min_delta: -1}", STOPS[0]], "training.early_stopping.min_delta"),
+        (["training.early_stopping={patience: 2, min_delta: .inf}", STOPS[0]], "training.early_stopping.min_delta"),
+        (["training.early_stopping={patience: 2}"], "set training.keep_best to validation_loss"),
+        (["training.keep_best=loss"], "does not measure 'loss'; set training.keep_best to validation_loss"),
+        (["training.keep_best=eval_gsm8k"], "does not measure 'eval_gsm8k'; set training.keep_best to validation_loss"),
+        (
+            ["training.keep_best=eval_math", "training.evaluate={suite: gsm8k}"],
+            "set training.keep_best to validation_loss or eval_gsm8k",
+        ),
+        ([STOPS[0], "data.validation=null"], "add data.validation"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(recipe: Path, cli: Cli, changes: list[str], said: str) -> None:
+    refused = cli("train", recipe, *changes)
+    assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_measures_of_a_classifier(recipe: Path) -> None:
+    """Their names are those in metrics.jsonl: the suite's, and for a regression another."""
+    data: dict[str, object] = {"dataset": "x", "validation": {"size": 1}}
+    evaluate = {"suite": "classification"}
+    for problem, name in (("single_label", "eval_classification"), ("regression", "eval_regression")):
+        values = {
+            "model": {"name": "m"},
+            "adapter": {"method": "rasa"},
+            "data": data,
+            "task": {"name": "classification", "problem": problem},
+            "training": {"evaluate": evaluate, "keep_best": name},
+            "output_dir": "run",
+        }
+        assert measures(Recipe.model_validate(values)) == ["validation_loss", name]
+
+
+def test_no_such_checkpoint(recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    cli("train", recipe, "training.max_steps=2", "adapter.targets=[q_proj]", check=True)
+    for which, said in (
+        ("best", "was trained without training.keep_best, so no step is known as the best; give the number of a step"),
+        ("7", "has no checkpoint of step 7; there is 2"),
+        ("../../x", "must be best or the number of a step"),
+        ("9" * 5000, "must be best or the number of a step"),
+    ):
+        refused = cli("merge", "run", "--checkpoint", which, "--output", "merged")
+        assert refused.returncode == 2 and said in refused.stderr and not (tmp_path / "merged").exists()
+    refused = cli("merge", "run/adapter", "--checkpoint", "best", "--output", "merged")
+    assert refused.returncode == 2 and "give the output_dir of one" in refused.stderr
+    refused = cli("eval", "run", "--checkpoint", "best", "--suite", "gsm8k", "--data", "demo")
+    assert refused.returncode == 2 and "without training.keep_best" in refused.stderr
+    refused = cli("eval", "run", "--checkpoint", "2", "--all-checkpoints")
+    assert refused.returncode == 2 and "not both" in refused.stderr
+    cli("merge", "run", "--checkpoint", "2", "--output", "merged", check=True)
+
+
+def test_checkpoints_of_former_best_steps_go(tmp_path: Path) -> None:
+    """Worked out by hand: checkpoints are due at 10, 20, 30; the best steps were 4, 7, 20, 23 and 27."""
+
+    def saved(step: int, best: int | None) -> None:
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir(exist_ok=True)
+        watched = {"best": best and {"step": best, "epoch": 1.0, "value": 1.0}}
+        (path / "trainer.json").write_text(json.dumps({"watched": watched}))
+
+    def left(keep_last: int | None) -> list[int]:
+        return sorted(step_number(path) for path in superseded(tmp_path, keep_last, lambda step: step % 10 == 0))
+
+    for step, best in ((4, 4), (7, 7), (10, 7), (20, 20), (23, 23)):
+        saved(step, best)
+    assert left(None) == [4], "7 is the best of the checkpoint at 10, and 23 is the newest"
+    assert left(1) == [4, 7, 10, 20] and left(2) == [4, 7, 10] and left(3) == [4]
+    saved(27, 27)
+    saved(30, 27)
+    assert left(None) == [4, 23] and left(1) == [4, 7, 10, 20, 23]
+    (tmp_path / "step-00000030" / "trainer.json").write_text("[")
+    saved(40, 27)
+    assert left(1) == [4, 7, 10, 20, 23, 30], "what a damaged checkpoint names is not known"
