@@ -54,6 +54,7 @@ def reference() -> str:
         + table({"properties": common}, definitions),
         *(method_section(name, definitions[cls.__name__], definitions) for name, cls in METHODS.items()),
         section("`data`", "DataConfig"),
+        section("`data.mix[0]` and the following", "DatasetConfig", "###"),
         section("`data.validation`", "ValidationConfig", "###"),
         section("`training`", "TrainingConfig"),
         *optimizers,

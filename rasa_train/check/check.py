@@ -181,7 +181,7 @@ def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:
     Raises:
         UserError: the base cannot be trained, or cannot be merged into.
     """
-    head = known_head(recipe.data.dataset, recipe.task)
+    head = known_head(recipe.data, recipe.task)
     base = check_base(recipe.model, head)
     quantized = quantization_of(base.config)
     if (directory := Path(recipe.model.name)).is_dir() and not quantized:
@@ -252,6 +252,18 @@ def _size(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
 
 
+def _datasets(facts: Estimate) -> Sequence[tuple[str, str]]:
+    """Return a line on each set, if there are several."""
+    examples, tokens = facts.examples_by_dataset or {}, facts.tokens_by_dataset or {}
+    if len(examples) < 2:
+        return []
+    width, all_of_them = max(map(len, examples)), sum(examples.values())
+    return [
+        ("", f"{name:<{width}} {number:>12,} ({number / all_of_them:6.1%}) {tokens[name]:>14,} tokens")
+        for name, number in examples.items()
+    ]
+
+
 def _lines(facts: Estimate) -> Sequence[tuple[str, str]]:
     kinds = [f"{kind} x {n} (rank {facts.effective_rank[kind]})" for kind, n in facts.sites.items()]
     share = f"{facts.trainable_share:.3%} of {facts.total_parameters:,}"
@@ -267,6 +279,7 @@ def _lines(facts: Estimate) -> Sequence[tuple[str, str]]:
         ("trained", f"{facts.trainable_parameters:,} parameters ({share})"),
         *[("adapted" if i == 0 else "", kind) for i, kind in enumerate(kinds)],
         ("examples", number(facts.examples)),
+        *_datasets(facts),
         ("dropped", number(facts.dropped_examples)),
         ("truncated", number(facts.truncated_examples)),
         ("tokens", number(facts.tokens)),

@@ -65,6 +65,10 @@ class Estimate:
     a GPU may choose; the ``total`` where nothing is searched for."""
     memory_bytes_by_strategy: dict[Strategy, int]
     advice: list[str]
+    examples_by_dataset: dict[str, int] | None
+    """Examples of each set in an epoch."""
+    tokens_by_dataset: dict[str, int] | None
+    """Tokens of each set in an epoch; the mean over epochs if these show different examples."""
 
 
 def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu: bool = False) -> Estimate:
@@ -73,7 +77,7 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu:
     Raises:
         UserError: the architecture is not available, or the adapter does not fit it.
     """
-    head = data.head if data else known_head(recipe.data.dataset, recipe.task)
+    head = data.head if data else known_head(recipe.data, recipe.task)
     model = meta_model(recipe.model, head)
     if recipe.training.flat:
         check_packable(model)
@@ -106,8 +110,8 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu:
         examples=len(data.train) if data else None,
         validation_examples=len(data.validation or ()) if data else None,
         dropped_examples=data.stats.dropped_over_length + data.stats.dropped_unsupervised if data else None,
-        tokens=int(data.train.lengths.sum()) if data else None,
-        supervised_tokens=int(data.train.supervised.sum()) if data else None,
+        tokens=data.stats.tokens if data else None,
+        supervised_tokens=data.stats.supervised_tokens if data else None,
         longest_example=found,
         median_example=float(np.median(data.train.lengths)) if data else None,
         truncated_examples=data.stats.truncated if data else None,
@@ -121,6 +125,8 @@ def plan(recipe: Recipe, data: PreparedData | None, workers: int = 1, *, on_cpu:
         memory_bytes_least=least,
         memory_bytes_by_strategy=totals,
         advice=advice(recipe, totals, workers),
+        examples_by_dataset=data.examples_by_dataset if data else None,
+        tokens_by_dataset=data.tokens_by_dataset if data else None,
     )
 
 

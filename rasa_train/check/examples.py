@@ -125,11 +125,10 @@ def inspect(recipe: Recipe, samples: int) -> Inspection:
     tokenizer = load_tokenizer(recipe.model)
     data = prepare(recipe.data, tokenizer, task=recipe.task)
     ends = [] if data.head else _end_tokens(recipe, tokenizer)
-    names = list(getattr(data, "datasets", ())) or [str(recipe.data.dataset)]
-    origins = getattr(data.train, "origins", None)
+    names = list(data.datasets) if len(data.datasets) > 1 else [str(recipe.data.dataset or data.datasets[0])]
     facts, examples = [], []
     for place, name in enumerate(names):
-        mine = np.arange(len(data.train)) if origins is None or len(names) == 1 else np.flatnonzero(origins == place)
+        mine = np.flatnonzero(data.train.origins == place)
         facts.append(_facts(name, data, mine, ends))
         examples += [
             shown_example(data, tokenizer, index, why, name)

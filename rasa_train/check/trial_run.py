@@ -87,6 +87,6 @@ def trial(recipe: Recipe, data: PreparedData, parameters: int, steps: int) -> Tr
         tried = recipe.model_copy(update=changed | {"tracking": TrackingConfig()})
         run(tried, StopSignal(), replace(data, validation=None))
         rows = RunDirectory(directory).rows()
-    per_step = float(data.train.lengths.mean()) * min(recipe.training.batch_size, len(data.train))
+    per_step = data.stats.tokens / len(data.train) * min(recipe.training.batch_size, len(data.train))
     finite = any(row["loss"] is not None for row in rows)
     return Trial(steps * per_step / float(rows[-1]["tokens_per_second"]), finite)

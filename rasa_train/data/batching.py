@@ -36,8 +36,16 @@ class Limit:
         return split_batch(indices, lengths, micro_batch_size=self.examples, num_workers=num_workers)
 
 
-def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the global batches of one epoch: arrays of example indices that hold each example once.
+def plan_epoch(
+    lengths: np.ndarray,
+    *,
+    batching: Batching,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    shown: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Return the global batches of one epoch: arrays of example indices that together are ``shown``.
 
     The last batch may be smaller.
 
@@ -52,10 +60,12 @@ def plan_epoch(lengths: np.ndarray, *, batching: Batching, batch_size: int, seed
             file.
         batch_size: examples of a step, over all workers.
         seed, epoch: these two alone determine the random order.
+        shown: indices of the examples of this epoch, of which some may be absent or repeated; None for each once.
     """
-    count = len(lengths)
+    shown = np.arange(len(lengths)) if shown is None else shown
+    count = len(shown)
     random = np.random.default_rng([seed, epoch]).permutation(count)
-    order = np.arange(count) if batching == "sequential" else random
+    order = shown if batching == "sequential" else shown[random]
     if batching == "length-grouped" and count:
         group = max(1, min(50, count // (4 * batch_size))) * batch_size
         groups = [_longest_first(order[at : at + group], lengths) for at in range(0, count, group)]

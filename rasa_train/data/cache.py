@@ -89,6 +89,11 @@ class TokenDataset:
         return self._of_view(self._answers)
 
     @cached_property
+    def origins(self) -> np.ndarray:
+        """Place of the set that each example is from, among the sets that were put together; int64, shape (len,)."""
+        return np.zeros(len(self), np.int64)
+
+    @cached_property
     def largest_id(self) -> int:
         """The largest token id in the files of the set, whichever examples this view has."""
         return int(self._tokens.max(initial=0))
@@ -97,6 +102,16 @@ class TokenDataset:
         """Return a view of some examples, in the order given; nothing is copied."""
         chosen = np.asarray(indices, np.int64)
         return TokenDataset(self.directory, chosen if self._indices is None else self._indices[chosen])
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray | None:
+        """Return the examples that an epoch (from 0) shows, as many as there are, in an order of no meaning: int64,
+        shape (len,). None if it shows each once."""
+        return None
+
+    def per_epoch(self, values: np.ndarray) -> list[int]:
+        """Return the sum of ``values``, one for each example, over the examples of an epoch, for each of the sets that
+        were put together; the mean over epochs if these show different examples."""
+        return [int(values.sum(dtype=np.int64))]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenDataset, (self.directory, self._indices)  # a memory map is pickled as a copy of the file

@@ -48,6 +48,27 @@ class ValidationConfig(BaseModel):
         return values
 
 
+class DatasetConfig(BaseModel):
+    """One of the sets of ``data.mix``, which are trained on together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dataset: str = Field(min_length=1)
+    """Name, file or directory of the set, as for data.dataset."""
+    weight: float | None = Field(None, gt=0, strict=True, allow_inf_nan=False)
+    """Share of the set in the examples of an epoch, in proportion to the weights of the others: 3 and 1 are three
+    quarters and one quarter. By default, if no set has a weight, each has its own size. An epoch has as many examples
+    as all sets together."""
+    subset: str | None = None
+    """Name of the configuration, for a hub set that has several."""
+    split: str = "train"
+    """Split of a hub set or directory."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub set."""
+    columns: dict[str, str] | None = None
+    """Columns of this set, as for data.columns."""
+
+
 class DataConfig(BaseModel):
     """Which rows to train on, how they become tokens, and which tokens carry loss.
 
@@ -58,10 +79,10 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    dataset: str = Field(min_length=1)
+    dataset: str | None = Field(None, min_length=1)
     """Dataset to train on: a built-in name (metamathqa, magicoder, demo; glue/sst2 and the other sets of GLUE), a hub
     id, a local .jsonl/.json/.parquet file (.gz too, except parquet), a directory of such files, or a directory written
-    by datasets.save_to_disk."""
+    by datasets.save_to_disk. Exactly one of dataset and mix must be given."""
     subset: str | None = None
     """Name of the configuration, for a hub set that has several."""
     split: str = "train"
@@ -96,6 +117,77 @@ class DataConfig(BaseModel):
     cache_dir: str | None = None
     """Directory of the tokenised sets. The default is $RASA_TRAIN_CACHE, else $XDG_CACHE_HOME/rasa_train, else
     ~/.cache/rasa_train."""
+    mix: list[DatasetConfig] | None = None
+    """Several sets to train on together, instead of dataset: [{dataset: a.jsonl, weight: 3}, {dataset: b.jsonl, weight:
+    1}]. Each has its own subset, split, revision and columns."""
+
+    @property
+    def sets(self) -> list[DatasetConfig]:
+        """The sets to train on: those of ``mix``, or the only one."""
+        if self.mix is not None:
+            return self.mix
+        assert self.dataset
+        return [
+            DatasetConfig(
+                dataset=self.dataset,
+                subset=self.subset,
+                split=self.split,
+                revision=self.revision,
+                columns=self.columns,
+            )
+        ]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sets for reports, each another one: a name that several sets share is followed by what tells
+        them apart."""
+        named = []
+        for one in self.sets:
+            alike = [other for other in self.sets if other.dataset == one.dataset]
+            parts = [(str(getattr(one, key)), key) for key in ("subset", "split", "revision")]
+            apart = [part for part, key in parts if len({getattr(other, key) for other in alike}) > 1]
+            named.append(f"{one.dataset} ({', '.join(apart)})" if apart else one.dataset)
+        found: list[str] = []
+        for place, name in enumerate(named):
+            shared = named.count(name) > 1 or name in found
+            found.append(f"{name} #{place + 1}" if shared else name)
+        return tuple(found)
+
+    def key(self, place: int, name: str) -> str:
+        """Return the recipe's key ``name`` of one of ``sets``, such as ``data.mix[1].dataset``."""
+        return f"data.{name}" if self.mix is None else f"data.mix[{place}].{name}"
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> Self:
+        if self.mix is None:
+            if self.dataset is None:
+                raise UserError(
+                    "data.dataset is required but missing; or name several sets to train on together in data.mix",
+                    key="data.dataset",
+                )
+            return self
+        for name in ("dataset", "subset", "split", "revision", "columns"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                where = "leave one of them out" if name == "dataset" else f"write {name} into the sets of data.mix"
+                raise UserError(
+                    f"data.{name}: {value} and data.mix cannot be given together: {where}",
+                    key=f"data.{name}",
+                )
+        if not self.mix:
+            raise UserError(
+                "data.mix is an empty list: name at least one set, as in [{dataset: a.jsonl}]", key="data.mix"
+            )
+        weighted = [place for place, one in enumerate(self.mix) if one.weight is not None]
+        if 0 < len(weighted) < len(self.mix):
+            lacks = next(place for place in range(len(self.mix)) if place not in weighted)
+            raise UserError(
+                f"data.mix[{lacks}] has no weight, and data.mix[{weighted[0]}] has weight: "
+                f"{self.mix[weighted[0]].weight:g}; give each set a weight, or none of them (then each has its own "
+                "size)",
+                key=f"data.mix[{lacks}]",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -105,22 +197,26 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        named = set(self.columns or {"messages"})
-        pairs = (
-            {"query", "response"},
-            {"query", "input", "response"},
-            {"text", "label"},
-            {"text", "text_pair", "label"},
-        )
-        if named - {"tools"} not in (*pairs, {"messages"}):
-            raise UserError(
-                f"data.columns must name `query` and `response` (perhaps `input`), or `messages`, or `text` and "
-                f"`label` (perhaps `text_pair`), got {sorted(named)}; write it as {{query: <column of the file>, "
-                "response: <column of the file>}",
-                key="data.columns",
-            )
-        if "tools" in named and self.template != "chat":
-            raise UserError(
-                f"data.columns: `tools` are for data.template: chat, got template: {self.template}", key="data.columns"
-            )
+        for place, one in enumerate(self.mix or ([self] if self.columns else [])):
+            if one.columns is not None:
+                _check_columns(one.columns, self.key(place, "columns"), self.template)
         return self
+
+
+def _check_columns(columns: dict[str, str], key: str, template: Template) -> None:
+    named = set(columns or {"messages"})
+    pairs = (
+        {"query", "response"},
+        {"query", "input", "response"},
+        {"text", "label"},
+        {"text", "text_pair", "label"},
+    )
+    if named - {"tools"} not in (*pairs, {"messages"}):
+        raise UserError(
+            f"{key} must name `query` and `response` (perhaps `input`), or `messages`, or `text` and "
+            f"`label` (perhaps `text_pair`), got {sorted(named)}; write it as {{query: <column of the file>, "
+            "response: <column of the file>}",
+            key=key,
+        )
+    if "tools" in named and template != "chat":
+        raise UserError(f"{key}: `tools` are for data.template: chat, got template: {template}", key=key)

@@ -205,8 +205,8 @@ def configs(name: str, data: str | None, settings: Mapping[str, Any], most: int 
         kept["max_length"] = min(kept.get("max_length", most), most)
     if name in GLUE:
         kept["columns"] = GLUE[name].columns
-    elif settings.get("columns"):
-        kept["columns"] = settings["columns"]
+    elif columns := _columns(settings):
+        kept["columns"] = columns
     if data is None:
         kept.pop("columns", None)  # those of the name
         ends = dict(zip(("", SECOND), GLUE[name].splits, strict=False))
@@ -218,6 +218,13 @@ def configs(name: str, data: str | None, settings: Mapping[str, Any], most: int 
         "train" if Path(data).expanduser().exists() else (GLUE[data].splits[0] if data in GLUE else "test")
     )
     return {"": DataConfig(dataset=data, split=split, **kept)}
+
+
+def _columns(settings: Mapping[str, Any]) -> Any:
+    """Return the columns that the recipe names for its set, or for all sets of a mixture."""
+    mix = settings.get("mix")
+    found = [one.get("columns") for one in (mix if isinstance(mix, list) else [settings]) if isinstance(one, dict)]
+    return found[0] if found and all(columns == found[0] for columns in found) else None
 
 
 def _matched(directory: Path) -> dict[str, Path]:

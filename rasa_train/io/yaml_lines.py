@@ -21,6 +21,8 @@ NO_TEXT = re.compile("[\0\ud800-\udfff]")
 MERGE = "tag:yaml.org,2002:merge"
 
 Key = tuple[str | int, ...]
+PLACE = re.compile("[0-9]{1,9}")
+"""A place in a list."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Location:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
+
+
+def dotted(key: Key) -> str:
+    """Write a key as messages and the command line do: ``data.mix[1].weight``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+
+
+def key_of(text: str) -> Key:
+    """Return the key that ``dotted`` writes as ``text``; the place in a list may also be written ``data.mix.1``."""
+    parts = re.sub(r"\[([0-9]+)\]", r".\1", text).split(".")
+    return tuple(int(part) if PLACE.fullmatch(part) else part for part in parts)
 
 
 def nearest(locations: dict[Key, Location], key: Key) -> Location | None:
@@ -139,8 +152,16 @@ class _Walker:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
+            return [self._item(item, (*key, i)) for i, item in enumerate(node.value)]
         return self._scalar(node)
+
+    def _item(self, node: yaml.Node, key: Key) -> Any:
+        line = node.start_mark.line + 1
+        self.locations[key] = Location(self.source, line, self._text(line))
+        return self.value(node, key)
+
+    def _text(self, line: int) -> str:
+        return short(self.lines[line - 1].strip()) if line <= len(self.lines) else ""
 
     def _scalar(self, node: yaml.Node) -> Any:
         try:
@@ -167,8 +188,7 @@ class _Walker:
                     f"{self.source}:{line}: the key {short(name)!r} stands here and in line {seen[name]}; keep one"
                 )
             seen[name] = line
-            text = short(self.lines[line - 1].strip()) if line <= len(self.lines) else ""
-            self.locations[(*key, name)] = Location(self.source, line, text)
+            self.locations[(*key, name)] = Location(self.source, line, self._text(line))
             result[name] = self.value(value_node, (*key, name))
         return result
 

@@ -122,7 +122,7 @@ def _check_input(recipe: Recipe) -> PreparedData:
             raise UserError(
                 f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
             )
-    base = check_base(recipe.model, known_head(recipe.data.dataset, recipe.task))
+    base = check_base(recipe.model, known_head(recipe.data, recipe.task))
     data = prepare(recipe.data, load_tokenizer(recipe.model), task=recipe.task)
     check_vocabulary(base, recipe.model.name, data.largest_id)
     if data.head:

@@ -45,7 +45,7 @@ def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
     if made.recipe.is_file():
         recipe = made.stored_recipe()
         data = field(recipe, "data", dict, made.recipe, {})
-        parts.append(f"## Data\n\n`{data.get('dataset')}`, template `{data.get('template')}`.")
+        parts.append(f"## Data\n\n{_datasets(data)}, template `{data.get('template')}`.")
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         parts.append(f"## Recipe\n\n```yaml\n{text.strip()}\n```")
     if made.summary.is_file():
@@ -61,6 +61,18 @@ def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
     text = "\n\n".join(parts) + "\n"
     (directory / "README.md").write_text(text)
     return text
+
+
+def _datasets(data: Mapping[str, Any]) -> str:
+    """Return the names of the sets of a recipe's section ``data``, with their weights."""
+    mix = data.get("mix")
+    if not isinstance(mix, list):
+        return f"`{data.get('dataset')}`"
+    sets = [one for one in mix if isinstance(one, dict)]
+    return ", ".join(
+        f"`{one.get('dataset')}`" + (f" (weight {one['weight']})" if one.get("weight") is not None else "")
+        for one in sets
+    )
 
 
 def push(directory: Path, repository: str, *, upload: bool) -> str:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from ..adapters.contract import Method
 from ..adapters.registry import METHODS
+from ..data.config import DatasetConfig
 from ..errors import UserError
 from ..io.home import expanded
-from ..io.yaml_lines import Key, Location, nearest, parse, short
+from ..io.yaml_lines import PLACE, Key, Location, dotted, key_of, nearest, parse, short
 from .extends import Files, Layer, find
 from .renamed import rename
 from .schema import Recipe
@@ -39,7 +40,7 @@ class LoadedRecipe:
 
 def explain(error: UserError, locations: dict[Key, Location]) -> UserError:
     """Return ``error`` with the place where its key was written, if it has a key."""
-    location = nearest(locations, tuple(error.key.split("."))) if error.key else None
+    location = nearest(locations, key_of(error.key)) if error.key else None
     return UserError(f"{error}\n  at {location}", key=error.key) if location else error
 
 
@@ -117,18 +118,27 @@ def _override_layer(overrides: Iterable[str]) -> Layer:
     layer = Layer({}, {})
     for override in overrides:
         name, equals, text = override.partition("=")
-        parts = name.split(".")
+        key = key_of(name)
+        parts = [str(part) for part in key]
         if not equals or not all(parts):
             raise UserError(f"an override is section.key=value, got {override!r}")
         value, _ = parse(text, f"override {name}")
-        target = layer.values
+        target: Any = layer.values
         for part in parts[:-1]:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
+            target = target[_place(target, part, name)] if isinstance(target, list) else target.setdefault(part, {})
+            if not isinstance(target, dict | list):
                 raise UserError(f"override {override!r}: {part} already has a value, so it has no keys")
-        target[parts[-1]] = value
-        layer.locations[tuple(parts)] = Location("command line", None, override)
+        target[_place(target, parts[-1], name) if isinstance(target, list) else parts[-1]] = value
+        for written in (key, tuple(parts)):
+            layer.locations[written] = Location("command line", None, override)
     return layer
+
+
+def _place(items: list[Any], part: str, name: str) -> int:
+    """Return the place in a list that a part of the key ``name`` gives. Raises ``UserError`` if there is none."""
+    if not PLACE.fullmatch(part) or int(part) >= len(items):
+        raise UserError(f"override {short(name)}: no place {short(part)} in a list of {len(items)}, counted from 0")
+    return int(part)
 
 
 def _merge(below: Layer, above: Layer) -> None:
@@ -142,8 +152,23 @@ def _merge(below: Layer, above: Layer) -> None:
                 del old[name]
     if isinstance(below.values.get("task"), str) and isinstance(above.values.get("task"), dict):
         below.values["task"] = {"name": below.values["task"]}
+    _drop_other_data(below.values.get("data"), above.values.get("data"))
     _merge_values(below.values, above.values)
+    replaced = {key for key in above.locations if not isinstance(_get(above.values, key), dict)}
+    for key in [key for key in below.locations if any(key[:size] in replaced for size in range(len(key)))]:
+        del below.locations[key]  # an item of a list, or a key inside it
     below.locations.update(above.locations)
+
+
+def _drop_other_data(below: Any, above: Any) -> None:
+    """Drop ``data.dataset``, and the keys that belong to it, where ``above`` gives a mixture in its place; and a
+    mixture where it gives a dataset."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        if isinstance(above.get("mix"), list) and above.get("dataset") is None:
+            for name in DatasetConfig.model_fields:
+                below.pop(name, None)
+        elif above.get("dataset") is not None and above.get("mix") is None:
+            below.pop("mix", None)
 
 
 def _refuse_unused(adapter: Method, locations: dict[Key, Location]) -> None:
@@ -155,15 +180,20 @@ def _refuse_unused(adapter: Method, locations: dict[Key, Location]) -> None:
             raise explain(UserError(message, key=f"adapter.{key}"), locations)
 
 
-def _merge_values(below: dict[str, Any], above: dict[str, Any]) -> None:
+def _merge_values(below: Any, above: dict[str, Any], section: str = "") -> None:
+    """Put the values of ``above`` into a mapping, or into a list, of which they name the places."""
     for name, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(name), dict):
-            _merge_values(below[name], value)
+        path = f"{section}.{name}".removeprefix(".")
+        key: Any = _place(below, name, path) if isinstance(below, list) else name
+        old = below[key] if isinstance(below, list) else below.get(name)
+        indexed = isinstance(old, list) and isinstance(value, dict) and value and all(map(PLACE.fullmatch, value))
+        if isinstance(value, dict) and (isinstance(old, dict) or indexed):
+            _merge_values(old, value, path)
         else:
-            below[name] = value
+            below[key] = value
 
 
-def _get(values: Any, path: tuple[str, ...]) -> Any:
+def _get(values: Any, path: Key) -> Any:
     for name in path:
         values = values.get(name) if isinstance(values, dict) else None
     return values
@@ -191,7 +221,7 @@ def _refuse_secrets(value: Any, key: Key, locations: dict[Key, Location]) -> Non
         at = nearest(locations, key)
         where = f"\n  at {at.where}" if at else ""
         raise UserError(
-            f"{'.'.join(map(str, key))} holds a password or token, and a recipe is copied into its run directory: "
+            f"{dotted(key)} holds a password or token, and a recipe is copied into its run directory: "
             f"take it out, and give it in the environment (HF_TOKEN, WANDB_API_KEY, ...) or by `hf auth login`{where}"
         )
 
@@ -255,16 +285,16 @@ def _messages(error: ValidationError, locations: dict[Key, Location], source: st
     for key, (section, items) in found.items():
         if len(messages) == MOST_ERRORS:
             return [*messages, "and more"]
-        dotted = ".".join(map(str, key))
+        name = dotted(key)
         location = nearest(locations, key)
         where = f"\n  at {location}" if location else f"\n  in {source}"
         wanted = [wanted for item in items if (wanted := _wanted(item))]
         if len(wanted) < len(items):
-            sentence = _sentence(next(item for item in items if not _wanted(item)), dotted, key, section)
+            sentence = _sentence(next(item for item in items if not _wanted(item)), name, key, section)
         elif any(len(other) > len(key) and other[: len(key)] == key for other in found):
             continue  # a list or a section in which something is wrong, which is reported
         else:
-            sentence = f"{dotted} must be {_alternatives(wanted)}, got {items[0].get('input')!r}"
+            sentence = f"{name} must be {_alternatives(wanted)}, got {items[0].get('input')!r}"
         messages.append(short(sentence, 1_000) + where)
     return messages
 
@@ -295,26 +325,26 @@ def _wanted(item: Any) -> str | None:
     return None
 
 
-def _sentence(item: Any, dotted: str, key: Key, section: type[BaseModel] | None) -> str:
+def _sentence(item: Any, name: str, key: Key, section: type[BaseModel] | None) -> str:
     kind, context, got = item["type"], item.get("ctx", {}), item.get("input")
     if kind == "extra_forbidden":
-        return _unknown_key(dotted, str(key[-1]), _section_fields(key[:-1], section))
+        return _unknown_key(name, str(key[-1]), _section_fields(key[:-1], section))
     if kind == "missing":
-        return f"{dotted} is required but missing"
+        return f"{name} is required but missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = str(context.get("discriminator", "method")).strip("'")
         known = (
             list(METHODS) if tag == "method" else [t.strip(" '") for t in context.get("expected_tags", "").split(",")]
         )
         if kind == "union_tag_not_found":
-            return f"{dotted}.{tag} is required but missing; it must be one of {', '.join(filter(None, known))}"
+            return f"{name}.{tag} is required but missing; it must be one of {', '.join(filter(None, known))}"
         value = context.get("tag", "")
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{dotted}.{tag} must be one of {', '.join(known)}, got {value!r}{hint}"
+        return f"{name}.{tag} must be one of {', '.join(known)}, got {value!r}{hint}"
     if kind == "range":
-        return f"{dotted} {item['msg']}"
-    return f"{dotted}: {item['msg'].removeprefix('Value error, ')}" + ("" if "got" in item["msg"] else f", got {got!r}")
+        return f"{name} {item['msg']}"
+    return f"{name}: {item['msg'].removeprefix('Value error, ')}" + ("" if "got" in item["msg"] else f", got {got!r}")
 
 
 _LIMITS = {
@@ -352,6 +382,7 @@ def _all_keys(model: type[BaseModel], prefix: str) -> list[str]:
     keys = []
     for name, info in model.model_fields.items():
         keys.append(prefix + name)
+        several = any(typing.get_origin(one) is list for one in (info.annotation, *typing.get_args(info.annotation)))
         for inner in _models(info.annotation):
-            keys += _all_keys(inner, f"{prefix}{name}.")
+            keys += _all_keys(inner, f"{prefix}{name}{'[0]' if several else ''}.")
     return keys

@@ -209,7 +209,7 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _home(cls, values: Any) -> Any:
-        """Expand ``~`` here for all paths of a recipe; ``data.columns`` holds names of columns."""
+        """Expand ``~`` here for all paths of a recipe; ``columns`` holds names of columns."""
         return _expanded(values, "")
 
     @model_validator(mode="after")
@@ -225,13 +225,14 @@ class Recipe(_Section):
 def _check_classification(recipe: Recipe) -> None:
     """Raise ``UserError`` if a key has no meaning for a classification."""
     data, training, name = recipe.data, recipe.training, "task: classification"
-    if (data.columns is not None and "text" not in data.columns) or data.dataset in ("demo", *BUILT_IN):
-        key = "data.columns" if data.columns is not None else "data.dataset"
-        raise UserError(
-            f"{key}: {data.columns or data.dataset} holds queries and responses, and {name} needs texts and labels: "
-            "{text: <column>, label: <column>}, perhaps with text_pair; or leave out task",
-            key=key,
-        )
+    for place, one in enumerate(data.sets):
+        if (one.columns is not None and "text" not in one.columns) or one.dataset in ("demo", *BUILT_IN):
+            key = data.key(place, "columns" if one.columns is not None else "dataset")
+            raise UserError(
+                f"{key}: {one.columns or one.dataset} holds queries and responses, and {name} needs texts and labels: "
+                "{text: <column>, label: <column>}, perhaps with text_pair; or leave out task",
+                key=key,
+            )
     for key in ("template", "supervise"):
         if (value := getattr(data, key)) != DataConfig.model_fields[key].default:
             raise UserError(f"data.{key}: {value} is for responses; with {name} leave it out", key=f"data.{key}")
@@ -259,13 +260,14 @@ def _check_classification(recipe: Recipe) -> None:
 def _check_causal(recipe: Recipe) -> None:
     """Raise ``UserError`` if a key has a meaning only for a classification."""
     data, evaluate = recipe.data, recipe.training.evaluate
-    if "text" in (data.columns or {}) or data.dataset in GLUE:
-        key = "data.dataset" if data.dataset in GLUE else "data.columns"
-        raise UserError(
-            f"{key}: {data.dataset if data.dataset in GLUE else data.columns} holds texts and labels, which need "
-            "`task: classification`; the task is causal_lm",
-            key=key,
-        )
+    for place, one in enumerate(data.sets):
+        if "text" in (one.columns or {}) or one.dataset in GLUE:
+            key = data.key(place, "dataset" if one.dataset in GLUE else "columns")
+            raise UserError(
+                f"{key}: {one.dataset if one.dataset in GLUE else one.columns} holds texts and labels, which need "
+                "`task: classification`; the task is causal_lm",
+                key=key,
+            )
     if evaluate and evaluate.suite in CLASSIFIED:
         raise UserError(
             f"training.evaluate.suite: {evaluate.suite} is for classifiers; set task: classification, or use one of "
@@ -275,7 +277,7 @@ def _check_causal(recipe: Recipe) -> None:
 
 
 def _expanded(value: Any, key: str) -> Any:
-    if isinstance(value, dict) and key != "data.columns":
+    if isinstance(value, dict) and key not in ("data.columns", "data.mix.columns"):
         return {name: _expanded(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items()}
     if isinstance(value, list):
         return [_expanded(inner, key) for inner in value]

@@ -62,6 +62,7 @@ class Progress:
     """Value at the last step; 0 in the checkpoints of older versions, which do not hold the fields from ``skipped``."""
     evaluation: Scores | None = None
     """Best and last score of ``training.evaluate``."""
+    validation_loss_by_dataset: dict[str, float] | None = None
     watched: Watched | None = None
     """What ``training.keep_best`` has shown."""
 
@@ -83,6 +84,7 @@ class Progress:
             skipped=self.skipped + row.get("skipped", 0),
             loss=self.loss if row.get("loss") is None else row["loss"],
             validation_loss=row.get("validation_loss"),
+            validation_loss_by_dataset=row.get("validation_loss_by_dataset"),
             peak_memory_bytes=row.get("peak_memory_bytes", self.peak_memory_bytes),
             evaluation=with_score(self.evaluation, row),
         )

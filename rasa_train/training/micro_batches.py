@@ -52,6 +52,7 @@ def plan_steps(
                     batch_size=training.batch_size,
                     seed=model.recipe.seed,
                     epoch=epoch,
+                    shown=train.epoch(model.recipe.seed, epoch),
                 ),
             )
         yield step_of(model, train, batches[position], limit)

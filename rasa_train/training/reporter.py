@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import TracebackType
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -35,6 +36,8 @@ class MetricsRow(TypedDict):
     seconds: float
     validation_loss: NotRequired[float]
     """Mean over the supervised tokens of the held-out set, where it was measured."""
+    validation_loss_by_dataset: NotRequired[dict[str, float]]
+    """The same for each set that has held-out examples, if there are several."""
 
 
 class Reporter:
@@ -89,6 +92,14 @@ class Reporter:
         elif step % self.every == 0 or step in (1, self.total):
             left = clock((self.total - step) * self.seconds / (step - self.started_at))
             self.say(f"step {step}/{self.total}  loss {loss:.4f}  lr {row['lr']:.2e}  {speed}  {left} left")
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row for trackers, which take numbers: a value by set becomes ``KEY/SET`` for each set."""
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        found |= {f"{key}/{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def clock(seconds: float) -> str:

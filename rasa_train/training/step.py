@@ -73,17 +73,24 @@ def accumulate(model: TrainableModel, train: TokenDataset, work: Step, step: int
 
 
 @torch.no_grad()
-def validate(model: TrainableModel, dataset: TokenDataset, limit: Limit) -> float:
-    """Return the mean loss over the targets of a held-out set."""
-    engine, accelerator = model.engine, model.engine.accelerator
+def validate(model: TrainableModel, dataset: TokenDataset, limit: Limit) -> tuple[float, dict[int, float]]:
+    """Return the mean loss over the targets of the held-out examples, and that of each set they are from, by its place
+    among the sets. The examples of a micro-batch are from one set, so no example is computed twice."""
+    engine, accelerator, lengths = model.engine, model.engine.accelerator, dataset.lengths
     engine.model.eval()
-    everything = np.argsort(-dataset.lengths, kind="stable")
-    mine = limit.split(everything, dataset.lengths, accelerator.num_processes)[accelerator.process_index]
-    device = accelerator.device
-    with closing(ahead(batch_of(model, dataset, indices) for indices in mine)) as batches:
-        loss = sum(float(model.loss(on_device(batch, device))) for batch in batches)
+    by_length = np.argsort(-lengths, kind="stable")
+    places = [int(place) for place in np.unique(dataset.origins)]
+    losses = []
+    for place in places:
+        examples = by_length[dataset.origins[by_length] == place]
+        mine = limit.split(examples, lengths, accelerator.num_processes)[accelerator.process_index]
+        with closing(ahead(batch_of(model, dataset, indices) for indices in mine)) as batches:
+            losses.append(sum(float(model.loss(on_device(batch, accelerator.device))) for batch in batches))
     engine.release()
-    return collectives.sum_over_workers(accelerator, [loss])[0] / model.objective.targets(dataset)
+    losses = collectives.sum_over_workers(accelerator, losses)
+    targets = [model.objective.targets(dataset, np.flatnonzero(dataset.origins == place)) for place in places]
+    each = {place: loss / number for place, loss, number in zip(places, losses, targets, strict=True)}
+    return sum(losses) / sum(targets), each
 
 
 def nothing_trains(linears: int) -> UserError:

@@ -37,6 +37,10 @@ class Summary(TypedDict):
     """Whether the decoder layers were compiled."""
     versions: dict[str, str]
     workers: int
+    examples_by_dataset: NotRequired[dict[str, int]]
+    """Number of examples of each set in an epoch, if there are several."""
+    validation_loss_by_dataset: NotRequired[dict[str, float]]
+    """Loss of the held-out examples of each set, where ``validation_loss`` is that of several."""
     base_difference: NotRequired[float]
     """Relative difference that ``model.quantization`` makes, if it holds the base in fewer bits."""
     evaluation: NotRequired[dict[str, object] | None]
@@ -74,6 +78,10 @@ def summarise(run: Trainer) -> Summary:
         watched = run.progress.watched
         best = watched.best if watched else None
         summary["best"] = {**asdict(best), "measure": run.training.keep_best} if best else None
+    if len(run.data.datasets) > 1:
+        summary["examples_by_dataset"] = run.data.examples_by_dataset
+    if run.progress.validation_loss_by_dataset:
+        summary["validation_loss_by_dataset"] = run.progress.validation_loss_by_dataset
     if run.base_difference is not None:
         summary["base_difference"] = run.base_difference
     if run.training.evaluate:

@@ -38,7 +38,7 @@ from .compiling import compile_or_fuse
 from .evaluation import Score, make_measure
 from .micro_batches import Step, fit, plan_steps, step_of
 from .proof import Proof
-from .reporter import MetricsRow, Reporter
+from .reporter import MetricsRow, Reporter, flat
 from .step import train_step, validate
 from .summary import Summary, summarise
 from .trainable_model import TrainableModel
@@ -141,6 +141,8 @@ class Trainer:
             self.say(checked)
         examples = f"{len(self.data.train):,} examples"
         self.say(f"{examples}, {self.total_steps:,} steps of {self.training.batch_size} sequences")
+        if len(shown := self.data.examples_by_dataset) > 1:
+            self.say(f"an epoch has {some([f'{number:,} of {name}' for name, number in shown.items()], 20)}")
         found = f"resuming from {self.found} (step {done} of {self.total_steps})" if self.found else None
         self.report.start(done, found)
 
@@ -234,8 +236,13 @@ class Trainer:
         """Add the loss of the held-out set to the row, if it is due and not there."""
         if "validation_loss" not in row and self.data.validation and self._due(self.training.validate_every):
             with self.model.packed():
-                row["validation_loss"] = validate(self.model, self.data.validation, self.room.usual)
-            self.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}")
+                row["validation_loss"], each = validate(self.model, self.data.validation, self.room.usual)
+            said = f"step {row['step']}: validation loss {row['validation_loss']:.4f}"
+            if len(self.data.held_out) > 1:
+                by_name = {self.data.held_out[place]: loss for place, loss in each.items()}
+                row["validation_loss_by_dataset"] = by_name
+                said += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in by_name.items())})"
+            self.say(said)
 
     def evaluate(self, row: MetricsRow) -> None:
         """Add the score of ``training.evaluate`` to the row, if it is due and not there. The first worker measures
@@ -276,7 +283,7 @@ class Trainer:
         if self.first:
             self.directory.log(row)
         if self.recipe.tracking.trackers:
-            values = {key: value for key, value in row.items() if key != "step" and value is not None}
+            values = {key: value for key, value in flat(row).items() if key != "step" and value is not None}
             self.accelerator.log(values, step=row["step"])
         self.report.step(row)
 

@@ -102,7 +102,7 @@ def test_errors_name_key_value_and_line(recipe: Path, change: tuple[str, str], l
         ("training.micro_batch_size=0", "training.micro_batch_size must be a number > 0 or 'auto', got 0"),
         ("training.checkpoint_every=never", "training.checkpoint_every must be 'epoch' or a whole number, got 'never'"),
         ("adapter.targets=3", "adapter.targets must be text or a list, got 3"),
-        ("adapter.targets=[3]", "adapter.targets.0 must be text, got 3"),
+        ("adapter.targets=[3]", "adapter.targets[0] must be text, got 3"),
         ("data.validation.size=x", "data.validation.size must be a number, got 'x'"),
         ("training.max_grad_norm=0", "training.max_grad_norm must be > 0.0, got 0"),
     ],
