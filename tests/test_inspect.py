@@ -127,7 +127,12 @@ def test_conversations(base: Path, chatml: PreTrainedTokenizerFast, cli: Cli, tm
     assert not elements.names & {"script", "img", "iframe", "link2"} and "onerror" not in elements.attributes
     assert "default-src 'none'" in page and not re.search(r"https?://", re.sub(r"<pre>.*?</pre>", "", page, flags=re.S))
     first = chatml.apply_chat_template(rows[0]["messages"], tokenize=False)
-    shown = first.replace("\x1b", "\\x1b").replace("\x07", "\\x07").replace("\u202e", "\\u202e").replace("\u202c", "\\u202c")
+    shown = (
+        first.replace("\x1b", "\\x1b")
+        .replace("\x07", "\\x07")
+        .replace("\u202e", "\\u202e")
+        .replace("\u202c", "\\u202c")
+    )
     assert "".join(elements.texts[:4]) == shown
     assert [text.split("\n")[0] for text in elements.texts[:4]] == ["<|im_start|>user", "<|im_start|>assistant"] * 2
     assert all(text.endswith("<|im_end|>\n") for text in elements.texts[:4])
@@ -169,6 +174,30 @@ def test_texts_with_labels(base: Path, cli: Cli, tmp_path: Path) -> None:
     cli("train", "inspect", "recipe.yaml", "--samples", "2", "--html", "page.html", check=True)
     elements = Elements((tmp_path / "page.html").read_text())
     assert elements.texts[1] == "no" and "img" not in elements.names
+
+
+def test_a_mixture(base: Path, cli: Cli, tmp_path: Path) -> None:
+    """Each set has its own numbers and examples: one of long answers, one of short ones."""
+    write_lines(tmp_path / "long.jsonl", [conversation(f"{i}?", "Long. " * (20 + i)) for i in range(9)])
+    write_lines(tmp_path / "short.jsonl", [conversation(f"{i}?", "No.") for i in range(5)])
+    write(tmp_path, base, [], "template: chat")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("dataset: rows.jsonl", "mix: [{dataset: long.jsonl}, {dataset: short.jsonl}]")
+    )
+    arguments = ("train", "inspect", "recipe.yaml", "--samples", "2")
+    found = json.loads(cli(*arguments, "--json", "--html", "page.html", check=True).stdout)
+    long, short = found["datasets"]
+    assert (long["name"], long["examples"], short["name"], short["examples"]) == ("long.jsonl", 9, "short.jsonl", 5)
+    assert long["shortest"] > short["longest"] and long["trained_share"] > 0.5 > short["trained_share"]
+    assert long["tokens"] + short["tokens"] == found["tokens"]
+    of = [(sample["dataset"], "Long." in "".join(p["text"] for p in sample["pieces"])) for sample in found["samples"]]
+    assert of == [("long.jsonl", True)] * 2 + [("short.jsonl", False)] * 2
+    page = (tmp_path / "page.html").read_text()
+    assert '<th scope="row">short.jsonl</th><td>5</td>' in page and "short.jsonl, example" in page
+    text = cli(*arguments, check=True).stdout
+    assert "short.jsonl: 5 examples" in text and "long.jsonl, example 0 (first)" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_cannot_be_inspected(base: Path, cli: Cli, tmp_path: Path) -> None:

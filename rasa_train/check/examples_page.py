@@ -74,7 +74,9 @@ def _blank(piece: Piece) -> bool:
 def _examples(found: Inspection, several: bool) -> str:
     if not found.examples:
         return "<p>There are none.</p>"
-    signs = "".join(f"<span><i>{sign}</i> {name}</span>" for sign, name in zip("·↵→", ("space", "line", "tab"), strict=True))
+    signs = "".join(
+        f"<span><i>{sign}</i> {name}</span>" for sign, name in zip("·↵→", ("space", "line", "tab"), strict=True)
+    )
     legend = (
         '<p class="legend-line"><span><mark>trained on</mark></span><span><b class="special">special token</b></span>'
         f"{signs}<span>Signs of white space stand where a part begins or ends.</span></p>"
@@ -103,7 +105,9 @@ def _example(place: int, name: str, example: Shown) -> str:
 def _turn(pieces: Sequence[Piece], example: Shown) -> str:
     tokens = sum(piece.tokens for piece in pieces)
     trained = sum(piece.tokens for piece in pieces if piece.trained)
-    words = f"{tokens:,} token{'' if tokens == 1 else 's'}" + (f", {trained:,} trained" if example.answer is None else "")
+    words = f"{tokens:,} token{'' if tokens == 1 else 's'}" + (
+        f", {trained:,} trained" if example.answer is None else ""
+    )
     kind = "turn trained" if trained else "turn"
     return f'<div class="{kind}"><small>{words}</small><pre>{"".join(map(_piece, pieces))}</pre></div>'
 

@@ -17,8 +17,8 @@ def measures(recipe: Recipe) -> list[str]:
     """Return the names of what a run of the recipe measures at intervals."""
     found = [VALIDATION_LOSS] if recipe.data.validation is not None else []
     if evaluate := recipe.training.evaluate:
-        built_in = GLUE[recipe.data.dataset].head.problem if recipe.data.dataset in GLUE else None
-        problem = recipe.task.problem or built_in
+        built_in = GLUE.get(recipe.data.dataset or "")
+        problem = recipe.task.problem or (built_in and built_in.head.problem)
         # the scores of a regression are others than those of the suite that asks for them
         own = (evaluate.suite, problem) == ("classification", "regression")
         found.append(f"eval_{'regression' if own else evaluate.suite}")
