@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_decides_as_an_undisturbed_one(
     assert steps_kept(run) == [best, last], "the best is kept, although keep_last is 1"
     assert f"the best is step {best} (validation_loss {losses[best - 1]:.4f})" in done.stdout
 
-    for die in ((best, "judged"), (best, "half"), (best, "saved"), (last - 1, "judged"), (last, "saved")):
+    for die in ((best, "judged"), (best, "half"), (last - 1, "judged"), (last, "saved")):
         start_and_die(cli, recipe, die, monkeypatch)
     ended = cli("train", recipe, *STOPS, "output_dir=killed", check=True)
     assert f"resuming from killed/checkpoints/step-{last:08d}" in ended.stderr

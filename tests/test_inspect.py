@@ -21,13 +21,16 @@ from rasa_train.check.examples_page import turns
 from .conftest import Cli
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
-from tiny_data import byte_level_bpe, write_lines  # noqa: E402
+from tiny_data import byte_level_bpe, write_lines
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-EVIL = "<script>alert(1)</script></pre></mark><img src='http:pwn' onerror=alert(1)> \x1b]0;owned\x07 \u202ereversed\u202c & \"'"
+EVIL = (
+    "<script>alert(1)</script></pre></mark><img src='http:pwn' onerror=alert(1)> "
+    "\x1b]0;owned\x07 \u202ereversed\u202c & \"'"
+)
 RECIPE = """\
 model: {{name: {base}, dtype: float32}}
 adapter: {{method: rasa, r: 4, k: 1}}

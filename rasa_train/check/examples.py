@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.cache import TokenDataset
 from ..data.encode import IGNORE
-from ..data.prepare import PreparedData, Stats, prepare
+from ..data.prepare import PreparedData, prepare
+from ..data.tokenise import Stats
 from ..errors import UserError
 from ..models.families import end_tokens
 from ..models.load import load_config, load_tokenizer
@@ -189,7 +190,7 @@ def pieces_of(tokenizer: Tokenizer | None, ids: np.ndarray, trained: np.ndarray)
 
 def trained_mask(labels: np.ndarray) -> np.ndarray:
     """Return which tokens carry loss: never the first one, since labels are shifted by one."""
-    trained = labels != IGNORE
+    trained: np.ndarray = labels != IGNORE
     trained[:1] = False
     return trained
 

@@ -150,11 +150,11 @@ def _section(key: str, heading: str, html: str) -> str:
 def _table(sets: Sequence[DatasetFacts]) -> str:
     heads = ("data set", "examples", "tokens", "trained", "end trained", "shortest", "median", "longest")
     rows = []
-    for facts in sets:
-        shares = ("–" if share is None else f"{share:.1%}" for share in (facts.trained_share, facts.end_trained_share))
-        lengths = (f"{length:,.0f}" for length in (facts.shortest, facts.median, facts.longest))
-        cells = (f"{facts.examples:,}", f"{facts.tokens:,}", *shares, *lengths)
-        rows.append(f'<tr><th scope="row">{_text(facts.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    for one in sets:
+        shares = ("–" if share is None else f"{share:.1%}" for share in (one.trained_share, one.end_trained_share))
+        lengths = (f"{length:,.0f}" for length in (one.shortest, one.median, one.longest))
+        cells = (f"{one.examples:,}", f"{one.tokens:,}", *shares, *lengths)
+        rows.append(f'<tr><th scope="row">{_text(one.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     head = "".join(f'<th scope="col"{"" if i else " class=text"}>{name}</th>' for i, name in enumerate(heads))
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Data sets">'
@@ -164,15 +164,16 @@ def _table(sets: Sequence[DatasetFacts]) -> str:
 
 def _histograms(sets: Sequence[DatasetFacts], several: bool) -> str:
     figures = []
-    for facts in sets:
-        most = max((count for _, _, count in facts.histogram), default=1)
+    for one in sets:
+        most = max((count for _, _, count in one.histogram), default=1)
         bars = "".join(
             f'<li><span>{least:,} – {largest:,}</span><span class="bar" style="width:{count / most:.2%}"></span>'
             f"<span>{count:,}</span></li>"
-            for least, largest, count in facts.histogram
+            for least, largest, count in one.histogram
         )
-        longest = f"shortest {facts.shortest:,}, median {facts.median:,.0f}, longest {facts.longest:,} tokens"
-        name = f"{_text(facts.name)}: " if several else ""
+        longest = f"shortest {one.shortest:,}, median {one.median:,.0f}, longest {one.longest:,} tokens"
+        name = f"{_text(one.name)}: " if several else ""
         caption = f"<figcaption>{name}{longest}</figcaption>"
         figures.append(f'<figure class="card">{caption}<ul class="bars">{bars}</ul></figure>')
-    return f'<p class="note">Number of examples by their length in tokens.</p><div class="histograms">{"".join(figures)}</div>'
+    note = '<p class="note">Number of examples by their length in tokens.</p>'
+    return f'{note}<div class="histograms">{"".join(figures)}</div>'

@@ -39,8 +39,8 @@ def find_checkpoint(run: Path, which: str) -> Path:
         raise UserError(
             f"checkpoint best: {run} has none yet: {kept} was not measured, or was never finite"
             if kept
-            else f"checkpoint best: {run} was trained without training.keep_best, so no step is known as the best; give "
-            f"the number of a step: {_steps(found)}"
+            else f"checkpoint best: {run} was trained without training.keep_best, so no step is known as the best; "
+            f"give the number of a step: {_steps(found)}"
         )
     if step not in found:
         gone = "the best step" if which == BEST else "step"

@@ -38,8 +38,8 @@ def check_measures(recipe: Recipe) -> None:
     if named is None:
         if stopping is not None:
             raise UserError(
-                f"training.early_stopping: patience: {stopping.patience} watches the measurement of training.keep_best, "
-                f"which is not set; {_choose(there)}",
+                f"training.early_stopping: patience: {stopping.patience} watches the measurement of "
+                f"training.keep_best, which is not set; {_choose(there)}",
                 key="training.early_stopping",
             )
     elif named not in there:

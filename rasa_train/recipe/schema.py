@@ -8,8 +8,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    FiniteFloat,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -86,7 +84,7 @@ class EarlyStoppingConfig(_Section):
 
     patience: PositiveInt
     """Number of measurements in a row without an improvement after which the run ends."""
-    min_delta: Annotated[FiniteFloat, NonNegativeFloat] = 0.0
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Difference to the last improvement that a measurement must exceed to count as the next one. The best step is the
     one with the best value, however small the difference."""
 

@@ -36,7 +36,5 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> S
             if stopping:
                 why = stop.reason or "another worker was asked to stop"
                 raise Stopped(f"{why}: saved at step {row['step']}; the same command goes on from there")
-            if trainer.stopped_early:
-                break
         trainer.write_adapter()
     return trainer.finish()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -147,17 +148,17 @@ class Trainer:
         self.report.start(done, found)
 
     def steps(self) -> Iterator[tuple[int, Step]]:
-        """Yield the number (from 0) of each remaining step and this worker's part of it, which is made ahead."""
+        """Yield the number (from 0) of each remaining step and this worker's part of it, which is made ahead, until the
+        run stops early or is at its end."""
         compile_or_fuse(self.model, self.data.train, self.total_steps, self.say)
         self.limit = fit(self.model, self.data.train, self.say)
         self.room = fault_handling.Room(self.limit, self.say)
         self.watch = fault_handling.Watch(self.training.max_skipped, self.say)
         self.proof = Proof(self.model, self.data.train, self.data.stats, self.say)
-        done = self.progress.step
-        left = range(done, done if self.stopped_early else self.total_steps)
+        left = range(self.progress.step, self.total_steps)
         planned = plan_steps(self.model, self.data.train, self.limit, left, self.steps_per_epoch)
         work = self._exits.enter_context(closing(ahead(planned)))
-        return enumerate(work, self.progress.step)
+        return takewhile(lambda _: not self.stopped_early, enumerate(work, self.progress.step))
 
     def step(self, step: int, work: Step) -> MetricsRow:
         """Make one optimizer step. Returns its row of the metrics."""
@@ -318,10 +319,9 @@ class Trainer:
         if self._unsaved:
             self.say(f"there is room again: the run is saved at step {self.progress.step}")
         self._unsaved = False
-        if self.first:
-            if self.training.keep_last or self.training.keep_best:
-                regular = partial(self._regular, self.training.checkpoint_every)
-                checkpoint.prune(self.directory.checkpoints, self.training.keep_last, regular)
+        if self.first and (self.training.keep_last or self.training.keep_best):
+            regular = partial(self._regular, self.training.checkpoint_every)
+            checkpoint.prune(self.directory.checkpoints, self.training.keep_last, regular)
 
     def write_adapter(self) -> None:
         """Write the finished adapter. Every worker must call it."""
