@@ -82,7 +82,9 @@ def test_the_chosen_step_is_marked(page_file: Path, chromium: Page) -> None:
     """One circle, at the lowest point of the only curve of a validation loss; and a column of the table."""
     chromium.open(page_file, 1200, 844)
     chart = "[...document.querySelectorAll('#charts figure')].find((f) => f.querySelector('h3').textContent === '%s')"
-    view = f"({chart % 'Validation loss'}).querySelector('select')"
+    view = (
+        f"[...({chart % 'Validation loss'}).querySelectorAll('select')].find((s) => s.innerHTML.includes('each run'))"
+    )
     chromium.run(f"{view}.value = 'each run', {view}.dispatchEvent(new Event('change'))")
     drawn = f"[...({chart % 'Validation loss'}).querySelectorAll('circle.best')]"
     [[x, y]] = chromium.run(f"{drawn}.map((c) => [c.cx, c.cy].map((v) => v.baseVal.value))")
