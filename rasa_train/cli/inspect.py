@@ -27,8 +27,9 @@ def inspect(
 ) -> None:
     """Show examples as the model will see them, and which of their tokens are trained on.
 
-    The first, the longest and the shortest example of each data set, then random ones; lengths, the share of tokens
-    trained on, and whether the end of a text is among them. Needs the tokenizer, but no weights.
+    The first, the longest, the shortest and random examples of each data set;
+    lengths, the share of tokens trained on, whether the end of a text is one.
+    Needs the tokenizer of the model, but no weights.
 
         rasa-train inspect demo --samples 8 --html examples.html
     """
