@@ -24,6 +24,7 @@ from .adapters.saved import Origin, SavedAdapter, load_tensors, read_adapter, wr
 from .adapters.state import saved_tensors, with_own_head
 from .errors import UserError
 from .io.base_fingerprint import base_identity
+from .merging.source import find_adapter
 from .models.classifier import head_of, is_classifier
 
 ADAPTED = "rasa_train_adapted"
@@ -99,18 +100,21 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
     return path
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | Path, *, checkpoint: str | None = None) -> nn.Module:
     """Put a saved adapter into a model without adapters, to use the model or to train it further.
 
     Args:
         directory: an adapter of this package (``adapter`` in an output directory, or a checkpoint), of PEFT or of
             the reference implementation.
+        checkpoint: with the output directory of a run as ``directory``, ``best`` for the best step of the run
+            (``training.keep_best``), or the number of a step.
     Returns:
         The model itself, changed in place.
     Raises:
-        UserError: the directory holds no adapter, the adapter is damaged, or it does not fit the model.
+        UserError: the directory holds no adapter or no such checkpoint, the adapter is damaged, or it does not fit the
+            model.
     """
-    saved = read_adapter(directory)
+    saved = read_adapter(directory if checkpoint is None else find_adapter(Path(directory), checkpoint))
     return _adapt(model, saved.method, saved)
 
 

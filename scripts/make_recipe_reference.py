@@ -61,6 +61,7 @@ def reference() -> str:
         *optimizers,
         section("`training.schedule`", "ScheduleConfig", "###"),
         section("`training.evaluate`", "EvaluateConfig", "###"),
+        section("`training.early_stopping`", "EarlyStoppingConfig", "###"),
         section("`distributed`", "DistributedConfig"),
         section("`tracking`", "TrackingConfig"),
     ]

@@ -303,7 +303,7 @@ def test_a_verb_wins_against_a_file_of_its_name(recipe: Path, tmp_path: Path, cl
 @pytest.mark.parametrize(
     ("page", "names", "does_not_name"),
     [
-        (("train",), ["run ", "check", "list", "copy", "schema", "rasa-train demo"], ["--nproc", "--check"]),
+        (("train",), ["run ", "check", "inspect", "list", "copy", "schema", "rasa-train demo"], ["--nproc", "--check"]),
         (("train", "run"), ["--nproc", "--fresh", "Several workers"], ["--list", "--copy", "--schema"]),
         (("train", "demo"), ["--nproc", "RECIPE"], ["--schema"]),
         (("train", "check"), ["--json", "--nproc"], ["--fresh", "--rdzv"]),

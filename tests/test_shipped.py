@@ -104,7 +104,7 @@ def test_a_shell_completes_recipes_files_and_flags(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     recipes, verbs = (
         {"mine.yaml", "more/", *shipped.runnable()},
-        {"run", "check", "list", "copy", "schema", "demo_classify"},
+        {"run", "check", "inspect", "list", "copy", "schema", "demo_classify"},
     )
     assert set(complete("rasa-train ", tmp_path)) == recipes | verbs and not recipes & verbs
     for form in ("", "run ", "check ", "copy "):

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from rasa_train.check.check import CheckResult
+from rasa_train.check.examples import Piece, Shown
 from rasa_train.errors import say
 from rasa_train.training.reporter import Reporter
 
@@ -50,10 +51,9 @@ def test_a_check_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(check, "_lines", lambda _: [("model", f"[red]{EVIL}")])
     monkeypatch.setattr(check, "_topics", lambda _: [(EVIL, True, EVIL)])
+    sample = Shown("", 0, "first", 1, 1, [Piece(EVIL, trained=True)])
     result = object.__new__(CheckResult)
-    result.__dict__.update(
-        estimate=None, samples=[[(EVIL, True)]], notes=[EVIL], problems=[check.Problem("data", EVIL)]
-    )
+    result.__dict__.update(estimate=None, samples=[sample], notes=[EVIL], problems=[check.Problem("data", EVIL)])
     result.show()
     assert f"[red]{SHOWN}" in screen.getvalue()
     assert screen.getvalue().count(SHOWN) == 6 and "\x1b]" not in screen.getvalue() and "\x07" not in screen.getvalue()

@@ -26,7 +26,9 @@ from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
 from .estimate import USABLE, Estimate, plan
-from .labels import Labels, answer_text
+from .examples import Shown, shown_example
+from .examples_text import text_of
+from .labels import Labels
 
 Topic = Literal["recipe", "data", "model", "memory", "disk", "time"]
 
@@ -71,8 +73,8 @@ class CheckResult:
     """What the user should know about the base and the data."""
     data_words: str
     """A few words about the data."""
-    samples: list[list[tuple[str, bool]]]
-    """Decoded examples as (text, supervised) pieces."""
+    samples: list[Shown]
+    """The first examples."""
     labels: Labels | None = None
     """The labels of the texts, for a classification."""
 
@@ -107,11 +109,10 @@ class CheckResult:
             for row in rows:
                 table.add_row(*(escape(shown(cell)) for cell in row))
             console.print(table)
-        for i, pieces in enumerate(self.samples):
+        for i, example in enumerate(self.samples):
             marks = "" if self.labels else " (what is trained on is marked »like this«)"
             console.print(f"\nsample {i + 1}{marks}", style="bold")
-            marked = "".join(f"»{text}«" if supervised else text for text, supervised in pieces)
-            console.print(shown(marked), markup=False, soft_wrap=whole)
+            console.print(text_of(example, whole=True), soft_wrap=whole)
         console.print()
         for topic, fine, words in _topics(self):
             line = f"{'ok ' if fine else '-- '} {topic}: {words}"
@@ -168,7 +169,7 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
         seconds = trial.seconds if trial else None
         if trial and not trial.finite:
             problems.append(Problem("model", NOT_FINITE))
-    samples = [_pieces(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
+    samples = [shown_example(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
     labels = Labels.of(data) if data and data.head else None
     return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples, labels)
 
@@ -249,20 +250,6 @@ def _topics(result: CheckResult) -> list[tuple[Topic, bool, str]]:
 
 def _size(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
-
-
-def _pieces(data: PreparedData, tokenizer: Tokenizer, index: int) -> list[tuple[str, bool]]:
-    example = data.train[index]
-    if data.head:
-        return [(f"{tokenizer.decode(example.input_ids.tolist())} -> {answer_text(data.head, example.labels)}", False)]
-    supervised = example.labels != -100
-    pieces: list[tuple[str, bool]] = []
-    start = 0
-    for end in range(1, len(supervised) + 1):
-        if end == len(supervised) or supervised[end] != supervised[start]:
-            pieces.append((tokenizer.decode(example.input_ids[start:end].tolist()), bool(supervised[start])))
-            start = end
-    return pieces
 
 
 def _datasets(facts: Estimate) -> Sequence[tuple[str, str]]:

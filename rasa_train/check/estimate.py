@@ -149,7 +149,7 @@ def disk_bytes(recipe: Recipe, model: nn.Module, steps: int | None, steps_per_ep
     state = moments * 4 * sum(p.numel() for p in trainable(model).values())
     number = math.ceil(steps / every)
     kept = number if training.keep_last is None else min(number, training.keep_last + 1)
-    return kept * (adapter + state) + adapter
+    return (kept + bool(training.keep_best)) * (adapter + state) + adapter
 
 
 def _recomputed(recipe: Recipe) -> Recipe:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from .errors import Command, start, stoppable, user_errors
 
 if TYPE_CHECKING:
     from ..evaluate.generate import Progress
+    from ..evaluate.load import Subject
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -36,6 +38,9 @@ def evaluate(
     all_checkpoints: Annotated[
         bool, typer.Option("--all-checkpoints", help="Evaluate every checkpoint of the run, and show BEST and LAST.")
     ] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="best|STEP", help="Evaluate the run's best checkpoint, or that of a step.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of questions of each suite, from the first on. (default: all)")
     ] = None,
@@ -87,6 +92,8 @@ def evaluate(
 
         if (target is None) == (score is None):
             raise UserError("give either RUN_OR_MODEL or --score SAMPLES.jsonl")
+        if score is not None and checkpoint is not None:
+            raise UserError(f"--checkpoint {checkpoint} chooses a checkpoint of a run: it does not go with --score")
         with _only_ours():
             if score is not None:
                 output_object = _score(score, suite, data, allow_unsandboxed)
@@ -94,12 +101,14 @@ def evaluate(
                 from ..evaluate.suites import check_names
 
                 check_names(suites)
+                from ..evaluate.load import find_subjects
                 from ..evaluate.run import Options
 
                 options = Options(
                     suites, data, limit, base, backend, dtype, batch_tokens, fresh, allow_unsandboxed, trust_remote_code
                 )
-                output_object = _evaluate(str(target), options, all_checkpoints, output)
+                wanted = partial(find_subjects, all_checkpoints=all_checkpoints, output=output, checkpoint=checkpoint)
+                output_object = _evaluate(wanted(str(target)), options)
         print(json.dumps(output_object) if as_json else shown(_describe(output_object)))
 
 
@@ -115,13 +124,11 @@ def _score(path: Path, suite: str, data: str | None, allow_unsandboxed: bool) ->
     return score_file(path, suite, data, lambda: Sandbox(isolated=not allow_unsandboxed))
 
 
-def _evaluate(target: str, options: Any, all_checkpoints: bool, output: Path | None) -> dict[str, Any]:
+def _evaluate(subjects: list[Subject], options: Any) -> dict[str, Any]:
     from ..evaluate.classify import ClassifierEvaluation, check_suites, head_of_subject
-    from ..evaluate.load import find_subjects
     from ..evaluate.run import Evaluation, evaluate_all
     from ..stop import StopSignal
 
-    subjects = find_subjects(target, all_checkpoints=all_checkpoints, output=output)
     classifier = head_of_subject(subjects[0], trust_remote_code=options.trust_remote_code) is not None
     options = check_suites(options, classifier=classifier)
 

@@ -60,6 +60,9 @@ def merge(
             "--adapter", metavar="DIR:WEIGHT", help="One of several adapters to sum, with its weight; repeat for each."
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="best|STEP", help="Take the run's best checkpoint, or that of a step.")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Hub id or directory of the base model. (default: the adapter's)"),
@@ -120,7 +123,7 @@ def merge(
             return extract(finetuned, base, output, method, r, k, sweeps, targets, push, upload, overwrite, as_json)
         wanted = _Format(format, dtype, max_rank, threads)
         _check(wanted, verify)
-        given, run = _given(adapter, adapters)
+        given, run = _given(adapter, adapters, checkpoint)
         from ..merging.options import Base
 
         where = Base(base, revision, any_base)
@@ -200,15 +203,19 @@ def _check(wanted: _Format, verify: bool) -> None:
         raise UserError(f"--max-rank {wanted.max_rank} is for --format lora only, got --format {wanted.name}")
 
 
-def _given(adapter: Path | None, adapters: list[str] | None) -> tuple[Any, Path]:
+def _given(adapter: Path | None, adapters: list[str] | None, checkpoint: str | None) -> tuple[Any, Path]:
     """Return the adapters as ``merge`` takes them, one directory or several with weights, and the first directory."""
     from ..merging.source import find_adapter
 
     if (adapter is None) == (not adapters):
         raise UserError("give one ADAPTER_OR_RUN, or several with --adapter DIR:WEIGHT")
+    if checkpoint is not None and adapter is None:
+        raise UserError(f"--checkpoint {checkpoint} is for one run; of several, give the directories of checkpoints")
     if adapter is not None:
-        directory = find_adapter(adapter)
-        if directory not in (adapter, adapter / "adapter"):
+        directory = find_adapter(adapter, checkpoint)
+        if checkpoint is not None:
+            say(f"using {directory}", file=sys.stderr)
+        elif directory not in (adapter, adapter / "adapter"):
             say(f"{adapter} has no adapter/ yet: using its newest checkpoint, {directory.name}", file=sys.stderr)
         return directory, adapter
     weighted = []

@@ -14,12 +14,13 @@ import typer
 from ..errors import UserError, say, shown
 from ..recipe import shipped
 from ..stop import PARENT, die_with
-from .completion import nearby
 from .errors import Command, DefaultVerb, start, stoppable, user_errors
+from .inspect import inspect
+from .recipe_argument import MISSING, AsJson, Overrides, RecipeName
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..training.trainer import Summary
+    from ..training.summary import Summary
 
 app = typer.Typer(
     cls=DefaultVerb,
@@ -37,23 +38,7 @@ app = typer.Typer(
 )
 
 
-def _recipes(incomplete: str) -> list[str]:
-    """Return what a shell offers for RECIPE: shipped recipes, and existing YAML files and directories."""
-    near = nearby(incomplete)
-    files = [f"{path}/" if path.is_dir() else str(path) for path in near if path.is_dir() or path.suffix == ".yaml"]
-    return [name for name in (*files, *shipped.runnable()) if name.startswith(incomplete)]
-
-
-MISSING = "RECIPE is missing, for example: rasa-train configs/demo.yaml (--help lists the options)"
 WORKERS, SWEEPS = "Several workers", "Several runs"
-RecipeName = Annotated[
-    str | None,
-    typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.", autocompletion=_recipes),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="section.key=value", help="Values to replace in the recipe.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Nproc = Annotated[
     str,
     typer.Option(
@@ -220,6 +205,9 @@ def check(
     run(recipe, overrides, check_only=True, as_json=as_json, nproc=nproc, nnodes=nnodes, sweep=sweep, together=together)
 
 
+app.command("inspect", cls=Command)(inspect)
+
+
 @app.command("list", cls=Command)
 def list_(as_json: AsJson = False) -> None:
     """List the shipped recipes with parameters and memory of each."""
@@ -286,13 +274,16 @@ def _finish(recipe: Recipe, summary: Summary, was_complete: bool, as_json: bool)
     if was_complete:
         say(f"{output_dir} is complete ({summary['steps']} steps, last loss {loss}); --fresh starts over")
     else:
-        say(f"done: {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
+        done = "stopped early after" if summary.get("stopped_early") else "done:"
+        say(f"{done} {summary['steps']} steps, last loss {loss}; the adapter is in {output_dir}/adapter")
         if why := recipe.adapter.unmerged:
             say(f"it cannot be merged ({why}); evaluate it inside the base with rasa-eval {output_dir}")
             if recipe.adapter.method == "peft":
                 say(f"write it for PEFT with: rasa-merge {output_dir} --format peft --output {output_dir}/peft")
         else:
             say(f"merge it with: rasa-merge {output_dir} --output {output_dir}/merged")
+    if best := summary.get("best"):
+        say(f"the best is step {best['step']} ({best['measure']} {best['value']:.4f}): add --checkpoint best")
 
 
 def _sweep(

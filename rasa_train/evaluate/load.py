@@ -49,13 +49,19 @@ class Subject:
     """Epochs at ``step``, where known."""
 
 
-def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) -> list[Subject]:
+def find_subjects(
+    target: str, *, all_checkpoints: bool, output: Path | None, checkpoint: str | None = None
+) -> list[Subject]:
     """Return the subjects that ``RUN_OR_MODEL`` stands for: a run (its adapter, or every checkpoint), an adapter
     directory, or a model.
 
+    Args:
+        checkpoint: ``best``, or the number of a step, for one checkpoint of a run.
     Raises:
-        UserError: ``target`` is none of these.
+        UserError: ``target`` is none of these, or has no such checkpoint.
     """
+    if all_checkpoints and checkpoint is not None:
+        raise UserError(f"give --all-checkpoints or --checkpoint {checkpoint}, not both")
     path = Path(target).expanduser()
     run = next((p for p in (path, path.parent, path.parent.parent) if (p / "recipe.yaml").is_file()), None)
     if run is not None:
@@ -65,6 +71,8 @@ def find_subjects(target: str, *, all_checkpoints: bool, output: Path | None) ->
         if run != path or not (found := [p for p in numbered(path / "checkpoints") if (p / CONFIG).is_file()]):
             raise UserError(f"--all-checkpoints needs the directory of a run with checkpoints/step-*, got {target}")
         return [_checkpoint(p, output or path / "evaluation", run) for p in found]
+    if checkpoint is not None:
+        return [_checkpoint(find_adapter(path, checkpoint), output or path / "evaluation", run)]
     if path.is_dir() and (path / "config.json").is_file() and not (path / CONFIG).is_file():
         return [Subject("model", str(path), output or path / "evaluation", False)]
     if path.is_dir():

@@ -210,10 +210,25 @@ def _step(line: str) -> int | None:
         return None
 
 
+def step_number(checkpoint: Path) -> int:
+    """Return the step that a checkpoint is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """Return the step that was the best of a run at a checkpoint of it; None if it names none, or cannot be read."""
+    try:
+        watched = read_object(checkpoint / "trainer.json").get("watched")
+        step = watched["best"]["step"] if isinstance(watched, dict) else None
+    except (OSError, UserError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 def numbered(checkpoints: Path) -> list[Path]:
     """Return what bears the name of a checkpoint, by step. It may be damaged, and need not be a directory."""
     found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_number)
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -34,7 +34,7 @@ from .continued import is_complete
 from .supervisor import GOES_ON, Workers, WorkersFailed, default_threads, start_and_watch
 
 if TYPE_CHECKING:
-    from ..training.trainer import Summary
+    from ..training.summary import Summary
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def write_card(directory: Path, run: Path, report: Mapping[str, Any]) -> str:
     if made.summary.is_file():
         summary = made.read_summary()
         rows = [f"| {key} | {value} |" for key, value in summary.items() if not isinstance(value, dict)]
+        if isinstance(best := summary.get("best"), dict):
+            rows.append(f"| best | step {best.get('step')}, {best.get('measure')} {best.get('value')} |")
         parts.append("## Training\n\n| | |\n|---|---|\n" + "\n".join(rows))
     facts = {**report, **report.get("verify", {})}
     facts = {key: value for key, value in facts.items() if isinstance(value, int | float) and key != "seconds"}

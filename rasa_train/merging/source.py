@@ -31,6 +31,7 @@ from ..models.classifier import head_parameters
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
 from ..models.task import Head
+from .checkpoints import find_checkpoint
 from .options import Base
 from .tied import as_stored, joined
 from .total import total
@@ -125,16 +126,20 @@ def another_base(saved: SavedAdapter, base: str, problem: str) -> str:
     return f"{base} is not the base that {saved.directory} was trained on ({saved.base_model}): its {problem}"
 
 
-def find_adapter(path: Path) -> Path:
+def find_adapter(path: Path, checkpoint: str | None = None) -> Path:
     """Return the adapter directory for ``path``: ``path`` itself, the ``adapter/`` of a run, or the run's newest
     checkpoint that is not damaged.
 
+    Args:
+        checkpoint: ``best`` for the best step of a run, or the number of a step, instead of these.
     Raises:
-        UserError: ``path`` is not and does not hold an adapter.
+        UserError: ``path`` is not and does not hold an adapter, or is no run with such a checkpoint.
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an adapter directory or the output_dir of a run")
     _see(path)
+    if checkpoint is not None:
+        return find_checkpoint(path, checkpoint)
     if (path / CONFIG).is_file():
         refuse_links_out(path)
         return path

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from ..adapters.contract import Method
@@ -18,6 +26,7 @@ from ..models.config import ModelConfig
 from ..models.task import TaskConfig
 from ..optim.optimizers import LionW, OptimizerConfig
 from ..optim.schedule import ScheduleConfig
+from .measures import check_measures
 
 
 def _adapter_config() -> Any:
@@ -67,6 +76,17 @@ class EvaluateConfig(_Section):
     """Number of questions (of each task, for ``forgetting``); null for all. Texts are always classified all."""
     data: str | None = None
     """Local questions, as for ``--data`` of ``rasa-eval``; null for the questions on the hub."""
+
+
+class EarlyStoppingConfig(_Section):
+    """Section ``training.early_stopping:``. The run ends after the measurement of ``training.keep_best`` has stopped
+    improving. ``adapter/`` then holds the last step, as always, and ``--checkpoint best`` is the best."""
+
+    patience: PositiveInt
+    """Number of measurements in a row without an improvement after which the run ends."""
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Difference to the last improvement that a measurement must exceed to count as the next one. The best step is the
+    one with the best value, however small the difference."""
 
 
 class TrainingConfig(_Section):
@@ -130,6 +150,13 @@ class TrainingConfig(_Section):
     """Measurement of task accuracy during training; null measures none."""
     log_every: PositiveInt = 10
     """Number of steps between two lines of progress if the output is not a terminal."""
+    keep_best: str | None = None
+    """Measurement by which the best step is chosen, as ``metrics.jsonl`` names it: ``validation_loss``, or
+    ``eval_SUITE`` for ``training.evaluate``. The checkpoint of that step is kept whatever ``keep_last`` says, and
+    ``rasa-merge RUN --checkpoint best`` takes it. ``adapter/`` holds the last step all the same."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """When to end the run before its last step, by ``keep_best``; null never does. The learning rate schedule is that
+    of the whole run."""
 
     @property
     def flat(self) -> bool:
@@ -189,6 +216,7 @@ class Recipe(_Section):
             _check_classification(self)
         else:
             _check_causal(self)
+        check_measures(self)
         return self
 
 

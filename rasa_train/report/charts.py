@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
@@ -32,6 +32,9 @@ class Series:
     y: list[float]
     spread: list[float] | None = None
     """Standard deviation over seeds."""
+    best: dict[str, float] | None = None
+    """The step that ``training.keep_best`` has chosen by what the line shows: its x by the name of the axis, and
+    ``y``."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def _over_time(
 ) -> Chart | None:
     curves = {run.name: points(run) for run in runs}
     most = max(50, min(POINTS, ALL_POINTS // max(len(runs), 1)))
-    each = [_series(name, curve, most) for name, curve in curves.items() if curve]
+    marks = {run.name: _best(run, y, curves[run.name]) for run in runs}
+    each = [replace(_series(name, curve, most), best=marks[name]) for name, curve in curves.items() if curve]
     if not each or (all(len(series.y) < 2 for series in each) and y not in ("loss", "validation loss")):
         return None
     views = {RUNS: each}
@@ -116,6 +120,14 @@ def _over_time(
         means = [_mean(group, [curves[run.name] for run in group.runs], most) for group in grouped]
         views[MEANS] = [series for series in means if series is not None]
     return Chart(title, y, views)
+
+
+def _best(run: Run, y: str, curve: list[Point]) -> dict[str, float] | None:
+    """Return where the best step of a run is on its curve, if the run has chosen it by the quantity ``y``."""
+    best = run.summary.get("best")
+    if not isinstance(best, dict) or best.get("measure") not in (y.replace(" ", "_"), f"eval_{y}"):
+        return None
+    return next(({**x, "y": value} for step, x, value in curve if step == best.get("step")), None)
 
 
 def _column(run: Run, key: str) -> list[Point]:

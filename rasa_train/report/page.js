@@ -228,6 +228,11 @@ class Plot {
     }
     const path = points.map((p) => p.map((v) => v.toFixed(1)).join(",")).join(" ");
     root.append(svg("polyline", { points: path, style: `fill:none;stroke:${colour};stroke-width:1.8;stroke-linejoin:round`, "stroke-dasharray": dash || null }));
+    if (series.best && this.axis in series.best) {
+      const mark = svg("circle", { class: "best", cx: this.x(series.best[this.axis]), cy: this.y(series.best.y), r: 6, style: `fill:none;stroke:${colour};stroke-width:2` });
+      mark.append(svg("title", {}, `${series.name}: the best step`));
+      root.append(mark);
+    }
     if (points.length <= 40) for (const [x, y] of points) root.append(svg("circle", { cx: x, cy: y, r: 3, style: `fill:${colour}` }));
   }
 

@@ -67,6 +67,8 @@ def runs_table(runs: Sequence[Run]) -> Table:
     ]
     validated = any("validation_loss" in row for run in runs for row in run.metrics)
     columns += [Column("validation", "last validation loss")] if validated else []
+    chosen = any(_best_step(run) is not None for run in runs)
+    columns += [Column("best step", "step that training.keep_best has chosen, as --checkpoint best")] if chosen else []
     for key in scores:
         way = "lowest" if lower_is_better(key) else "highest"
         columns += [
@@ -81,7 +83,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         Column("time"),
         Column("memory", "peak memory of the first worker"),
     ]
-    return Table(columns, [_run_row(run, scores, validated) for run in runs])
+    return Table(columns, [_run_row(run, scores, validated, chosen) for run in runs])
 
 
 def groups_table(groups: Sequence[Group]) -> Table | None:
@@ -126,7 +128,12 @@ def differences_table(runs: Sequence[Run]) -> Table | None:
     return Table([Column("key", number=False), *(Column(run.name, number=False) for run in known)], rows)
 
 
-def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
+def _best_step(run: Run) -> float | None:
+    best = run.summary.get("best")
+    return number(best.get("step")) if isinstance(best, dict) else None
+
+
+def _run_row(run: Run, scores: list[str], validated: bool, chosen: bool) -> list[Cell]:
     summary, last = run.summary, run.metrics[-1] if run.metrics else {}
     ranks = summary.get("effective_rank")
     found_ranks = [number(rank) for rank in ranks.values()] if isinstance(ranks, dict) else []
@@ -146,6 +153,7 @@ def _run_row(run: Run, scores: list[str], validated: bool) -> list[Cell]:
     if validated:
         found = [row["validation_loss"] for row in run.metrics if "validation_loss" in row]
         row.append(_float(found[-1] if found else None))
+    row += [_whole(_best_step(run))] if chosen else []
     best_and_last = run.best_and_last()
     for key in scores:
         row += [_float(value) for value in best_and_last.get(key, (None, None))]

@@ -34,6 +34,7 @@ from ..io.checksums import CHECKSUMS, sha256
 from ..io.json_file import field, read_object
 from ..io.run_dir import numbered
 from ..io.tensor_file import TensorFile
+from .best import Watched, superseded
 from .evaluation import Scores, with_score
 from .trainable_model import TrainableModel
 
@@ -62,6 +63,8 @@ class Progress:
     evaluation: Scores | None = None
     """Best and last score of ``training.evaluate``."""
     validation_loss_by_dataset: dict[str, float] | None = None
+    watched: Watched | None = None
+    """What ``training.keep_best`` has shown."""
 
     def after(self, batch: np.ndarray, data: TokenDataset, seconds: float) -> Progress:
         """Return the progress after one more step; ``batch`` holds the indices of its examples."""
@@ -276,14 +279,13 @@ def load_progress(path: Path, *, data_key: str) -> Progress:
     return progress
 
 
-def prune(checkpoints: Path, keep_last: int | None) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints."""
-    if keep_last is not None:
-        for path in numbered(checkpoints)[:-keep_last]:
-            removed = path.with_name(f".{path.name}.removed")
-            remove(removed)
-            path.rename(removed)  # a process that is killed here leaves no half of a checkpoint
-            remove(removed)
+def prune(checkpoints: Path, keep_last: int | None, due: Callable[[int], bool]) -> None:
+    """Remove the checkpoints that are ``superseded``."""
+    for path in superseded(checkpoints, keep_last, due):
+        removed = path.with_name(f".{path.name}.removed")
+        remove(removed)
+        path.rename(removed)  # a process that is killed here leaves no half of a checkpoint
+        remove(removed)
 
 
 def load_optimizer(path: Path, model: TrainableModel) -> None:

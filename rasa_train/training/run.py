@@ -6,7 +6,8 @@ from ..data.prepare import PreparedData
 from ..errors import Stopped
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
-from .trainer import Summary, Trainer
+from .summary import Summary
+from .trainer import Trainer
 
 
 def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> Summary | None:
@@ -28,6 +29,7 @@ def run(recipe: Recipe, stop: StopSignal, data: PreparedData | None = None) -> S
             row = trainer.step(step, work)
             trainer.validate(row)
             trainer.evaluate(row)
+            trainer.judge(row)
             trainer.log(row)
             stopping = trainer.stop_agreed(stop)
             trainer.checkpoint(needed=stopping)

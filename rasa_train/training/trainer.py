@@ -6,9 +6,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
-from typing import NotRequired, TypedDict
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -33,49 +33,16 @@ from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
 from . import checkpoint, fault_handling
+from .best import Watched
 from .checkpoint import Progress
 from .compiling import compile_or_fuse
-from .evaluation import make_measure
+from .evaluation import Score, make_measure
 from .micro_batches import Step, fit, plan_steps, step_of
 from .proof import Proof
 from .reporter import MetricsRow, Reporter, flat
 from .step import train_step, validate
+from .summary import Summary, summarise
 from .trainable_model import TrainableModel
-
-
-class Summary(TypedDict):
-    """The content of ``summary.json``."""
-
-    method: str
-    trainable_parameters: int
-    effective_rank: dict[str, int]
-    steps: int
-    epochs: float
-    examples: int
-    tokens: int
-    supervised_tokens: int
-    seconds: float
-    loss: float | None
-    """Loss of the last step that was not skipped; None if all were."""
-    skipped_steps: int
-    validation_loss: float | None
-    peak_memory_bytes: int
-    strategy: str
-    kernels: str
-    """``liger`` if its kernels computed norms, rotary embedding and SwiGLU, else ``none``."""
-    fast_path: bool
-    """Whether linears that share an input were computed together, from factors that were packed once per step."""
-    compiled: bool
-    """Whether the decoder layers were compiled."""
-    versions: dict[str, str]
-    workers: int
-    examples_by_dataset: NotRequired[dict[str, int]]
-    """Number of examples of each set in an epoch, if there are several."""
-    validation_loss_by_dataset: NotRequired[dict[str, float]]
-    """Loss of the held-out examples of each set, where ``validation_loss`` is that of several."""
-    base_difference: NotRequired[float]
-    """Relative difference that ``model.quantization`` makes, if it holds the base in fewer bits."""
-    evaluation: NotRequired[dict[str, object] | None]
 
 
 class Trainer:
@@ -181,7 +148,8 @@ class Trainer:
         self.report.start(done, found)
 
     def steps(self) -> Iterator[tuple[int, Step]]:
-        """Yield the number (from 0) of each remaining step and this worker's part of it, which is made ahead."""
+        """Yield the number (from 0) of each remaining step and this worker's part of it, which is made ahead, until the
+        run stops early or is at its end."""
         compile_or_fuse(self.model, self.data.train, self.total_steps, self.say)
         self.limit = fit(self.model, self.data.train, self.say)
         self.room = fault_handling.Room(self.limit, self.say)
@@ -190,7 +158,7 @@ class Trainer:
         left = range(self.progress.step, self.total_steps)
         planned = plan_steps(self.model, self.data.train, self.limit, left, self.steps_per_epoch)
         work = self._exits.enter_context(closing(ahead(planned)))
-        return enumerate(work, self.progress.step)
+        return takewhile(lambda _: not self.stopped_early, enumerate(work, self.progress.step))
 
     def step(self, step: int, work: Step) -> MetricsRow:
         """Make one optimizer step. Returns its row of the metrics."""
@@ -248,13 +216,26 @@ class Trainer:
     def _due(self, every: int | str) -> bool:
         """Whether work that is done after every ``every`` steps, or after every epoch, is due after the current step.
         It is always due after the last step."""
-        step = self.progress.step
-        at = self.steps_per_epoch if isinstance(every, str) else every
-        return step == self.total_steps or step % at == 0
+        return self.ended or self._regular(every, self.progress.step)
+
+    def _regular(self, every: int | str, step: int) -> bool:
+        return step % (self.steps_per_epoch if isinstance(every, str) else every) == 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left to make."""
+        return self.progress.step >= self.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether ``training.early_stopping`` ends the run before its last step."""
+        stopping, watched = self.training.early_stopping, self.progress.watched
+        waited = watched.waited if watched else 0
+        return stopping is not None and waited >= stopping.patience and self.progress.step < self.total_steps
 
     def validate(self, row: MetricsRow) -> None:
-        """Add the loss of the held-out set to the row, if it is due."""
-        if self.data.validation and self._due(self.training.validate_every):
+        """Add the loss of the held-out set to the row, if it is due and not there."""
+        if "validation_loss" not in row and self.data.validation and self._due(self.training.validate_every):
             with self.model.packed():
                 row["validation_loss"], each = validate(self.model, self.data.validation, self.room.usual)
             said = f"step {row['step']}: validation loss {row['validation_loss']:.4f}"
@@ -265,12 +246,37 @@ class Trainer:
             self.say(said)
 
     def evaluate(self, row: MetricsRow) -> None:
-        """Add the score of ``training.evaluate`` to the row, if it is due. The first worker measures it."""
-        if self.measure and self._due(self.measure.every):
+        """Add the score of ``training.evaluate`` to the row, if it is due and not there. The first worker measures
+        it."""
+        if self.measure and f"eval_{self.measure.name}" not in row and self._due(self.measure.every):
             with self.model.generation_mode():
                 accuracy = self.measure(self.model.module) if self.first else None
             score = collectives.from_first(self.accelerator, accuracy)
             row[f"eval_{self.measure.name}"] = score  # type: ignore[literal-required]
+
+    def judge(self, row: MetricsRow) -> None:
+        """Note whether the step is the best so far, if what ``training.keep_best`` names was measured after it."""
+        measure, stopping = self.training.keep_best, self.training.early_stopping
+        if measure is None or measure not in row:
+            return
+        step, value = row["step"], collectives.from_first(self.accelerator, row[measure])  # type: ignore[literal-required]
+        before = self.progress.watched or Watched(measure)
+        watched = before.after(Score(step, row["epoch"], value), stopping.min_delta if stopping else 0.0)
+        self.progress, self._before_best = replace(self.progress, watched=watched), before
+        if self._is_best:
+            self.say(f"step {step}: the best so far, {measure} {value:.4f}")
+        if stopping and watched.waited:
+            best = f"the best is step {watched.best.step}" if watched.best else "none was finite"
+            counted = f"no improvement in {watched.waited} of at most {stopping.patience} measurements"
+            self.say(f"step {step}: {counted} ({best}){'; the run stops early' if self.stopped_early else ''}")
+        if self.stopped_early:  # what is measured after the last step
+            self.validate(row)
+            self.evaluate(row)
+
+    @property
+    def _is_best(self) -> bool:
+        watched = self.progress.watched
+        return watched is not None and watched.best is not None and watched.best.step == self.progress.step
 
     def log(self, row: MetricsRow) -> None:
         """Write the row to the metrics and the trackers, and show it."""
@@ -285,16 +291,16 @@ class Trainer:
     def stop_agreed(self, stop: StopSignal) -> bool:
         """Whether a worker was asked to stop and there are steps left. Every worker must call it."""
         asked = collectives.stop_agreed(self.accelerator, stop.reason)
-        return asked and self.progress.step < self.total_steps
+        return asked and not self.ended
 
     def checkpoint(self, *, needed: bool) -> None:
-        """Save the state if that is due, if it is ``needed`` because the run stops, or if the last attempt failed. A
-        full disk is reported once and leaves the previous checkpoint in place.
+        """Save the state if that is due, if the step is the best so far, if it is ``needed`` because the run stops, or
+        if the last attempt failed. A full disk is reported once and leaves the previous checkpoint in place.
 
         Raises:
             OSError: the disk is full and the checkpoint is needed, or the disk fails (``running`` explains it).
         """
-        if not (needed or self._unsaved or self._due(self.training.checkpoint_every)):
+        if not (needed or self._unsaved or self._is_best or self._due(self.training.checkpoint_every)):
             return
         try:
             checkpoint.save(self.model, self.directory.checkpoints, self.progress, self.data.key)
@@ -306,12 +312,16 @@ class Trainer:
                 kept = fault_handling.saved_at(self.directory)
                 self.say(f"{said} {kept} The run goes on, and tries again after each step: make room.")
             self._unsaved = True
+            if self._is_best:  # a later checkpoint must not name a step that is not there
+                waited = self.progress.watched.waited if self.progress.watched else 0
+                self.progress = replace(self.progress, watched=replace(self._before_best, waited=waited))
             return
         if self._unsaved:
             self.say(f"there is room again: the run is saved at step {self.progress.step}")
         self._unsaved = False
-        if self.first:
-            checkpoint.prune(self.directory.checkpoints, self.training.keep_last)
+        if self.first and (self.training.keep_last or self.training.keep_best):
+            regular = partial(self._regular, self.training.checkpoint_every)
+            checkpoint.prune(self.directory.checkpoints, self.training.keep_last, regular)
 
     def write_adapter(self) -> None:
         """Write the finished adapter. Every worker must call it."""
@@ -325,44 +335,11 @@ class Trainer:
 
     def finish(self) -> Summary | None:
         """Write the summary and close the trackers. Returns the summary; None on all workers but the first."""
-        summary = self._summary() if self.first else None
+        summary = summarise(self) if self.first else None
         if summary:
             with fault_handling.explained(self.directory):
                 write_json(self.directory.summary, summary)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
-        return summary
-
-    def _summary(self) -> Summary:
-        summary: Summary = {
-            "method": self.recipe.adapter.method,
-            "trainable_parameters": self.model.trained,
-            "effective_rank": self.model.ranks,
-            "steps": self.progress.step,
-            "epochs": self.progress.step / self.steps_per_epoch,
-            "examples": len(self.data.train),
-            "tokens": self.progress.tokens,
-            "supervised_tokens": self.progress.supervised_tokens,
-            "seconds": self.progress.seconds,
-            "loss": self.progress.loss,
-            "skipped_steps": self.progress.skipped,
-            "validation_loss": self.progress.validation_loss,
-            "peak_memory_bytes": self.progress.peak_memory_bytes,
-            "strategy": self.recipe.distributed.strategy,
-            "kernels": self.model.kernels,
-            "fast_path": self.model.fast_path,
-            "compiled": self.model.compiled,
-            "versions": process.versions(),
-            "workers": self.accelerator.num_processes,
-        }
-        if len(self.data.datasets) > 1:
-            summary["examples_by_dataset"] = self.data.examples_by_dataset
-        if self.progress.validation_loss_by_dataset:
-            summary["validation_loss_by_dataset"] = self.progress.validation_loss_by_dataset
-        if self.base_difference is not None:
-            summary["base_difference"] = self.base_difference
-        if self.training.evaluate:
-            scores = self.progress.evaluation
-            summary["evaluation"] = asdict(scores) if scores else None
         return summary
