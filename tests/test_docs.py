@@ -177,7 +177,7 @@ def outputs(arguments: list[str]) -> list[Path]:
 
 def affordable(arguments: list[str], large: str | None) -> list[str]:
     """The same command on what this machine can do: a few steps, or a check, on the shape of its model."""
-    verb = arguments[0] if arguments[0] in ("check", "list", "copy", "schema") else "run"
+    verb = arguments[0] if arguments[0] in ("check", "inspect", "list", "copy", "schema") else "run"
     if large and {"--sweep", "--sweep-together"} & set(arguments):
         return [*arguments, "--print"]
     if verb == "copy" and len(arguments) > 2:
@@ -371,6 +371,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("docs")
     short = ["training.max_steps=2", "training.batch_size=4", "data.fraction=0.005", f"data.cache_dir={root / 'cache'}"]
+    short += ["data.validation={size: 2}", "training.keep_best=validation_loss"]
     for method, run in (("rasa", "runs/rasa"), ("full", "runs/full"), ("lora", "RUN")):
         overrides = [f"adapter.method={method}", f"output_dir={root / run}", "training.checkpoint_every=1", *short]
         launch(load_recipe("demo", overrides).recipe)
