@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..io.bounded import Child, Exceeded
 from .columns import Message, Variables, text_of
+from .conversations import REASONING
+from .template_names import names_used
 
 DATE = datetime(2024, 7, 26)
 """The date that a template prints instead of today's, so that the tokens do not depend on the day on which they are
 made: the one that Llama's own templates print where there is no clock."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _NOW = re.compile(
     r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>(?:(?!(?P=quote))[^\\])*)(?P=quote)\s*\)"""
 )
@@ -146,8 +147,10 @@ class _Template:
         self.prints_the_date = any(re.search(r"\bstrftime_now\s*\(", source) for source in sources)
         self._sources = [_with_fixed_date(source) for source in sources]
         taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | tokenizer.special_tokens_map.keys()
-        self.names = frozenset().union(*map(_names, self._sources)) - (taken - {"tools", "documents"})
-        """Names of the columns that the template uses, apart from the messages."""
+        self.names = frozenset().union(*map(names_used, self._sources)) - (taken - {"tools", "documents"})
+        """Names of the columns that the template uses, apart from the messages, and ``messages.<key>`` for the keys of
+        messages that it uses."""
+        self._reasoning = next((key for key in REASONING if f"messages.{key}" in self.names), REASONING[0])
         text, parts = self._try(_PROBE), self._try([{"type": "text", "text": _PROBE}])
         self._takes_text = _PROBE in text or _PROBE not in parts
         self._takes_parts = _PROBE in parts and (parts == text or not self._takes_text)
@@ -231,6 +234,8 @@ class _Template:
             changed["content"] = [{"type": "text", "text": content}]
         if isinstance(calls := message.get("tool_calls"), list):
             changed["tool_calls"] = [self._fitting_call(call) for call in calls]
+        if "reasoning_content" in message:
+            changed[self._reasoning] = message["reasoning_content"]
         return {**message, **changed}
 
     def _fitting_call(self, call: Any) -> Any:
@@ -299,17 +304,3 @@ def _with_fixed_date(source: str) -> str:
             key="data.template",
         )
     return fixed
-
-
-def _names(source: str) -> frozenset[str]:
-    """Return the names that a template looks up in what it is given."""
-    import jinja2.meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])  # constants are evaluated
-    try:
-        found = jinja2.meta.find_undeclared_variables(environment.parse(_MARKS.sub("", source)))
-    except jinja2.TemplateError:  # each row says so
-        return frozenset()
-    known = {"messages", "strftime_now", "raise_exception", *environment.globals}
-    return frozenset(found - known)

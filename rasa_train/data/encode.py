@@ -155,7 +155,7 @@ class Encoder:
             return (self._ready(where, *parts) for where, parts, _ in rows)
         if self.chat:
             return self._chat(rows, self.chat)
-        return self._text([_pair(parts, where) if self.kind == "messages" else parts for where, parts, _ in rows])
+        return self._text([_pair(parts, where) if isinstance(parts, list) else parts for where, parts, _ in rows])
 
     # Rows that are tokens already
 
@@ -228,7 +228,7 @@ class Encoder:
         given: list[Conversation] = []
         for where, parts, variables in rows:
             messages = parts
-            if self.kind == "pair":
+            if isinstance(parts, tuple):
                 messages = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
             given.append((where, messages, variables))
         for text, spans, marked in chat.render(given, self.config.supervise):
