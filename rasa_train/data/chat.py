@@ -25,6 +25,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOW = re.compile(
     r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>(?:(?!(?P=quote))[^\\])*)(?P=quote)\s*\)"""
 )
+_WRAPPED = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)  # in the text of Hermes' rows
 _PROBE = "quokka"
 _MEMORY, _SECONDS, _LONGEST = 512 << 20, 20, 32 << 20  # for one conversation; the last is in bytes of its text
 _LONGEST_TEMPLATE = 1 << 20  # characters; those of published models have 30,000 or less
@@ -150,6 +151,7 @@ class _Template:
         self.names = frozenset().union(*map(names_used, self._sources)) - (taken - {"tools", "documents"})
         """Names of the columns that the template uses, apart from the messages, and ``messages.<key>`` for the keys of
         messages that it uses."""
+        self._wraps_results = any("<tool_response>" in source for source in self._sources)
         self._reasoning = next((key for key in REASONING if f"messages.{key}" in self.names), REASONING[0])
         text, parts = self._try(_PROBE), self._try([{"type": "text", "text": _PROBE}])
         self._takes_text = _PROBE in text or _PROBE not in parts
@@ -236,6 +238,9 @@ class _Template:
             changed["tool_calls"] = [self._fitting_call(call) for call in calls]
         if "reasoning_content" in message:
             changed[self._reasoning] = message["reasoning_content"]
+        wrapped = self._wraps_results and message["role"] == "tool" and isinstance(content, str)
+        if wrapped and (found := _WRAPPED.fullmatch(str(content))):
+            changed["content"] = found[1] if self._takes_text else [{"type": "text", "text": found[1]}]
         return {**message, **changed}
 
     def _fitting_call(self, call: Any) -> Any:

@@ -186,17 +186,22 @@ class Columns:
         Raises:
             UserError: the tools or documents are not what a template can take.
         """
-        left_out = {"tools"} if self._uses_reasoning else {"tools", "reasoning"}
+        left_out = {"tools", "rejected"} if self._uses_reasoning else {"tools", "rejected", "reasoning"}
         used, values = {self.names[name] for name in self.names.keys() - left_out}, dict[str, Any]()
-        for name in self.wanted:
+        for name in filter(lambda name: not name.startswith(_OF_MESSAGES), self.wanted):
             column = self._column_of(name, row)
-            if row.get(column) is not None and not name.startswith(_OF_MESSAGES):
+            if row.get(column) is not None and not (name == "tools" and self._lists_tools(row)):
                 values[name] = listed_objects(row[column], column, where) if name in _LISTS else row[column]
                 used.add(column)
         if isinstance(more := row.get("chat_template_kwargs"), Mapping):
             values |= {name: value for name, value in more.items() if name in self.wanted}
             used |= {"chat_template_kwargs"} if more.keys() <= self.wanted else set()
-        self._note(str(name) for name, value in row.items() if name not in used and value is not None)
+        rejected = self.names.get("rejected", "rejected") if self.prefers else None
+        for name, value in row.items():
+            if name == rejected and value is not None:
+                self._note([f"{name} (the chosen answers are trained on)"])
+            elif name not in used and value is not None:
+                self._note([str(name)])
         self.absent.difference_update(row)
         return {name: without_nulls(value) for name, value in values.items() if name not in _LISTS or value}
 
@@ -204,6 +209,14 @@ class Columns:
         if name != "tools":
             return name
         return self.names.get("tools") or ("tools" if row.get("tools") or "functions" not in row else "functions")
+
+    def _lists_tools(self, row: Row) -> bool:
+        """Whether the system prompt lists the tools already, as in the rows that Hermes was trained on, so that the
+        template must not do it again."""
+        first = self._optional("messages", row)
+        first = first[0] if isinstance(first, list) and first else None
+        texts = [self._optional("system", row), *(first.values() if isinstance(first, Mapping) else ())]
+        return "user" not in texts and any(isinstance(text, str) and "<tools>" in text for text in texts)
 
     def _note(self, names: Iterable[str]) -> None:
         for name in names:

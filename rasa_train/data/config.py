@@ -5,9 +5,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, model_validator
 
 from ..errors import UserError
+from .columns import ALIASES
 
 Template = Literal["alpaca", "chat", "plain", "separated"]
 Supervise = Literal["response", "paper", "all"]
+
+
+_COLUMNS = (
+    ({"query", "response"}, {"input", "system", "history", "reasoning", "tools"}),
+    ({"messages"}, {"system", "tools", "chosen", "rejected"}),
+    ({"chosen"}, {"query", "input", "system", "history", "rejected", "tools"}),
+    ({"text", "label"}, {"text_pair"}),
+)
+"""What ``data.columns`` must name, and may name beside it."""
 
 
 class ValidationConfig(BaseModel):
@@ -71,9 +81,11 @@ class DataConfig(BaseModel):
     """Branch, tag or commit of a hub set. The default is the hub's main branch."""
     columns: dict[str, str] | None = None
     """Columns of the file that hold each part of an example: {query: ..., response: ...}, perhaps with {input: ...},
-    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. For task: classification
-    {text: ..., label: ...}, perhaps with {text_pair: ...}. By default those of the built-in set, or else recognised
-    from the first row."""
+    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. A query may also have
+    {history: ...} (earlier turns) and {reasoning: ...}, both kinds {system: ...}; {chosen: ...}, perhaps with
+    {query: ...} or {messages: ...} before it, is an answer that is preferred. For task: classification {text: ...,
+    label: ...}, perhaps with {text_pair: ...}. By default those of the built-in set, or else recognised from the first
+    row."""
     template: Template = "alpaca"
     """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
     the response, with nothing else; separated: the query, the tokenizer's bos token (its eos token where it has none),
@@ -105,18 +117,14 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        named = set(self.columns or {"messages"})
-        pairs = (
-            {"query", "response"},
-            {"query", "input", "response"},
-            {"text", "label"},
-            {"text", "text_pair", "label"},
-        )
-        if named - {"tools"} not in (*pairs, {"messages"}):
+        given = list(self.columns or {"messages"})
+        named = {ALIASES.get(name, name) for name in given}
+        if len(named) < len(given) or not any(needed <= named <= needed | more for needed, more in _COLUMNS):
             raise UserError(
-                f"data.columns must name `query` and `response` (perhaps `input`), or `messages`, or `text` and "
-                f"`label` (perhaps `text_pair`), got {sorted(named)}; write it as {{query: <column of the file>, "
-                "response: <column of the file>}",
+                "data.columns must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or "
+                "`messages` (perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` "
+                f"(perhaps `text_pair`), got {sorted(given)}; write it as {{query: <column of the file>, response: "
+                "<column of the file>}",
                 key="data.columns",
             )
         if "tools" in named and self.template != "chat":

@@ -23,6 +23,7 @@ from .encode_texts import TextEncoder, longest
 from .sources import Source
 from .texts import TextColumns, find_text_columns, found_labels
 
+_CHAT_FORMAT = 3  # of what conversations become
 _CHUNK_BYTES = 8 << 20  # about the bytes of the texts of a chunk
 
 
@@ -67,6 +68,8 @@ class Maker:
 
     def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
         columns = self.config.columns or columns
+        if columns is None and self.head is None and self.config.template != "chat":
+            columns = _with_context(source)
         key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
         directory = root / "tokens" / key[:32]
@@ -89,7 +92,7 @@ class Maker:
         config = self.config
         parts = {
             # The text of other templates has not changed since format 1, so runs begun with it can be resumed.
-            "format": FORMAT if config.template == "chat" else 1,
+            "format": _CHAT_FORMAT if config.template == "chat" else 1,
             "source": source.fingerprint(),
             "columns": columns,
             "tokenizer": self.tokenizer_fingerprint,
@@ -189,6 +192,18 @@ def chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns) -> I
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _with_context(source: Source) -> dict[str, str] | None:
+    """Return the columns of rows like Dolly's, None for all others. Earlier versions did not use the context, so the
+    key of a set that has one must not be theirs."""
+    first = next(source.rows(), None)
+    try:
+        found = find_columns(first[1], first[0], None) if first else None
+    except UserError:  # ``_write`` says so
+        return None
+    wanted = {name: found.names[name] for name in found.names.keys() & {"query", "response", "input"}} if found else {}
+    return wanted if wanted.get("input") == "context" else None
 
 
 def _worker_count(config: DataConfig) -> int:
