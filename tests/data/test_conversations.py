@@ -355,7 +355,7 @@ def test_thoughts_of_every_spelling() -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "narrator", "content": "x"}, *PAIR], r"messages\[0\] has the unknown role str 'narrator'; known are"),
+        ([{"role": "narrator", "content": "x"}, *PAIR], r"messages\[0\] has the unknown role str 'narrator'; known"),
         ([user("q"), user("q"), assistant("r")], "message 2 of the conversation, the user's, follows another message"),
         ([assistant("r"), *PAIR], "message 1 .*the assistant's, has nothing to answer"),
         ([system("s"), assistant("r")], "message 2 .*the assistant's, has nothing to answer"),
@@ -389,7 +389,7 @@ def test_conversations_that_nobody_had(messages: Any, message: str) -> None:
 
 @pytest.mark.parametrize("history", [["q", "r"], [["q"]], [["q", None]], "q", {"q": "r"}, [[["q"], "r"]]])
 def test_histories_of_the_wrong_form(history: Any) -> None:
-    with pytest.raises(UserError, match="f:1: .*history.* must be"):
+    with pytest.raises(UserError, match=r"f:1: .*history.* must be"):
         extracted({"instruction": "q", "output": "r", "history": history})
 
 
