@@ -9,11 +9,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import UserError
 from ..io.bounded import Child, Exceeded
 from .columns import Message, Variables, text_of
+from . import served_turns
+from .config import DataConfig
+from .served_turns import Served, Span
 
 DATE = datetime(2024, 7, 26)
 """The date that a template prints instead of today's, so that the tokens do not depend on the day on which they are
@@ -27,18 +30,8 @@ _NOW = re.compile(
 _PROBE = "quokka"
 _MEMORY, _SECONDS, _LONGEST = 512 << 20, 20, 32 << 20  # for one conversation; the last is in bytes of its text
 _LONGEST_TEMPLATE = 1 << 20  # characters; those of published models have 30,000 or less
-Span = tuple[int, int]  # characters [start, end)
 Conversation = tuple[str, list[Message], Variables]
 """Place of a row, its messages as ``Columns.extract`` returns them, and what it gives to the template beside."""
-
-
-class Rendered(NamedTuple):
-    """Text of a conversation, and the characters of it that the assistant writes. ``marked`` tells that the template's
-    own marks say so."""
-
-    text: str
-    spans: list[Span]
-    marked: bool
 
 
 class ChatTemplate:
@@ -63,19 +56,21 @@ class ChatTemplate:
         self.names: frozenset[str]
         """Names of the columns that the template uses, apart from the messages."""
         self.prints_the_date: bool
+        self.end: str
+        """Text of the special token that ends the assistant's turns, or nothing if no such token does."""
         try:
-            [(self.names, self.prints_the_date)] = self._ask(None)
+            [(self.names, self.prints_the_date, self.end)] = self._ask(None)
         except Exceeded as error:
             raise _exceeded("", error) from None
 
-    def render(self, conversations: Sequence[Conversation], supervise: str) -> Iterator[Rendered]:
-        """Yield the text of each conversation.
+    def render(self, conversations: Sequence[Conversation], config: DataConfig) -> Iterator[Served]:
+        """Yield the texts of each conversation, as a server would see them.
 
         Raises:
             UserError: the template refuses a conversation, or takes too much memory or time for it.
         """
         try:
-            yield from self._ask((conversations, supervise))
+            yield from self._ask((conversations, config.supervise == "all", config.rewritten_history == "refuse"))
         except Exceeded as error:
             raise _exceeded(f"{conversations[error.done][0]}: ", error) from None
 
@@ -109,21 +104,15 @@ class _Answers:
         self._tokenizer = tokenizer
         self._template: _Template | None = None
 
-    def __call__(self, request: tuple[Sequence[Conversation], str] | None) -> Iterator[Any]:
+    def __call__(self, request: tuple[Sequence[Conversation], bool, bool] | None) -> Iterator[Any]:
         template = self._template = self._template or _Template(self._tokenizer)
         if request is None:
-            yield template.names, template.prints_the_date
+            yield template.names, template.prints_the_date, template.end
             return
-        conversations, supervise = request
+        conversations, everything, refuse = request
         for where, messages, variables in conversations:
-            if supervise == "response" and template.marks_turns(variables):
-                yield Rendered(*template.render_marked(messages, variables, where), True)
-                continue
-            text = template.render(messages, variables, where)
-            everything = supervise == "all"
-            yield Rendered(
-                text, [(0, len(text))] if everything else template.turns(messages, variables, text, where), False
-            )
+            conversation = served_turns.Conversation(template, messages, variables, where)
+            yield conversation.everything() if everything else conversation.split(refuse=refuse)
 
 
 class _Template:
@@ -151,6 +140,8 @@ class _Template:
         text, parts = self._try(_PROBE), self._try([{"type": "text", "text": _PROBE}])
         self._takes_text = _PROBE in text or _PROBE not in parts
         self._takes_parts = _PROBE in parts and (parts == text or not self._takes_text)
+        self.end = _first_token(tokenizer, (text if self._takes_text else parts).rpartition(_PROBE)[2])
+        """Text of the special token that ends the assistant's turns, or nothing if no such token does."""
         forms = itertools.product((True, False), (None, ""))
         self._takes_objects, self._no_content = next(filter(self._takes_call, forms), (True, None))
 
@@ -189,27 +180,6 @@ class _Template:
             text.encode()
             return text, spans
 
-    def turns(self, messages: list[Message], variables: Variables, text: str, where: str) -> list[Span]:
-        """Return the characters of the assistant's turns in ``text``: each from the end of the text before (with the
-        header that asks for an answer) to the end of the turn. This is right only if each of these texts is the
-        beginning of the next.
-        """
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:i], variables, where, add_generation_prompt=True) if i else ""
-            upto = self.render(messages[: i + 1], variables, where)
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise UserError(
-                    f"{where}: the tokenizer's chat template changes earlier turns around message {i}, so "
-                    "the assistant's words cannot be told apart. Use a template with {% generation %} marks, "
-                    "or set data.supervise: all",
-                    key="data.template",
-                )
-            spans.append((len(before), len(upto)))
-        return spans
-
     def _apply(self, messages: list[Any], variables: Variables, **options: Any) -> Any:
         source = self._source(variables)
         return self._tokenizer.apply_chat_template(
@@ -231,7 +201,7 @@ class _Template:
             changed["content"] = [{"type": "text", "text": content}]
         if isinstance(calls := message.get("tool_calls"), list):
             changed["tool_calls"] = [self._fitting_call(call) for call in calls]
-        return {**message, **changed}
+        return {key: value for key, value in {**message, **changed}.items() if key != "trained"}
 
     def _fitting_call(self, call: Any) -> Any:
         if not isinstance(call, Mapping):
@@ -275,6 +245,13 @@ class _Template:
             raise
         except Exception:  # see ``_refusals``
             return ""
+
+
+def _first_token(tokenizer: Any, text: str) -> str:
+    """Return the first special token in a text, or nothing."""
+    tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}, key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, tokens)), text) if tokens else None
+    return found[0] if found else ""
 
 
 @contextlib.contextmanager
