@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 
 from rasa_train.adapters.saved import read_adapter
 from rasa_train.data.columns import find_columns
-from rasa_train.data.prepare import _chunks
 from rasa_train.data.sources import find_source
+from rasa_train.data.tokenise import chunks
 from rasa_train.errors import UserError
 from rasa_train.io.checkpoint_files import open_checkpoint
 from rasa_train.recipe.load import _all_keys, load_recipe
@@ -168,7 +168,7 @@ def read_rows(path: Path) -> None:
     """Every row as training would read it, up to the tokenizer."""
     rows = find_source(str(path))[0].rows()
     if first := next(rows, None):
-        for _ in _chunks(itertools.chain([first], rows), find_columns(first[1], first[0], None)):
+        for _ in chunks(itertools.chain([first], rows), find_columns(first[1], first[0], None)):
             pass
 
 

@@ -156,11 +156,11 @@ def test_what_cannot_be_done_is_refused_before_anything_starts(
 
 def test_the_data_is_checked_once(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte of the cache is read to check it: once a start, not once for the check and again to train."""
-    from rasa_train.data import prepare
+    from rasa_train.data import tokenise
 
     seen: list[Path] = []
-    read_stats = prepare.read_stats
-    monkeypatch.setattr(prepare, "read_stats", lambda path, key: seen.append(path) or read_stats(path, key))
+    read_stats = tokenise.read_stats
+    monkeypatch.setattr(tokenise, "read_stats", lambda path, key: seen.append(path) or read_stats(path, key))
     cli("train", recipe, "training.max_steps=1", check=True)
     assert len(seen) == 1
 

@@ -1,61 +1,24 @@
 """From a ``DataConfig`` to tokenised examples, which are made once and found again by their content."""
 
 import hashlib
-import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from .. import process
 from ..errors import UserError, some
-from ..io.bounded import weight
 from ..models.task import Head, TaskConfig
 from .built_in import GLUE
-from .cache import FORMAT, CacheWriter, TokenDataset, default_directory, read_stats
-from .chat import DATE
-from .columns import Columns, Row, find_columns
+from .cache import TokenDataset
 from .config import DataConfig, ValidationConfig
-from .encode import Encoded, Encoder, plain_backend
-from .encode_pool import CHUNK, Chunk, encode_all
-from .encode_texts import TextEncoder, longest
 from .sources import HELD_OUT, HubSource, Source, find_source, overlap, splits_of
-from .texts import TextColumns, find_text_columns, found_labels, single_class
+from .texts import single_class
+from .tokenise import Maker, Stats, fingerprint
 
-_CHUNK_BYTES = 8 << 20  # about the bytes of the texts of a chunk
 _MOST_NAMES = 20  # of columns, in a message
 _SEED = 42  # the seed of the reference's data scaling runs
 CAUSAL = TaskConfig()
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Counts of a prepared training set.
-
-    ``rows``, ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` count rows of the whole
-    source. The rest describe the examples trained on, after ``validation`` and ``fraction``: their number, their
-    tokens, their tokens that carry loss, and the length of the longest in tokens.
-    """
-
-    rows: int
-    dropped_over_length: int
-    dropped_unsupervised: int
-    truncated: int
-    examples: int
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    unused_columns: list[str] = field(default_factory=list)
-    """Columns that rows have and that are not used, sorted."""
-    date: str | None = None
-    """The date that the chat template prints, if it prints one."""
-    labels: list[str] | None = None
-    """Names of the labels of a classification set."""
-    pairs: bool = False
-    """Whether its texts are pairs."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +70,7 @@ def prepare(
         UserError: the dataset is missing or malformed, or leaves no example.
     """
     head = known_head(config.dataset, task)
-    make = _Maker(config, tokenizer, tokenizer_fingerprint or _fingerprint(tokenizer), progress, pool_threshold, head)
+    make = Maker(config, tokenizer, tokenizer_fingerprint or fingerprint(tokenizer), progress, pool_threshold, head)
     source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
     held_out = config.validation
     apart = _held_out_source(config, held_out, source) if held_out and held_out.dataset else None
@@ -159,7 +122,7 @@ def prepare_texts(config: DataConfig, tokenizer: Any, head: Head) -> TokenDatase
     """
     config = config.model_copy(update={"over_length": "truncate"})
     source, columns = find_source(config.dataset, subset=config.subset, split=config.split, revision=config.revision)
-    dataset, _, _ = _Maker(config, tokenizer, _fingerprint(tokenizer), None, 20_000, head)(
+    dataset, _, _ = Maker(config, tokenizer, fingerprint(tokenizer), None, 20_000, head)(
         source, columns, config.dataset
     )
     return dataset
@@ -230,157 +193,3 @@ def _notes(stats: Stats) -> list[str]:
     if stats.date:
         notes.append(f"the chat template prints today's date: {stats.date} stands for it in all rows")
     return notes
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Maker of the tokenised set of one source, which it looks for in the cache first."""
-
-    config: DataConfig
-    tokenizer: Any
-    tokenizer_fingerprint: str
-    progress: Callable[[int], None] | None
-    pool_threshold: int
-    head: Head | None
-    """The head of a classification; without labels, if those of the rows are to be taken."""
-
-    def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
-        columns = self.config.columns or columns
-        key = self._key(source, columns)
-        root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
-        directory = root / "tokens" / key[:32]
-        if (known := read_stats(directory, key)) is not None:
-            return TokenDataset(directory), Stats(**known), key
-        try:
-            with CacheWriter(directory, texts=self.head is not None) as writer:
-                stats = self._write(source, dataset, columns, writer)
-                writer.commit(key, asdict(stats))
-        except OSError as error:  # no permission, or the disk is full
-            raise UserError(
-                f"cannot write tokenised data to {root}: {error}; set data.cache_dir, or $RASA_TRAIN_CACHE, "
-                "to a writable directory with enough room",
-                key="data.cache_dir",
-            ) from error
-        return TokenDataset(directory), stats, key
-
-    def _key(self, source: Source, columns: dict[str, str] | None) -> str:
-        """Return the sha256 of everything that the tokens depend on."""
-        config = self.config
-        parts = {
-            # The text of other templates has not changed since format 1, so runs begun with it can be resumed.
-            "format": FORMAT if config.template == "chat" else 1,
-            "source": source.fingerprint(),
-            "columns": columns,
-            "tokenizer": self.tokenizer_fingerprint,
-            "template": config.template,
-            "supervise": config.supervise,
-            "max_length": config.max_length,
-            "over_length": config.over_length,
-        }
-        if self.head is not None:
-            parts |= {"format": FORMAT, "head": asdict(self.head), "max_length": longest(config, self.tokenizer)}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _write(self, source: Source, dataset: str, columns: dict[str, str] | None, writer: CacheWriter) -> Stats:
-        rows = source.rows()
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"data.dataset: {dataset} has no rows", key="data.dataset")
-        if self.head is not None:
-            return self._write_texts(source, dataset, find_text_columns(first[1], first[0], columns), writer)
-        kind = find_columns(first[1], first[0], columns).kind
-        encoder = Encoder(self.config, self.tokenizer, kind)
-        chat = encoder.chat
-        found = find_columns(first[1], first[0], columns, chat.names if chat else ())
-        chunks = _chunks(itertools.chain([first], rows), found)
-        workers = 1 if found.kind == "tokens" else _worker_count(self.config)
-        stats = self._encoded(encoder, chunks, workers, writer, dataset)
-        if found.absent:
-            raise UserError(
-                f"data.columns: no row of {dataset} has a column {sorted(found.absent)[0]!r}; name the right columns",
-                key="data.columns",
-            )
-        date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
-        return replace(stats, unused_columns=sorted(found.unused), date=date)
-
-    def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
-        assert self.head
-        found, labels = TextColumns(names, self.head, may_be_empty=dataset in GLUE), self.head.labels
-        if self.head.problem != "regression" and not labels:
-            values = ((where, found.value(row, where)) for where, row in source.rows())
-            labels = found_labels(values, several=self.head.problem == "multi_label", dataset=dataset)
-            found = replace(found, head=replace(self.head, labels=labels))
-        pairs = "text_pair" in names
-        encoder = TextEncoder(self.config, self.tokenizer, pairs=pairs)
-        chunks = _chunks(source.rows(), found)
-        stats = self._encoded(encoder, chunks, _worker_count(self.config), writer, dataset)
-        return replace(stats, unused_columns=sorted(found.unused), labels=list(labels), pairs=pairs)
-
-    def _encoded(
-        self, encoder: Encoder | TextEncoder, chunks: Iterator[Chunk], workers: int, writer: CacheWriter, dataset: str
-    ) -> Stats:
-        stats = Stats(0, 0, 0, 0, 0, 0, 0, 0)
-        for size, encoded in encode_all(encoder, chunks, workers, self.pool_threshold):
-            writer.add(encoded.examples)
-            stats = _added(stats, size, encoded)
-            if self.progress is not None:
-                self.progress(stats.rows)
-        if stats.examples == 0:
-            config = self.config
-            raise UserError(
-                f"data.dataset: no example is left of the {stats.rows} rows of {dataset}: "
-                f"{stats.dropped_over_length} dropped as longer than max_length={config.max_length} tokens "
-                f"(over_length: {config.over_length}), {stats.dropped_unsupervised} because no token carries "
-                f"loss (supervise: {config.supervise}; {stats.truncated} were cut at max_length). Raise "
-                "data.max_length or choose another supervise",
-                key="data.dataset",
-            )
-        return stats
-
-
-def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
-    lengths = [len(example.input_ids) for example in encoded.examples]
-    return Stats(
-        rows=stats.rows + rows,
-        dropped_over_length=stats.dropped_over_length + encoded.dropped_over_length,
-        dropped_unsupervised=stats.dropped_unsupervised + encoded.dropped_unsupervised,
-        truncated=stats.truncated + encoded.truncated,
-        examples=stats.examples + len(lengths),
-        tokens=stats.tokens + sum(lengths),
-        supervised_tokens=0,  # counted on the views
-        longest=max([stats.longest, *lengths]),
-    )
-
-
-def _chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns) -> Iterator[Chunk]:
-    chunk: Chunk = []
-    size = 0
-    for where, row in rows:
-        try:
-            chunk.append((where, columns.extract(row, where), columns.variables(row, where)))
-        except RecursionError:
-            raise UserError(
-                f"{where}: lists in lists, too deep to be read; correct or remove this row", key="data.dataset"
-            ) from None
-        size += weight(chunk[-1])
-        if len(chunk) == CHUNK or size > _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _worker_count(config: DataConfig) -> int:
-    if config.num_workers != "auto":
-        return config.num_workers
-    return min(process.cores(), 16)
-
-
-def _fingerprint(tokenizer: Any) -> str:
-    """Return the sha256 of what defines a tokenizer: its Rust half's whole state, special tokens and chat template."""
-    if tokenizer is None:
-        return "none"
-    parts = [repr(sorted(tokenizer.special_tokens_map.items())), repr(tokenizer.chat_template)]
-    if tokenizer.is_fast:  # any other tokenizer is refused, unless the rows are tokens already
-        parts.append(plain_backend(tokenizer).to_str())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..adapters.inserted import Inserted
 from ..data.cache import TokenDataset
 from ..data.encode import IGNORE, Example
-from ..data.prepare import Stats
+from ..data.tokenise import Stats
 from ..errors import UserError, some
 from ..models import padding_free
 from ..models.families import end_tokens

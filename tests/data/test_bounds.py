@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_data import byte_level_bpe, write_lines
 
-from rasa_train.data import chat, encode, prepare, row_files
+from rasa_train.data import chat, encode, prepare, row_files, tokenise
 from rasa_train.data.columns import find_columns
 from rasa_train.data.config import DataConfig
 from rasa_train.data.encode import Encoder
@@ -152,7 +152,7 @@ def test_a_message_holds_lists_in_lists(tmp_path: Path, bpe: Any, depth: int) ->
 
 def test_many_long_rows_are_tokenised_a_few_at_a_time() -> None:
     rows = ((f"f:{i}", {"query": "a" * 3_000_000, "response": "b"}) for i in range(20))
-    sizes = [len(chunk) for chunk in prepare._chunks(rows, find_columns(PAIR, "f:1", None))]
+    sizes = [len(chunk) for chunk in tokenise.chunks(rows, find_columns(PAIR, "f:1", None))]
     assert sizes == [3] * 6 + [2]
 
 
