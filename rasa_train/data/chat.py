@@ -56,10 +56,10 @@ class ChatTemplate:
         self.names: frozenset[str]
         """Names of the columns that the template uses, apart from the messages."""
         self.prints_the_date: bool
-        self.end: str
-        """Text of the special token that ends the assistant's turns, or nothing if no such token does."""
+        self.ends: list[str]
+        """Texts of the special tokens that end a turn of the assistant; none if no such token does."""
         try:
-            [(self.names, self.prints_the_date, self.end)] = self._ask(None)
+            [(self.names, self.prints_the_date, self.ends)] = self._ask(None)
         except Exceeded as error:
             raise _exceeded("", error) from None
 
@@ -107,7 +107,7 @@ class _Answers:
     def __call__(self, request: tuple[Sequence[Conversation], bool, bool] | None) -> Iterator[Any]:
         template = self._template = self._template or _Template(self._tokenizer)
         if request is None:
-            yield template.names, template.prints_the_date, template.end
+            yield template.names, template.prints_the_date, template.ends
             return
         conversations, everything, refuse = request
         for where, messages, variables in conversations:
@@ -140,8 +140,8 @@ class _Template:
         text, parts = self._try(_PROBE), self._try([{"type": "text", "text": _PROBE}])
         self._takes_text = _PROBE in text or _PROBE not in parts
         self._takes_parts = _PROBE in parts and (parts == text or not self._takes_text)
-        self.end = _first_token(tokenizer, (text if self._takes_text else parts).rpartition(_PROBE)[2])
-        """Text of the special token that ends the assistant's turns, or nothing if no such token does."""
+        self.ends = _special_tokens(tokenizer, (text if self._takes_text else parts).rpartition(_PROBE)[2])
+        """Texts of the special tokens that end a turn of the assistant; none if no such token does."""
         forms = itertools.product((True, False), (None, ""))
         self._takes_objects, self._no_content = next(filter(self._takes_call, forms), (True, None))
 
@@ -247,11 +247,10 @@ class _Template:
             return ""
 
 
-def _first_token(tokenizer: Any, text: str) -> str:
-    """Return the first special token in a text, or nothing."""
+def _special_tokens(tokenizer: Any, text: str) -> list[str]:
+    """Return the special tokens in a text, in order."""
     tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, tokens)), text) if tokens else None
-    return found[0] if found else ""
+    return re.findall("|".join(map(re.escape, tokens)), text) if tokens else []
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class Encoded:
     dropped_unsupervised: int
     truncated: int
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Further counts, by the names that ``Stats`` gives them."""
+    """Counts of conversations and turns, by the names of ``served_counts.NAMES``."""
     refused: str | None = None
     """Why the first row that was refused was refused, and its place."""
 
@@ -253,15 +253,12 @@ class Encoder:
         if served.refused is not None:
             self._refused.append(served.refused)
         several = made > 1
-        self._counts += Counter(
-            refused_rows=served.refused is not None,
-            verified_rows=self.config.supervise != "all" and served.refused is None,
-            split_rows=several,
+        self._counts += served.counts + Counter(
+            verified_rows=int(self.config.supervise != "all" and served.refused is None),
+            split_rows=int(several),
             split_examples=made if several else 0,
-            joined_rows=joined,
-            thought_turns=served.thoughts,
-            moved_turns=served.moved,
-            unasked_turns=served.unasked,
+            refused_rows=int(served.refused is not None),
+            joined_rows=int(joined),
         )
 
 

@@ -75,7 +75,10 @@ class ServedTokens:
         whole = tokens_of(self._encode(text))
         if len(whole.ids) > self._most + MARGIN:  # no more is kept
             reach = int(whole.ends[self._most + MARGIN - 1])
-            text, turns = text[:reach], [turn._replace(end=min(turn.end, reach)) for turn in turns if turn.start < reach]
+            text, turns = (
+                text[:reach],
+                [turn._replace(end=min(turn.end, reach)) for turn in turns if turn.start < reach],
+            )
         trained = np.zeros(len(whole.ids), bool)
         for turn, following in zip(turns, [*turns[1:], None], strict=True):
             length = self._prompt_within(whole, text[: turn.start])

@@ -8,6 +8,7 @@ tools), no single text holds the prompts of all turns, so a conversation becomes
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -43,24 +44,20 @@ class Served(NamedTuple):
 
     Args:
         texts: the examples; several where the template rewrites earlier turns, none where such a row is refused.
-        thoughts: turns whose thought stands in the row and in the prompt's header, but that the template leaves out.
-        moved: turns whose prompt the template writes in another way once the turn follows.
-        unasked: turns that no prompt can ask for, since no message stands before them. They are context only.
+        counts: counts of its turns, by the names that ``served_counts.NAMES`` explains.
         refused: why the row is refused, or None.
     """
 
     texts: list[Rendered]
-    thoughts: int = 0
-    moved: int = 0
-    unasked: int = 0
+    counts: Counter[str]
     refused: str | None = None
 
 
 class Template(Protocol):
     """What is asked of a chat template."""
 
-    end: str
-    """Text of the special token that ends a turn of the assistant, or nothing if no such token does."""
+    ends: Sequence[str]
+    """Texts of the special tokens that end a turn of the assistant, in order; none if no such token does."""
 
     def marks_turns(self, variables: Mapping[str, Any]) -> bool: ...
 
@@ -107,7 +104,8 @@ class Conversation:
 
     def __init__(self, template: Template, messages: list[Message], variables: Mapping[str, Any], where: str) -> None:
         self._template, self._messages, self._variables, self._where = template, messages, variables, where
-        self._thoughts = self._moved = self._unasked = 0
+        self._end = template.ends[0] if template.ends else ""
+        self._counts = Counter[str]()
 
     def everything(self) -> Served:
         """Return the text as one example in which all is trained but the turns that the row excludes.
@@ -131,7 +129,8 @@ class Conversation:
             spans.append((at, len(before)))
             at = len(upto)
         spans.append((at, len(text)))
-        return Served([Rendered(text, [Turn(0, len(text), [span for span in spans if span[0] < span[1]])])])
+        turn = Turn(0, len(text), [span for span in spans if span[0] < span[1]])
+        return Served([Rendered(text, [turn])], self._counts)
 
     def split(self, *, refuse: bool) -> Served:
         """Return the texts whose prompts are those that a server sees.
@@ -147,16 +146,17 @@ class Conversation:
                 continue
             prompt = self._prompt(i)
             if prompt is None:
-                self._unasked += 1
+                self._counts["unasked_turns"] += 1
                 continue
             written = self._render(i + 1)
             text = self._begun(prompt, written, i)
+            self._look_for_all(message, text[len(prompt) :])
             turn = Turn(len(prompt), len(text), [(len(prompt), len(text))])
             kept, chain = self._longest(chains, prompt)
             if chain is None:
                 chains.append(_Chain(text, turn, i, text == written))
                 if refuse and len(chains) > 1:
-                    return Served([], refused=self._refusal(chains[-2], prompt, i))
+                    return Served([], self._counts, self._refusal(chains[-2], prompt, i))
                 continue
             chain.cut(kept)
             chain.text, chain.message = text, i
@@ -165,13 +165,13 @@ class Conversation:
         texts = [self._marked(chain) for chain in chains]
         if not chains or chains[-1].message < len(self._messages) - 1:
             texts = self._with_the_rest(texts, self._render(len(self._messages)), chains)
-        return Served(texts, self._thoughts, self._moved, self._unasked)
+        return Served(texts, self._counts)
 
     def _longest(self, chains: Sequence[_Chain], prompt: str) -> tuple[int, _Chain | None]:
         """Return the chain that goes on with this prompt, of several the longest, and how much of its text it keeps."""
         found: tuple[int, _Chain | None] = (0, None)
         for chain in reversed(chains):
-            kept = chain.leads_to(prompt, self._template.end)
+            kept = chain.leads_to(prompt, self._end)
             if kept > found[0]:
                 found = kept, chain
         return found
@@ -203,10 +203,10 @@ class Conversation:
         found = _THOUGHT.search(prompt)
         for header in (prompt[: found.start()], prompt[: found.start()].rstrip()) if found else ():
             if written.startswith(header):
-                self._thoughts += 1
+                self._counts["thought_turns"] += 1
                 return prompt + _after_thought(found, written[len(header) :], self._messages[i])
         if (rest := self._behind_the_question(prompt, written, i)) is not None:
-            self._moved += 1
+            self._counts["moved_turns"] += 1
             return prompt + rest
         at = _shared(prompt, written)
         raise UserError(
@@ -227,8 +227,22 @@ class Conversation:
         tail = prompt[at:]
         return written.rpartition(tail)[2] if at >= 0 and tail in written else None
 
+    def _look_for_all(self, message: Message, answer: str) -> None:
+        """Count what the row has and the template does not write."""
+        thought, calls = message.get("reasoning_content"), message.get("tool_calls")
+        if isinstance(thought, str) and thought.strip() not in answer:
+            self._counts["lost_thoughts"] += 1
+        functions = [
+            call.get("function", call)
+            for call in (calls if isinstance(calls, list) else ())
+            if isinstance(call, Mapping)
+        ]
+        names = [str(function.get("name", "")) for function in functions if isinstance(function, Mapping)]
+        if not all(name in answer for name in names):
+            self._counts["lost_calls"] += 1
+
     def _refusal(self, chain: _Chain, prompt: str, i: int) -> str:
-        at = _shared(chain.text[: chain.kept(self._template.end)], prompt)
+        at = _shared(chain.text[: chain.kept(self._end)], prompt)
         return (
             f"{self._where}: before message {i} the tokenizer's chat template writes "
             f"{prompt[at : at + _SHOWN]!r} where message {chain.message} was trained after "
@@ -248,11 +262,12 @@ class Conversation:
         for start, end, _ in chain.turns:
             spans = [(max(a, start), min(b, end)) for a, b in marks if max(a, start) < min(b, end)]
             if spans:
+                before = [*spans]
                 spans[0] = (start, spans[0][1])
-                token = self._template.end
-                at = text.rfind(token, start, end) if token else -1
-                if at >= spans[-1][1]:
-                    spans.append((at, at + len(token)))
+                for token in self._template.ends:
+                    if (at := text.rfind(token, start, end)) >= spans[-1][1]:
+                        spans.append((at, at + len(token)))
+                self._counts["marked_turns"] += int(spans != before)
             turns.append(Turn(start, end, spans))
         return Rendered(text, turns)
 
@@ -260,7 +275,7 @@ class Conversation:
         """Return the texts with the messages behind the last turn, which carry no loss."""
         if not texts:
             return [Rendered(whole, [])]
-        kept = chains[-1].leads_to(whole, self._template.end)
+        kept = chains[-1].leads_to(whole, self._end)
         if not kept:
             return texts
         turns = list(texts[-1].turns)
@@ -288,8 +303,9 @@ def _after_thought(found: re.Match[str], turn: str, message: Message) -> str:
     rest = turn[own.end() :] if own else turn
     if found["closed"]:
         return rest.lstrip("\n")
-    thought = own[1] if own else _thought_of(message, opened, closing)
-    begun = f"{thought.strip()}{space}"
+    if own and turn[own.end(1) :].startswith(closing):
+        return f"{own[1].strip()}{space}{turn[own.end(1) :]}"
+    begun = f"{_thought_of(message, opened, closing).strip()}{space}"
     return begun + (rest if rest.startswith(closing) else f"{closing}{2 * space}" + rest.lstrip("\n"))
 
 

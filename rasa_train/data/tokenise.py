@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from .config import DataConfig
 from .encode import Encoded, Encoder, plain_backend
 from .encode_pool import CHUNK, Chunk, encode_all
 from .encode_texts import TextEncoder, longest
+from .served_counts import CHANGED
 from .sources import Source
 from .texts import TextColumns, find_text_columns, found_labels
 
@@ -51,6 +54,12 @@ class Stats:
     """Names of the labels of a classification set."""
     pairs: bool = False
     """Whether its texts are pairs."""
+    served: dict[str, int] = field(default_factory=dict)
+    """Counts of conversations and turns of the whole source, by the names of ``served_counts.NAMES``."""
+    turn_ends: list[str] | None = None
+    """The special tokens that end a turn of the assistant in the chat template; None without one."""
+    refused: str | None = None
+    """Why the first conversation that was refused was refused, with its place."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,9 @@ class Maker:
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
         directory = root / "tokens" / key[:32]
         if (known := read_stats(directory, key)) is not None:
-            return TokenDataset(directory), Stats(**known), key
+            if "served" in known or self.config.template != "chat":
+                return TokenDataset(directory), Stats(**known), _key_of_made(key, Stats(**known))
+            shutil.rmtree(directory, ignore_errors=True)  # made before prompts were compared
         try:
             with CacheWriter(directory, texts=self.head is not None) as writer:
                 stats = self._write(source, dataset, columns, writer)
@@ -82,7 +93,7 @@ class Maker:
                 "to a writable directory with enough room",
                 key="data.cache_dir",
             ) from error
-        return TokenDataset(directory), stats, key
+        return TokenDataset(directory), stats, _key_of_made(key, stats)
 
     def _key(self, source: Source, columns: dict[str, str] | None) -> str:
         """Return the sha256 of everything that the tokens depend on."""
@@ -98,6 +109,8 @@ class Maker:
             "max_length": config.max_length,
             "over_length": config.over_length,
         }
+        if config.template == "chat" and config.rewritten_history == "refuse":
+            parts |= {"rewritten_history": "refuse"}
         if self.head is not None:
             parts |= {"format": FORMAT, "head": asdict(self.head), "max_length": longest(config, self.tokenizer)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -122,7 +135,8 @@ class Maker:
                 key="data.columns",
             )
         date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
-        return replace(stats, unused_columns=sorted(found.unused), date=date)
+        ends = chat.ends if chat else None
+        return replace(stats, unused_columns=sorted(found.unused), date=date, turn_ends=ends)
 
     def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
         assert self.head
@@ -153,10 +167,16 @@ class Maker:
                 f"{stats.dropped_over_length} dropped as longer than max_length={config.max_length} tokens "
                 f"(over_length: {config.over_length}), {stats.dropped_unsupervised} because no token carries "
                 f"loss (supervise: {config.supervise}; {stats.truncated} were cut at max_length). Raise "
-                "data.max_length or choose another supervise",
+                "data.max_length or choose another supervise"
+                + (f"; {stats.served['refused_rows']} refused, the first at {stats.refused}" if stats.refused else ""),
                 key="data.dataset",
             )
         return stats
+
+
+def _key_of_made(key: str, stats: Stats) -> str:
+    """Return the key of a set that was made: another one where its tokens are not those that earlier versions made."""
+    return hashlib.sha256(f"{key} served".encode()).hexdigest() if CHANGED & stats.served.keys() else key
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
@@ -170,6 +190,8 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
         tokens=stats.tokens + sum(lengths),
         supervised_tokens=0,  # counted on the views
         longest=max([stats.longest, *lengths]),
+        served=dict(Counter(stats.served) + Counter(encoded.counts)),
+        refused=stats.refused or encoded.refused,
     )
 
 
