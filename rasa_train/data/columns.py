@@ -9,6 +9,7 @@ from ..errors import UserError, some
 from .conversations import (
     REASONING,
     check_turns,
+    is_as_written,
     read_chosen,
     read_history,
     read_messages,
@@ -18,7 +19,7 @@ from .conversations import (
 )
 from .conversations import Message as Message
 from .conversations import text_of as text_of
-from .row_values import check_unicode, listed_objects, refused, without_nulls
+from .row_values import check_unicode, has_bare_functions, listed_objects, refused, without_nulls
 from .row_values import kind_of as kind_of
 
 Row = Mapping[str, object]
@@ -65,6 +66,8 @@ class Columns:
     unused: set[str] = field(default_factory=set)
     """Columns that a row had so far, with a value, and that are not used, and keys of messages, as
     ``messages.<key>``."""
+    anew: set[str] = field(default_factory=set)
+    """Parts of the rows so far that earlier versions read in another way, or not at all."""
     absent: set[str] = field(default_factory=set)
     """Columns that may be left out of a row and that no row had so far, although ``data.columns`` names them."""
 
@@ -115,7 +118,7 @@ class Columns:
 
     def _conversation(self, row: Row, where: str) -> list[Message] | tuple[str, str]:
         if self.kind == "messages":
-            return read_messages(_present(row, self.names["messages"], where), self.names["messages"], where)
+            return self._messages(row, where)
         answer = _present(row, self.names["response"], where)
         thoughts = self._optional("reasoning", row) if self._uses_reasoning else None
         before = self._before(row, where)
@@ -128,13 +131,21 @@ class Columns:
         made: Message = {"role": "assistant", "content": response}
         if thoughts:
             made["reasoning_content"] = text_in(row, self.names["reasoning"], where)
+            self.anew.add("reasoning")
         return [*before, made]
+
+    def _messages(self, row: Row, where: str) -> list[Message]:
+        value = _present(row, self.names["messages"], where)
+        made = read_messages(value, self.names["messages"], where)
+        if "messages" not in self.anew and not is_as_written(made, value):
+            self.anew.add("messages")
+        return made
 
     def _preferred(self, row: Row, where: str) -> list[Message]:
         """Return a conversation whose last answer is the preferred one, or is part of it already."""
         before: list[Message] = []
         if "messages" in self.names:
-            before = read_messages(_present(row, self.names["messages"], where), self.names["messages"], where)
+            before = self._messages(row, where)
             if before[-1]["role"] == "assistant":
                 return before
             before = read_prompt(row[self.names["messages"]], self.names["messages"], where)
@@ -153,7 +164,9 @@ class Columns:
             made = said(text_in(row, name, where), "")[:1]
         if self._optional("input", row) and isinstance(query := made[-1]["content"], str):  # Alpaca's optional context
             made[-1]["content"] = f"{query}\n\n{text_in(row, self.names['input'], where)}"
-        return read_history(self._optional("history", row), self.names.get("history", ""), where) + made
+        if history := read_history(self._optional("history", row), self.names.get("history", ""), where):
+            self.anew.add("history")
+        return history + made
 
     def _with_system(self, messages: list[Message], row: Row, where: str) -> list[Message]:
         if not self._optional("system", row):
@@ -161,6 +174,7 @@ class Columns:
         name = self.names["system"]
         text = text_in(row, name, where)
         if messages[0]["role"] not in ("system", "developer"):
+            self.anew.add("system")
             return [{"role": "system", "content": text}, *messages]
         if text_of(messages[0]["content"]) == text:
             return messages
@@ -193,6 +207,7 @@ class Columns:
             if row.get(column) is not None and not (name == "tools" and self._lists_tools(row)):
                 values[name] = listed_objects(row[column], column, where) if name in _LISTS else row[column]
                 used.add(column)
+                self.anew.update(["tools"] if column == "tools" and has_bare_functions(row[column]) else [])
         if isinstance(more := row.get("chat_template_kwargs"), Mapping):
             values |= {name: value for name, value in more.items() if name in self.wanted}
             used |= {"chat_template_kwargs"} if more.keys() <= self.wanted else set()
@@ -216,7 +231,9 @@ class Columns:
         first = self._optional("messages", row)
         first = first[0] if isinstance(first, list) and first else None
         texts = [self._optional("system", row), *(first.values() if isinstance(first, Mapping) else ())]
-        return "user" not in texts and any(isinstance(text, str) and "<tools>" in text for text in texts)
+        found = "user" not in texts and any(isinstance(text, str) and "<tools>" in text for text in texts)
+        self.anew.update(["tools"] if found else [])
+        return found
 
     def _note(self, names: Iterable[str]) -> None:
         for name in names:
@@ -248,7 +265,8 @@ def find_columns(row: Row, where: str, configured: Mapping[str, str] | None, wan
     if found := _recognised(row):
         optional = {"system": _first(row, _SYSTEM), "history": "history", "reasoning": _first(row, REASONING)}
         optional = optional if "query" in found else {"system": optional["system"]}
-        return Columns("pair" if "response" in found else "messages", found | optional, names)
+        anew = {"context"} & set(found.values())
+        return Columns("pair" if "response" in found else "messages", found | optional, names, anew=anew)
     known = ", ".join("/".join(pair) for pair in (*_PAIRS, *_LATER_PAIRS))
     raise UserError(
         f"{where}: there are no known columns among {listed(row)}; known are input_ids, messages, conversations, "

@@ -108,6 +108,10 @@ class DataConfig(BaseModel):
     cache_dir: str | None = None
     """Directory of the tokenised sets. The default is $RASA_TRAIN_CACHE, else $XDG_CACHE_HOME/rasa_train, else
     ~/.cache/rasa_train."""
+    rewritten_history: Literal["split", "refuse"] = "split"
+    """What happens to a conversation in which the chat template writes earlier turns in another way than the last one,
+    such as without their thoughts, so that a server sees tokens that no single text has. split: it becomes one example
+    for each run of turns that a single text serves; refuse: it is left out, and counted."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

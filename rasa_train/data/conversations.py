@@ -169,6 +169,20 @@ def unread_keys(messages: Iterable[Message], read: frozenset[str]) -> set[str]:
     return {key for message in messages for key, value in message.items() if key not in known and value}
 
 
+def is_as_written(made: Sequence[Message], value: object) -> bool:
+    """Whether messages are those of a column as they stand there, apart from nulls and the form of their content."""
+    items = value if isinstance(value, list) else []
+    return len(made) == len(items) and all(
+        "trained" not in message and _kept(message) == _kept(item) for message, item in zip(made, items, strict=True)
+    )
+
+
+def _kept(message: Any) -> dict[str, Any]:
+    kept = {key: value for key, value in without_nulls(message).items() if value and key not in ("content", *_TRAINED)}
+    calls = kept.get("tool_calls")
+    return kept | ({"tool_calls": json_value(calls)} if isinstance(calls, str) else {})
+
+
 def _turn(item: object, name: str, where: str) -> list[Message]:
     """Return the messages of a turn that is an object of two texts, none if it is something else."""
     if not isinstance(item, Mapping) or item.get("role") is not None or item.get("from") is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import UserError, some
 from ..models.task import Head, TaskConfig
+from . import served_counts
 from .built_in import GLUE
 from .cache import TokenDataset
 from .config import DataConfig, ValidationConfig
@@ -192,4 +193,4 @@ def _notes(stats: Stats) -> list[str]:
         notes.append(f"columns of the data that are not used: {some(stats.unused_columns, _MOST_NAMES)}")
     if stats.date:
         notes.append(f"the chat template prints today's date: {stats.date} stands for it in all rows")
-    return notes
+    return notes + served_counts.notes(stats.served, stats.turn_ends, stats.refused)

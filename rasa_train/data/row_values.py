@@ -46,6 +46,12 @@ def _tool(item: Mapping[str, Any]) -> Mapping[str, Any]:
     return item
 
 
+def has_bare_functions(value: Any) -> bool:
+    """Whether ``listed_objects`` makes tools of functions in a column."""
+    items = json_value(value) if isinstance(value, str) else value
+    return any("function" not in (json_value(item) if isinstance(item, str) else item) for item in items or ())
+
+
 def check_unicode(text: str, name: str, where: str) -> None:
     """Refuse half a surrogate pair (``"\\ud83d"``): JSON may hold it, but it is not a character for any tokenizer."""
     if text.isascii():

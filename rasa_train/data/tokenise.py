@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,10 +22,11 @@ from .config import DataConfig
 from .encode import Encoded, Encoder, plain_backend
 from .encode_pool import CHUNK, Chunk, encode_all
 from .encode_texts import TextEncoder, longest
+from .served_counts import CHANGED
 from .sources import Source
 from .texts import TextColumns, find_text_columns, found_labels
 
-_CHAT_FORMAT = 3  # of what conversations become
+_READ_LATER = {"context", "history", "system", "system_prompt"}  # columns that earlier versions did not use
 _CHUNK_BYTES = 8 << 20  # about the bytes of the texts of a chunk
 
 
@@ -52,6 +55,14 @@ class Stats:
     """Names of the labels of a classification set."""
     pairs: bool = False
     """Whether its texts are pairs."""
+    read_anew: bool = False
+    """Whether a row has parts that earlier versions read in another way, or not at all."""
+    served: dict[str, int] = field(default_factory=dict)
+    """Counts of conversations and turns of the whole source, by the names of ``served_counts.NAMES``."""
+    turn_ends: list[str] | None = None
+    """The special tokens that end a turn of the assistant in the chat template; None without one."""
+    refused: str | None = None
+    """Why the first conversation that was refused was refused, with its place."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +79,14 @@ class Maker:
 
     def __call__(self, source: Source, columns: dict[str, str] | None, dataset: str) -> tuple[TokenDataset, Stats, str]:
         columns = self.config.columns or columns
-        if columns is None and self.head is None and self.config.template != "chat":
-            columns = _with_context(source)
         key = self._key(source, columns)
         root = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else default_directory()
         directory = root / "tokens" / key[:32]
         if (known := read_stats(directory, key)) is not None:
-            return TokenDataset(directory), Stats(**known), key
+            older = self.config.template == "chat" or _READ_LATER & set(known.get("unused_columns", ()))
+            if "served" in known or not older:
+                return TokenDataset(directory), Stats(**known), _key_of_made(key, Stats(**known))
+            shutil.rmtree(directory, ignore_errors=True)  # made before prompts were compared and such columns read
         try:
             with CacheWriter(directory, texts=self.head is not None) as writer:
                 stats = self._write(source, dataset, columns, writer)
@@ -85,14 +97,14 @@ class Maker:
                 "to a writable directory with enough room",
                 key="data.cache_dir",
             ) from error
-        return TokenDataset(directory), stats, key
+        return TokenDataset(directory), stats, _key_of_made(key, stats)
 
     def _key(self, source: Source, columns: dict[str, str] | None) -> str:
         """Return the sha256 of everything that the tokens depend on."""
         config = self.config
         parts = {
             # The text of other templates has not changed since format 1, so runs begun with it can be resumed.
-            "format": _CHAT_FORMAT if config.template == "chat" else 1,
+            "format": FORMAT if config.template == "chat" else 1,
             "source": source.fingerprint(),
             "columns": columns,
             "tokenizer": self.tokenizer_fingerprint,
@@ -101,6 +113,8 @@ class Maker:
             "max_length": config.max_length,
             "over_length": config.over_length,
         }
+        if config.template == "chat" and config.rewritten_history == "refuse":
+            parts |= {"rewritten_history": "refuse"}
         if self.head is not None:
             parts |= {"format": FORMAT, "head": asdict(self.head), "max_length": longest(config, self.tokenizer)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -125,7 +139,9 @@ class Maker:
                 key="data.columns",
             )
         date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
-        return replace(stats, unused_columns=sorted(found.unused), date=date)
+        ends = chat.ends if chat else None
+        anew = bool(found.anew)
+        return replace(stats, unused_columns=sorted(found.unused), date=date, turn_ends=ends, read_anew=anew)
 
     def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
         assert self.head
@@ -156,10 +172,17 @@ class Maker:
                 f"{stats.dropped_over_length} dropped as longer than max_length={config.max_length} tokens "
                 f"(over_length: {config.over_length}), {stats.dropped_unsupervised} because no token carries "
                 f"loss (supervise: {config.supervise}; {stats.truncated} were cut at max_length). Raise "
-                "data.max_length or choose another supervise",
+                "data.max_length or choose another supervise"
+                + (f"; {stats.served['refused_rows']} refused, the first at {stats.refused}" if stats.refused else ""),
                 key="data.dataset",
             )
         return stats
+
+
+def _key_of_made(key: str, stats: Stats) -> str:
+    """Return the key of a set that was made: another one where its tokens are not those that earlier versions made."""
+    changed = stats.read_anew or CHANGED & stats.served.keys()
+    return hashlib.sha256(f"{key} served".encode()).hexdigest() if changed else key
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
@@ -173,6 +196,8 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
         tokens=stats.tokens + sum(lengths),
         supervised_tokens=0,  # counted on the views
         longest=max([stats.longest, *lengths]),
+        served=dict(Counter(stats.served) + Counter(encoded.counts)),
+        refused=stats.refused or encoded.refused,
     )
 
 
@@ -192,18 +217,6 @@ def chunks(rows: Iterable[tuple[str, Row]], columns: Columns | TextColumns) -> I
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _with_context(source: Source) -> dict[str, str] | None:
-    """Return the columns of rows like Dolly's, None for all others. Earlier versions did not use the context, so the
-    key of a set that has one must not be theirs."""
-    first = next(source.rows(), None)
-    try:
-        found = find_columns(first[1], first[0], None) if first else None
-    except UserError:  # ``_write`` says so
-        return None
-    wanted = {name: found.names[name] for name in found.names.keys() & {"query", "response", "input"}} if found else {}
-    return wanted if wanted.get("input") == "context" else None
 
 
 def _worker_count(config: DataConfig) -> int:
