@@ -140,6 +140,7 @@ class _Template:
         self.names = frozenset().union(*map(names_used, self._sources)) - (taken - {"tools", "documents"})
         """Names of the columns that the template uses, apart from the messages, and ``messages.<key>`` for the keys of
         messages that it uses."""
+        self._knows_developers = any("developer" in source for source in self._sources)
         self._wraps_results = any("<tool_response>" in source for source in self._sources)
         self._reasoning = next((key for key in REASONING if f"messages.{key}" in self.names), REASONING[0])
         text, parts = self._try(_PROBE), self._try([{"type": "text", "text": _PROBE}])
@@ -206,6 +207,8 @@ class _Template:
             changed["content"] = [{"type": "text", "text": content}]
         if isinstance(calls := message.get("tool_calls"), list):
             changed["tool_calls"] = [self._fitting_call(call) for call in calls]
+        if message["role"] == "developer" and not self._knows_developers:
+            changed["role"] = "system"  # the former name
         if "reasoning_content" in message:
             changed[self._reasoning] = message["reasoning_content"]
         wrapped = self._wraps_results and message["role"] == "tool" and isinstance(content, str)

@@ -72,7 +72,11 @@ def read_history(value: object, name: str, where: str) -> list[Message]:
         return []
     items = json_value(value) if isinstance(value, str) else value
     if not isinstance(items, list):
-        raise refused(f"{where}: column {name!r} must be a list of [query, response], got {kind_of(value)}")
+        raise UserError(
+            f"{where}: column {name!r} must be a list of [query, response], got {kind_of(value)}; correct or remove "
+            "this row, or leave the column out by naming those to use in data.columns",
+            key="data.dataset",
+        )
     made: list[Message] = []
     for i, item in enumerate(items):
         place = f"{name}[{i}]"
@@ -173,7 +177,8 @@ def is_as_written(made: Sequence[Message], value: object) -> bool:
     """Whether messages are those of a column as they stand there, apart from nulls and the form of their content."""
     items = value if isinstance(value, list) else []
     return len(made) == len(items) and all(
-        "trained" not in message and _kept(message) == _kept(item) for message, item in zip(made, items, strict=True)
+        "trained" not in message and message["role"] != "developer" and _kept(message) == _kept(item)
+        for message, item in zip(made, items, strict=True)
     )
 
 

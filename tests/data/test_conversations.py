@@ -427,6 +427,15 @@ def test_columns_may_name_the_parts() -> None:
         assert "bad (the chosen answers are trained on)" in columns.unused
 
 
+def test_a_developer_speaks_as_the_system_where_the_template_knows_no_developers() -> None:
+    """Qwen2.5's template leaves out a message whose role it does not know."""
+    parts = [{"role": "developer", "content": "Be brief."}, *PAIR]
+    for template, text in (("qwen2_5", "<|im_start|>system\nBe brief."), ("gptoss", "Instructions\n\nBe brief.")):
+        tokenizer, encode = encoder(template)
+        (example,) = encode.encode([("f:1", parts, {})]).examples
+        assert text in tokenizer.decode(example.input_ids)
+
+
 def test_keys_of_messages_that_the_template_ignores_are_named(tmp_path: Path) -> None:
     """Also from the cache; a call of a tool that no template would write stops the run."""
     tokenizer = character_tokenizer(bos_token="<s>", eos_token="</s>")
