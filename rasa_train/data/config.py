@@ -121,18 +121,20 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        given = list(self.columns or {"messages"})
-        named = {ALIASES.get(name, name) for name in given}
-        if len(named) < len(given) or not any(needed <= named <= needed | more for needed, more in _COLUMNS):
-            raise UserError(
-                "data.columns must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or "
-                "`messages` (perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` "
-                f"(perhaps `text_pair`), got {sorted(given)}; write it as {{query: <column of the file>, response: "
-                "<column of the file>}",
-                key="data.columns",
-            )
-        if "tools" in named and self.template != "chat":
-            raise UserError(
-                f"data.columns: `tools` are for data.template: chat, got template: {self.template}", key="data.columns"
-            )
+        if self.columns is not None:
+            _check_columns(self.columns, "data.columns", self.template)
         return self
+
+
+def _check_columns(columns: dict[str, str], key: str, template: Template) -> None:
+    named = {ALIASES.get(name, name) for name in columns}
+    if len(named) < len(columns) or not any(needed <= named <= needed | more for needed, more in _COLUMNS):
+        raise UserError(
+            f"{key} must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or `messages` "
+            "(perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` (perhaps "
+            f"`text_pair`), got {sorted(columns)}; write it as {{query: <column of the file>, response: <column of the "
+            "file>}",
+            key=key,
+        )
+    if "tools" in named and template != "chat":
+        raise UserError(f"{key}: `tools` are for data.template: chat, got template: {template}", key=key)
