@@ -121,7 +121,7 @@ class DataConfig(BaseModel):
                 f"{self.template}; use supervise: response, or template: alpaca",
                 key="data.supervise",
             )
-        if self.columns is not None:
+        if self.columns:
             _check_columns(self.columns, "data.columns", self.template)
         return self
 
@@ -130,8 +130,8 @@ def _check_columns(columns: dict[str, str], key: str, template: Template) -> Non
     named = {ALIASES.get(name, name) for name in columns}
     if len(named) < len(columns) or not any(needed <= named <= needed | more for needed, more in _COLUMNS):
         raise UserError(
-            f"{key} must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or `messages` "
-            "(perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` (perhaps "
+            f"{key} must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or "
+            "`messages` (perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` (perhaps "
             f"`text_pair`), got {sorted(columns)}; write it as {{query: <column of the file>, response: <column of the "
             "file>}",
             key=key,
