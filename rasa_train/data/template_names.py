@@ -85,7 +85,7 @@ def _looked_up(tree: Any, holders: set[str]) -> Iterator[str]:
 
     for node in tree.find_all(nodes.Getattr):
         if _holds(node.node, holders):
-            yield "*" if node.attr in ("items", "values") else node.attr
+            yield from () if node.attr == "get" else ("*" if node.attr in ("items", "values") else node.attr,)
     for node in tree.find_all(nodes.Getitem):
         if _holds(node.node, holders) and _constant(node.arg):
             yield node.arg.value

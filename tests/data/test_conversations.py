@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,11 @@ FORMS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], Any, list[str]
         ["Ferry.<|eot_id|>"],
     ),
     "dolly": (
-        "phi3",
+        "lfm2",
         {"instruction": "What leaves?", "context": "The ferry leaves.", "response": "The ferry.", "category": "qa"},
         [user("What leaves?\n\nThe ferry leaves."), assistant("The ferry.")],
         None,
-        ["The ferry.<|end|>"],
+        ["The ferry.<|im_end|>"],
     ),
     "preference": (
         "gemma",
@@ -223,6 +224,7 @@ def test_rows_of_every_form_train_the_right_text(tmp_path: Path, form: str) -> N
     pq.write_table(pa.Table.from_pylist([given]), table)
     found, spans, columns = examples(lines, template)
     expected = encoder(template)[0].apply_chat_template(conversation, tools=tools, tokenize=False)
+    expected = re.sub(r"(?<=Current date: )[\d-]+", "2024-07-26", expected)  # today's
     assert [expected] == [text + expected.removeprefix(text) for text in found]  # the end may be cut after its token
     assert spans == [trained]
     assert examples(table, template)[:2] == (found, spans)
@@ -443,7 +445,7 @@ def test_keys_of_messages_that_the_template_ignores_are_named(tmp_path: Path) ->
     rows = [{"messages": [user("q"), assistant("r", reasoning="t", name="Ann", weight=1, refusal=None)], "id": 3}]
     config = DataConfig(dataset=str(write_lines(tmp_path / "rows.jsonl", rows)), template="chat")
     note = "columns of the data that are not used: id, messages.name, messages.reasoning_content"
-    assert [prepare(config, tokenizer).notes for _ in range(2)] == [[note]] * 2
+    assert [prepare(config, tokenizer).notes[:1] for _ in range(2)] == [[note]] * 2
     tokenizer.chat_template = CHAT.replace("m.tool_calls", "[]")
     rows = [*rows, {"messages": [user("q"), assistant("r", tool_calls=[call("f", {})])]}]
     config = DataConfig(dataset=str(write_lines(tmp_path / "rows.jsonl", rows)), template="chat")
