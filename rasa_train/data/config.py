@@ -132,8 +132,8 @@ def _check_columns(columns: dict[str, str], key: str, template: Template) -> Non
         raise UserError(
             f"{key} must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or "
             "`messages` (perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` "
-            f"(perhaps `text_pair`), got {sorted(columns)}; write it as {{query: <column of the file>, response: <column "
-            "of the file>}",
+            f"(perhaps `text_pair`), got {sorted(columns)}; write it as {{query: <column of the file>, "
+            "response: <column of the file>}",
             key=key,
         )
     if "tools" in named and template != "chat":

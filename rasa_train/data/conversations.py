@@ -243,7 +243,10 @@ def _message(item: object, name: str, where: str) -> Message:
 def _content(fields: dict[str, Any], name: str, where: str) -> object:
     content, role = fields.get("content"), fields["role"]
     if role == "tool" and not isinstance(content, str | None) and not _has_parts(content):
-        content = json.dumps(content, ensure_ascii=False)
+        try:
+            content = json.dumps(content, ensure_ascii=False)
+        except TypeError:  # bytes or a date of a Parquet file
+            raise refused(f"{where}: the content of {name} must be text or JSON, got {kind_of(content)}") from None
     if isinstance(content, str):
         check_unicode(content, f"{name}.content", where)
         return content

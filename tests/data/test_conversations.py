@@ -485,3 +485,50 @@ def test_the_context_of_dolly_is_not_found_under_an_older_key(tmp_path: Path) ->
 def test_keys_of_messages_that_a_template_reads(template: str, keys: set[str]) -> None:
     found = {name.removeprefix("messages.") for name in names_used(template) if name.startswith("messages.")}
     assert found == keys
+
+
+HOSTILE: list[Any] = [
+    None, "", "x", "[{", "[1]", '{"name": 1}', "\ud83d", 0, -1, 1.5, float("nan"), True, [], [[]], [None], ["x"],
+    [{}], {}, {"": None}, {"role": "user"}, {"from": "gpt"}, {"function": "f"}, {"type": "text"}, b"x",
+]  # fmt: skip
+
+
+def mutated(value: Any) -> Any:
+    """Each value that differs from this one in one place, at any depth."""
+    yield from HOSTILE
+    inner = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    for key, one in list(inner):
+        rest = (
+            value[:key] + value[key + 1 :] if isinstance(value, list) else {k: v for k, v in value.items() if k != key}
+        )
+        yield rest
+        for other in mutated(one):
+            if isinstance(value, list):
+                yield [*value[:key], other, *value[key + 1 :]]
+            else:
+                yield {**value, key: other}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_damage_anywhere_in_a_row_is_an_error_of_the_row_or_none(form: str) -> None:
+    row = FORMS[form][1]
+    columns = find_columns(row, "f:1", None, ["tools", "messages.tool_calls", "messages.thinking"])
+    for damaged in mutated(row):
+        if not isinstance(damaged, dict):
+            continue
+        try:
+            parts, variables = columns.extract(damaged, "f:9"), columns.variables(damaged, "f:9")
+        except UserError as error:
+            assert str(error).startswith("f:9: ")
+            assert error.key in ("data.dataset", "data.columns", "data.template")
+            continue
+        assert isinstance(variables.get("tools", []), list)
+        turns = parts if isinstance(parts, list) else [user(parts[0]), assistant(parts[1])]
+        assert turns[-1]["role"] == "assistant"
+        for message in turns:
+            assert message["role"] in ("system", "developer", "user", "assistant", "tool")
+            assert isinstance(message["content"], str | list) or message["tool_calls"]
+            assert isinstance(message.get("reasoning_content", ""), str)
+            assert message.get("trained", False) is False
+            for made in message.get("tool_calls", []):
+                assert isinstance(made["function"]["name"], str)
