@@ -172,10 +172,12 @@ def read_rows(path: Path) -> None:
             pass
 
 
+COLUMNS = [
+    *("query", "response", "messages", "conversations", "chosen", "rejected", "system", "history"),
+    *("input_ids", "labels", "z"),
+]
 ROW = st.dictionaries(
-    st.sampled_from(
-        ["query", "response", "messages", "conversations", "chosen", "rejected", "system", "history", "input_ids", "z"]
-    ),
+    st.sampled_from(COLUMNS),
     VALUES,
     max_size=4,
 )
