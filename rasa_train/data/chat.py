@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..io.bounded import Child, Exceeded
-from .columns import Message, Variables, text_of
 from . import served_turns
+from .columns import Message, Variables, text_of
 from .config import DataConfig
 from .served_turns import Served, Span
 
