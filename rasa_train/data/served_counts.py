@@ -12,6 +12,7 @@ NAMES = {
     "moved_turns": "turns whose prompt the template writes in another way once they follow it",
     "marked_turns": "turns whose prompt or end token is not where the template's generation marks are",
     "unasked_turns": "turns that no prompt asks for, since they greet: context only",
+    "unprompted_turns": "turns whose generation marks begin behind a header for which the template has no prompt",
     "lost_thoughts": "turns whose reasoning the template does not write",
     "lost_calls": "turns whose tool calls the template does not write",
 }
@@ -51,6 +52,9 @@ def notes(counts: Mapping[str, int], ends: Sequence[str] | None, refused: str | 
         "follows: they are trained as they are asked for",
         "unasked_turns": "{unasked_turns} turns of the assistant come before any question, so that no prompt asks for "
         "them: they are context only",
+        "unprompted_turns": "the chat template has no generation prompt, and its generation marks leave out the headers of "
+        "{unprompted_turns} turns: a server leaves them to the model, but they are not trained on. Write them with "
+        "add_generation_prompt",
         "lost_thoughts": "the chat template leaves out the reasoning of {lost_thoughts} turns: it is not trained on",
         "lost_calls": "the chat template leaves out the tool calls of {lost_calls} turns: they are not trained on",
     }

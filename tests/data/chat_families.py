@@ -94,7 +94,8 @@ FAMILIES = [
         "gpt-oss",
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}"
         f"{{{{ {_THOUGHT} }}}}<|channel|>{{{{ m.content or '' }}}}{_CALLS}<|return|>{{% else %}}"
-        f"{{{{ m.content or '' }}}}{_CALLS}<|end|>{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}",
+        f"{{{{ m.content or '' }}}}{_CALLS}<|end|>{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
         end="<|return|>",
     ),
     Family(
@@ -108,7 +109,8 @@ FAMILIES = [
         "Mistral 7B v0.3, Mistral Nemo, Mistral Small",
         "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
         "{% if m.role == 'assistant' %}{{ m.content or '' }}" + _CALLS + "</s>{% else %}"
-        "{% if tools and m == asked[-1] %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST]{{ m.content }}[/INST]{% endif %}"
+        "{% if tools and m == asked[-1] %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+        "[INST]{{ m.content }}[/INST]{% endif %}"
         "{% endfor %}",
         end="</s>",
     ),
@@ -125,7 +127,8 @@ FAMILIES = [
         "SmolLM3",
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|assistant|>\n<think>\n\n</think>\n\n"
         "{{ m.content or '' }}" + _CALLS + "<|end|>\n{% endgeneration %}{% else %}<|{{ m.role }}|>\n"
-        "{{ m.content }}<|end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n\n</think>\n\n{% endif %}",
+        "{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n<think>\n\n</think>\n\n{% endif %}",
     ),
     Family(
         "generation marks stand around the words alone",
