@@ -52,7 +52,7 @@ def notes(counts: Mapping[str, int], ends: Sequence[str] | None, refused: str | 
         "follows: they are trained as they are asked for",
         "unasked_turns": "{unasked_turns} turns of the assistant come before any question, so that no prompt asks for "
         "them: they are context only",
-        "unprompted_turns": "the chat template has no generation prompt, and its generation marks leave out the headers of "
+        "unprompted_turns": "the chat template has no generation prompt, and its marks leave out the headers of "
         "{unprompted_turns} turns: a server leaves them to the model, but they are not trained on. Write them with "
         "add_generation_prompt",
         "lost_thoughts": "the chat template leaves out the reasoning of {lost_thoughts} turns: it is not trained on",

@@ -14,12 +14,14 @@ from chat_table import PAGE, outcome, table, tables_of
 from served_oracle import encoded, prompt_ids, runs, verify, whole_ids
 from tiny_data import write_lines
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rasa_train.check.check import check
 from rasa_train.data.config import DataConfig
 from rasa_train.data.encode import Encoded
 from rasa_train.data.prepare import prepare
 from rasa_train.errors import UserError
+from rasa_train.recipe.load import load_recipe
 
 BY_NAME = {family.name: family for family in FAMILIES}
 QUESTION, ANSWER = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "She sold 72."}
@@ -212,3 +214,39 @@ def test_what_a_template_does_not_write_is_counted() -> None:
     silent = tokenizer_of(PLAIN._replace(template=PLAIN.template.replace("c.function | tojson", "''")))
     assert encoded(silent, messages, variables).counts["lost_calls"] == 1
     assert outcome(PLAIN, "reasoning") == "holds, without the reasoning"
+
+
+def test_a_template_with_marks_and_without_a_generation_prompt_keeps_its_marks() -> None:
+    marked_words = BY_NAME["generation marks stand around the words alone"]
+    tokenizer = tokenizer_of(marked_words._replace(template=marked_words.template.partition("{% if add_gen")[0]))
+    made = encoded(tokenizer, [QUESTION, ANSWER])
+    assert marked(tokenizer, made) == ["<|user|>\nHow many?<|end|>\n<|assistant|>\n»She sold 72.<|end|>«\n"]
+    assert made.counts["unprompted_turns"] == 1 and "verified_rows" not in made.counts
+
+
+def test_check_says_what_was_verified_and_where_a_server_would_not_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = BY_NAME["all turns lose their thoughts, and the prompt opens one"]._replace(end="<|endoftext|>")
+    tokenizer = tokenizer_of(family)
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, eos_token_id=1, **sizes)).save_pretrained(tmp_path / "model")
+    rows = write_lines(tmp_path / "rows.jsonl", [{"messages": [QUESTION, ANSWER] * turns} for turns in (1, 2)])
+    recipe = {
+        "model": {"name": str(tmp_path / "model"), "dtype": "float32"},
+        "adapter": {"method": "lora", "r": 2, "alpha": 4},
+        "data": {"dataset": str(rows), "template": "chat"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = check(load_recipe(tmp_path / "recipe.yaml"))
+    counts = {"verified_rows": 2, "split_rows": 1, "split_examples": 2, "thought_turns": 3}
+    assert result.as_json()["served"] == counts
+    result.show()
+    said = capsys.readouterr().out
+    assert (
+        "ok  served: the tokens before each trained turn are those that a server sees, in all 2 conversations" in said
+    )
+    assert "note: the chat template rewrites earlier turns: 1 conversations became 2 examples" in said
+    assert "ends a turn with '<|end|>', but the model stops at '</s>' and '<|endoftext|>'" in said
