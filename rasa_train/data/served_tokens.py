@@ -73,7 +73,7 @@ class ServedTokens:
         """
         text, turns = rendered
         whole = tokens_of(self._encode(text))
-        if len(whole.ids) > self._most + MARGIN:  # no more is kept
+        if len(whole.ids) >= self._most + MARGIN:  # no more is kept
             reach = int(whole.ends[self._most + MARGIN - 1])
             text, turns = (
                 text[:reach],

@@ -240,7 +240,7 @@ def test_check_says_what_was_verified_and_where_a_server_would_not_stop(
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    result = check(load_recipe(tmp_path / "recipe.yaml"))
+    result = check(load_recipe(tmp_path / "recipe.yaml").recipe)
     counts = {"verified_rows": 2, "split_rows": 1, "split_examples": 2, "thought_turns": 3}
     assert result.as_json()["served"] == counts
     result.show()
