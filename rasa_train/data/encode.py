@@ -252,9 +252,9 @@ class Encoder:
     def _count(self, served: Served, made: int, joined: bool) -> None:
         if served.refused is not None:
             self._refused.append(served.refused)
-        several = made > 1
+        several, unprompted = made > 1, served.counts["unprompted_turns"]
         self._counts += served.counts + Counter(
-            verified_rows=int(self.config.supervise != "all" and served.refused is None),
+            verified_rows=int(self.config.supervise != "all" and served.refused is None and not unprompted),
             split_rows=int(several),
             split_examples=made if several else 0,
             refused_rows=int(served.refused is not None),

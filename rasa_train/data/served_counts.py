@@ -12,6 +12,7 @@ NAMES = {
     "moved_turns": "turns whose prompt the template writes in another way once they follow it",
     "marked_turns": "turns whose prompt or end token is not where the template's generation marks are",
     "unasked_turns": "turns that no prompt asks for, since they greet: context only",
+    "unprompted_turns": "turns whose generation marks begin behind a header for which the template has no prompt",
     "lost_thoughts": "turns whose reasoning the template does not write",
     "lost_calls": "turns whose tool calls the template does not write",
 }
@@ -45,14 +46,17 @@ def notes(counts: Mapping[str, int], ends: Sequence[str] | None, refused: str | 
         f"(data.rewritten_history: refuse), the first at {refused}",
         "joined_rows": "{joined_rows} conversations have an answer that the tokenizer would join with the end of its "
         "prompt: its tokens are those behind the prompt's own, as when they are served",
-        "thought_turns": "the chat template begins the prompts of {thought_turns} turns with a thought that it does not "
-        "write in the turns: they are trained as what follows such a prompt",
+        "thought_turns": "the chat template ends the prompts of {thought_turns} turns with a thought that it does not "
+        "write in the turns: what follows such a prompt is trained, the thought of the row first",
         "moved_turns": "the chat template writes the prompts of {moved_turns} turns in another way once the answer "
         "follows: they are trained as they are asked for",
         "unasked_turns": "{unasked_turns} turns of the assistant come before any question, so that no prompt asks for "
         "them: they are context only",
-        "lost_thoughts": "the chat template does not write the reasoning of {lost_thoughts} turns: it is not trained on",
-        "lost_calls": "the chat template does not write the tool calls of {lost_calls} turns: they are not trained on",
+        "unprompted_turns": "the chat template has no generation prompt, and its marks leave out the headers of "
+        "{unprompted_turns} turns: a server leaves them to the model, but they are not trained on. Write them with "
+        "add_generation_prompt",
+        "lost_thoughts": "the chat template leaves out the reasoning of {lost_thoughts} turns: it is not trained on",
+        "lost_calls": "the chat template leaves out the tool calls of {lost_calls} turns: they are not trained on",
     }
     told = [words.format(**known) for name, words in said.items() if name in known]
     if ends is not None and not ends and counts.get("verified_rows"):

@@ -73,7 +73,7 @@ class ServedTokens:
         """
         text, turns = rendered
         whole = tokens_of(self._encode(text))
-        if len(whole.ids) > self._most + MARGIN:  # no more is kept
+        if len(whole.ids) >= self._most + MARGIN:  # no more is kept
             reach = int(whole.ends[self._most + MARGIN - 1])
             text, turns = (
                 text[:reach],
@@ -127,7 +127,8 @@ class ServedTokens:
                 return Tokens(ids, found.begins[first:] + shift, found.ends[first:] + shift)
         raise UserError(
             f"{where}: the tokenizer joins the end of a prompt with the beginning of the answer "
-            f"({text[max(turn.start - 10, 0) : turn.start + 10]!r}), and no tokens of the answer by itself give its text",
+            f"({text[max(turn.start - 10, 0) : turn.start + 10]!r}), and the answer has no tokens of its own that give "
+            "its text; end the prompt in the template with a special token, or with no space",
             key="data.template",
         )
 

@@ -56,7 +56,7 @@ class Served(NamedTuple):
 class Template(Protocol):
     """What is asked of a chat template."""
 
-    ends: Sequence[str]
+    ends: list[str]
     """Texts of the special tokens that end a turn of the assistant, in order; none if no such token does."""
 
     def marks_turns(self, variables: Mapping[str, Any]) -> bool: ...
@@ -72,7 +72,7 @@ class _Chain:
     """A text under way: each prompt in it begins with all that stands before."""
 
     def __init__(self, text: str, turn: Turn, message: int, as_written: bool) -> None:
-        self.text, self.turns, self.message, self.as_written = text, [turn], message, as_written
+        self.text, self.turns, self.messages, self.as_written = text, [turn], [message], as_written
 
     def kept(self, end: str) -> int:
         """Return the place behind the token that ends the last turn: what follows it, no server sees."""
@@ -159,11 +159,12 @@ class Conversation:
                     return Served([], self._counts, self._refusal(chains[-2], prompt, i))
                 continue
             chain.cut(kept)
-            chain.text, chain.message = text, i
+            chain.text = text
+            chain.messages.append(i)
             chain.as_written &= text == written
             chain.turns.append(turn)
         texts = [self._marked(chain) for chain in chains]
-        if not chains or chains[-1].message < len(self._messages) - 1:
+        if not chains or chains[-1].messages[-1] < len(self._messages) - 1:
             texts = self._with_the_rest(texts, self._render(len(self._messages)), chains)
         return Served(texts, self._counts)
 
@@ -202,7 +203,7 @@ class Conversation:
             return written
         found = _THOUGHT.search(prompt)
         for header in (prompt[: found.start()], prompt[: found.start()].rstrip()) if found else ():
-            if written.startswith(header):
+            if found and written.startswith(header):
                 self._counts["thought_turns"] += 1
                 return prompt + _after_thought(found, written[len(header) :], self._messages[i])
         if (rest := self._behind_the_question(prompt, written, i)) is not None:
@@ -245,25 +246,28 @@ class Conversation:
         at = _shared(chain.text[: chain.kept(self._end)], prompt)
         return (
             f"{self._where}: before message {i} the tokenizer's chat template writes "
-            f"{prompt[at : at + _SHOWN]!r} where message {chain.message} was trained after "
+            f"{prompt[at : at + _SHOWN]!r} where message {chain.messages[-1]} was trained after "
             f"{chain.text[at : at + _SHOWN]!r}"
         )
 
     def _marked(self, chain: _Chain) -> Rendered:
         """Return the chain; where the template marks what the assistant writes, only that is trained. The marks of a
-        turn are extended to the end of its prompt and to the token that ends it: a server leaves both to the model."""
+        turn are extended to the end of its prompt, if there is a header that asks for an answer, and to the token that
+        ends it: a server leaves both to the model."""
         if not self._template.marks_turns(self._variables):
             return Rendered(chain.text, chain.turns)
-        messages = self._messages[: chain.message + 1]
+        messages = self._messages[: chain.messages[-1] + 1]
         text, marks = self._template.render_marked(messages, self._variables, self._where)
         if not chain.as_written or text != chain.text:
             return Rendered(chain.text, chain.turns)
         turns = []
-        for start, end, _ in chain.turns:
+        for i, (start, end, _) in zip(chain.messages, chain.turns, strict=True):
             spans = [(max(a, start), min(b, end)) for a, b in marks if max(a, start) < min(b, end)]
             if spans:
                 before = [*spans]
-                spans[0] = (start, spans[0][1])
+                if spans[0][0] > start and self._render(i) != text[:start]:
+                    spans[0] = (start, spans[0][1])
+                self._counts["unprompted_turns"] += int(spans[0][0] > start)
                 for token in self._template.ends:
                     if (at := text.rfind(token, start, end)) >= spans[-1][1]:
                         spans.append((at, at + len(token)))

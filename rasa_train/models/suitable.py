@@ -101,14 +101,14 @@ def end_notes(model: nn.Module, tokenizer: Any, ends: Sequence[str] | None) -> l
     """
     if not ends or tokenizer is None:
         return []
-    stops = tokenizer.convert_ids_to_tokens(end_tokens(model)) + [tokenizer.eos_token]
+    stops = [*tokenizer.convert_ids_to_tokens(end_tokens(model)), tokenizer.eos_token]
     if not set(ends).isdisjoint(map(str, stops)):
         return []
     named = " and ".join(sorted({repr(str(token)) for token in stops if token is not None})) or "no token"
     return [
         f"the chat template ends a turn with {ends[0]!r}, but the model stops at {named} (eos_token_id of its "
-        f"generation_config.json, eos_token of its tokenizer): serve the merged model with {ends[0]!r} as a stop token, "
-        "or add its id to eos_token_id"
+        f"generation_config.json, eos_token of its tokenizer): serve the merged model with {ends[0]!r} as a stop "
+        "token, or add its id to eos_token_id"
     ]
 
 
