@@ -20,6 +20,7 @@ ROLES = {
 }
 """Role -> the names that files have for it. The text of a ``call`` is the JSON of what the assistant calls."""
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_OWN = tuple(role for role in ROLES if role != "call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of what the assistant thinks before it answers, in messages, rows and templates. The first is ours."""
 _TRAINED = ("trained", "weight", "train", "training", "trainable", "loss", "loss_weight")
@@ -61,7 +62,11 @@ def read_messages(value: object, name: str, where: str) -> list[Message]:
         raise UserError(f"{where}: column {name!r} is an empty conversation; remove this row", key="data.dataset")
     made: list[Message] = []
     for i, item in enumerate(value):
-        made += _turn(item, f"{name}[{i}]", where) or [_message(item, f"{name}[{i}]", where)]
+        if isinstance(item, dict) and len(item) == 2 and item.get("role") in _OWN and type(item.get("content")) is str:
+            check_unicode(item["content"], f"{name}[{i}].content", where)  # most messages are as they should be
+            made.append({"role": item["role"], "content": item["content"]})
+        else:
+            made += _turn(item, f"{name}[{i}]", where) or [_message(item, f"{name}[{i}]", where)]
     return made
 
 
@@ -177,7 +182,8 @@ def is_as_written(made: Sequence[Message], value: object) -> bool:
     """Whether messages are those of a column as they stand there, apart from nulls and the form of their content."""
     items = value if isinstance(value, list) else []
     return len(made) == len(items) and all(
-        "trained" not in message and message["role"] != "developer" and _kept(message) == _kept(item)
+        message["role"] != "developer"
+        and (message == item or ("trained" not in message and _kept(message) == _kept(item)))
         for message, item in zip(made, items, strict=True)
     )
 
