@@ -183,7 +183,8 @@ def is_as_written(made: Sequence[Message], value: object) -> bool:
     items = value if isinstance(value, list) else []
     return len(made) == len(items) and all(
         message["role"] != "developer"
-        and (message == item or ("trained" not in message and _kept(message) == _kept(item)))
+        and "trained" not in message
+        and (message == item or _kept(message) == _kept(item))
         for message, item in zip(made, items, strict=True)
     )
 
