@@ -172,8 +172,14 @@ def read_rows(path: Path) -> None:
             pass
 
 
+COLUMNS = [
+    *("query", "response", "messages", "conversations", "chosen", "rejected", "system", "history"),
+    *("input_ids", "labels", "z"),
+]
 ROW = st.dictionaries(
-    st.sampled_from(["query", "response", "messages", "input_ids", "labels", "z"]), VALUES, max_size=4
+    st.sampled_from(COLUMNS),
+    VALUES,
+    max_size=4,
 )
 LINE = st.one_of(
     ROW.map(lambda row: json.dumps(row, default=str).encode()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .. import process
 from ..adapters.sites import not_adapted
+from ..data import served_counts
 from ..data.hub_source import SourceMissing
 from ..data.prepare import PreparedData, known_head, prepare
 from ..errors import UserError, shown
 from ..merging import merged
 from ..models.load import check_base, has_weights, load_tokenizer
-from ..models.suitable import check_length, check_vocabulary, quantization_of
+from ..models.suitable import check_length, check_vocabulary, end_notes, quantization_of
 from ..recipe.schema import Recipe
 from ..training.reporter import clock
 from . import trial_run
@@ -77,6 +78,8 @@ class CheckResult:
     """The first examples."""
     labels: Labels | None = None
     """The labels of the texts, for a classification."""
+    served: dict[str, int] = field(default_factory=dict)
+    """Counts of conversations whose prompts were compared with a server's, by the names of ``served_counts.NAMES``."""
 
     @property
     def ready(self) -> bool:
@@ -94,6 +97,7 @@ class CheckResult:
             "ready": self.ready,
             "topics": [{"topic": topic, "ok": fine, "facts": words} for topic, fine, words in _topics(self)],
             "notes": self.notes,
+            "served": self.served,
         }
 
     def show(self) -> None:
@@ -117,6 +121,8 @@ class CheckResult:
         for topic, fine, words in _topics(self):
             line = f"{'ok ' if fine else '-- '} {topic}: {words}"
             console.print(shown(line), style="green" if fine else "red", markup=False, soft_wrap=whole)
+        if verified := served_counts.line(self.served):
+            console.print(f"ok  served: {verified}", style="green", markup=False, soft_wrap=whole)
         for note in self.notes:
             console.print(shown(f"note: {note}"), markup=False, soft_wrap=whole)
         for problem in self.problems:
@@ -161,6 +167,8 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
         estimate = plan(recipe, data, workers, on_cpu=on_cpu)
         words = f"median {np.median(data.train.lengths):,.0f}, longest {data.train.lengths.max():,} tokens"
         notes += data.notes
+        if base is not None and tokenizer is not None:
+            notes += end_notes(base, tokenizer, data.stats.turn_ends)
     free, seconds = trial_run.disk_free(Path(recipe.output_dir)), None
     room = _room(recipe, estimate, devices, max(1, workers // nodes))
     problems += _shortages(estimate, free, room)
@@ -171,7 +179,8 @@ def check(recipe: Recipe, workers: int = 1, nodes: int = 1) -> CheckResult:
             problems.append(Problem("model", NOT_FINITE))
     samples = [shown_example(data, tokenizer, i) for i in range(min(2, len(data.train)))] if data and tokenizer else []
     labels = Labels.of(data) if data and data.head else None
-    return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples, labels)
+    served = data.stats.served if data else {}
+    return CheckResult(estimate, free, devices, room, seconds, problems, notes, words, samples, labels, served)
 
 
 def _open_base(recipe: Recipe, notes: list[str]) -> PreTrainedModel:

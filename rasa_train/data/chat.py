@@ -9,36 +9,31 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import UserError
 from ..io.bounded import Child, Exceeded
+from . import served_turns
 from .columns import Message, Variables, text_of
+from .config import DataConfig
+from .conversations import REASONING
+from .served_turns import Served, Span
+from .template_names import names_used
 
 DATE = datetime(2024, 7, 26)
 """The date that a template prints instead of today's, so that the tokens do not depend on the day on which they are
 made: the one that Llama's own templates print where there is no clock."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _NOW = re.compile(
     r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>(?:(?!(?P=quote))[^\\])*)(?P=quote)\s*\)"""
 )
+_WRAPPED = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)  # in the text of Hermes' rows
 _PROBE = "quokka"
 _MEMORY, _SECONDS, _LONGEST = 512 << 20, 20, 32 << 20  # for one conversation; the last is in bytes of its text
 _LONGEST_TEMPLATE = 1 << 20  # characters; those of published models have 30,000 or less
-Span = tuple[int, int]  # characters [start, end)
 Conversation = tuple[str, list[Message], Variables]
 """Place of a row, its messages as ``Columns.extract`` returns them, and what it gives to the template beside."""
-
-
-class Rendered(NamedTuple):
-    """Text of a conversation, and the characters of it that the assistant writes. ``marked`` tells that the template's
-    own marks say so."""
-
-    text: str
-    spans: list[Span]
-    marked: bool
 
 
 class ChatTemplate:
@@ -63,19 +58,21 @@ class ChatTemplate:
         self.names: frozenset[str]
         """Names of the columns that the template uses, apart from the messages."""
         self.prints_the_date: bool
+        self.ends: list[str]
+        """Texts of the special tokens that end a turn of the assistant; none if no such token does."""
         try:
-            [(self.names, self.prints_the_date)] = self._ask(None)
+            [(self.names, self.prints_the_date, self.ends)] = self._ask(None)
         except Exceeded as error:
             raise _exceeded("", error) from None
 
-    def render(self, conversations: Sequence[Conversation], supervise: str) -> Iterator[Rendered]:
-        """Yield the text of each conversation.
+    def render(self, conversations: Sequence[Conversation], config: DataConfig) -> Iterator[Served]:
+        """Yield the texts of each conversation, as a server would see them.
 
         Raises:
             UserError: the template refuses a conversation, or takes too much memory or time for it.
         """
         try:
-            yield from self._ask((conversations, supervise))
+            yield from self._ask((conversations, config.supervise == "all", config.rewritten_history == "refuse"))
         except Exceeded as error:
             raise _exceeded(f"{conversations[error.done][0]}: ", error) from None
 
@@ -109,21 +106,15 @@ class _Answers:
         self._tokenizer = tokenizer
         self._template: _Template | None = None
 
-    def __call__(self, request: tuple[Sequence[Conversation], str] | None) -> Iterator[Any]:
+    def __call__(self, request: tuple[Sequence[Conversation], bool, bool] | None) -> Iterator[Any]:
         template = self._template = self._template or _Template(self._tokenizer)
         if request is None:
-            yield template.names, template.prints_the_date
+            yield template.names, template.prints_the_date, template.ends
             return
-        conversations, supervise = request
+        conversations, everything, refuse = request
         for where, messages, variables in conversations:
-            if supervise == "response" and template.marks_turns(variables):
-                yield Rendered(*template.render_marked(messages, variables, where), True)
-                continue
-            text = template.render(messages, variables, where)
-            everything = supervise == "all"
-            yield Rendered(
-                text, [(0, len(text))] if everything else template.turns(messages, variables, text, where), False
-            )
+            conversation = served_turns.Conversation(template, messages, variables, where)
+            yield conversation.everything() if everything else conversation.split(refuse=refuse)
 
 
 class _Template:
@@ -146,11 +137,17 @@ class _Template:
         self.prints_the_date = any(re.search(r"\bstrftime_now\s*\(", source) for source in sources)
         self._sources = [_with_fixed_date(source) for source in sources]
         taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | tokenizer.special_tokens_map.keys()
-        self.names = frozenset().union(*map(_names, self._sources)) - (taken - {"tools", "documents"})
-        """Names of the columns that the template uses, apart from the messages."""
+        self.names = frozenset().union(*map(names_used, self._sources)) - (taken - {"tools", "documents"})
+        """Names of the columns that the template uses, apart from the messages, and ``messages.<key>`` for the keys of
+        messages that it uses."""
+        self._knows_developers = any("developer" in source for source in self._sources)
+        self._wraps_results = any("<tool_response>" in source for source in self._sources)
+        self._reasoning = next((key for key in REASONING if f"messages.{key}" in self.names), REASONING[0])
         text, parts = self._try(_PROBE), self._try([{"type": "text", "text": _PROBE}])
         self._takes_text = _PROBE in text or _PROBE not in parts
         self._takes_parts = _PROBE in parts and (parts == text or not self._takes_text)
+        self.ends = _special_tokens(tokenizer, (text if self._takes_text else parts).rpartition(_PROBE)[2])
+        """Texts of the special tokens that end a turn of the assistant; none if no such token does."""
         forms = itertools.product((True, False), (None, ""))
         self._takes_objects, self._no_content = next(filter(self._takes_call, forms), (True, None))
 
@@ -189,27 +186,6 @@ class _Template:
             text.encode()
             return text, spans
 
-    def turns(self, messages: list[Message], variables: Variables, text: str, where: str) -> list[Span]:
-        """Return the characters of the assistant's turns in ``text``: each from the end of the text before (with the
-        header that asks for an answer) to the end of the turn. This is right only if each of these texts is the
-        beginning of the next.
-        """
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:i], variables, where, add_generation_prompt=True) if i else ""
-            upto = self.render(messages[: i + 1], variables, where)
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise UserError(
-                    f"{where}: the tokenizer's chat template changes earlier turns around message {i}, so "
-                    "the assistant's words cannot be told apart. Use a template with {% generation %} marks, "
-                    "or set data.supervise: all",
-                    key="data.template",
-                )
-            spans.append((len(before), len(upto)))
-        return spans
-
     def _apply(self, messages: list[Any], variables: Variables, **options: Any) -> Any:
         source = self._source(variables)
         return self._tokenizer.apply_chat_template(
@@ -231,7 +207,14 @@ class _Template:
             changed["content"] = [{"type": "text", "text": content}]
         if isinstance(calls := message.get("tool_calls"), list):
             changed["tool_calls"] = [self._fitting_call(call) for call in calls]
-        return {**message, **changed}
+        if message["role"] == "developer" and not self._knows_developers:
+            changed["role"] = "system"  # the former name
+        if "reasoning_content" in message:
+            changed[self._reasoning] = message["reasoning_content"]
+        wrapped = self._wraps_results and message["role"] == "tool" and isinstance(content, str)
+        if wrapped and (found := _WRAPPED.fullmatch(str(content))):
+            changed["content"] = found[1] if self._takes_text else [{"type": "text", "text": found[1]}]
+        return {key: value for key, value in {**message, **changed}.items() if key != "trained"}
 
     def _fitting_call(self, call: Any) -> Any:
         if not isinstance(call, Mapping):
@@ -277,6 +260,12 @@ class _Template:
             return ""
 
 
+def _special_tokens(tokenizer: Any, text: str) -> list[str]:
+    """Return the special tokens in a text, in order."""
+    tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()} - {""}, key=len, reverse=True)
+    return re.findall("|".join(map(re.escape, tokens)), text) if tokens else []
+
+
 @contextlib.contextmanager
 def _refusals(where: str) -> Iterator[None]:
     try:
@@ -299,17 +288,3 @@ def _with_fixed_date(source: str) -> str:
             key="data.template",
         )
     return fixed
-
-
-def _names(source: str) -> frozenset[str]:
-    """Return the names that a template looks up in what it is given."""
-    import jinja2.meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])  # constants are evaluated
-    try:
-        found = jinja2.meta.find_undeclared_variables(environment.parse(_MARKS.sub("", source)))
-    except jinja2.TemplateError:  # each row says so
-        return frozenset()
-    known = {"messages", "strftime_now", "raise_exception", *environment.globals}
-    return frozenset(found - known)

@@ -5,9 +5,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictFloat, StrictInt, field_validator, model_validator
 
 from ..errors import UserError
+from .columns import ALIASES
 
 Template = Literal["alpaca", "chat", "plain", "separated"]
 Supervise = Literal["response", "paper", "all"]
+
+
+_COLUMNS = (
+    ({"query", "response"}, {"input", "system", "history", "reasoning", "tools"}),
+    ({"messages"}, {"system", "tools", "chosen", "rejected"}),
+    ({"chosen"}, {"query", "input", "system", "history", "rejected", "tools"}),
+    ({"text", "label"}, {"text_pair"}),
+)
+"""What ``data.columns`` must name, and may name beside it."""
 
 
 class ValidationConfig(BaseModel):
@@ -107,9 +117,11 @@ class DataConfig(BaseModel):
     """Branch, tag or commit of a hub set. The default is the hub's main branch."""
     columns: dict[str, str] | None = None
     """Columns of the file that hold each part of an example: {query: ..., response: ...}, perhaps with {input: ...},
-    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. For task: classification
-    {text: ..., label: ...}, perhaps with {text_pair: ...}. By default those of the built-in set, or else recognised
-    from the first row."""
+    which follows the query, or {messages: ...}; perhaps with {tools: ...} for template: chat. A query may also have
+    {history: ...} (earlier turns) and {reasoning: ...}, both kinds {system: ...}; {chosen: ...}, perhaps with
+    {query: ...} or {messages: ...} before it, is an answer that is preferred. For task: classification {text: ...,
+    label: ...}, perhaps with {text_pair: ...}. By default those of the built-in set, or else recognised from the first
+    row."""
     template: Template = "alpaca"
     """Text around a row. alpaca: the paper's text; chat: the tokenizer's own chat template; plain: the query and then
     the response, with nothing else; separated: the query, the tokenizer's bos token (its eos token where it has none),
@@ -219,6 +231,10 @@ class DataConfig(BaseModel):
     def _list_of_sets(cls, value: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         return {"sets": value} if isinstance(value, list) else value
+    rewritten_history: Literal["split", "refuse"] = "split"
+    """What happens to a conversation in which the chat template writes earlier turns in another way than the last one,
+    such as without their thoughts, so that a server sees tokens that no single text has. split: it becomes one example
+    for each run of turns that a single text serves; refuse: it is left out, and counted."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -235,17 +251,12 @@ class DataConfig(BaseModel):
 
 
 def _check_columns(columns: dict[str, str], key: str, template: Template) -> None:
-    named = set(columns or {"messages"})
-    pairs = (
-        {"query", "response"},
-        {"query", "input", "response"},
-        {"text", "label"},
-        {"text", "text_pair", "label"},
-    )
-    if named - {"tools"} not in (*pairs, {"messages"}):
+    named = {ALIASES.get(name, name) for name in columns}
+    if len(named) < len(columns) or not any(needed <= named <= needed | more for needed, more in _COLUMNS):
         raise UserError(
-            f"{key} must name `query` and `response` (perhaps `input`), or `messages`, or `text` and "
-            f"`label` (perhaps `text_pair`), got {sorted(named)}; write it as {{query: <column of the file>, "
+            f"{key} must name `query` and `response` (perhaps `input`, `system`, `history`, `reasoning`), or "
+            "`messages` (perhaps `system`), or `chosen` (perhaps `query` or `messages`), or `text` and `label` "
+            f"(perhaps `text_pair`), got {sorted(columns)}; write it as {{query: <column of the file>, "
             "response: <column of the file>}",
             key=key,
         )

@@ -4,16 +4,19 @@ A mask is decided on characters and carried to tokens by the offsets that a fast
 so that no token boundary is forced that inference would not have.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
-from .chat import ChatTemplate, Conversation, Span
+from .chat import ChatTemplate, Conversation
 from .columns import Kind, Message, Variables, text_of
 from .config import DataConfig
+from .served_tokens import MARGIN, ServedTokens, overlaps, tokens_of
+from .served_turns import Served, Span
 
 IGNORE = -100
 """Label of a token without loss (torch's ``cross_entropy`` default)."""
@@ -21,8 +24,7 @@ IGNORE = -100
 _PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
-_ENOUGH, _MARGIN = 1 << 16, 1024
-"""Characters that are tokenised at first, and tokens beyond max_length on which the cut could have an effect."""
+_ENOUGH = 1 << 16  # characters that are tokenised at first
 _INSTRUCTION = "### Instruction:\n"
 _RESPONSE = "### Response:\n"
 EncoderRow = tuple[str, Any, Variables]
@@ -50,6 +52,10 @@ class Encoded:
     dropped_over_length: int
     dropped_unsupervised: int
     truncated: int
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Counts of conversations and turns, by the names of ``served_counts.NAMES``."""
+    refused: str | None = None
+    """Why the first row that was refused was refused, and its place."""
 
 
 def targets(labels: np.ndarray) -> int:
@@ -95,6 +101,7 @@ class Encoder:
         self.kind = kind
         self.chat: ChatTemplate | None = None  # with it, a worker process imports transformers
         self.vocab_size = None if tokenizer is None else len(tokenizer)
+        self._counts, self._refused = Counter[str](), list[str]()  # of the chunk under way
         if kind == "tokens":
             return
         if tokenizer is None:
@@ -136,6 +143,7 @@ class Encoder:
             UserError: a row cannot be encoded; the message names its place.
         """
         examples = []
+        self._counts, self._refused = Counter(), []
         over = unsupervised = truncated = 0
         for example in self._examples(rows):
             if len(example.input_ids) > self.config.max_length:
@@ -148,14 +156,14 @@ class Encoder:
                 unsupervised += 1
                 continue
             examples.append(example)
-        return Encoded(examples, over, unsupervised, truncated)
+        return Encoded(examples, over, unsupervised, truncated, dict(self._counts), next(iter(self._refused), None))
 
     def _examples(self, rows: Sequence[EncoderRow]) -> Iterator[Example]:
         if self.kind == "tokens":
             return (self._ready(where, *parts) for where, parts, _ in rows)
         if self.chat:
             return self._chat(rows, self.chat)
-        return self._text([_pair(parts, where) if self.kind == "messages" else parts for where, parts, _ in rows])
+        return self._text([_pair(parts, where) if isinstance(parts, list) else parts for where, parts, _ in rows])
 
     # Rows that are tokens already
 
@@ -200,13 +208,13 @@ class Encoder:
             texts.append(f"{prompt}{response}{' ' if alpaca else ''}{self.eos}")
             starts.append(len(prompt))
         for text, start, encoding in zip(texts, starts, self._tokenise(texts), strict=True):
-            ids, begins, ends = _tokens(encoding)
+            ids, begins, ends = tokens_of(encoding)
             if self.config.supervise == "all":
                 supervised = np.ones(len(ids), bool)
             elif self.config.supervise == "paper":
-                supervised = ~_overlaps(begins, ends, _question_spans(text))
+                supervised = ~overlaps(begins, ends, _question_spans(text))
             else:
-                supervised = _overlaps(begins, np.maximum(ends, begins + 1), [(start, len(text))])
+                supervised = overlaps(begins, np.maximum(ends, begins + 1), [(start, len(text))])
             yield _masked(ids, supervised)
 
     def _tokenise(self, texts: list[str]) -> Iterator[Any]:
@@ -217,7 +225,7 @@ class Encoder:
         encoded = self.backend.encode_batch([text[:enough] for text in texts], add_special_tokens=False)
         for text, encoding in zip(texts, encoded, strict=True):
             at = enough
-            while at < len(text) and len(encoding) < most + _MARGIN:
+            while at < len(text) and len(encoding) < most + MARGIN:
                 at *= 2
                 encoding = self.backend.encode(text[:at], add_special_tokens=False)
             yield encoding
@@ -228,49 +236,34 @@ class Encoder:
         given: list[Conversation] = []
         for where, parts, variables in rows:
             messages = parts
-            if self.kind == "pair":
+            if isinstance(parts, tuple):
                 messages = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
             given.append((where, messages, variables))
-        for text, spans, marked in chat.render(given, self.config.supervise):
-            encoding = next(self._tokenise([text]))
-            ids, begins, ends = _tokens(encoding)
-            if marked:
-                yield _masked(ids, _between_marks(encoding, spans))
-            else:
-                yield _masked(ids, _overlaps(begins, np.maximum(ends, begins + 1), spans))
+        tokens = ServedTokens(self.backend, lambda text: next(self._tokenise([text])), self.config.max_length)
+        for (where, _, _), served in zip(given, chat.render(given, self.config), strict=True):
+            made, joined = list[Example](), False
+            for text in served.texts:
+                examples, apart = tokens.examples(text, where)
+                made += [_masked(*example) for example in examples]
+                joined |= apart
+            self._count(served, len(made), joined)
+            yield from made
 
-
-def _tokens(encoding: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the ids and the characters [begin, end) of each token, which may be empty (byte-level lone spaces)."""
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]
-
-
-def _between_marks(encoding: Any, spans: Sequence[Span]) -> np.ndarray:
-    """Return which tokens the assistant writes, as ``apply_chat_template(return_assistant_tokens_mask=True)`` does."""
-    hit = np.zeros(len(encoding), bool)
-    for start, end in spans:
-        first = encoding.char_to_token(start)
-        if first is None:  # beyond the tokens that are kept
-            break
-        last = encoding.char_to_token(end - 1) if end else None
-        hit[first : last + 1 if last else None] = True
-    return hit
+    def _count(self, served: Served, made: int, joined: bool) -> None:
+        if served.refused is not None:
+            self._refused.append(served.refused)
+        several, unprompted = made > 1, served.counts["unprompted_turns"]
+        self._counts += served.counts + Counter(
+            verified_rows=int(self.config.supervise != "all" and served.refused is None and not unprompted),
+            split_rows=int(several),
+            split_examples=made if several else 0,
+            refused_rows=int(served.refused is not None),
+            joined_rows=int(joined),
+        )
 
 
 def _masked(ids: np.ndarray, supervised: np.ndarray) -> Example:
     return Example(ids, np.where(supervised, ids, np.int32(IGNORE)))
-
-
-def _overlaps(begins: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Return which tokens [begin, end) share a character with one of the spans, which are in order; bool, one per
-    token."""
-    if not spans:
-        return np.zeros(len(begins), bool)
-    starts, stops = np.array(spans, np.int64).T
-    nearest = np.searchsorted(starts, ends, side="left") - 1  # the last span that starts before the token's end
-    hit: np.ndarray = (nearest >= 0) & (stops[nearest] > begins)
-    return hit
 
 
 def _question_spans(text: str) -> list[Span]:

@@ -1,6 +1,7 @@
 """From a ``DataConfig`` to tokenised examples, which are made once and found again by their content."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError, some
 from ..models.task import Head, TaskConfig
-from . import contamination, duplicates
+from . import contamination, duplicates, served_counts
 from .built_in import GLUE
 from .cache import TokenDataset
 from .config import DataConfig, DatasetConfig, ValidationConfig
@@ -179,6 +180,7 @@ def _sum(counts: Sequence[Stats]) -> Stats:
         unused_columns=sorted({name for one in counts for name in one.unused_columns}),
         date=next((one.date for one in counts if one.date), None),
         pairs=all(one.pairs for one in counts),
+        served=dict(sum((Counter(one.served) for one in counts), Counter[str]())),
     )
 
 
@@ -291,6 +293,9 @@ def _notes(config: DataConfig, counts: Sequence[Stats]) -> list[str]:
             notes.append(f"columns of {whose} that are not used: {some(one.unused_columns, _MOST_NAMES)}")
     if date := next((one.date for one in counts if one.date), None):
         notes.append(f"the chat template prints today's date: {date} stands for it in all rows")
+    for name, one in zip(config.names, counts, strict=True):
+        whose = "" if len(counts) == 1 else f"{name}: "
+        notes += [whose + note for note in served_counts.notes(one.served, one.turn_ends, one.refused)]
     return notes
 
 

@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import json
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,9 +26,11 @@ from .encode import Encoded, Encoder, plain_backend
 from .encode_pool import CHUNK, Chunk, encode_all
 from .encode_texts import TextEncoder, longest
 from .hub_source import HubSource
+from .served_counts import CHANGED
 from .sources import Source
 from .texts import TextColumns, find_text_columns, found_labels
 
+_READ_LATER = {"context", "history", "system", "system_prompt"}  # columns that earlier versions did not use
 _CHUNK_BYTES = 8 << 20  # about the bytes of the texts of a chunk
 
 
@@ -65,6 +69,14 @@ class Stats:
     """Examples that equal an earlier one, if ``data.deduplicate`` drops them."""
     held_out_examples: int = 0
     """Training examples that equal a held-out one."""
+    read_anew: bool = False
+    """Whether a row has parts that earlier versions read in another way, or not at all."""
+    served: dict[str, int] = field(default_factory=dict)
+    """Counts of conversations and turns of the whole source, by the names of ``served_counts.NAMES``."""
+    turn_ends: list[str] | None = None
+    """The special tokens that end a turn of the assistant in the chat template; None without one."""
+    refused: str | None = None
+    """Why the first conversation that was refused was refused, with its place."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,10 @@ class Maker:
         key = self._key(source, columns)
         directory = root / "tokens" / key[:32]
         if (known := read_stats(directory, key)) is not None:
-            return TokenDataset(directory), Stats(**known), key
+            older = self.config.template == "chat" or _READ_LATER & set(known.get("unused_columns", ()))
+            if "served" in known or not older:
+                return TokenDataset(directory), Stats(**known), _key_of_made(key, Stats(**known))
+            shutil.rmtree(directory, ignore_errors=True)  # made before prompts were compared and such columns read
         try:
             with CacheWriter(directory, key, texts=self.head is not None) as writer:
                 stats = self._write(source, dataset, columns, writer)
@@ -99,7 +114,7 @@ class Maker:
                 "to a writable directory with enough room",
                 key="data.cache_dir",
             ) from error
-        return TokenDataset(directory), stats, key
+        return TokenDataset(directory), stats, _key_of_made(key, stats)
 
     @cached_property
     def screen(self) -> Screen | None:
@@ -123,6 +138,8 @@ class Maker:
             "max_length": config.max_length,
             "over_length": config.over_length,
         }
+        if config.template == "chat" and config.rewritten_history == "refuse":
+            parts |= {"rewritten_history": "refuse"}
         if self.head is not None:
             parts |= {"format": FORMAT, "head": asdict(self.head), "max_length": longest(config, self.tokenizer)}
         if config.max_examples is not None:
@@ -151,7 +168,9 @@ class Maker:
                 key="data.columns",
             )
         date = f"{DATE:%d %b %Y}" if chat and chat.prints_the_date else None
-        return replace(stats, unused_columns=sorted(found.unused), date=date)
+        ends = chat.ends if chat else None
+        anew = bool(found.anew)
+        return replace(stats, unused_columns=sorted(found.unused), date=date, turn_ends=ends, read_anew=anew)
 
     def _write_texts(self, source: Source, dataset: str, names: Mapping[str, str], writer: CacheWriter) -> Stats:
         assert self.head
@@ -208,7 +227,8 @@ class Maker:
                 f"{stats.dropped_over_length} dropped as longer than max_length={config.max_length} tokens "
                 f"(over_length: {config.over_length}){found}, {stats.dropped_unsupervised} because no token carries "
                 f"loss (supervise: {config.supervise}; {stats.truncated} were cut at max_length). Raise "
-                "data.max_length or choose another supervise",
+                "data.max_length or choose another supervise"
+                + (f"; {stats.served['refused_rows']} refused, the first at {stats.refused}" if stats.refused else ""),
                 key="data.dataset",
             )
 
@@ -216,6 +236,12 @@ class Maker:
 def _noted(columns: Columns | TextColumns) -> dict[str, set[str]]:
     """Return what the columns have noted about the rows so far."""
     return {name: value for name, value in vars(columns).items() if isinstance(value, set)}
+
+
+def _key_of_made(key: str, stats: Stats) -> str:
+    """Return the key of a set that was made: another one where its tokens are not those that earlier versions made."""
+    changed = stats.read_anew or CHANGED & stats.served.keys()
+    return hashlib.sha256(f"{key} served".encode()).hexdigest() if changed else key
 
 
 def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
@@ -234,6 +260,8 @@ def _added(stats: Stats, rows: int, encoded: Encoded) -> Stats:
         contaminated={name: n + sum(name in row.sets for row in found) for name, n in stats.contaminated.items()},
         contaminated_rows=stats.contaminated_rows + len(found),
         contaminated_places=[*stats.contaminated_places, *map(str, found)][:MOST_TOLD],
+        served=dict(Counter(stats.served) + Counter(encoded.counts)),
+        refused=stats.refused or encoded.refused,
     )
 
 

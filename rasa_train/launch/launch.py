@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -26,7 +26,7 @@ from ..io.json_file import field
 from ..io.run_dir import RunDirectory
 from ..models.fused import fusable
 from ..models.load import check_base, load_config, load_tokenizer, meta_model
-from ..models.suitable import check_length, check_vocabulary
+from ..models.suitable import check_length, check_vocabulary, end_notes
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
 from ..stop import StopSignal
@@ -123,11 +123,12 @@ def _check_input(recipe: Recipe) -> PreparedData:
                 f"tracking.trackers: {tracker} is not installed; pip install {tracker}", key="tracking.trackers"
             )
     base = check_base(recipe.model, known_head(recipe.data, recipe.task))
-    data = prepare(recipe.data, load_tokenizer(recipe.model), task=recipe.task)
+    tokenizer = load_tokenizer(recipe.model)
+    data = prepare(recipe.data, tokenizer, task=recipe.task)
     check_vocabulary(base, recipe.model.name, data.largest_id)
     if data.head:
         check_length(base, recipe.model.name, data.longest)
-    return data
+    return replace(data, notes=data.notes + end_notes(base, tokenizer, data.stats.turn_ends))
 
 
 def _check_strategy(recipe: Recipe, workers: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import UserError
-from .families import most_tokens
+from .families import end_tokens, most_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,6 +90,26 @@ def check_vocabulary(model: nn.Module, name: str, largest: int) -> None:
             "the tokenizer that the model was trained with (model.tokenizer), or a model whose embedding was resized",
             key="model.name",
         )
+
+
+def end_notes(model: nn.Module, tokenizer: Any, ends: Sequence[str] | None) -> list[str]:
+    """Return a note if a server would go on behind the token that is trained as the end of a turn.
+
+    Args:
+        tokenizer: the tokenizer of the model, or None.
+        ends: the special tokens that end a turn in the chat template, if they are known.
+    """
+    if not ends or tokenizer is None:
+        return []
+    stops = [*tokenizer.convert_ids_to_tokens(end_tokens(model)), tokenizer.eos_token]
+    if not set(ends).isdisjoint(map(str, stops)):
+        return []
+    named = " and ".join(sorted({repr(str(token)) for token in stops if token is not None})) or "no token"
+    return [
+        f"the chat template ends a turn with {ends[0]!r}, but the model stops at {named} (eos_token_id of its "
+        f"generation_config.json, eos_token of its tokenizer): serve the merged model with {ends[0]!r} as a stop "
+        "token, or add its id to eos_token_id"
+    ]
 
 
 def check_length(model: nn.Module, name: str, longest: int) -> None:

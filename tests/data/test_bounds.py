@@ -181,8 +181,8 @@ def test_a_text_of_15_megabytes_makes_few_tokens_at_a_time(bpe: Any, monkeypatch
     """A token takes about 150 bytes while it is made."""
     encoder = Encoder(DataConfig(dataset="x", supervise="paper"), bpe, "pair")
     tokens: list[int] = []
-    tokens_of = encode._tokens
-    monkeypatch.setattr(encode, "_tokens", lambda encoding: (tokens.append(len(encoding)), tokens_of(encoding))[1])
+    tokens_of = encode.tokens_of
+    monkeypatch.setattr(encode, "tokens_of", lambda encoding: (tokens.append(len(encoding)), tokens_of(encoding))[1])
     text = "### Instruction:\n### Response:\n" * 500_000
     [example] = encoder.encode([("f:1", (text, "b"), {})]).examples
     assert len(example.input_ids) == 4096 and max(tokens) < 100_000

@@ -21,7 +21,7 @@ CHATML = (
 MARKED = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }}\n{% endgeneration %}{% else %}{{ m['content'] }}\n{% endif %}{% "
-    "endfor %}"
+    "endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TURNS = [
     {"role": "user", "content": "hi"},

@@ -175,8 +175,8 @@ def test_result_does_not_depend_on_the_workers(tmp_path: Path, bpe: Any) -> None
 
 
 def test_error_of_a_worker_is_the_same_error(jsonl: Jsonl, bpe: Any) -> None:
-    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}] * 500
-    config = DataConfig(dataset=jsonl([*chats, {"messages": [{"role": "user", "content": "q"}]}]), num_workers=2)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    config = DataConfig(dataset=jsonl([*[{"messages": turns}] * 500, {"messages": turns * 2}]), num_workers=2)
     errors = []
     for threshold in (0, 10_000):
         with pytest.raises(UserError, match=r"train\.jsonl:501: .*use data.template: chat") as caught:

@@ -229,7 +229,6 @@ def test_hub_refusals_are_explained(monkeypatch: pytest.MonkeyPatch, error: Exce
         ({"problem": "p", "solution": "s", "level": 3}, ("p", "s")),
         ({"input_ids": [1, 2], "query": "q", "response": "r"}, ([1, 2], None)),
         ({"input_ids": [1, 2], "labels": [-100, 2]}, ([1, 2], [-100, 2])),
-        ({"messages": [{"role": "user", "content": "hi"}]}, [{"role": "user", "content": "hi"}]),
     ],
 )
 def test_known_columns_are_recognised(row: dict[str, Any], parts: Any) -> None:
