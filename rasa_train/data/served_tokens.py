@@ -63,6 +63,9 @@ class ServedTokens:
 
     def __init__(self, backend: Any, encode: Callable[[str], Any], most: int) -> None:
         self._backend, self._encode, self._most = backend, encode, most
+        added = backend.get_added_tokens_decoder().items()
+        plain = (number for number, token in added if not (token.normalized or token.lstrip or token.rstrip))
+        self._cutting = np.array(sorted(plain), np.int32)
 
     def examples(self, rendered: Rendered, where: str) -> tuple[list[Masked], bool]:
         """Return the examples of a text: one, unless the tokens of a prompt are not those of the text; and whether
@@ -81,7 +84,7 @@ class ServedTokens:
             )
         trained = np.zeros(len(whole.ids), bool)
         for turn, following in zip(turns, [*turns[1:], None], strict=True):
-            length = self._prompt_within(whole, text[: turn.start])
+            length = self._prompt_within(whole, text[: turn.start], in_full=following is None)
             if length is None or (following and not _breaks(whole, turn.end)):
                 return list(self._apart(text, turns, where)), True
             hit = overlaps(whole.begins, np.maximum(whole.ends, whole.begins + 1), turn.spans)
@@ -89,12 +92,23 @@ class ServedTokens:
             trained |= hit
         return [Masked(whole.ids, trained)], False
 
-    def _prompt_within(self, whole: Tokens, prompt: str) -> int | None:
-        """Return the number of the prompt's tokens if the whole begins with them, else None."""
+    def _prompt_within(self, whole: Tokens, prompt: str, *, in_full: bool) -> int | None:
+        """Return the number of the prompt's tokens if the whole begins with them, else None.
+
+        A tokenizer cuts a text at its special tokens first, so what stands behind such a token has no effect on the
+        tokens before it. Unless ``in_full``, the prompt is therefore encoded from its last special token on, so that a
+        conversation of many turns is not encoded many times.
+        """
         if not prompt:
             return 0
-        ids = self._tokens(prompt).ids
-        return len(ids) if np.array_equal(whole.ids[: len(ids)], ids) else None
+        before, begin = 0, 0
+        if not in_full:
+            cuts = np.flatnonzero(np.isin(whole.ids, self._cutting) & (whole.ends <= len(prompt)))
+            before = int(cuts[-1]) if len(cuts) else 0
+            begin = int(whole.begins[before]) if len(cuts) else 0
+        ids = self._tokens(prompt[begin:]).ids
+        length = before + len(ids)
+        return length if np.array_equal(whole.ids[before:length], ids) else None
 
     def _apart(self, text: str, turns: Sequence[Turn], where: str) -> Iterator[Masked]:
         """Yield examples of the turns, each behind the tokens of its own prompt: those in one example whose prompts

@@ -20,6 +20,7 @@ from rasa_train.check.check import check
 from rasa_train.data.config import DataConfig
 from rasa_train.data.encode import Encoded
 from rasa_train.data.prepare import prepare
+from rasa_train.data.served_tokens import ServedTokens
 from rasa_train.errors import UserError
 from rasa_train.recipe.load import load_recipe
 
@@ -171,6 +172,17 @@ def test_an_answer_that_the_tokenizer_joins_with_its_prompt(make: Callable[[], A
         assert whole[: len(prompt)] != prompt and made.counts["joined_rows"] == 1
         assert len(made.examples) == 2  # the second prompt has the first turn as its text is tokenised
         assert tokenizer.decode(made.examples[0].input_ids) == tokenizer.decode(whole)
+
+
+def test_many_turns_are_not_encoded_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are encoded from their last special token on, which gives the same tokens: ``verify`` looks at all."""
+    tokenizer = tokenizer_of(PLAIN)
+    messages = [{**turn, "content": f"{turn['content']} {i} é €  "} for i in range(9) for turn in (QUESTION, ANSWER)]
+    encode, lengths = ServedTokens._tokens, list[int]()
+    monkeypatch.setattr(ServedTokens, "_tokens", lambda self, text: lengths.append(len(text)) or encode(self, text))
+    made = encoded(tokenizer, messages)
+    verify(tokenizer, messages, {}, made.examples)
+    assert len(made.examples) == 1 and len(lengths) == 9 and max(lengths[:-1]) < 60 < lengths[-1]
 
 
 def test_counts_and_notes_of_a_set(tmp_path: Path) -> None:
