@@ -25,6 +25,7 @@ from .adapters.state import saved_tensors, with_own_head
 from .errors import UserError
 from .io.base_fingerprint import base_identity
 from .models.classifier import head_of, is_classifier
+from .models.words import check_start, put, words_of
 
 ADAPTED = "rasa_train_adapted"
 """Name of the attribute of an adapted model that holds its method and the hooks of its fast path."""
@@ -95,6 +96,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
     origin = Origin(base_model=name, base_revision=None, base_tensors=base_identity(name))
     if is_classifier(model):
         origin["head"] = head_of(model.config)  # type: ignore[arg-type]
+    origin["words"] = words_of(model)
     write_adapter(path, method, saved_tensors(model), **origin)
     return path
 
@@ -111,6 +113,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         UserError: the directory holds no adapter, the adapter is damaged, or it does not fit the model.
     """
     saved = read_adapter(directory)
+    if words_of(model) is None and not hasattr(model, ADAPTED):
+        put(model, saved.words)  # type: ignore[arg-type]
     return _adapt(model, saved.method, saved)
 
 
@@ -138,6 +142,7 @@ def _load(model: nn.Module, saved: SavedAdapter, any_head: bool) -> None:
     ``any_head``: if the adapter's head has another shape, the model keeps its own.
     """
     try:
+        check_start(model, saved.words, str(saved.directory))
         tensors = with_own_head(model, saved.tensors)[0] if any_head else saved.tensors
         load_tensors(model, tensors, origin=str(saved.directory))
     except UserError:

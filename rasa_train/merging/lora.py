@@ -127,7 +127,7 @@ def export_lora(
             shutil.copyfile(path, partial / path.name)
         write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         tried = peft_load.is_installed()
-        if tried and (why := peft_load.refusal(partial, source.directory, source.head)):
+        if tried and (why := peft_load.refusal(partial, source)):
             raise UserError(
                 f"PEFT does not load this adapter as a LoRA of {type(source.model).__name__}: {why}. Nothing is "
                 "written: use --format merged, or leave those linears out with adapter.exclude when you train"

@@ -256,8 +256,8 @@ def tied_against_files(recipe: Recipe, base: nn.Module) -> bool:
 
 def needs_whole_base(recipe: Recipe, head: Head | None = None) -> bool:
     """Whether the method reads or trains weights of the base, which then cannot be divided while they are loaded; a
-    classifier's head is trained."""
-    if head is not None:
+    classifier's head is trained, and so are embeddings with new words."""
+    if head is not None or recipe.model.add_tokens or recipe.model.trained_embeddings != "none":
         return True
     model = meta_model(recipe.model)
     with torch.device("meta"):
