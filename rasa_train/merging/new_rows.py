@@ -103,10 +103,9 @@ def for_peft(source: Source) -> tuple[dict[str, Tensor], PeftConfig]:
         if tied.get(name, name) not in rows:
             continue
         new = rows[tied.get(name, name)]
-        whole = new.first == 0 and new.end == int(source.model.get_submodule(path).weight.shape[0])  # type: ignore[arg-type, union-attr, index]
-        if whole:
+        if tuple(new.rows.shape) == tuple(module.weight.shape):  # type: ignore[arg-type]
             saved.append(path)
-            tensors[f"base_model.model.{name}"] = new.rows.float().contiguous()
+            tensors[f"base_model.model.{name}"] = new.rows.float().clone()  # a file holds a tied tensor under two names
         elif name not in tied:  # PEFT gives a tied head the rows of the embedding
             indices[path] = list(range(new.first, new.end))
             tensors[f"base_model.model.{path}.token_adapter.trainable_tokens_delta"] = new.rows.float().contiguous()

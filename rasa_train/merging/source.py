@@ -99,8 +99,8 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
         return replace(sources[0], checked=checked)
     if any(source.replaced for source in sources):
         raise UserError(
-            "an adapter with trained base parameters, new words or the head of a classifier cannot be part of a sum, and "
-            "cannot be weighted"
+            "an adapter with trained base parameters, new words or the head of a classifier cannot be part of a sum, "
+            "and cannot be weighted"
         )
     sites, adapters = total([(s.sites, s.adapters, weight) for s, (_, weight) in zip(sources, read, strict=True)])
     label = " + ".join(f"{weight:g} {saved.method.method}" for saved, weight in read)

@@ -1,9 +1,9 @@
 """New words: rows that are added to the embedding and the head of a model, and trained beside the frozen rows.
 
-The rows are a parameter of their own, ``new_rows`` (words, width), fp32, at the embedding and at the head (one parameter
-for both if they are tied). Hooks put them in place of the rows of the frozen weight, so no gradient ever has the size of
-the whole table, and the frozen weight keeps its name. Ids of new words follow those of the tokenizer: where the model has
-rows that its tokenizer does not use, these are taken, and otherwise the weights grow.
+The rows are a parameter of their own, ``new_rows`` (words, width), fp32, at the embedding and at the head (one
+parameter for both if they are tied). Hooks put them in place of the rows of the frozen weight, so no gradient ever has
+the size of the whole table, and the frozen weight keeps its name. Ids of new words follow those of the tokenizer: where
+the model has rows that its tokenizer does not use, these are taken, and otherwise the weights grow.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def put(model: PreTrainedModel, words: Words | None, name: str = "the base") -> 
     before = int(embedding.weight.shape[0])  # type: ignore[union-attr, index]
     if words.tokens and words.first > before:
         raise UserError(
-            f"model.add_tokens: the tokenizer of {name} has {words.first} tokens, and the model has {before} rows: give "
-            "the tokenizer that the model was trained with (model.tokenizer)",
+            f"model.add_tokens: the tokenizer of {name} has {words.first} tokens, and the model has {before} rows: "
+            "give the tokenizer that the model was trained with (model.tokenizer)",
             key="model.add_tokens",
         )
     setattr(model, STATE, (words, before))
@@ -281,9 +281,9 @@ def set_vocabulary(config: dict[str, Any], rows: int) -> None:
 
 def _check(path: str, module: nn.Module, model: nn.Module, name: str) -> None:
     """Raise ``UserError`` if rows cannot be added to an embedding or a head."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[operator, union-attr, arg-type]
     kind = nn.Embedding if module is model.get_input_embeddings() else nn.Linear  # type: ignore[operator]
-    plain = isinstance(module, kind) and tuple(module.weight.shape)[0] == rows  # type: ignore[arg-type]
+    plain = isinstance(module, kind) and len(module.weight) == rows  # type: ignore[arg-type]
     if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
         plain = plain and hasattr(module, "embed_scale")
     if not plain:

@@ -32,6 +32,7 @@ from ..models.layers import checkpoint_layers, light_contexts
 from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
 from ..models.task import Head
+from ..models.words import own_parameters
 from ..objectives.classification import Classification
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
@@ -182,6 +183,11 @@ class TrainableModel:
     def trained(self) -> int:
         """The number of trained values on all workers, divided or not."""
         return sum(math.prod(self.shapes[name]) for name in self.parameters)
+
+    @property
+    def trained_embeddings(self) -> int:
+        """The number of trained values in rows of the embedding and the head: of new words, or of all."""
+        return sum(math.prod(self.shapes[name]) for name in own_parameters(self.module) if name in self.parameters)
 
     @property
     def trains_base(self) -> bool:

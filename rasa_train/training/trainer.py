@@ -28,7 +28,7 @@ from ..io.base_fingerprint import compare
 from ..io.run_dir import RunDirectory
 from ..merging.source import another_base
 from ..models.load import load_tokenizer
-from ..models.words import check_start, own_parameters
+from ..models.words import check_start
 from ..optim.schedule import lr_factor, set_lr
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
@@ -125,9 +125,8 @@ class Trainer:
             tensors, own = with_own_head(self.model.module, saved.tensors) if not self.found else (saved.tensors, [])
             load_tensors(self.model.module, tensors, origin=str(origin))
             if own:
-                self.say(
-                    f"note: adapter.init_from: {origin} has another head, or no rows of these words; {some(own)} start anew"
-                )
+                lacks = "has another head, or no rows of these words"
+                self.say(f"note: adapter.init_from: {origin} {lacks}; {some(own)} start anew")
             base = self.recipe.model
             if not self.found and (problem := compare(saved.base_tensors, base.name, base.revision).problem):
                 self.say(f"note: adapter.init_from: {another_base(saved, base.name, problem)}")
@@ -165,9 +164,7 @@ class Trainer:
             self.accelerator.init_trackers(self.recipe.tracking.project)
         count, done = self.model.trained, self.progress.step
         places = f" in {len(self.model.adapters)} linears" if self.model.adapters else ""
-        own = sum(
-            math.prod(self.model.shapes[n]) for n in own_parameters(self.model.module) if n in self.model.parameters
-        )
+        own = self.model.trained_embeddings
         rows = f", and {own:,} in rows of the embedding and the head" if own else ""
         self.say(f"{self.recipe.adapter.method}: {count - own:,} trainable parameters{places}{rows}")
         default = self.model.adapters and self.recipe.adapter.targets == "all-linear"
