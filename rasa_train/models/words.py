@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -30,6 +30,23 @@ ROWS = "new_rows"
 """Name of the parameter of an embedding or a head that holds the rows of the new words."""
 STATE = "rasa_train_words"
 """Name of the attribute of a model that holds its words, and of a module that holds what was changed."""
+
+
+class _Saved(BaseModel):
+    """The ``embeddings`` in the config of an adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: Embeddings
+    first: int = Field(ge=0, lt=2**31)
+    tokens: list[NewToken]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        texts = [new.token for new in self.tokens]
+        if "" in texts or len(set(texts)) < len(texts) or not (texts or self.train == "all"):
+            raise ValueError("the words must be different texts, and some must be there unless train is all")
+        return self
 
 
 @dataclass(frozen=True)
@@ -62,16 +79,11 @@ class Words:
         if saved is None:
             return None
         try:
-            assert isinstance(saved, dict) and saved.keys() == {"train", "first", "tokens"}
-            first, train, tokens = saved["first"], saved["train"], saved["tokens"]
-            assert type(first) is int and 0 <= first < 2**31 and train in ("new", "all", "none")
-            assert isinstance(tokens, list) and len(tokens) < 2**24
-            words = tuple(NewToken.model_validate(token) for token in tokens)
-            assert all(new.token for new in words) and len({new.token for new in words}) == len(words)
-            assert words or train == "all"
-        except (AssertionError, ValidationError):
-            raise UserError(f"{origin} must be {{train, first, tokens}}, got {saved!r:.100}") from None
-        return cls(words, first, train)
+            read = _Saved.model_validate(saved, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return cls(tuple(read.tokens), read.first, read.train)
 
 
 def add_to(tokenizer: Tokenizer, tokens: Sequence[NewToken], train: Embeddings) -> Words:
