@@ -35,6 +35,7 @@ from ..io.checkpoint_files import tensor_bytes, write_tensors
 from ..io.checksums import write_checksums
 from ..lowrank.product_svd import product_svd
 from ..models.families import EXPERT_LINEARS
+from ..models.words import rows_after
 from . import peft_load
 from .head import for_peft, others_replaced
 from .options import WRITING, Base, Progress, Writing
@@ -90,6 +91,8 @@ class ExportReport:
     """Whether fused expert weights are adapted, which not every program that reads LoRA supports."""
     peft_loads: bool | None = None
     """Whether PEFT was seen to load what was written, tensor by tensor; None where PEFT is not installed."""
+    vocabulary: int | None = None
+    """Number of rows that the base must have before PEFT loads the adapter; None for one without new words."""
 
 
 def export_lora(
@@ -149,6 +152,7 @@ def export_lora(
         max_lora_rank=next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
         fused_experts=any(target.fused for target in targets),
         peft_loads=tried or None,
+        vocabulary=rows_after(source.model),
     )
 
 

@@ -26,7 +26,7 @@ from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from ..models.classifier import head_parameters
 from ..models.task import Head
-from ..models.words import rows_before, set_vocabulary
+from ..models.words import rows_after, set_vocabulary
 from . import head
 from .folding import QUANTISED, Folding, dtype_name
 from .names import locate
@@ -118,8 +118,8 @@ def merge(
             _switch(config, folding.switches)
             if source.head:
                 head.describe(config, source.model)
-            if source.words and source.words.rows > rows_before(source.model):
-                set_vocabulary(config, source.words.rows)
+            if rows := rows_after(source.model):
+                set_vocabulary(config, rows)
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

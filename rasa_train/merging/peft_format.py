@@ -24,6 +24,7 @@ from ..methods.lora import LoRA
 from ..methods.vera import VeRA
 from ..models.config import ModelConfig
 from ..models.load import load_model
+from ..models.words import rows_after
 from . import peft_load
 from .head import for_peft
 from .lora import ExportReport, target_modules
@@ -92,6 +93,7 @@ def export_peft(
         error=0.0,
         max_lora_rank=None,
         peft_loads=tried or None,
+        vocabulary=rows_after(source.model),
     )
 
 

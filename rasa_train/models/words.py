@@ -199,6 +199,12 @@ def rows_before(model: nn.Module) -> int:
     return int(getattr(model, STATE)[1])
 
 
+def rows_after(model: nn.Module) -> int | None:
+    """Return the number of rows that the embedding of a model has with its new words; None for a model without."""
+    words = words_of(model)
+    return max(rows_before(model), words.rows) if words and words.tokens else None
+
+
 def first_of(module: nn.Module) -> int:
     """Return the id of the first word whose row an embedding or a head holds as a parameter of its own."""
     return int(module.__dict__[STATE][0])
