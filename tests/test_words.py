@@ -228,7 +228,7 @@ def test_a_run_with_new_words(method: str, tied: bool, tmp_path: Path, cli: Cli)
     assert losses(again) == losses(run)
 
     # merged, exported, loaded: the same logits, and old rows to the bit
-    cli("merge", "run", "merged", "--verify", check=True)
+    cli("merge", "run", "--output", "merged", "--verify", check=True)
     adapted = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), run / "adapter")
     with torch.no_grad():
         logits = adapted(input_ids=probe()).logits
@@ -243,6 +243,8 @@ def test_a_run_with_new_words(method: str, tied: bool, tmp_path: Path, cli: Cli)
             wrapped = peft.PeftModel.from_pretrained(resized(tmp_path, VOCABULARY + 2), str(tmp_path / name))
             torch.testing.assert_close(wrapped(input_ids=probe()).logits, logits, rtol=1e-4, atol=1e-4)
             assert len(AutoTokenizer.from_pretrained(tmp_path / name)) == VOCABULARY + 2
+    with pytest.raises(UserError, match=r"the base has 61 rows.*resize_token_embeddings\(63\)"):
+        merge(tmp_path / "lora", tmp_path / "again-merged")  # PEFT's format does not say that the base grows
     assert merged.config.vocab_size == VOCABULARY + 2 == logits.shape[-1]
     for name in ("get_input_embeddings", "get_output_embeddings"):
         assert torch.equal(getattr(merged, name)().weight[:VOCABULARY], getattr(base, name)().weight)
@@ -364,6 +366,6 @@ def test_wrong_words_are_refused_with_the_line(tmp_path: Path, cli: Cli) -> None
     assert done.returncode == 2 and "leaves the embeddings to PEFT" in " ".join(done.stderr.split())
     for path in (tmp_path / "base").glob("tokenizer*"):
         path.unlink()
-    recipe(tmp_path, ADAPTERS["lora"], run="bad")
-    done = cli("train", "bad.yaml")
+    recipe(tmp_path, ADAPTERS["lora"], run="other")
+    done = cli("train", "other.yaml")
     assert done.returncode == 2 and "has no tokenizer that words could be added to" in " ".join(done.stderr.split())

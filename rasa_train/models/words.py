@@ -82,7 +82,8 @@ class Words:
             read = _Saved.model_validate(saved, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
-            raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            where = ".".join([origin, *map(str, first["loc"])])
+            raise UserError(f"{where}: {first['msg']}") from None
         return cls(tuple(read.tokens), read.first, read.train)
 
 

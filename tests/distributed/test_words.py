@@ -55,7 +55,7 @@ def test_strategies_equal_one_process(tmp_path: Path, group: Group) -> None:
         found = difference(one["output_dir"], run)
         assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-4 and found["parameter"] < 1e-4, (run, found)
         assert any(name.startswith("model.embed_tokens.") for name in adapter(run))
-        run_command("merge", run, run / "merged", check=True)
+        run_command("merge", run, "--output", run / "merged", check=True)
         merged = AutoModelForCausalLM.from_pretrained(run / "merged")
         loaded = load_adapter(AutoModelForCausalLM.from_pretrained(one["model"]["name"]), run / "adapter")
         with torch.no_grad():
