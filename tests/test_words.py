@@ -20,6 +20,7 @@ from rasa_train import load_adapter
 from rasa_train import merge as merge_in_place
 from rasa_train.adapters.inject import adapt, attach
 from rasa_train.adapters.registry import METHODS
+from rasa_train.adapters.saved import write_adapter, write_tokenizer
 from rasa_train.adapters.state import saved_tensors
 from rasa_train.data.cache import TokenDataset
 from rasa_train.data.prepare import prepare
@@ -34,7 +35,7 @@ from rasa_train.merging.switch import switch
 from rasa_train.merging.verify import verify
 from rasa_train.models.config import ModelConfig
 from rasa_train.models.load import load_model, load_tokenizer
-from rasa_train.models.words import own_parameters
+from rasa_train.models.words import own_parameters, words_of
 from rasa_train.objectives.next_token import NextToken, from_logits
 from rasa_train.recipe.load import load_recipe
 from tests.conftest import Cli
@@ -46,6 +47,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "r": 3, "alpha": 6},
     "rasa": {"method": "rasa", "r": 3, "k": 1, "alpha": 8},
 }
+
+
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def save_base(directory: Path, kind: str = "llama", *, tied: bool, rows: int = VOCABULARY) -> PreTrainedModel:
@@ -188,7 +193,7 @@ def loop(model: nn.Module, trained: dict[str, nn.Parameter], data: TokenDataset)
     return found
 
 
-@pytest.mark.parametrize(("method", "tied"), [("rasa", True), ("lora", False), ("lora", True), ("rasa", False)])
+@pytest.mark.parametrize(("method", "tied"), [("rasa", True), ("lora", False), slow("lora", True), slow("rasa", False)])
 def test_a_run_with_new_words(method: str, tied: bool, tmp_path: Path, cli: Cli) -> None:
     base = save_base(tmp_path, tied=tied)
     recipe(tmp_path, ADAPTERS[method])
@@ -253,8 +258,10 @@ def test_a_run_with_new_words(method: str, tied: bool, tmp_path: Path, cli: Cli)
     assert tokenizer.decode([5, VOCABULARY, VOCABULARY + 1], skip_special_tokens=True).split() == ["w5", "<tool>"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("train", ["all", "none", "new"])
+@pytest.mark.parametrize(
+    ("train", "tied"),
+    [("all", True), ("new", False), slow("none", False), slow("all", False), slow("new", True), slow("none", True)],
+)
 def test_rows_that_the_tokenizer_does_not_use_are_taken(train: str, tied: bool, tmp_path: Path) -> None:
     rows = VOCABULARY + 9
     base = save_base(tmp_path, tied=tied, rows=rows)
@@ -268,12 +275,8 @@ def test_rows_that_the_tokenizer_does_not_use_are_taken(train: str, tied: bool, 
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         logits = model(input_ids=probe()).logits
-    from rasa_train.adapters.saved import write_adapter, write_tokenizer
-
     directory = tmp_path / "adapter"
     directory.mkdir()
-    from rasa_train.models.words import words_of
-
     method = METHODS["lora"].model_validate(ADAPTERS["lora"])
     write_adapter(directory, method, saved_tensors(model), base_model=name, base_revision=None, words=words_of(model))
     write_tokenizer(directory, config)
@@ -314,7 +317,7 @@ def test_the_loss_has_the_logits_of_new_words() -> None:
             torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "phi", "gpt2", "qwen2", "cohere"])
+@pytest.mark.parametrize("kind", ["gemma2", slow("phi"), slow("gpt2"), slow("qwen2"), slow("cohere")])
 def test_other_families_in_bf16(kind: str, tmp_path: Path) -> None:
     """The loss inside the model equals the one from its logits, and the merged model gives these logits."""
     tiny_model(kind).save_pretrained(tmp_path / "base")
