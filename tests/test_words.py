@@ -291,6 +291,15 @@ def test_rows_that_the_tokenizer_does_not_use_are_taken(train: str, tied: bool, 
     with torch.no_grad():
         for other in (merged, wrapped, folded, loaded):
             torch.testing.assert_close(other(input_ids=probe()).logits, logits, rtol=1e-4, atol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(name)
+    (directory / "checksums.json").unlink()
+    settings = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**settings, "r": 2}))
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(plain, directory)
+    assert plain.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
     table = merged.get_input_embeddings().weight
     assert len(table) == rows and not own_parameters(loaded)
     same = (table == base.get_input_embeddings().weight).all(1)

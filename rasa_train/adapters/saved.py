@@ -31,7 +31,7 @@ from ..io.model_dir import TOKENIZER, VOCABULARIES, check_files
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from ..models.task import Head
-from ..models.words import Words
+from ..models.vocabulary import Words
 from .contract import Method, PeftConfig
 from .registry import METHODS
 from .state import POOLS, saved_tensors
@@ -75,8 +75,7 @@ class SavedAdapter:
     base_model: str | None
     base_revision: str | None
     base_tensors: Mapping[str, Any] = field(default_factory=dict)
-    """Identity of the base that the adapter was trained on (``io.base_fingerprint.base_identity``); empty if none was
-    recorded."""
+    """Identity of the base (``io.base_fingerprint.base_identity``); empty if none was recorded."""
     base_path: str | None = None
     """Absolute path of a base that was named by a relative one."""
     head: Head | None = None

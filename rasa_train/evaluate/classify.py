@@ -28,7 +28,7 @@ from ..models.config import ModelConfig
 from ..models.families import most_tokens
 from ..models.load import load_config, load_model, load_tokenizer
 from ..models.task import Head
-from ..models.words import with_words
+from ..models.vocabulary import with_words
 from ..objectives.classification import Classification
 from . import results
 from .class_scores import scores

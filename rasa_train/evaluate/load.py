@@ -26,7 +26,8 @@ from ..merging.source import Source, check_identity, find_adapter, find_base, op
 from ..merging.tied import untie
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
-from ..models.words import put, release, row_parameters, trained_names, with_words
+from ..models.vocabulary import with_words
+from ..models.words import put, release, row_parameters, trained_names
 from .suites import digest, needs_harness
 
 Backend = Literal["hf", "vllm"]

@@ -12,7 +12,7 @@ from ..io.links import leaves
 from ..io.model_dir import TOKENIZER
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
-from ..models.words import check_tokenizer, with_words
+from ..models.vocabulary import check_tokenizer, with_words
 from .source import Source, find_tokenizer
 
 COPIED = (

@@ -31,7 +31,8 @@ from ..models.classifier import head_parameters
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
 from ..models.task import Head
-from ..models.words import ROWS, Words, put, row_parameters
+from ..models.vocabulary import Words
+from ..models.words import ROWS, put, row_parameters
 from .options import Base
 from .tied import as_stored, joined
 from .total import total

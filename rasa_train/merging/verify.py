@@ -19,7 +19,8 @@ from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
 from ..models.task import Head
-from ..models.words import put, with_words
+from ..models.vocabulary import with_words
+from ..models.words import put
 from .options import Base
 from .source import Adapters, Source, find_adapter, find_tokenizer, open_source
 

@@ -23,7 +23,8 @@ from .config import ModelConfig, torch_dtype
 from .declared import bounded_modules, check_config, check_sizes, reading, stored_sizes
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 from .task import Head
-from .words import Words, add_to, put
+from .vocabulary import Words, add_to
+from .words import put
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

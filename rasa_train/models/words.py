@@ -8,23 +8,20 @@ the model has rows that its tokenizer does not use, these are taken, and otherwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .config import Embeddings, NewToken
+from .vocabulary import Words
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ROWS = "new_rows"
 """Name of the parameter of an embedding or a head that holds the rows of the new words."""
@@ -32,119 +29,15 @@ STATE = "rasa_train_words"
 """Name of the attribute of a model that holds its words, and of a module that holds what was changed."""
 
 
-class _Saved(BaseModel):
-    """The ``embeddings`` in the config of an adapter."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    train: Embeddings
-    first: int = Field(ge=0, lt=2**31)
-    tokens: list[NewToken]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        texts = [new.token for new in self.tokens]
-        if "" in texts or len(set(texts)) < len(texts) or not (texts or self.train == "all"):
-            raise ValueError("the words must be different texts, and some must be there unless train is all")
-        return self
-
-
 @dataclass(frozen=True)
-class Words:
-    """The words that are added to a model, and which rows are trained."""
+class _Placed:
+    """Words in a model, and what it had in their place."""
 
-    tokens: tuple[NewToken, ...]
-    """The words, in the order of their ids; none if only ``train`` is ``all``."""
-    first: int
-    """Id of the first word; the others follow it."""
-    train: Embeddings
-    """Which rows of the embedding and of the head are trained."""
-    pieces: tuple[tuple[int, ...], ...] = ()
-    """Ids of the pieces at whose mean each word starts; empty where values are loaded from a file."""
-
-    @property
-    def rows(self) -> int:
-        """Number of rows that the model needs."""
-        return self.first + len(self.tokens)
-
-    @property
-    def saved(self) -> dict[str, Any]:
-        """The ``embeddings`` in the config of an adapter."""
-        return {"train": self.train, "first": self.first, "tokens": [new.model_dump() for new in self.tokens]}
-
-    @classmethod
-    def of_saved(cls, saved: object, origin: str) -> Words | None:
-        """Return the words in the ``embeddings`` of an adapter's config; None if there are none. Raises ``UserError``,
-        which begins with ``origin``, for anything else."""
-        if saved is None:
-            return None
-        try:
-            read = _Saved.model_validate(saved, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join([origin, *map(str, first["loc"])])
-            raise UserError(f"{where}: {first['msg']}") from None
-        return cls(tuple(read.tokens), read.first, read.train)
-
-
-def add_to(tokenizer: Tokenizer, tokens: Sequence[NewToken], train: Embeddings) -> Words:
-    """Add words to a tokenizer. Returns them with their ids and pieces.
-
-    Raises:
-        UserError: a word is one token already, or the tokenizer cannot make one token of it.
-    """
-    from transformers import AddedToken
-
-    pieces = [tuple(tokenizer.encode(new.token, add_special_tokens=False)) for new in tokens]
-    vocabulary = tokenizer.get_vocab()
-    for new, ids in zip(tokens, pieces, strict=True):
-        known = vocabulary.get(new.token)
-        if known is None and len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-            known = ids[0] if tokenizer.decode(ids) == new.token else None
-        if known is not None:
-            raise UserError(
-                f"model.add_tokens: {new.token!r} is a token of this tokenizer already (id {known}); leave it out",
-                key="model.add_tokens",
-            )
-    for special, run in groupby(tokens, lambda new: new.special):  # each call builds the tokenizer's search anew
-        added = [AddedToken(new.token, special=special, normalized=False) for new in run]
-        tokenizer.add_tokens(added, special_tokens=special)
-    ids = [tokenizer.convert_tokens_to_ids(new.token) for new in tokens]
-    first = max([-1, *vocabulary.values()]) + 1
-    for i, new in enumerate(tokens):
-        if ids[i] != first + i or first + i not in tokenizer.encode(new.token, add_special_tokens=False):
-            raise UserError(
-                f"model.add_tokens: this tokenizer cannot make one token of {new.token!r}; write it in another way",
-                key="model.add_tokens",
-            )
-    return Words(tuple(tokens), first, train, tuple(pieces))
-
-
-def with_words(tokenizer: Tokenizer, words: Words | None, origin: str) -> Tokenizer:
-    """Return a tokenizer with the new words of an adapter, which are added unless it has them. Raises ``UserError`` if
-    they do not get their ids."""
-    missing = [new for new in words.tokens if new.token not in tokenizer.get_vocab()] if words else []
-    if missing:
-        add_to(tokenizer, missing, "none")
-    check_tokenizer(tokenizer, words, origin)
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Tokenizer, words: Words | None, origin: str) -> None:
-    """Raise ``UserError`` if a tokenizer does not have the new words of an adapter under their ids."""
-    if words is None:
-        return
-    vocabulary = tokenizer.get_vocab()
-    for id, new in enumerate(words.tokens, words.first):
-        if (found := vocabulary.get(new.token)) != id:
-            raise UserError(
-                f"{origin} was trained with the new word {new.token!r} as token {id}, and "
-                f"this tokenizer has {'no such token' if found is None else f'it as token {found}'}: use the tokenizer "
-                "that is stored with the adapter"
-            )
-
-
-# -- in a model ----------------------------------------------------------------------------------------------
+    words: Words
+    rows: int
+    """Number of rows of the embedding before."""
+    unused: list[Tensor]
+    """Rows that its tokenizer did not use and that the words have taken, of each of ``places``."""
 
 
 def places(model: nn.Module) -> dict[str, nn.Module]:
@@ -175,7 +68,9 @@ def put(model: PreTrainedModel, words: Words | None, name: str = "the base") -> 
             "give the tokenizer that the model was trained with (model.tokenizer)",
             key="model.add_tokens",
         )
-    setattr(model, STATE, (words, before))
+    taken = slice(words.first, min(words.rows, before))
+    unused = [module.weight[taken].detach().clone() for module in modules.values()]  # type: ignore[union-attr, index, operator]
+    setattr(model, STATE, _Placed(words, before, unused))
     _resize(model, max(before, words.rows))
     if not words.tokens:
         return
@@ -191,13 +86,14 @@ def put(model: PreTrainedModel, words: Words | None, name: str = "the base") -> 
 
 def words_of(model: nn.Module) -> Words | None:
     """Return the words that were put into a model; None if there are none."""
-    found: tuple[Words, int] | None = getattr(model, STATE, None)
-    return found[0] if found else None
+    found: _Placed | None = getattr(model, STATE, None)
+    return found.words if found else None
 
 
 def rows_before(model: nn.Module) -> int:
     """Return the number of rows that the embedding of a model had before ``put``."""
-    return int(getattr(model, STATE)[1])
+    placed: _Placed = getattr(model, STATE)
+    return placed.rows
 
 
 def rows_after(model: nn.Module) -> int | None:
@@ -277,17 +173,20 @@ def absorb(module: nn.Module) -> None:
 def release(model: nn.Module, *, keep: bool) -> None:
     """Let a model be an ordinary one again. ``keep``: with the new rows in its weights; else without them, as it was
     before ``put``."""
-    found: tuple[Words, int] | None = model.__dict__.pop(STATE, None)
+    found: _Placed | None = model.__dict__.pop(STATE, None)
     if found is None:
         return
-    for module in places(model).values():
+    for module, unused in zip(places(model).values(), found.unused, strict=True):
         absorb(module)
+        if not keep:
+            start = found.words.first
+            module.weight.data[start : start + len(unused)] = unused  # type: ignore[union-attr, operator, index]
         if (computing := module.__dict__.pop("rasa_train_computing", None)) is not None:
             dtype, undo = computing
             undo()
             module.weight.data = module.weight.data.to(dtype)  # type: ignore[union-attr, operator]
     if not keep:
-        _resize(model, found[1])  # type: ignore[arg-type]
+        _resize(model, found.rows)  # type: ignore[arg-type]
 
 
 def set_vocabulary(config: dict[str, Any], rows: int) -> None:
