@@ -26,6 +26,7 @@ from .errors import UserError
 from .io.base_fingerprint import base_identity
 from .merging.source import find_adapter
 from .models.classifier import head_of, is_classifier
+from .models.words import check_start, put, words_of
 
 ADAPTED = "rasa_train_adapted"
 """Name of the attribute of an adapted model that holds its method and the hooks of its fast path."""
@@ -96,6 +97,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base_model: str | N
     origin = Origin(base_model=name, base_revision=None, base_tensors=base_identity(name))
     if is_classifier(model):
         origin["head"] = head_of(model.config)  # type: ignore[arg-type]
+    origin["words"] = words_of(model)
     write_adapter(path, method, saved_tensors(model), **origin)
     return path
 
@@ -115,6 +117,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, checkpoint: str | N
             model.
     """
     saved = read_adapter(directory if checkpoint is None else find_adapter(Path(directory), checkpoint))
+    if words_of(model) is None and not hasattr(model, ADAPTED):
+        put(model, saved.words)  # type: ignore[arg-type]
     return _adapt(model, saved.method, saved)
 
 
@@ -142,6 +146,7 @@ def _load(model: nn.Module, saved: SavedAdapter, any_head: bool) -> None:
     ``any_head``: if the adapter's head has another shape, the model keeps its own.
     """
     try:
+        check_start(model, saved.words, str(saved.directory))
         tensors = with_own_head(model, saved.tensors)[0] if any_head else saved.tensors
         load_tensors(model, tensors, origin=str(saved.directory))
     except UserError:

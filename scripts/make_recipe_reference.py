@@ -50,6 +50,7 @@ def reference() -> str:
         "## Top level\n\nBeside the sections: `extends`, a recipe or a list of those whose keys it replaces, and\n\n"
         + table({"properties": top, "required": schema["required"]}, definitions),
         section("`model`", "ModelConfig"),
+        section("`model.add_tokens`, each word", "NewToken", "###"),
         "## `adapter`\n\n`method` says which of the sections below holds. Keys of all of them:\n\n"
         + table({"properties": common}, definitions),
         *(method_section(name, definitions[cls.__name__], definitions) for name, cls in METHODS.items()),

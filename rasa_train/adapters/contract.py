@@ -146,6 +146,8 @@ class PeftConfig(TypedDict, total=False):
     layers_to_transform: int | list[int] | None
     layers_pattern: str | list[str] | None
     modules_to_save: list[str] | None
+    trainable_token_indices: Mapping[str, list[int]] | None
+    ensure_weight_tying: bool
     fan_in_fan_out: bool
     inference_mode: bool
     r: int

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..models.classifier import release_head
+from ..models.words import release
 from .contract import Adapter
 from .experts import AdaptedExperts
 from .inserted import remove_inserted
@@ -33,15 +34,17 @@ def fold_all(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     for adapter in adapters(model).values():
         fold(adapter.site, adapter, parameters)
-    detach(model)
+    detach(model, new_words=True)
 
 
-def detach(model: nn.Module) -> None:
-    """Remove the adapters of a model, and put back the modules that they replaced. The weights stay as they are."""
+def detach(model: nn.Module, *, new_words: bool = False) -> None:
+    """Remove the adapters of a model, and put back the modules that they replaced. The weights stay as they are;
+    ``new_words``: with the rows of new words in them."""
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | AdaptedExperts):
             model.set_submodule(path, module.unwrapped())
     remove_inserted(model)
     release_head(model)
+    release(model, keep=new_words)
     if hasattr(model, POOLS):
         delattr(model, POOLS)

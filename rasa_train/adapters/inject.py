@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..kernels.quantized_weight import Base, dequantized, is_bitsandbytes, narrow
 from ..models.classifier import head_parameters, hold_head, is_classifier
 from ..models.families import SHARED_INPUTS
+from ..models.words import row_parameters, trained_names, words_of
 from .contract import Adapter, FactorAdapter, Method
 from .experts import AdaptedExperts
 from .fused_parts import FactorParts, Parts, is_part, linear_of
@@ -31,13 +32,19 @@ def adapt(model: nn.Module, method: Method) -> tuple[nn.Module, list[Site]]:
             "rasa or another method of this package",
             key="adapter.method",
         )
+    if words_of(model) and type(method).wrap is not Method.wrap:
+        raise UserError(
+            f"adapter.method: {method.method} leaves the embeddings to PEFT; use lora, rasa or another method of this "
+            "package with model.add_tokens and model.train_embeddings",
+            key="adapter.method",
+        )
     wrapped = method.wrap(model)
     return (model, attach(model, method)) if wrapped is None else (wrapped, [])
 
 
 def attach(model: nn.Module, method: Method) -> list[Site]:
     """Freeze ``model`` and put the adapters of ``method`` into it. Returns the sites, in module order. The head of a
-    classifier is trained whatever the method.
+    classifier, and the rows of new words, are trained whatever the method.
 
     Adapter parameters are fp32 on the device of the weight they belong to; pools are at ``model.pools``. On the meta
     device the adapters get shapes but no values.
@@ -53,7 +60,8 @@ def attach(model: nn.Module, method: Method) -> list[Site]:
         model.add_module(POOLS, nn.ModuleDict(built.pools).to(next(model.parameters()).device))
     method.insert(model)
     hold_head(model)
-    base = method.trained_base(model) | head_parameters(model).keys()
+    base = method.trained_base(model) - row_parameters(model).keys()
+    base |= head_parameters(model).keys() | trained_names(model, base)
     for name, parameter in list(model.named_parameters()):
         if name in base:
             parameter.data = parameter.data.float()

@@ -31,6 +31,7 @@ from ..io.model_dir import TOKENIZER, VOCABULARIES, check_files
 from ..models.config import ModelConfig
 from ..models.load import load_tokenizer
 from ..models.task import Head
+from ..models.vocabulary import Words
 from .contract import Method, PeftConfig
 from .registry import METHODS
 from .state import POOLS, saved_tensors
@@ -58,6 +59,8 @@ OF_CHECKPOINTS = ("optimizer", "rule.", "trainer.")
 """Beginnings of the names of files that a checkpoint has in addition to those of an adapter."""
 SMALL_RANK = 4_096
 """Rank that an adapter may have without a tensor of that size in its files, as those of NoLA."""
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What reading a PEFT config raises where a key is missing, or a value is no number."""
 LARGEST_NUMBER = 1_000_000_000
 """Largest number in a PEFT config. Seeds and steps may be larger than ranks."""
 
@@ -72,12 +75,13 @@ class SavedAdapter:
     base_model: str | None
     base_revision: str | None
     base_tensors: Mapping[str, Any] = field(default_factory=dict)
-    """Identity of the base that the adapter was trained on (``io.base_fingerprint.base_identity``); empty if none was
-    recorded."""
+    """Identity of the base (``io.base_fingerprint.base_identity``); empty if none was recorded."""
     base_path: str | None = None
     """Absolute path of a base that was named by a relative one."""
     head: Head | None = None
     """Head of the classifier that was trained; None for a causal language model."""
+    words: Words | None = None
+    """Words that were added to the base, and which rows of the embedding and the head were trained."""
 
 
 class Origin(TypedDict, total=False):
@@ -89,6 +93,8 @@ class Origin(TypedDict, total=False):
     """Identity of the base (``io.base_fingerprint.base_identity``), by which a merge recognises the base."""
     head: Head | None
     """Head of the classifier that was trained."""
+    words: Words | None
+    """Words that were added to the base, and which rows of the embedding and the head were trained."""
 
 
 def write_adapter(directory: Path, method: Method, tensors: Mapping[str, Tensor], **origin: Unpack[Origin]) -> None:
@@ -108,7 +114,7 @@ def write_adapter(directory: Path, method: Method, tensors: Mapping[str, Tensor]
 
 def write_config(directory: Path, method: Method, **origin: Unpack[Origin]) -> Path:
     """Write the file that describes the tensors of an adapter directory. Returns the path of the file."""
-    base_model, head = origin["base_model"], origin.get("head")
+    base_model, head, words = origin["base_model"], origin.get("head"), origin.get("words")
     config = {
         "format": "rasa_train",
         "format_version": FORMAT_VERSION,
@@ -117,6 +123,7 @@ def write_config(directory: Path, method: Method, **origin: Unpack[Origin]) -> P
         "base_revision": origin["base_revision"],
         **({"base_tensors": dict(tensors)} if (tensors := origin.get("base_tensors")) else {}),
         **({"task": head.task} if head else {}),
+        **({"embeddings": words.saved} if words else {}),
     }
     if (path := Path(base_model).expanduser()).is_dir() and str(path.absolute()) != base_model:
         config["base_path"] = str(path.absolute())
@@ -125,9 +132,9 @@ def write_config(directory: Path, method: Method, **origin: Unpack[Origin]) -> P
 
 
 def write_tokenizer(directory: Path, model: ModelConfig) -> list[Path]:
-    """Write the tokenizer of a recipe that names one of its own into the adapter's directory, with its chat template,
-    so that merging and evaluating use it. Returns the files."""
-    if model.tokenizer is None or (tokenizer := load_tokenizer(model)) is None:
+    """Write the tokenizer of a recipe that names one of its own, or adds words, into the adapter's directory, with its
+    chat template, so that merging and evaluating use it. Returns the files."""
+    if (model.tokenizer is None and not model.add_tokens) or (tokenizer := load_tokenizer(model)) is None:
         return []
     tokenizer.save_pretrained(directory)
     return tokenizer_files(directory)
@@ -260,6 +267,7 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
     base_model, base_revision = config.pop("base_model", None), config.pop("base_revision", None)
     base_tensors, base_path = config.pop("base_tensors", None) or {}, config.pop("base_path", None)
     head = Head.of_task(config.pop("task", None), f"{directory / CONFIG}: task")
+    words = Words.of_saved(config.pop("embeddings", None), f"{directory / CONFIG}: embeddings")
     if not all(isinstance(value, str | None) for value in (base_model, base_revision, base_path)):
         raise UserError(f"{directory / CONFIG}: base_model, base_revision and base_path must be text")
     if not is_identity(base_tensors):
@@ -276,6 +284,7 @@ def _read_ours(directory: Path, config: dict[str, object]) -> SavedAdapter:
         base_tensors,
         base_path,  # type: ignore[arg-type]
         head,
+        words,
     )
 
 
@@ -298,15 +307,9 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
         raise UserError(f"{origin}: {values} is not supported: the result would be another adapter")
     _check_peft_fields(origin, config)
     found = ((name, cls, cls.from_peft(config)) for name, cls in METHODS.items() if name != PEFT_METHOD)
-    try:  # a key may be missing, or a value be no number
+    try:
         name, cls, fields = next((f for f in found if f[2] is not None), ("", Method, None))
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:  # a key is missing, or a value is not a number
+    except MALFORMED as error:
         raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
@@ -325,7 +328,7 @@ def _read_peft(directory: Path, config: PeftConfig) -> SavedAdapter:
     _check_ranks(directory, method.model_dump(), stored)
     try:
         tensors = cls.convert_peft(config, {str(ours): stored[key].float() for key, ours in renamed.items()})
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+    except (*MALFORMED, re.error) as error:
         raise UserError(f"{origin} is not a complete PEFT config: {error!r}") from None
     if not exactly:
         paths = {key.rpartition(".")[0] for key in tensors if not key.startswith(f"{POOLS}.")}

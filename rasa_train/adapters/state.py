@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..models.classifier import POOLS as POOLS  # only at the root do shared tensors work with DDP, ZeRO-3 and FSDP2
 from ..models.classifier import head_parameters
+from ..models.words import own_parameters, row_parameters
 from .contract import Adapter
 from .fused_parts import Parts
 from .linear import AdaptedLinear
@@ -40,14 +41,16 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Adapter) or path == POOLS
         for name, tensor in module.state_dict(keep_vars=True).items()
     }
-    return frozen | dict(trainable(model))
+    return frozen | dict(row_parameters(model)) | dict(trainable(model))
 
 
 def with_own_head(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of an adapter to start from, and the names of those that are ``model``'s own: those of a head
-    which the adapter lacks or has in another shape (an adapter of MNLI has three labels, and one of RTE two)."""
-    head = head_parameters(model)
+    which the adapter lacks or has in another shape (an adapter of MNLI has three labels, and one of RTE two), and the
+    rows of the embedding that it lacks."""
+    head, rows = head_parameters(model), own_parameters(model)
     own = {name: p for name, p in head.items() if name not in tensors or tensors[name].shape != p.shape}
+    own |= {name: p for name, p in rows.items() if name not in tensors}
     return {**tensors, **own}, sorted(own)
 
 

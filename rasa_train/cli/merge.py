@@ -284,6 +284,11 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
     from ..merging.lora import ExportReport
 
     lines = [f"{report.output}  {size(report.bytes)} in {report.seconds:.1f} s"]
+    if isinstance(report, ExportReport) and report.vocabulary:
+        lines.append(
+            f"for PEFT, the base must have {report.vocabulary:,} rows: model.resize_token_embeddings("
+            f"{report.vocabulary}), before the adapter is loaded"
+        )
     if isinstance(report, ExtractReport):
         return "\n".join([*lines, *_error_table(report)])
     done = f"{report.method} on {report.base_model}: {report.adapted} weights"
@@ -295,7 +300,9 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             lines[-1] = f"{done} as LoRA of rank {report.rank}: {report.error:.3%} of the update is lost, by norm"
         loads = "PEFT is not installed here, so nothing has tried to load it"
         lines.append("PEFT loads it, tensor by tensor" if report.peft_loads else f"note: {loads}")
-        if report.max_lora_rank is None:
+        if report.vocabulary:
+            lines.append("the adapter has new words, which vLLM reads only from a merged model (--format merged)")
+        elif report.max_lora_rank is None:
             lines.append("vLLM does not accept a LoRA of this rank: truncate it with --max-rank 512, or merge instead")
         else:
             lines.append(

@@ -231,6 +231,7 @@ class DataConfig(BaseModel):
     def _list_of_sets(cls, value: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         return {"sets": value} if isinstance(value, list) else value
+
     rewritten_history: Literal["split", "refuse"] = "split"
     """What happens to a conversation in which the chat template writes earlier turns in another way than the last one,
     such as without their thoughts, so that a server sees tokens that no single text has. split: it becomes one example

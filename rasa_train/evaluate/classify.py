@@ -28,6 +28,7 @@ from ..models.config import ModelConfig
 from ..models.families import most_tokens
 from ..models.load import load_config, load_model, load_tokenizer
 from ..models.task import Head
+from ..models.vocabulary import with_words
 from ..objectives.classification import Classification
 from . import results
 from .class_scores import scores
@@ -153,14 +154,16 @@ class _Lazy:
         self.head, self.tokenizer = head, load_tokenizer(self._config)
         if self.tokenizer is None:
             raise UserError(f"{name} has no tokenizer: copy that of the model that it was made from into the directory")
+        self.tokenizer = with_words(self.tokenizer, self._saved.words if self._saved else None, plan.subject.path)
 
     @cached_property
     def model(self) -> nn.Module:
         self.say(f"loading {self.plan.subject.path}")
-        model: nn.Module = load_model(self._config, self.head)
+        base = load_model(self._config, self.head)
+        model: nn.Module = base
         if self._saved is not None:
             with torch.random.fork_rng(devices=[]):  # the values that are drawn are replaced
-                model = put_in(model, self._saved)
+                model = put_in(base, self._saved)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @cached_property

@@ -26,6 +26,8 @@ from ..merging.source import Source, check_identity, find_adapter, find_base, op
 from ..merging.tied import untie
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
+from ..models.vocabulary import with_words
+from ..models.words import put, release, row_parameters, trained_names
 from .suites import digest, needs_harness
 
 Backend = Literal["hf", "vllm"]
@@ -142,6 +144,8 @@ def load_lm(plan: Plan) -> Any:
             f"{name} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json), and prompts are text: copy the "
             "tokenizer of the model that it was made from into the directory"
         )
+    words = inside[0].words if inside else source.words if source else None
+    tokenizer = with_words(tokenizer, words, plan.subject.path)
     if plan.backend == "vllm":
         if inside is not None:
             raise UserError("--backend vllm reads merged models, and this adapter cannot be merged: use --backend hf")
@@ -167,12 +171,13 @@ def _unmerged(plan: Plan) -> tuple[SavedAdapter, Path] | None:
     return saved, base
 
 
-def put_in(model: nn.Module, saved: SavedAdapter) -> nn.Module:
+def put_in(model: PreTrainedModel, saved: SavedAdapter) -> nn.Module:
     """Put a saved adapter into a loaded base. Returns the model to evaluate, which computes with the adapter in place.
 
     Raises:
         UserError: the adapter does not fit the base.
     """
+    put(model, saved.words)
     adapted, _ = adapt(model, saved.method)
     saved.method.load(adapted, saved.tensors, str(saved.directory))
     return adapted.eval()
@@ -201,9 +206,12 @@ def merge_in_memory(model: PreTrainedModel, source: Source) -> None:
         )
     if source.untied:
         untie(model)
+    put(model, source.words)
+    trained_names(model, source.replaced.keys() - row_parameters(model).keys())  # rows may be part of a whole weight
     parameters = dict(model.named_parameters())
     for name, tensor in source.replaced.items():
         parameters[name].copy_(tensor)
+    release(model, keep=True)
     for site in source.sites:
         fold(site, source.adapters[site.path], parameters)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,10 +18,13 @@ from ..adapters.contract import FactorAdapter
 from ..adapters.site import Site
 from ..errors import UserError
 from ..io.checkpoint_files import CODES, FLOATS, Checkpoint, Stored, tensor_bytes, write_tensors
+from ..models.words import rows_before
 from .bias import new_biases
 from .head import names_in_output, new_tensors
 from .names import Piece, locate
+from .new_rows import NewRows, rows_of, weight_of, with_rows
 from .source import Source
+from .tally import Tally, norm2
 from .tied import only_names
 
 ROWS = 1024
@@ -31,20 +34,6 @@ BLOCK = 1 << 18
 QUANTISED = (
     "an adapter cannot be merged into a quantised base; give the original base with --base, or use --format lora"
 )
-
-
-@dataclass
-class Tally:
-    """Size of one output file, and squared norms over the adapted weights in the file."""
-
-    bytes: int = 0
-    """Size of the file."""
-    update2: float = 0.0
-    """Squared norm of dW."""
-    error2: float = 0.0
-    """Squared norm of the error from rounding to the output's dtype."""
-    kept: tuple[str, Tensor] | None = None
-    """Name and update of the parameter whose pieces are being written."""
 
 
 class Folding:
@@ -58,7 +47,8 @@ class Folding:
     def __init__(self, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
         self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
         self.parameters = dict(source.model.named_parameters())
-        self.sites: dict[str, list[Site]] = {name: [] for name in source.replaced}
+        self.rows = rows_of(source)
+        self.sites: dict[str, list[Site]] = {weight_of(name): [] for name in [*source.replaced, *self.rows]}
         self.biases: dict[str, Tensor] = {}
         for site in source.sites:
             adapter = source.adapters[site.path]
@@ -101,7 +91,7 @@ class Folding:
             return 0
         if tensor.dtype not in FLOATS:
             return tensor.nbytes
-        return math.prod(tensor.shape) * self._dtype(tensor).itemsize
+        return math.prod(self._shape(tensor)) * self._dtype(tensor).itemsize
 
     @property
     def largest(self) -> int:
@@ -122,7 +112,7 @@ class Folding:
         # Wide dtypes come first, so that every tensor is aligned. Pieces of one parameter stand side by side, so
         # that the parameter's update is computed once.
         order = sorted(tensors.values(), key=lambda t: (self._group(t), t.start))
-        entries = [(self.names[t.name], self._code(t), t.shape, self.stored_bytes(t)) for t in order]
+        entries = [(self.names[t.name], self._code(t), self._shape(t), self.stored_bytes(t)) for t in order]
         added = self.added.get(file, {})
         entries += [(name, CODES[t.dtype], tuple(t.shape), t.nbytes) for name, t in added.items()]
         entries.sort(key=_width, reverse=True)
@@ -150,6 +140,10 @@ class Folding:
 
     def _merged(self, tensor: Stored, tally: Tally) -> Iterator[Tensor]:
         """Yield the values to store for an adapted tensor, in blocks of rows where dW is a product of factors."""
+        if (new := self._rows(tensor)) is not None:
+            for part in with_rows(tensor, new, self._dtype(tensor), tally):
+                yield self._finite(tensor.name, part)
+            return
         if (adapter := self._factored(tensor)) is None:
             yield self._folded(tensor, tally)
             return
@@ -160,6 +154,17 @@ class Folding:
             tally.update2 += float(((Bd.double().mT @ Bd.double()) * (A.double() @ A.double().mT)).sum())
             for rows, W in tensor.blocks(max(BLOCK // max(A.shape[1], 1), 1)):
                 yield self._rounded(tensor, (Bd[rows] @ A).add_(W), tally)
+
+    def _rows(self, tensor: Stored) -> NewRows | None:
+        """Return the rows that a tensor gets, if it is an embedding or a head with new words."""
+        piece = self.pieces.get(tensor.name)
+        new = None if piece is None or not piece.whole else self.rows.get(piece.parameter)
+        return None if new is None or (new.first == 0 and len(new.rows) == tensor.shape[0]) else new
+
+    def _shape(self, tensor: Stored) -> tuple[int, ...]:
+        """Return the shape of a tensor in the output."""
+        new = self._rows(tensor)
+        return tensor.shape if new is None else (max(tensor.shape[0], new.end), *tensor.shape[1:])
 
     def _factored(self, tensor: Stored) -> FactorAdapter | None:
         """Return the adapter whose product of factors is the only change to a tensor and has the tensor's stored
@@ -179,13 +184,13 @@ class Folding:
         W = tensor.read()
         if trained is not None:
             before, W = W.float(), piece.of(trained).clone()
-            tally.update2 += _norm2(before.sub_(W))
+            tally.update2 += norm2(before.sub_(W))
             del before
         if not self.sites[piece.parameter] and piece.parameter not in self.biases:
             return self._rounded(tensor, W, tally)
         W = W.to(torch.promote_types(W.dtype, torch.float32))  # this copy may be overwritten: it becomes W + dW
         update = self._update(piece, W, tally)
-        tally.update2 += _norm2(update)
+        tally.update2 += norm2(update)
         W += update
         del update
         return self._rounded(tensor, W, tally)
@@ -197,7 +202,7 @@ class Folding:
         if dtype != W.dtype:  # one row at a time would be slow; all rows at once would need a tensor as large as W
             blocks = (torch.split(t if t.ndim else t[None], ROWS) for t in (W, result))
             for some, stored in zip(*blocks, strict=True):
-                tally.error2 += _norm2(some.sub_(stored.to(W.dtype)))
+                tally.error2 += norm2(some.sub_(stored.to(W.dtype)))
         return result
 
     @torch.no_grad()
@@ -254,8 +259,8 @@ class Folding:
                 raise UserError(f"{tensor.name} is {tensor.dtype}: {QUANTISED}")
             name = tensor.name.removesuffix("weight") + "bias"
             stored = self._finite(name, bias.to(self._dtype(tensor)))
-            self.of_added.update2 += _norm2(bias)
-            self.of_added.error2 += _norm2(bias - stored.float())
+            self.of_added.update2 += norm2(bias)
+            self.of_added.error2 += norm2(bias - stored.float())
             added.setdefault(tensor.path.name, {})[name] = stored
         return added, dict(new.switches)
 
@@ -269,8 +274,8 @@ class Folding:
                     value = self.source.replaced.get(name, base)
                     self.sites.pop(name, None)
                     stored = self._finite(name, value.to(self._dtype(beside)))
-                    self.of_added.update2 += _norm2(value.float() - base.float())
-                    self.of_added.error2 += _norm2(value.float() - stored.float())
+                    self.of_added.update2 += norm2(value.float() - base.float())
+                    self.of_added.error2 += norm2(value.float() - stored.float())
                     self.added.setdefault(beside.path.name, {})[name] = stored
         if self.source.untied:
             self.switches["tie_word_embeddings"] = False
@@ -285,8 +290,8 @@ class Folding:
         for name, tensor in new.items():
             self.sites.pop(name, None)
             stored = self._finite(name, tensor.to(self._dtype(beside)))
-            self.of_added.update2 += _norm2(tensor)
-            self.of_added.error2 += _norm2(tensor - stored.float())
+            self.of_added.update2 += norm2(tensor)
+            self.of_added.error2 += norm2(tensor - stored.float())
             self.added.setdefault(file, {})[name] = stored
 
     # -- checks and layout, from headers -------------------------------------------------------------------
@@ -305,12 +310,14 @@ class Folding:
             if tensor.dtype not in FLOATS:
                 raise UserError(f"{name} is {tensor.dtype}: {QUANTISED}")
             expected = _shape_of(piece, whole)
+            if parameter in self.rows:
+                expected = (rows_before(self.source.model), *expected[1:])
             if tensor.shape != expected:
                 raise UserError(
                     f"{name} in {tensor.path} has shape {tensor.shape}, but the model's {parameter} needs "
                     f"{expected}: config.json and the weights do not belong to one model"
                 )
-        if sum(math.prod(self.stored[name].shape) for name in names) != whole.numel():
+        if parameter not in self.rows and sum(math.prod(self.stored[name].shape) for name in names) != whole.numel():
             raise UserError(
                 f"{where} holds the adapted weight {parameter} only in part, or more than once: {len(names)} tensors"
             )
@@ -349,7 +356,3 @@ def _shape_of(piece: Piece, parameter: Tensor) -> tuple[int, ...]:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without the prefix ``torch.``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _norm2(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t)) ** 2

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from ..adapters.contract import PeftConfig
 from ..io.checkpoint_files import Stored
 from ..models.classifier import head_config, head_of, head_parameters
+from ..models.words import own_parameters
+from . import new_rows
 from .names import Piece
 from .source import Source
 
@@ -43,18 +45,20 @@ def describe(config: dict[str, Any], model: PreTrainedModel) -> None:
 
 
 def for_peft(source: Source) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Return the tensors of the head by PEFT's names, fp32, and the keys of PEFT's configuration that say what the
-    model is for; for a causal language model, no tensors."""
+    """Return the tensors of the head and of new words by PEFT's names, fp32, and the keys of PEFT's configuration that
+    say what the model is for and what these tensors are."""
+    rows, of_rows = new_rows.for_peft(source)
     if source.head is None:
-        return {}, {"task_type": "CAUSAL_LM", "inference_mode": True}
+        return rows, {"task_type": "CAUSAL_LM", "inference_mode": True, **of_rows}
     prefix = f"{source.model.base_model_prefix}."
     head = {name: source.replaced[name] for name in head_parameters(source.model)}
     inside = {prefix + name.removeprefix(prefix).partition(".")[0] for name in head if name.startswith(prefix)}
     whole = inside | {name.partition(".")[0] for name in head if not name.startswith(prefix)}
     tensors = {f"base_model.model.{name}": tensor.detach().float().contiguous() for name, tensor in head.items()}
-    return tensors, {"task_type": "SEQ_CLS", "modules_to_save": sorted(whole), "inference_mode": True}
+    whole |= set(of_rows.get("modules_to_save") or ())
+    return tensors | rows, {**of_rows, "task_type": "SEQ_CLS", "modules_to_save": sorted(whole), "inference_mode": True}
 
 
 def others_replaced(source: Source) -> list[str]:
-    """Return the names of trained parameters of the base that are not its head's."""
-    return sorted(source.replaced.keys() - head_parameters(source.model).keys())
+    """Return the names of trained parameters of the base that are not its head's and no rows of new words."""
+    return sorted(source.replaced.keys() - head_parameters(source.model).keys() - own_parameters(source.model).keys())

@@ -35,6 +35,7 @@ from ..io.checkpoint_files import tensor_bytes, write_tensors
 from ..io.checksums import write_checksums
 from ..lowrank.product_svd import product_svd
 from ..models.families import EXPERT_LINEARS
+from ..models.words import rows_after
 from . import peft_load
 from .head import for_peft, others_replaced
 from .options import WRITING, Base, Progress, Writing
@@ -90,6 +91,8 @@ class ExportReport:
     """Whether fused expert weights are adapted, which not every program that reads LoRA supports."""
     peft_loads: bool | None = None
     """Whether PEFT was seen to load what was written, tensor by tensor; None where PEFT is not installed."""
+    vocabulary: int | None = None
+    """Number of rows that the base must have before PEFT loads the adapter; None for one without new words."""
 
 
 def export_lora(
@@ -127,7 +130,7 @@ def export_lora(
             shutil.copyfile(path, partial / path.name)
         write_checksums(partial, [partial / CONFIG, partial / PEFT_TENSORS])
         tried = peft_load.is_installed()
-        if tried and (why := peft_load.refusal(partial, source.directory, source.head)):
+        if tried and (why := peft_load.refusal(partial, source)):
             raise UserError(
                 f"PEFT does not load this adapter as a LoRA of {type(source.model).__name__}: {why}. Nothing is "
                 "written: use --format merged, or leave those linears out with adapter.exclude when you train"
@@ -149,6 +152,7 @@ def export_lora(
         max_lora_rank=next((allowed for allowed in VLLM_RANKS if allowed >= rank), None),
         fused_experts=any(target.fused for target in targets),
         peft_loads=tried or None,
+        vocabulary=rows_after(source.model),
     )
 
 

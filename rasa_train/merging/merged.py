@@ -26,12 +26,14 @@ from ..io.atomic_dir import new_directory
 from ..io.checkpoint_files import INDEX, open_checkpoint
 from ..models.classifier import head_parameters
 from ..models.task import Head
+from ..models.words import rows_after, set_vocabulary
 from . import head
-from .folding import QUANTISED, Folding, Tally, dtype_name
+from .folding import QUANTISED, Folding, dtype_name
 from .names import locate
 from .options import WRITING, Base, Progress, Writing
 from .small_files import copy_small_files, copy_tokenizer
 from .source import Adapters, architecture, open_source
+from .tally import Tally
 
 FINISHED = ".finished.json"
 """File in an unfinished output directory that lists the complete files on the disk, with their tallies."""
@@ -112,10 +114,12 @@ def merge(
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         left_out = copy_small_files(source.directory, partial)
         tokenizer = copy_tokenizer(source, partial)
-        if dtype is not None or folding.switches or source.head:
+        if dtype is not None or folding.switches or source.head or source.words:
             _switch(config, folding.switches)
             if source.head:
                 head.describe(config, source.model)
+            if rows := rows_after(source.model):
+                set_vocabulary(config, rows)
             if dtype is not None:
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -24,11 +24,12 @@ from ..methods.lora import LoRA
 from ..methods.vera import VeRA
 from ..models.config import ModelConfig
 from ..models.load import load_model
+from ..models.words import rows_after
 from . import peft_load
 from .head import for_peft
 from .lora import ExportReport, target_modules
 from .options import Base
-from .source import Source, check_identity, find_adapter, find_base, open_source
+from .source import Source, check_identity, find_adapter, find_base, find_tokenizer, open_source
 
 
 def export_peft(
@@ -67,9 +68,11 @@ def export_peft(
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         # write_bytes follows the umask, so others may be able to read the file
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        for path in find_tokenizer(source):
+            shutil.copyfile(path, partial / path.name)
         _complete(partial, config)
         tried = peft_load.is_installed()
-        if tried and (why := peft_load.refusal(partial, source.directory, source.head, scale=None)):
+        if tried and (why := peft_load.refusal(partial, source, scale=None)):
             raise UserError(
                 f"PEFT does not load this adapter into {type(source.model).__name__}: {why}. Nothing is written: use "
                 "--format lora (for lora and vera), or --format merged"
@@ -90,6 +93,7 @@ def export_peft(
         error=0.0,
         max_lora_rank=None,
         peft_loads=tried or None,
+        vocabulary=rows_after(source.model),
     )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..adapters.saved import PEFT_TENSORS
 from ..io.checkpoint_files import read_header
-from ..models.task import Head
-from .source import architecture
+from ..models.words import put, release
+from .source import Source, architecture
 
 ERRORS = (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError, ImportError, OSError)
 """What PEFT raises where it does not understand an adapter or refuses it."""
@@ -20,19 +20,20 @@ def is_installed() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def refusal(directory: Path, base: Path, head: Head | None, *, scale: float | None = 1.0) -> str | None:
+def refusal(directory: Path, source: Source, *, scale: float | None = 1.0) -> str | None:
     """Return why PEFT does not read an adapter directory as it is meant; None if it does: every tensor is loaded, none
-    is left over or lacking, all have the shapes of the file, and each LoRA has the given scale (None: any). ``head`` is
-    that of a classifier."""
+    is left over or lacking, all have the shapes of the file, and each LoRA has the given scale (None: any). The base is
+    that of ``source``, with rows for new words."""
     import peft
     from peft.tuners.lora import LoraLayer
 
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            model = peft.PeftModel.from_pretrained(
-                architecture(base, head), str(directory), low_cpu_mem_usage=True, torch_device="cpu"
-            )
+            base = architecture(source.directory, source.head)
+            put(base, source.words)
+            release(base, keep=True)
+            model = peft.PeftModel.from_pretrained(base, str(directory), low_cpu_mem_usage=True, torch_device="cpu")
             loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     except ERRORS as error:
         return " ".join(str(error).split())[:300]

@@ -10,6 +10,9 @@ from pathlib import Path
 from ..io.json_file import read_object
 from ..io.links import leaves
 from ..io.model_dir import TOKENIZER
+from ..models.config import ModelConfig
+from ..models.load import load_tokenizer
+from ..models.vocabulary import check_tokenizer, with_words
 from .source import Source, find_tokenizer
 
 COPIED = (
@@ -53,12 +56,25 @@ def _holds_templates(path: Path) -> bool:
 
 
 def copy_tokenizer(source: Source, output: Path) -> str | None:
-    """Replace the tokenizer of an output by the one that is stored with the adapter, if any. Returns where that is."""
+    """Replace the tokenizer of an output by the one that is stored with the adapter, if any, and else give the base's
+    the new words. Returns the directory of the adapter that the tokenizer is from.
+
+    Raises:
+        UserError: the tokenizer does not have the adapter's new words under their ids.
+    """
+    words, label = source.words, str(source.origins[0])
     files = find_tokenizer(source)
     if not files:
+        tokenizer = load_tokenizer(ModelConfig(name=str(source.directory))) if words and words.tokens else None
+        if tokenizer is not None and words is not None:
+            with_words(tokenizer, words, label).save_pretrained(output)
         return None
     for name in TOKENIZER:
         (output / name).unlink(missing_ok=True)
     for path in files:
         shutil.copyfile(path, output / path.name)
+    if words and words.tokens:
+        tokenizer = load_tokenizer(ModelConfig(name=str(source.directory), tokenizer=str(files[0].parent.absolute())))
+        assert tokenizer is not None
+        check_tokenizer(tokenizer, words, label)
     return str(files[0].parent)

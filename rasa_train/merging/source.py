@@ -31,6 +31,8 @@ from ..models.classifier import head_parameters
 from ..models.config import ModelConfig
 from ..models.load import load_model, meta_model
 from ..models.task import Head
+from ..models.vocabulary import Words
+from ..models.words import ROWS, put, row_parameters
 from .checkpoints import find_checkpoint
 from .options import Base
 from .tied import as_stored, joined
@@ -69,6 +71,8 @@ class Source:
     """Names, in groups, that are one tied parameter in the base and that the adapter changes differently."""
     head: Head | None = None
     """Head of the classifier that was trained, whose tensors are in ``replaced``; None for a causal language model."""
+    words: Words | None = None
+    """Words that were added to the base: ``model`` has them, and their rows are in ``replaced``."""
 
 
 def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) -> Source:
@@ -97,8 +101,8 @@ def open_source(adapter: Adapters, base: str | Base | None, *, weights: bool) ->
         return replace(sources[0], checked=checked)
     if any(source.replaced for source in sources):
         raise UserError(
-            "an adapter with trained base parameters, or with the head of a classifier, cannot be part of a sum, and "
-            "cannot be weighted"
+            "an adapter with trained base parameters, new words or the head of a classifier cannot be part of a sum, "
+            "and cannot be weighted"
         )
     sites, adapters = total([(s.sites, s.adapters, weight) for s, (_, weight) in zip(sources, read, strict=True)])
     label = " + ".join(f"{weight:g} {saved.method.method}" for saved, weight in read)
@@ -260,9 +264,15 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
         merged, untied = joined(model, merged)
         label, origins = saved.method.method, [saved.directory]
         return Source(label, name, base_dir, origins, model, [], {}, merged, untied=untied, head=head)
+    try:
+        put(model, saved.words, name)
+    except UserError as error:
+        raise UserError(f"{saved.directory}: {error}") from None
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     replaced = {key: tensor for key, tensor in saved.tensors.items() if key in shapes}
+    # The rows of new words are saved by themselves, or are part of a weight that is saved whole.
     expected = {*replaced, *head_parameters(model)}
+    expected |= {n for n in row_parameters(model) if n.removesuffix(ROWS) + "weight" not in replaced}
     check_tensors({key: shapes[key] for key in expected}, replaced, origin=str(saved.directory))
     sites: list[Site] = []
     adapters: dict[str, Adapter] = {}
@@ -285,7 +295,8 @@ def load(saved: SavedAdapter, name: str, base_dir: Path) -> Source:
                 place.copy_(tensors[key])
         for adapter in adapters.values():
             adapter.eval()
-    return Source(saved.method.method, name, base_dir, [saved.directory], model, sites, adapters, replaced, head=head)
+    origins, label = [saved.directory], saved.method.method
+    return Source(label, name, base_dir, origins, model, sites, adapters, replaced, head=head, words=saved.words)
 
 
 def architecture(base_dir: Path, head: Head | None = None) -> PreTrainedModel:

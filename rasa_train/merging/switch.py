@@ -77,6 +77,11 @@ def _changed(source: Source, parameters: dict[str, nn.Parameter]) -> set[str]:
     Raises:
         UserError: one of them is not in the model, is of another shape, or would have to be added.
     """
+    if source.words:
+        raise UserError(
+            f"switch: {source.origins[0]} adds words to the vocabulary or trains the embeddings whole; merge it with "
+            "rasa-merge, and load the result"
+        )
     names = {site.weight for site in source.sites} | source.replaced.keys()
     for site in source.sites:
         if site.bias and source.adapters[site.path].delta_bias() is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..adapters.experts import is_fused
 from ..adapters.inject import adapt, place
@@ -18,6 +19,8 @@ from ..errors import UserError
 from ..models.config import ModelConfig
 from ..models.load import load_model, load_tokenizer
 from ..models.task import Head
+from ..models.vocabulary import with_words
+from ..models.words import put
 from .options import Base
 from .source import Adapters, Source, find_adapter, find_tokenizer, open_source
 
@@ -27,6 +30,8 @@ QUERIES = [
     "Name three primary colours and say what comes of mixing each two of them.",
     "Translate into French: the train to the coast leaves at nine.",
 ]
+NEW = 32
+"""Number of new words that are read, one after the other."""
 EXACT = 1e-2
 """Largest error of an unrounded merge's logits, as a share of the adapter's effect on them; fp32 errors are far
 smaller."""
@@ -77,7 +82,7 @@ def verify(
     """
     source = open_source(adapter, base, weights=True)
     batches, template = _prompts(source, template)
-    without = _logits(lambda: _load(source.directory, source.head), batches)
+    without = _logits(lambda: _base(source), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)
     off = _logits(lambda: _load(Path(merged), source.head), batches)
     differences = [float((a - b).abs().max()) for a, b in zip(on, off, strict=True)]
@@ -106,6 +111,7 @@ def _prompts(source: Source, template: str) -> tuple[list[Tensor], str]:
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(0, vocabulary, (1, 32), generator=generator) for _ in QUERIES], "tokens"
+    tokenizer = with_words(tokenizer, source.words, str(source.origins[0]))
     template = "text" if source.head else template
     if template == "chat":
         texts = [
@@ -114,17 +120,26 @@ def _prompts(source: Source, template: str) -> tuple[list[Tensor], str]:
         ]
     else:
         texts = QUERIES if source.head else [prompt_text(template, query) for query in QUERIES]
-    return [tokenizer(str(text), return_tensors="pt")["input_ids"] for text in texts], template
+    batches = [tokenizer(str(text), return_tensors="pt")["input_ids"] for text in texts]
+    if source.words and source.words.tokens:
+        batches.append(torch.arange(source.words.first, source.words.rows)[None, :NEW])
+    return batches, template
 
 
-def _load(directory: Path, head: Head | None) -> nn.Module:
-    model: nn.Module = load_model(ModelConfig(name=str(directory), dtype="float32"), head)
+def _load(directory: Path, head: Head | None) -> PreTrainedModel:
+    return load_model(ModelConfig(name=str(directory), dtype="float32"), head)
+
+
+def _base(source: Source) -> PreTrainedModel:
+    """Return the base, in which the rows of new words are zeros."""
+    model = _load(source.directory, source.head)
+    put(model, source.words)
     return model
 
 
 def _adapted(source: Source, adapter: Adapters) -> nn.Module:
     """Return the base with the adapter attached: as in training, or by hand for a sum, which no recipe trains."""
-    model = _load(source.directory, source.head)
+    model: nn.Module = _base(source)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
     if len(given) == 1 and given[0][1] == 1:
         saved = read_adapter(find_adapter(Path(given[0][0])))

@@ -85,6 +85,7 @@ class Peft(Method):
         """
         config = self._config()
         _bound_patterns(config, model)
+        self._check_tokens(config, model)
         import peft
 
         try:
@@ -229,6 +230,18 @@ class Peft(Method):
             raise self._error(
                 f"PEFT says: {str(error).removeprefix(known[self.peft_type].__name__ + '.__init__() ')}"
             ) from None
+
+    def _check_tokens(self, config: Any, model: nn.Module) -> None:
+        """Raise ``UserError`` if the base has no rows for tokens that the configuration names."""
+        given = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+        lists = given.values() if isinstance(given, dict) else [given]
+        wanted = max((id for ids in lists for id in ids if isinstance(id, int)), default=-1) + 1
+        if wanted > (rows := len(model.get_input_embeddings().weight)):  # type: ignore[operator, union-attr, arg-type]
+            raise self._error(
+                f"it has a row for the token {wanted - 1}, and the base has {rows} rows. Load the base, call "
+                f"model.resize_token_embeddings({wanted}), save it with the adapter's tokenizer, and give it with "
+                "--base (or model.name)"
+            )
 
     def _error(self, why: str) -> UserError:
         return UserError(f"adapter.config: {self.peft_type}: {why}", key="adapter.config")

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from ..errors import UserError
 from ..kernels.quantized_weight import Base
+
+Embeddings = Literal["new", "all", "none"]
+"""Which rows of the embedding and of the head are trained."""
+
+
+class NewToken(BaseModel):
+    """A word that is added to the vocabulary; a text is short for ``{token: <the text>}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    token: str
+    """The text of the word, which becomes one token wherever it stands."""
+    special: bool = False
+    """Whether the word is a special token, which is left out where a text is decoded without special tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_text(cls, values: Any) -> Any:
+        return {"token": values} if isinstance(values, str) else values
 
 
 class ModelConfig(BaseModel):
@@ -35,11 +55,40 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = False
     """Run code that comes with the model. For a hub id this needs ``revision``, so that only code that somebody has
     read is run."""
+    add_tokens: list[NewToken] = []
+    """Words to add to the vocabulary: texts, or ``{token: "<tool>", special: true}``. Their rows of the embedding and
+    of the head start at the mean of the rows of the pieces that the tokenizer divided the word into before."""
+    train_embeddings: Embeddings | None = None
+    """Which rows of the embedding and of the head are trained. ``new``: those of ``add_tokens``; ``all``: all rows;
+    ``none``: no row. The default is ``new`` with ``add_tokens``, and ``none`` without."""
 
     @field_validator("name")
     @classmethod
     def _shipped(cls, name: str) -> str:
         return str(Path(__file__).parents[1] / "demo" / "model") if name == "demo" else name
+
+    @property
+    def trained_embeddings(self) -> Embeddings:
+        """Which rows of the embedding and of the head are trained, with the default in place."""
+        return self.train_embeddings or ("new" if self.add_tokens else "none")
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        texts = [new.token for new in self.add_tokens]
+        if "" in texts:
+            raise UserError(
+                f"model.add_tokens: the {texts.index('') + 1}. word is an empty text; leave it out",
+                key="model.add_tokens",
+            )
+        if twice := [text for text in texts if texts.count(text) > 1]:
+            raise UserError(f"model.add_tokens names {twice[0]!r} twice; name each word once", key="model.add_tokens")
+        if self.train_embeddings == "new" and not texts:
+            raise UserError(
+                "model.train_embeddings: new trains the rows of model.add_tokens, and there are none; name the words, "
+                "or use all or none",
+                key="model.train_embeddings",
+            )
+        return self
 
 
 def torch_dtype(config: ModelConfig) -> torch.dtype:

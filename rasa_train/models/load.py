@@ -23,6 +23,8 @@ from .config import ModelConfig, torch_dtype
 from .declared import bounded_modules, check_config, check_sizes, reading, stored_sizes
 from .suitable import check_causal, check_quantization, looks_quantized, quantization_of
 from .task import Head
+from .vocabulary import Words, add_to
+from .words import put
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -84,6 +86,7 @@ def load_model(config: ModelConfig, head: Head | None = None, seed: int = 0) -> 
     model, new = _opened(config, head, quiet=not sys.stderr.isatty() or process.rank() > 0)
     if new:
         draw_head(model, new, seed)
+    put(model, load_words(config), config.name)
     return model
 
 
@@ -107,6 +110,8 @@ def check_base(config: ModelConfig, head: Head | None = None) -> PreTrainedModel
         raise
     if head is None:
         check_causal(model)
+    if here:
+        put(model, load_words(config), config.name)
     return model
 
 
@@ -180,6 +185,7 @@ def meta_model(config: ModelConfig, head: Head | None = None) -> PreTrainedModel
         model = _from_config(config, head, sizes)
         if sizes is not None and not quantization_of(model.config):
             check_sizes(model, config.name, sizes)
+    put(model, load_words(config), config.name)
     return model
 
 
@@ -200,6 +206,7 @@ def empty_model(config: ModelConfig, tied: list[list[str]], head: Head | None = 
     sizes = _check_stored(config, load_config(config), head)
     with init_empty_weights(include_buffers=False):
         model = _from_config(config, head, sizes, **_attention(config))
+    put(model, load_words(config), config.name)
     for first, *others in tied:
         for name in others:
             path, _, leaf = name.rpartition(".")
@@ -287,7 +294,32 @@ def has_weights(config: ModelConfig) -> bool:
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
-    """Load the tokenizer, or return None if a local model directory has none (pre-tokenised rows need none)."""
+    """Load the tokenizer with the words of ``model.add_tokens``, or return None if a local model directory has none
+    (pre-tokenised rows need none)."""
+    tokenizer = _plain_tokenizer(config)
+    if config.add_tokens:
+        _words_in(tokenizer, config)
+    return tokenizer
+
+
+def load_words(config: ModelConfig) -> Words | None:
+    """Return the words that are added to the model and the rows that are trained; None if it stays as it is."""
+    if not config.add_tokens:
+        return Words((), 0, "all") if config.trained_embeddings == "all" else None
+    return _words_in(_plain_tokenizer(config), config)
+
+
+def _words_in(tokenizer: Tokenizer | None, config: ModelConfig) -> Words:
+    if tokenizer is None:
+        raise UserError(
+            f"model.add_tokens: {config.name} has no tokenizer that words could be added to: name one in "
+            "model.tokenizer",
+            key="model.add_tokens",
+        )
+    return add_to(tokenizer, config.add_tokens, config.trained_embeddings)
+
+
+def _plain_tokenizer(config: ModelConfig) -> Tokenizer | None:
     name, key = (config.tokenizer, "model.tokenizer") if config.tokenizer else (config.name, "model.name")
     _check_name(name, key)
     _check_remote_code(config)

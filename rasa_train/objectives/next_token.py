@@ -24,6 +24,7 @@ from ..data.cache import TokenDataset
 from ..data.encode import Example
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..models.families import PREFIX_MODELS, has_plain_head
+from ..models.words import ROWS, first_of
 from .contract import Batch, Loss, Objective
 
 
@@ -82,10 +83,14 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         object.__setattr__(self, "base", base)  # not registered: this module holds its tensors
+        self.register_parameter(ROWS, base._parameters.get(ROWS))
+        self.first = 0 if self._parameters[ROWS] is None else first_of(base)
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the cross-entropies, fp32; ``hidden`` (tokens, width), ``targets`` (tokens)."""
-        return linear_cross_entropy(hidden, self.weight, self.bias, targets)
+        new = self._parameters[ROWS]
+        rows = None if new is None else (self.first, new)
+        return linear_cross_entropy(hidden, self.weight, self.bias, targets, rows=rows)
 
 
 def _chunked(model: PreTrainedModel, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:

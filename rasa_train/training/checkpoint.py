@@ -34,6 +34,7 @@ from ..io.checksums import CHECKSUMS, sha256
 from ..io.json_file import field, read_object
 from ..io.run_dir import numbered
 from ..io.tensor_file import TensorFile
+from ..models.words import words_of
 from .best import Watched, superseded
 from .evaluation import Scores, with_score
 from .trainable_model import TrainableModel
@@ -132,6 +133,7 @@ def write_adapter(model: TrainableModel, directory: Path, writers: int = 1) -> l
             base_revision=base.revision,
             base_tensors=model.base_identity,
             head=model.head,
+            words=words_of(model.module),
         )
         written += [config, *write_tokenizer(directory, base)]
     tensors = model.engine.gathered(model.saved_tensors, model.shapes)

@@ -32,6 +32,7 @@ from ..models.layers import checkpoint_layers, light_contexts
 from ..models.load import empty_model, load_config, load_model, meta_model, tied_groups
 from ..models.suitable import check_quantization
 from ..models.task import Head
+from ..models.words import own_parameters
 from ..objectives.classification import Classification
 from ..objectives.contract import Batch, Objective
 from ..objectives.next_token import NextToken
@@ -184,6 +185,11 @@ class TrainableModel:
         return sum(math.prod(self.shapes[name]) for name in self.parameters)
 
     @property
+    def trained_embeddings(self) -> int:
+        """The number of trained values in rows of the embedding and the head: of new words, or of all."""
+        return sum(math.prod(self.shapes[name]) for name in own_parameters(self.module) if name in self.parameters)
+
+    @property
     def trains_base(self) -> bool:
         """Whether weights of the base itself are trained, other than those of a head."""
         return trains_base(self.recipe, self.module)
@@ -256,8 +262,8 @@ def tied_against_files(recipe: Recipe, base: nn.Module) -> bool:
 
 def needs_whole_base(recipe: Recipe, head: Head | None = None) -> bool:
     """Whether the method reads or trains weights of the base, which then cannot be divided while they are loaded; a
-    classifier's head is trained."""
-    if head is not None:
+    classifier's head is trained, and so are embeddings with new words."""
+    if head is not None or recipe.model.add_tokens or recipe.model.trained_embeddings != "none":
         return True
     model = meta_model(recipe.model)
     with torch.device("meta"):

@@ -28,6 +28,7 @@ from ..io.base_fingerprint import compare
 from ..io.run_dir import RunDirectory
 from ..merging.source import another_base
 from ..models.load import load_tokenizer
+from ..models.words import check_start
 from ..optim.schedule import lr_factor, set_lr
 from ..recipe.load import dump_recipe
 from ..recipe.schema import Recipe
@@ -91,10 +92,12 @@ class Trainer:
         origin = self.found or self.recipe.adapter.init_from
         if origin and self.engine.reads:
             saved = read_adapter(origin)
+            check_start(self.model.module, saved.words, str(origin))
             tensors, own = with_own_head(self.model.module, saved.tensors) if not self.found else (saved.tensors, [])
             load_tensors(self.model.module, tensors, origin=str(origin))
             if own:
-                self.say(f"note: adapter.init_from: {origin} has another head; {some(own)} start anew")
+                lacks = "has another head, or no rows of these words"
+                self.say(f"note: adapter.init_from: {origin} {lacks}; {some(own)} start anew")
             base = self.recipe.model
             if not self.found and (problem := compare(saved.base_tensors, base.name, base.revision).problem):
                 self.say(f"note: adapter.init_from: {another_base(saved, base.name, problem)}")
@@ -132,7 +135,9 @@ class Trainer:
             self.accelerator.init_trackers(self.recipe.tracking.project)
         count, done = self.model.trained, self.progress.step
         places = f" in {len(self.model.adapters)} linears" if self.model.adapters else ""
-        self.say(f"{self.recipe.adapter.method}: {count:,} trainable parameters{places}")
+        own = self.model.trained_embeddings
+        rows = f", and {own:,} in rows of the embedding and the head" if own else ""
+        self.say(f"{self.recipe.adapter.method}: {count - own:,} trainable parameters{places}{rows}")
         default = self.model.adapters and self.recipe.adapter.targets == "all-linear"
         if default and (left_out := not_adapted(self.model.module)):
             self.say(left_out)
