@@ -181,6 +181,7 @@ def _sum(counts: Sequence[Stats]) -> Stats:
         date=next((one.date for one in counts if one.date), None),
         pairs=all(one.pairs for one in counts),
         served=dict(sum((Counter(one.served) for one in counts), Counter[str]())),
+        refused=next((one.refused for one in counts if one.refused), None),
     )
 
 
