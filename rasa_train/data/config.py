@@ -157,6 +157,10 @@ class DataConfig(BaseModel):
     deduplicate: bool = False
     """Whether of training examples with equal tokens and labels only the first is kept, and none that is also a
     held-out example."""
+    rewritten_history: Literal["split", "refuse"] = "split"
+    """What happens to a conversation in which the chat template writes earlier turns in another way than the last one,
+    such as without their thoughts, so that a server sees tokens that no single text has. split: it becomes one example
+    for each run of turns that a single text serves; refuse: it is left out, and counted."""
 
     @property
     def sets(self) -> list[DatasetConfig]:
@@ -231,11 +235,6 @@ class DataConfig(BaseModel):
     def _list_of_sets(cls, value: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         return {"sets": value} if isinstance(value, list) else value
-
-    rewritten_history: Literal["split", "refuse"] = "split"
-    """What happens to a conversation in which the chat template writes earlier turns in another way than the last one,
-    such as without their thoughts, so that a server sees tokens that no single text has. split: it becomes one example
-    for each run of turns that a single text serves; refuse: it is left out, and counted."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
