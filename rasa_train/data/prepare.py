@@ -104,7 +104,7 @@ def prepare(
     sizes = [len(view) for view in views]
     draws = draws_of(config, sizes)
     train = joined(views, draws)
-    _check_classes(head, train, " and ".join(config.names))
+    _check_classes(config, head, train)
     stats = replace(
         _sum(counts),
         examples=len(train),
@@ -159,7 +159,8 @@ def _named(dataset: str) -> Iterator[None]:
     except UserError as error:
         section, _, name = (error.key or "").rpartition(".")
         new = f"{dataset.rpartition('.')[0]}.{name}"
-        if section != "data" or name not in DatasetConfig.model_fields or new == error.key:
+        known = (ValidationConfig if dataset == "data.validation.dataset" else DatasetConfig).model_fields
+        if section != "data" or name not in known or new == error.key:
             raise
         raise type(error)(str(error).replace(f"data.{name}", new), key=new) from error
 
@@ -181,14 +182,17 @@ def _sum(counts: Sequence[Stats]) -> Stats:
     )
 
 
-def _check_classes(head: Head | None, train: TokenDataset, dataset: str) -> None:
+def _check_classes(config: DataConfig, head: Head | None, train: TokenDataset) -> None:
     if head is not None and head.problem == "single_label" and len(present := np.unique(train.answers)) == 1:
-        raise single_class(f"the {len(train)} training rows of {dataset}", head.labels[int(present[0])])
+        rows = f"the {len(train)} training rows of {' and '.join(config.names)}"
+        error = single_class(rows, head.labels[int(present[0])])
+        key = "data.dataset" if config.mix is None else "data.mix"
+        raise UserError(str(error).replace("data.dataset", key), key=key)
 
 
 def prepare_texts(config: DataConfig, tokenizer: Any, head: Head) -> TokenDataset:
     """Tokenise texts to classify whose labels are known, or find them tokenised in the cache. Texts that are too long
-    are cut, so that the examples are the rows of ``config.dataset``, in their order.
+    are cut, so that the examples are the rows of ``config.sets``, in their order.
 
     Raises:
         UserError: the dataset is missing or malformed.

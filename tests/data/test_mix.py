@@ -211,6 +211,15 @@ def test_texts_to_classify(files: Path, bpe: PreTrainedTokenizerFast) -> None:
     assert list(data.examples_by_dataset.values()) == [3, 6]
     texts = prepare_texts(DataConfig(mix=sets), bpe, data.head)
     assert np.array_equal(texts.answers, data.train.answers)
+    with pytest.raises(
+        UserError, match=r"data\.mix: all rows have the label 'pos' in the 12 training rows of one\.jsonl #1"
+    ) as error:
+        mixed(
+            *[{"dataset": "one.jsonl"}] * 2,
+            tokenizer=bpe,
+            task=TaskConfig(name="classification", labels=["neg", "pos"]),
+        )
+    assert error.value.key == "data.mix"
     with pytest.raises(UserError, match=r"glue/sst2 and glue/mnli have other labels"):
         mixed({"dataset": "glue/sst2"}, {"dataset": "glue/mnli"}, task=TaskConfig(name="classification"))
 
@@ -392,13 +401,16 @@ def _the_losses_by_set_are_those_of_transformers(
     assert f"step 1: validation loss {first['validation_loss']:.4f} ({words})" in said
 
 
-def test_the_check_shows_every_set(recipe: Path, cli: Cli) -> None:
-    facts = json.loads(cli("train", "check", recipe, "--json", check=True).stdout)
+def test_the_check_shows_every_set(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rasa_train.check.check import check
+
+    result = check(load_recipe(recipe).recipe)
+    facts: dict[str, Any] = result.as_json()
     assert facts["examples_by_dataset"] == {"a.jsonl": 33, "b.jsonl": 11} and facts["examples"] == 44
     assert sum(facts["tokens_by_dataset"].values()) == facts["tokens"] and facts["optimizer_steps"] == 18
     assert "a.jsonl: 33 of 11 examples, each 3 times" in facts["notes"]
-    lines = cli("train", "check", recipe, check=True).stdout.splitlines()
-    (line,) = [line for line in lines if "a.jsonl " in line and "tokens" in line]
+    result.show()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "a.jsonl " in line and "tokens" in line]
     assert line.split() == ["a.jsonl", "33", "75.0%", str(facts["tokens_by_dataset"]["a.jsonl"]), "tokens"]
 
 
