@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM
 from rasa_train import load_adapter
 from rasa_train.evaluate.load import find_subjects
 from rasa_train.io.run_dir import step_number
+from rasa_train.merging.checkpoints import find_checkpoint
 from rasa_train.recipe.measures import measures
 from rasa_train.recipe.schema import Recipe
+from rasa_train.training import checkpoint
 from rasa_train.training.best import Watched, superseded
 from rasa_train.training.evaluation import Score
 from rasa_train.training.trainer import Trainer
@@ -238,3 +241,23 @@ def test_checkpoints_of_former_best_steps_go(tmp_path: Path) -> None:
     (tmp_path / "step-00000030" / "trainer.json").write_text("[")
     saved(40, 27)
     assert left(1) == [4, 7, 10, 20, 23, 30], "what a damaged checkpoint names is not known"
+
+
+def test_a_best_step_that_the_disk_does_not_take(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss falls at each of three steps, and there is room for the first only: it stays the best that is there."""
+    saved = checkpoint.save
+
+    def save(model: Any, checkpoints: Path, progress: checkpoint.Progress, key: str) -> Path:
+        if progress.step > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return saved(model, checkpoints, progress, key)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    options = (*STOPS[:3], "training.max_steps=3", "training.optimizer.lr=1e-3", "training.schedule.name=constant")
+    done = cli("train", recipe, *options, "adapter.targets=[q_proj]", check=True)
+    run = recipe.parent / "run"
+    first, second, third = (row["validation_loss"] for row in rows(run))
+    assert third < second < first, "the test sees something"
+    assert json.loads((run / "summary.json").read_text())["best"]["step"] == 1 and steps_kept(run) == [1]
+    assert find_checkpoint(run, "best").name == "step-00000001"
+    assert "no checkpoint of step 2 was written" in done.stderr

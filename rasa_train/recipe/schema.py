@@ -153,7 +153,8 @@ class TrainingConfig(_Section):
     keep_best: str | None = None
     """Measurement by which the best step is chosen, as ``metrics.jsonl`` names it: ``validation_loss``, or
     ``eval_SUITE`` for ``training.evaluate``. The checkpoint of that step is kept whatever ``keep_last`` says, and
-    ``--checkpoint best`` of ``rasa-merge`` and ``rasa-eval`` takes it. ``adapter/`` holds the last step all the same."""
+    ``--checkpoint best`` of ``rasa-merge`` and ``rasa-eval`` takes it. ``adapter/`` holds the last step all the
+    same."""
     early_stopping: EarlyStoppingConfig | None = None
     """When to end the run before its last step, by ``keep_best``; null never does. The learning rate schedule is that
     of the whole run."""
