@@ -34,9 +34,9 @@ class Stats:
     """Counts of a prepared training set.
 
     ``rows`` counts rows of the whole source; ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` count
-    the examples that they became, which are as many unless a conversation was split. The rest describe the
-    examples trained on, after ``validation`` and ``fraction``: their number, their tokens, their tokens that carry loss,
-    and the length of the longest in tokens.
+    the examples that they became, which are as many unless a conversation was split. The rest describe the examples
+    trained on, after ``validation`` and ``fraction``: their number, their tokens, their tokens that carry loss, and the
+    length of the longest in tokens.
     """
 
     rows: int
