@@ -38,9 +38,10 @@ _CHUNK_BYTES = 8 << 20  # about the bytes of the texts of a chunk
 class Stats:
     """Counts of a prepared training set.
 
-    ``rows``, ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` count rows of the whole
-    source. The rest describe the examples trained on, after ``validation`` and ``fraction``: their number, their
-    tokens, their tokens that carry loss, and the length of the longest in tokens.
+    ``rows`` counts rows of the whole source; ``dropped_over_length``, ``dropped_unsupervised`` and ``truncated`` count
+    the examples that they became, which are as many unless a conversation was split. The rest describe the examples
+    trained on, after ``validation`` and ``fraction``: their number, their tokens, their tokens that carry loss, and the
+    length of the longest in tokens.
     """
 
     rows: int
