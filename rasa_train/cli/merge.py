@@ -285,10 +285,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
 
     lines = [f"{report.output}  {size(report.bytes)} in {report.seconds:.1f} s"]
     if isinstance(report, ExportReport) and report.vocabulary:
-        lines.append(
-            f"for PEFT, the base must have {report.vocabulary:,} rows: model.resize_token_embeddings("
-            f"{report.vocabulary}), before the adapter is loaded"
-        )
+        lines.append(f"before PEFT loads it, the base needs model.resize_token_embeddings({report.vocabulary})")
     if isinstance(report, ExtractReport):
         return "\n".join([*lines, *_error_table(report)])
     done = f"{report.method} on {report.base_model}: {report.adapted} weights"

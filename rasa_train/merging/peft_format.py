@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save
@@ -68,11 +68,8 @@ def export_peft(
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         # write_bytes follows the umask, so others may be able to read the file
         (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        for path in find_tokenizer(source):
-            shutil.copyfile(path, partial / path.name)
-        _complete(partial, config)
-        tried = peft_load.is_installed()
-        if tried and (why := peft_load.refusal(partial, source, scale=None)):
+        _complete(partial, config, find_tokenizer(source))
+        if (tried := peft_load.is_installed()) and (why := peft_load.refusal(partial, source, scale=None)):
             raise UserError(
                 f"PEFT does not load this adapter into {type(source.model).__name__}: {why}. Nothing is written: use "
                 "--format lora (for lora and vera), or --format merged"
@@ -108,9 +105,7 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
         method.save(model, saved.tensors, partial)
         config = read_object(partial / CONFIG)
-        _complete(partial, {**config, "base_model_name_or_path": name})
-        for path in tokenizer_files(saved.directory):
-            shutil.copyfile(path, partial / path.name)
+        _complete(partial, {**config, "base_model_name_or_path": name}, tokenizer_files(saved.directory))
         written = (partial / PEFT_TENSORS).stat().st_size
     return ExportReport(
         output=str(output),
@@ -130,8 +125,10 @@ def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, ove
     )
 
 
-def _complete(directory: Path, config: Mapping[str, object]) -> None:
-    """Write the configuration beside the tensors, and the checksums of both."""
+def _complete(directory: Path, config: Mapping[str, object], tokenizer: Sequence[Path]) -> None:
+    """Write the configuration and the tokenizer beside the tensors, and the checksums of the first two."""
+    for path in tokenizer:
+        shutil.copyfile(path, directory / path.name)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     write_checksums(directory, [directory / CONFIG, directory / PEFT_TENSORS])
 

@@ -93,10 +93,10 @@ def add_to(tokenizer: Tokenizer, tokens: Sequence[NewToken], train: Embeddings) 
     for special, run in groupby(tokens, lambda new: new.special):  # each call builds the tokenizer's search anew
         added = [AddedToken(new.token, special=special, normalized=False) for new in run]
         tokenizer.add_tokens(added, special_tokens=special)
-    ids = [tokenizer.convert_tokens_to_ids(new.token) for new in tokens]
+    given = [tokenizer.convert_tokens_to_ids(new.token) for new in tokens]
     first = max([-1, *vocabulary.values()]) + 1
     for i, new in enumerate(tokens):
-        if ids[i] != first + i or first + i not in tokenizer.encode(new.token, add_special_tokens=False):
+        if given[i] != first + i or first + i not in tokenizer.encode(new.token, add_special_tokens=False):
             raise UserError(
                 f"model.add_tokens: this tokenizer cannot make one token of {new.token!r}; write it in another way",
                 key="model.add_tokens",

@@ -284,7 +284,7 @@ def _compute_in(module: nn.Module, dtype: torch.dtype) -> None:
         hook = module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
         undo = hook.remove
     else:
-        module.forward = partial(_linear, module)  # type: ignore[method-assign]
+        module.forward = partial(_linear, module)  # type: ignore[method-assign, arg-type]
         undo = partial(module.__dict__.pop, "forward")
     module.__dict__["rasa_train_computing"] = dtype, undo
 

@@ -57,7 +57,7 @@ def test_strategies_equal_one_process(tmp_path: Path, group: Group) -> None:
         assert any(name.startswith("model.embed_tokens.") for name in adapter(run))
         run_command("merge", run, "--output", run / "merged", check=True)
         merged = AutoModelForCausalLM.from_pretrained(run / "merged")
-        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(one["model"]["name"]), run / "adapter")
+        loaded = load_adapter(AutoModelForCausalLM.from_pretrained(one["model"]["name"]), run / "adapter").eval()
         with torch.no_grad():
             expected = loaded(input_ids=probe()).logits
             torch.testing.assert_close(merged(input_ids=probe()).logits, expected, rtol=1e-4, atol=1e-4)
