@@ -325,17 +325,22 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
     if not report.base_checked:
         lines.append("note: the adapter does not record which weights it was trained on; only shapes were checked")
     if verified:
-        lines.append(
-            f"verified on {verified.prompts} prompts ({verified.template}, {verified.tokens} tokens) in fp32: logits "
-            f"differ by up to {verified.logits:.3g} (the adapter changes them by {verified.adapter_logits:.3g}), "
-            f"KL {verified.kl:.3g}, loss {verified.loss:.4f} {verified.loss_difference:+.2g}"
-        )
-        if verified.experts and report.rounding:
-            lines.append(
-                "note: rounding sends some tokens to other experts, whose logits then differ by much; KL and loss are "
-                "means over the tokens, and --dtype float32 rounds nothing, so that any difference is an error"
-            )
+        lines += _describe_verified(verified, rounded=bool(report.rounding))
     return "\n".join(lines)
+
+
+def _describe_verified(verified: VerifyReport, *, rounded: bool) -> list[str]:
+    lines = [
+        f"verified on {verified.prompts} prompts ({verified.template}, {verified.tokens} tokens) in fp32: logits "
+        f"differ by up to {verified.logits:.3g} (the adapter changes them by {verified.adapter_logits:.3g}), "
+        f"KL {verified.kl:.3g}, loss {verified.loss:.4f} {verified.loss_difference:+.2g}"
+    ]
+    if verified.experts and rounded:
+        lines.append(
+            "note: rounding sends some tokens to other experts, whose logits then differ by much; KL and loss are "
+            "means over the tokens, and --dtype float32 rounds nothing, so that any difference is an error"
+        )
+    return lines
 
 
 def _error_table(report: ExtractReport) -> list[str]:

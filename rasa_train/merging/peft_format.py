@@ -63,18 +63,7 @@ def export_peft(
         "fan_in_fan_out": any(site.transposed for site in source.sites),
         "target_modules": target_modules(source.model, source.sites),
     }
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
-    with new_directory(Path(output), overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
-        # write_bytes follows the umask, so others may be able to read the file
-        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        _complete(partial, config, find_tokenizer(source))
-        if (tried := peft_load.is_installed()) and (why := peft_load.refusal(partial, source, scale=None)):
-            raise UserError(
-                f"PEFT does not load this adapter into {type(source.model).__name__}: {why}. Nothing is written: use "
-                "--format lora (for lora and vera), or --format merged"
-            )
-        written = (partial / PEFT_TENSORS).stat().st_size
+    written, tried = _write(source, config, tensors, Path(output), overwrite)
     return ExportReport(
         output=str(output),
         format="peft",
@@ -92,6 +81,24 @@ def export_peft(
         peft_loads=tried or None,
         vocabulary=rows_after(source.model),
     )
+
+
+def _write(
+    source: Source, config: PeftConfig, tensors: dict[str, Tensor], output: Path, overwrite: bool
+) -> tuple[int, bool]:
+    """Write the adapter. Return the bytes of its tensors, and whether PEFT has loaded it, which needs PEFT."""
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    inputs = [*source.origins, *([source.directory] if Path(source.base).is_dir() else [])]
+    with new_directory(output, overwrite=overwrite, inputs=inputs, nbytes=nbytes) as partial:
+        # write_bytes follows the umask, so others may be able to read the file
+        (partial / PEFT_TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        _complete(partial, config, find_tokenizer(source))
+        if (tried := peft_load.is_installed()) and (why := peft_load.refusal(partial, source, scale=None)):
+            raise UserError(
+                f"PEFT does not load this adapter into {type(source.model).__name__}: {why}. Nothing is written: use "
+                "--format lora (for lora and vera), or --format merged"
+            )
+        return (partial / PEFT_TENSORS).stat().st_size, tried
 
 
 def _save(saved: SavedAdapter, method: Peft, output: str | Path, base: Base, overwrite: bool) -> ExportReport:
