@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -141,6 +142,10 @@ def _roll_call(store: Store, timeout_seconds: int) -> list[str]:
     return places
 
 
+_asked = Counter[str]()
+"""How often this process has asked for each piece of work."""
+
+
 def once(name: str, first: bool, work: Callable[[], str]) -> str:
     """Let the one worker for which ``first`` is true do ``work``. Returns its answer on all workers.
 
@@ -151,6 +156,8 @@ def once(name: str, first: bool, work: Callable[[], str]) -> str:
     if _group is None:
         return work()
     store = _group.store
+    _asked[name] += 1  # another run in the same processes has an answer of its own
+    name = f"{name} {_asked[name]}"
     if first:
         try:
             answer = work()
