@@ -44,7 +44,7 @@ TOO_LARGE = {
     r"--install-completion": "writes into the home directory; tests/test_shipped.py asks what a shell asks",
 }
 """Our commands that are parsed but not run as they stand, and why."""
-SLOW = r"demo_classify|reconstruct|--plots|rasa-merge extract|--figures"
+SLOW = r"demo_classify|reconstruct|--plots|rasa-merge extract|--figures|--against-full --counters"
 """What takes more than a few seconds of a core."""
 ELSEWHERE = {
     "git": "clone of a repository whose address the reader knows",

@@ -53,7 +53,9 @@ def test_a_check_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_topics", lambda _: [(EVIL, True, EVIL)])
     sample = Shown("", 0, "first", 1, 1, [Piece(EVIL, trained=True)])
     result = object.__new__(CheckResult)
-    result.__dict__.update(estimate=None, samples=[sample], notes=[EVIL], problems=[check.Problem("data", EVIL)])
+    result.__dict__.update(
+        estimate=None, samples=[sample], notes=[EVIL], served={}, problems=[check.Problem("data", EVIL)]
+    )
     result.show()
     assert f"[red]{SHOWN}" in screen.getvalue()
     assert screen.getvalue().count(SHOWN) == 6 and "\x1b]" not in screen.getvalue() and "\x07" not in screen.getvalue()
