@@ -29,7 +29,7 @@ from .source import Source
 from .tally import Tally, norm2
 from .tied import only_names
 
-ROWS = 1024
+ROWS = 64
 """Rows whose rounding error is measured at a time."""
 BLOCK = 1 << 18
 """Values that are folded at a time where dW is a product of factors: few enough for the processor's cache."""

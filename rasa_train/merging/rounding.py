@@ -25,6 +25,8 @@ from ..kernels.low_rank import Factors
 
 COLUMNS = 32
 """Columns after which the error along the directions is updated."""
+ROWS = 64
+"""Rows whose error when rounded to nearest is computed at a time."""
 VALUES = 1 << 24
 """Values of a weight that are rounded at a time."""
 NARROW = (torch.bfloat16, torch.float16)
@@ -60,7 +62,7 @@ class Feedback:
         self.L, self.G = L.float().contiguous(), G.float()
         # What the error of one column does to the later columns of the same block, (columns, columns) a block
         blocks = zip(L.double().split(COLUMNS), G.split(COLUMNS), strict=True)
-        self.within = [(before @ gains.mT).float() for before, gains in blocks]
+        self.within = [(gains @ before.mT).float() for before, gains in blocks]
 
     @property
     def rows(self) -> int:
@@ -71,11 +73,10 @@ class Feedback:
     def round(self, W: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """Return ``W`` (rows, in), fp32, in ``dtype``, and whether any row differs from the one rounded to nearest. No
         row has a larger error e H e^T than rounded to nearest."""
-        nearest = W.to(dtype)
-        errors = nearest - W
-        near, near2 = errors @ self.L, errors.square().sum(1)
+        errors_of = ((some.to(dtype) - some) for some in W.split(ROWS))  # a few rows stay in the processor's cache
+        near, near2 = map(torch.cat, zip(*((E @ self.L, E.square().sum(1)) for E in errors_of), strict=True))
         if float(near.square().sum()) <= self.least * self.directions / len(self.L) * float(near2.sum()):
-            return nearest, False
+            return W.to(dtype), False
         columns = W.mT.contiguous()
         result = torch.empty(columns.shape, dtype=dtype)
         r, error2 = W.new_zeros(self.directions, len(W)), W.new_zeros(len(W))
@@ -85,12 +86,15 @@ class Feedback:
             wanted = torch.addmm(w, self.G[some], r, alpha=-1)
             errors = torch.empty_like(w)
             for j in range(len(w)):
-                value = torch.addmv(wanted[j], errors[:j].mT, within[:j, j], alpha=-1) if j else wanted[j]
-                torch.sub(q[j].copy_(value), w[j], out=errors[j])
+                value = torch.addmv(wanted[j], errors[:j].mT, within[j, :j], alpha=-1) if j else wanted[j]
+                errors[j].copy_(q[j].copy_(value)).sub_(w[j])
             r.addmm_(self.L[some].mT, errors)
             error2 += errors.square_().sum(0)
         better = r.square().sum(0) + self.lam * error2 < near.square().sum(1) + self.lam * near2
-        return torch.where(better[:, None], result.mT, nearest), bool(better.any())
+        rounded = result.mT.contiguous()
+        if not better.all():
+            rounded[~better] = W[~better].to(dtype)
+        return rounded, bool(better.any())
 
 
 def own_directions(factors: Factors) -> Feedback | None:
