@@ -336,14 +336,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             )
     else:
         lines.append(f"{done} of {report.tensors} tensors changed")
-        if report.rounding is None:
-            lines.append("the update is zero: the output is the base")
-        elif report.rounding:
-            lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
-        if report.rounding_method == "aware":
-            lines.append(
-                f"{report.aware_tensors} rounded with error feedback along up to {report.directions} directions"
-            )
+        lines += report.lost
         if report.tokenizer:
             lines.append(f"the tokenizer is the one that was trained with, from {report.tokenizer}")
         if report.left_out:

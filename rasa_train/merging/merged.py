@@ -80,6 +80,21 @@ class MergeReport:
     """Names of files beside the base's weights that are not copied, because they are no part of a model or are links
     out of the base's directory."""
 
+    @property
+    def lost(self) -> list[str]:
+        """What rounding lost, in words, one line each."""
+        if self.rounding is None:
+            return ["the update is zero: the output is the base"]
+        lines = [f"rounding to the output's dtype loses {self.rounding:.2%} of the update, by norm"]
+        if self.aware_tensors:
+            lines.append(
+                f"{self.aware_tensors} tensors are rounded with error feedback along up to {self.directions} "
+                "directions, where errors matter: the norm says little, and --verify shows the KL divergence"
+            )
+        elif self.rounding_method == "aware":
+            lines.append("no tensor gains by error feedback: all are rounded to nearest")
+        return lines if self.rounding else lines[1:]
+
 
 def merge(
     adapter: Adapters,

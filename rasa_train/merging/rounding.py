@@ -61,7 +61,7 @@ class Feedback:
         self.lam, self.least, self.directions = lam, least, L.shape[1]
         self.L, self.G = L.float().contiguous(), G.float()
         # What the error of one column does to the later columns of the same block, (columns, columns) a block
-        blocks = zip(L.double().split(COLUMNS), G.split(COLUMNS), strict=True)
+        blocks = zip(torch.split(L.double(), COLUMNS), torch.split(G, COLUMNS), strict=True)
         self.within = [(gains @ before.mT).float() for before, gains in blocks]
 
     @property
@@ -73,7 +73,9 @@ class Feedback:
     def round(self, W: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """Return ``W`` (rows, in), fp32, in ``dtype``, and whether any row differs from the one rounded to nearest. No
         row has a larger error e H e^T than rounded to nearest."""
-        errors_of = ((some.to(dtype) - some) for some in W.split(ROWS))  # a few rows stay in the processor's cache
+        errors_of = (
+            (some.to(dtype) - some) for some in torch.split(W, ROWS)
+        )  # a few rows stay in the processor's cache
         near, near2 = map(torch.cat, zip(*((E @ self.L, E.square().sum(1)) for E in errors_of), strict=True))
         if float(near.square().sum()) <= self.least * self.directions / len(self.L) * float(near2.sum()):
             return W.to(dtype), False
