@@ -73,9 +73,7 @@ class Feedback:
     def round(self, W: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """Return ``W`` (rows, in), fp32, in ``dtype``, and whether any row differs from the one rounded to nearest. No
         row has a larger error e H e^T than rounded to nearest."""
-        errors_of = (
-            (some.to(dtype) - some) for some in torch.split(W, ROWS)
-        )  # a few rows stay in the processor's cache
+        errors_of = ((some.to(dtype) - some) for some in torch.split(W, ROWS))  # which fit into the cache
         near, near2 = map(torch.cat, zip(*((E @ self.L, E.square().sum(1)) for E in errors_of), strict=True))
         if float(near.square().sum()) <= self.least * self.directions / len(self.L) * float(near2.sum()):
             return W.to(dtype), False
