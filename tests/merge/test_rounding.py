@@ -14,7 +14,9 @@ from rasa_train.errors import UserError
 from rasa_train.io.checkpoint_files import open_checkpoint
 from rasa_train.kernels.low_rank import Factors
 from rasa_train.merging import Rounding, Writing, merge
+from rasa_train.merging.merged import _key
 from rasa_train.merging.rounding import COLUMNS, Feedback, own_directions, principal_directions
+from rasa_train.merging.source import open_source
 
 from .conftest import save_adapter, save_base
 
@@ -175,6 +177,20 @@ def test_what_has_no_meaning_is_refused(options, message, run, tmp_path, capsys)
         app([str(run), "--output", str(tmp_path / "out"), *options.split()])
     assert left.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_merge_goes_on_only_with_the_same_rounding(run, tmp_path):
+    source, other = open_source(run, None, weights=True), tmp_path / "other.jsonl"
+    other.write_text("{}")
+    ways = [
+        Rounding(),
+        Rounding("aware"),
+        Rounding("aware", run, 2),
+        Rounding("aware", run, 3),
+        Rounding("aware", run, 3, other),
+    ]
+    checkpoint = open_checkpoint(source.directory)
+    assert len({_key(source, checkpoint, None, way) for way in ways}) == len(ways)
 
 
 def test_calibration_needs_a_run(run, tmp_path):
