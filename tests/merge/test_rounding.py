@@ -105,7 +105,7 @@ def test_values_beyond_the_dtype_stay_visible_and_rows_without_update_stay():
 
 
 def test_result_does_not_depend_on_the_number_of_threads(monkeypatch):
-    W, H = weight_and_inputs(out=3000)
+    W, H = weight_and_inputs(out=700)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
