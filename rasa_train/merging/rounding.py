@@ -32,7 +32,8 @@ VALUES = 1 << 24
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes of an output for which rounding counts."""
 OWN = 0.03
-"""lam where the directions are those of the update itself."""
+"""lam where the directions are those of the update itself. A larger one gains less for a trained update, and loses less
+for a random one, whose directions are not those of the inputs."""
 COHERENT = 2.0
 """How many times as large as in an average direction the squared error of nearest is along the directions of the update
 where it pays to mend it: there the update itself is rounded away. Elsewhere the error is that of any weight."""
