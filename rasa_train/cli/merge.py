@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..merging.extract import ExtractReport
     from ..merging.lora import ExportReport
     from ..merging.merged import MergeReport
-    from ..merging.options import Base
+    from ..merging.options import Base, Writing
     from ..merging.verify import VerifyReport
 
 app = typer.Typer(cls=DefaultVerb, pretty_exceptions_enable=False, add_help_option=False)
@@ -82,6 +82,22 @@ def merge(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Dtype of the merged checkpoint. (default: the base's)"),
     ] = None,
+    rounding: Annotated[
+        Literal["nearest", "aware"],
+        typer.Option(
+            help="How weights are rounded. aware: with error feedback, so that the linears' outputs change less."
+        ),
+    ] = "nearest",
+    calibrate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="With --rounding aware: measure the linears' inputs on N examples of the run."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure them on rows of this file instead. (default: 128 of them)"),
+    ] = None,
     max_rank: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Largest rank of an exported LoRA; the truncation error is reported."),
@@ -121,13 +137,14 @@ def merge(
             if adapter is not None or adapters or base is None:
                 raise UserError("--extract FINETUNED makes an adapter: give --base MODEL, and no adapter")
             return extract(finetuned, base, output, method, r, k, sweeps, targets, push, upload, overwrite, as_json)
-        wanted = _Format(format, dtype, max_rank, threads)
+        wanted = _Format(format, dtype, max_rank, threads, rounding)
         _check(wanted, verify)
         given, run = _given(adapter, adapters, checkpoint)
-        from ..merging.options import Base
+        from ..merging.options import Base, Rounding, Writing
 
         where = Base(base, revision, any_base)
-        report = _write(given, output, wanted, where, overwrite)
+        measured = Rounding(rounding, run if isinstance(given, Path) else None, calibrate, calibration)
+        report = _write(given, output, wanted, where, Writing(overwrite, rounding=measured))
         verified = _verify(given, report, run, where) if verify else None
         _finish(report, verified, run, push, upload, as_json)
 
@@ -189,6 +206,7 @@ class _Format:
     dtype: str | None
     max_rank: int | None
     threads: int | None
+    rounding: str
 
 
 def _check(wanted: _Format, verify: bool) -> None:
@@ -199,6 +217,8 @@ def _check(wanted: _Format, verify: bool) -> None:
         )
     if wanted.name != "merged" and verify:
         raise UserError(f"--verify is for --format merged only, got --format {wanted.name}")
+    if wanted.name != "merged" and wanted.rounding == "aware":
+        raise UserError(f"--rounding aware is for --format merged only, got --format {wanted.name}")
     if wanted.name != "lora" and wanted.max_rank is not None:
         raise UserError(f"--max-rank {wanted.max_rank} is for --format lora only, got --format {wanted.name}")
 
@@ -228,20 +248,19 @@ def _given(adapter: Path | None, adapters: list[str] | None, checkpoint: str | N
     return weighted, weighted[0][0]
 
 
-def _write(given: Any, output: Path, wanted: _Format, base: Base, overwrite: bool) -> MergeReport | ExportReport:
+def _write(given: Any, output: Path, wanted: _Format, base: Base, writing: Writing) -> MergeReport | ExportReport:
     import torch
 
     from ..merging.lora import export_lora
     from ..merging.merged import merge as merge_checkpoint
-    from ..merging.options import Writing
     from ..merging.peft_format import export_peft
 
     if wanted.name == "peft":
         if not isinstance(given, Path):
             raise UserError("--format peft is for a single adapter; export a sum with --format lora")
-        return export_peft(given, output, base=base, overwrite=overwrite)
+        return export_peft(given, output, base=base, overwrite=writing.overwrite)
     with _bar() as progress:
-        writing = Writing(overwrite, progress)
+        writing = replace(writing, progress=progress)
         if wanted.name == "lora":
             return export_lora(given, output, base=base, max_rank=wanted.max_rank, writing=writing)
         stored = getattr(torch, wanted.dtype) if wanted.dtype else None
@@ -314,10 +333,7 @@ def _describe(report: MergeReport | ExportReport | ExtractReport, verified: Veri
             )
     else:
         lines.append(f"{done} of {report.tensors} tensors changed")
-        if report.rounding is None:
-            lines.append("the update is zero: the output is the base")
-        elif report.rounding:
-            lines.append(f"rounding to the output's dtype loses {report.rounding:.2%} of the update, by norm")
+        lines += report.lost
         if report.tokenizer:
             lines.append(f"the tokenizer is the one that was trained with, from {report.tokenizer}")
         if report.left_out:

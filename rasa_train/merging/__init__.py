@@ -4,7 +4,7 @@
 from .extract import ExtractReport, Fit, extract
 from .lora import ExportReport, export_lora
 from .merged import MergeReport, merge
-from .options import Base, Writing
+from .options import Base, Rounding, Writing
 from .peft_format import export_peft
 from .source import find_adapter
 from .verify import VerifyReport, verify
@@ -15,6 +15,7 @@ __all__ = [
     "ExtractReport",
     "Fit",
     "MergeReport",
+    "Rounding",
     "VerifyReport",
     "Writing",
     "export_lora",

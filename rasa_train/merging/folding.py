@@ -6,7 +6,7 @@ stored = round(W + dW)        W + dW in fp32, rounded once, to the dtype that W 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -18,16 +18,18 @@ from ..adapters.contract import FactorAdapter
 from ..adapters.site import Site
 from ..errors import UserError
 from ..io.checkpoint_files import CODES, FLOATS, Checkpoint, Stored, tensor_bytes, write_tensors
+from ..kernels.low_rank import Factors
 from ..models.words import rows_before
 from .bias import new_biases
 from .head import names_in_output, new_tensors
 from .names import Piece, locate
 from .new_rows import NewRows, rows_of, weight_of, with_rows
+from .rounding import NARROW, Feedback, own_directions
 from .source import Source
 from .tally import Tally, norm2
 from .tied import only_names
 
-ROWS = 1024
+ROWS = 64
 """Rows whose rounding error is measured at a time."""
 BLOCK = 1 << 18
 """Values that are folded at a time where dW is a product of factors: few enough for the processor's cache."""
@@ -39,13 +41,28 @@ QUANTISED = (
 class Folding:
     """Computes W + dW for each tensor of one checkpoint. The constructor checks everything that headers can show.
 
+    Args:
+        source, checkpoint: what is folded into what.
+        dtype: dtype of the output; None for that of each tensor.
+        aware: whether linears are rounded with error feedback (``rounding.py``), along the directions of their update.
+        measured: roundings for the inputs of each linear, by the name of its weight, which are taken instead.
+
     Raises:
         UserError: the checkpoint lacks an adapted weight, or holds it in a shape, dtype or layout that cannot be
             merged.
     """
 
-    def __init__(self, source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None,
+        measured: Mapping[str, Feedback] | None = None,
+        *,
+        aware: bool = False,
+    ) -> None:
         self.source, self.checkpoint, self.dtype = source, checkpoint, dtype
+        self.measured, self.aware = measured, aware
         self.parameters = dict(source.model.named_parameters())
         self.rows = rows_of(source)
         self.sites: dict[str, list[Site]] = {weight_of(name): [] for name in [*source.replaced, *self.rows]}
@@ -79,6 +96,11 @@ class Folding:
     def adapted(self) -> int:
         """Number of weights and biases that the adapter changes or adds."""
         return len(self.sites) + sum(bool(bias.any()) for added in self.added.values() for bias in added.values())
+
+    @property
+    def rounded_dtypes(self) -> set[torch.dtype]:
+        """Dtypes of the adapted tensors in the output."""
+        return {self._dtype(self.stored[name]) for parameter in self.sites for name in self.sources.get(parameter, [])}
 
     @property
     def added_bytes(self) -> int:
@@ -152,8 +174,18 @@ class Folding:
             Bd, A = factors.Bd.float(), factors.A.float()
             # norm(Bd A)^2 without Bd A
             tally.update2 += float(((Bd.double().mT @ Bd.double()) * (A.double() @ A.double().mT)).sum())
-            for rows, W in tensor.blocks(max(BLOCK // max(A.shape[1], 1), 1)):
-                yield self._rounded(tensor, (Bd[rows] @ A).add_(W), tally)
+            feedback = self._feedback(tensor, factors)
+            for rows, W in tensor.blocks(feedback.rows if feedback else max(BLOCK // max(A.shape[1], 1), 1)):
+                yield self._rounded(tensor, (Bd[rows] @ A).add_(W), tally, feedback)
+
+    def _feedback(self, tensor: Stored, factors: Factors | None) -> Feedback | None:
+        """Return how the weight of a linear is rounded; None for rounding to nearest."""
+        piece = self.pieces[tensor.name]
+        if not self.aware or not piece.whole or self._dtype(tensor) not in NARROW:
+            return None
+        if self.measured is not None:
+            return self.measured.get(piece.parameter)
+        return own_directions(factors) if factors else None
 
     def _rows(self, tensor: Stored) -> NewRows | None:
         """Return the rows that a tensor gets, if it is an embedding or a head with new words."""
@@ -193,12 +225,15 @@ class Folding:
         tally.update2 += norm2(update)
         W += update
         del update
-        return self._rounded(tensor, W, tally)
+        return self._rounded(tensor, W, tally, self._feedback(tensor, None) if W.dtype == torch.float32 else None)
 
-    def _rounded(self, tensor: Stored, W: Tensor, tally: Tally) -> Tensor:
+    def _rounded(self, tensor: Stored, W: Tensor, tally: Tally, feedback: Feedback | None = None) -> Tensor:
         """Return ``W`` in the dtype of the output. Where the dtype changes, ``W`` is overwritten."""
         dtype = self._dtype(tensor)
-        result = self._finite(tensor.name, W.to(dtype))
+        stored, aware = feedback.round(W, dtype) if feedback else (W.to(dtype), False)
+        result = self._finite(tensor.name, stored)
+        if feedback and aware:
+            tally.aware[tensor.name] = feedback.directions
         if dtype != W.dtype:  # one row at a time would be slow; all rows at once would need a tensor as large as W
             blocks = (torch.split(t if t.ndim else t[None], ROWS) for t in (W, result))
             for some, stored in zip(*blocks, strict=True):

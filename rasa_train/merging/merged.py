@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,16 +23,19 @@ from .. import __version__, process
 from ..errors import UserError
 from ..io import json_file
 from ..io.atomic_dir import new_directory
-from ..io.checkpoint_files import INDEX, open_checkpoint
+from ..io.checkpoint_files import INDEX, Checkpoint, open_checkpoint
+from ..io.run_dir import RunDirectory
 from ..models.classifier import head_parameters
 from ..models.task import Head
 from ..models.words import rows_after, set_vocabulary
 from . import head
+from .calibrate import data_of, measured
 from .folding import QUANTISED, Folding, dtype_name
 from .names import locate
-from .options import WRITING, Base, Progress, Writing
+from .options import WRITING, Base, Progress, Rounding, Writing
+from .rounding import NARROW
 from .small_files import copy_small_files, copy_tokenizer
-from .source import Adapters, architecture, open_source
+from .source import Adapters, Source, architecture, open_source
 from .tally import Tally
 
 FINISHED = ".finished.json"
@@ -65,11 +68,32 @@ class MergeReport:
     rounding: float | None
     """norm(stored - (W + dW)) / norm(dW) over all adapted weights: the share of the update that is lost by rounding to
     the output's dtype. 0 for fp32; None when the update is zero."""
+    rounding_method: str = "nearest"
+    """How W + dW was rounded: ``nearest`` or ``aware``."""
+    aware_tensors: int = 0
+    """Number of tensors in which ``aware`` differs from nearest."""
+    directions: int = 0
+    """Largest number of directions along which the error of such a tensor was kept small."""
     tokenizer: str | None = None
     """Directory of the adapter that the tokenizer is from; None for the base's tokenizer."""
     left_out: list[str] = field(default_factory=list)
     """Names of files beside the base's weights that are not copied, because they are no part of a model or are links
     out of the base's directory."""
+
+    @property
+    def lost(self) -> list[str]:
+        """What rounding lost, in words, one line each."""
+        if self.rounding is None:
+            return ["the update is zero: the output is the base"]
+        lines = [f"rounding to the output's dtype loses {self.rounding:.2%} of the update, by norm"]
+        if self.aware_tensors:
+            lines.append(
+                f"{self.aware_tensors} tensors are rounded with error feedback along up to {self.directions} "
+                "directions, where errors matter: the norm says little, and --verify shows the KL divergence"
+            )
+        elif self.rounding_method == "aware":
+            lines.append("no tensor gains by error feedback: all are rounded to nearest")
+        return lines if self.rounding else lines[1:]
 
 
 def merge(
@@ -99,12 +123,18 @@ def merge(
     source = open_source(adapter, base, weights=True)
     checkpoint = open_checkpoint(source.directory)
     config = _read_config(source.directory)
-    folding = Folding(source, checkpoint, dtype)
+    aware = writing.rounding.method == "aware"
+    folding = Folding(source, checkpoint, dtype, aware=aware)
+    if aware:
+        _check_rounded(folding)
+        if writing.rounding.rows is not None:
+            data_of(writing.rounding)
     nbytes = sum(folding.stored_bytes(t) for t in checkpoint.tensors.values()) + folding.added_bytes
     tick = _ticker(writing.progress, sum(t.nbytes for t in checkpoint.tensors.values()))
     read = [source.directory, *source.origins]
-    key = _key(source.directory, checkpoint.files, source.origins, dtype, source.label)
+    key = _key(source, checkpoint, dtype, writing.rounding)
     with new_directory(Path(output), overwrite=writing.overwrite, inputs=read, nbytes=nbytes, key=key) as partial:
+        folding.measured = measured(source, writing.rounding) if writing.rounding.rows else None
         tallies = _write_files(folding, partial, threads or _threads(folding), tick)
         if checkpoint.index is not None:
             index = checkpoint.index
@@ -124,7 +154,18 @@ def merge(
                 _set_dtype(config, dtype_name(dtype))
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     report = _report(str(output), folding, [*tallies, folding.of_added], time.perf_counter() - start)
-    return replace(report, tokenizer=tokenizer, left_out=left_out)
+    return replace(report, rounding_method=writing.rounding.method, tokenizer=tokenizer, left_out=left_out)
+
+
+def _check_rounded(folding: Folding) -> None:
+    """Raise ``UserError`` if the output has no dtype in which error feedback counts."""
+    dtypes = folding.rounded_dtypes
+    if not dtypes & set(NARROW):
+        found = ", ".join(sorted(map(dtype_name, dtypes))) or "float32"
+        raise UserError(
+            f"--rounding aware: the merged weights are {found}, in which next to nothing is rounded away; leave the "
+            "option out, or add --dtype bfloat16 or float16"
+        )
 
 
 def check_base(directory: Path, classifier: Head | None = None) -> None:
@@ -145,6 +186,7 @@ def check_base(directory: Path, classifier: Head | None = None) -> None:
 
 def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: float) -> MergeReport:
     source = folding.source
+    directions = [n for tally in tallies for n in tally.aware.values()]
     update2, error2 = (sum(getattr(tally, name) for tally in tallies) for name in ("update2", "error2"))
     return MergeReport(
         output=output,
@@ -157,6 +199,8 @@ def _report(output: str, folding: Folding, tallies: Sequence[Tally], seconds: fl
         bytes=sum(tally.bytes for tally in tallies),
         seconds=round(seconds, 3),
         rounding=math.sqrt(error2 / update2) if update2 else None,
+        aware_tensors=len(directions),
+        directions=max(directions, default=0),
     )
 
 
@@ -219,6 +263,7 @@ def _finished(note: Path) -> dict[str, Tally]:
                 json_file.field(tally, "bytes", int, note),
                 json_file.field(tally, "update2", float, note),
                 json_file.field(tally, "error2", float, note),
+                json_file.field(tally, "aware", dict, note),
             )
             for file, tally in tallies.items()
         }
@@ -235,12 +280,16 @@ def _threads(folding: Folding) -> int:
     return int(max(1, min(process.cores(), len(folding.checkpoint.files), fit)))
 
 
-def _key(base: Path, files: Iterable[str], origins: Sequence[Path], dtype: torch.dtype | None, label: str) -> str:
+def _key(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None, rounding: Rounding) -> str:
     """Return a hash of everything that determines the files of a merge: names, sizes and modification times of the
-    inputs, the dtype of the output, the method, and the version of this package."""
-    paths = [base / file for file in files] + [path for origin in origins for path in sorted(origin.iterdir())]
+    inputs, the dtype of the output, how it is rounded, the method, and the version of this package."""
+    paths = [source.directory / file for file in checkpoint.files]
+    paths += [path for origin in source.origins for path in sorted(origin.iterdir())]
+    if rounding.rows:
+        paths += [path for path in (rounding.file, rounding.run and RunDirectory(rounding.run).recipe) if path]
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps([__version__, label, str(dtype), stats]).encode()).hexdigest()
+    options = [source.label, str(dtype), rounding.method, rounding.rows]
+    return hashlib.sha256(json.dumps([__version__, options, stats]).encode()).hexdigest()
 
 
 def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Tally:
     """Squared norm of dW."""
     error2: float = 0.0
     """Squared norm of the error from rounding to the output's dtype."""
+    aware: dict[str, int] = field(default_factory=dict)
+    """Number of directions of each tensor that was rounded with error feedback, by the tensor's name."""
     kept: tuple[str, Tensor] | None = None
     """Name and update of the parameter whose pieces are being written."""
 

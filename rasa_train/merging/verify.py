@@ -82,7 +82,7 @@ def verify(
     """
     source = open_source(adapter, base, weights=True)
     batches, template = _prompts(source, template)
-    without = _logits(lambda: _base(source), batches)
+    without = _logits(lambda: base_model(source), batches)
     on = _logits(lambda: _adapted(source, adapter), batches)
     off = _logits(lambda: _load(Path(merged), source.head), batches)
     differences = [float((a - b).abs().max()) for a, b in zip(on, off, strict=True)]
@@ -130,8 +130,8 @@ def _load(directory: Path, head: Head | None) -> PreTrainedModel:
     return load_model(ModelConfig(name=str(directory), dtype="float32"), head)
 
 
-def _base(source: Source) -> PreTrainedModel:
-    """Return the base, in which the rows of new words are zeros."""
+def base_model(source: Source) -> PreTrainedModel:
+    """Return the base, fp32, in which the rows of new words are zeros."""
     model = _load(source.directory, source.head)
     put(model, source.words)
     return model
@@ -139,7 +139,7 @@ def _base(source: Source) -> PreTrainedModel:
 
 def _adapted(source: Source, adapter: Adapters) -> nn.Module:
     """Return the base with the adapter attached: as in training, or by hand for a sum, which no recipe trains."""
-    model: nn.Module = _base(source)
+    model: nn.Module = base_model(source)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else list(adapter)
     if len(given) == 1 and given[0][1] == 1:
         saved = read_adapter(find_adapter(Path(given[0][0])))

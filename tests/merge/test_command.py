@@ -55,7 +55,8 @@ def test_json_is_the_only_thing_on_stdout(case, tmp_path):
     assert report.pop("seconds") > 0
     assert report == {
         "output": str(tmp_path / "out"), "format": "merged", "method": "rasa", "base_model": str(base),
-        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0, "tokenizer": None, "left_out": [],
+        "base_checked": False, "tensors": 30, "adapted": 21, "rounding": 0.0,
+        "rounding_method": "nearest", "aware_tensors": 0, "directions": 0, "tokenizer": None, "left_out": [],
         "bytes": (tmp_path / "out" / "model.safetensors").stat().st_size,
     }  # fmt: skip
     code, stdout, _ = run(adapter, "--output", tmp_path / "lora", "--format", "lora", "--json")
