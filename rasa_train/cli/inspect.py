@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UserError, say
 from .errors import stoppable, user_errors
+from .page_file import write_page
 from .recipe_argument import MISSING, AsJson, Overrides, RecipeName
 
 
@@ -51,20 +52,10 @@ def inspect(
         if html is not None:
             from ..check.examples_page import page
 
-            _write(html, page(found))
+            write_page(html, page(found), option="--html")
         if as_json:
             print(json.dumps(found.as_json()))
         else:
             show(found, examples=html is None)
         if html is not None:
             say(f"{html}: {len(found.examples)} examples", file=sys.stderr if as_json else sys.stdout)
-
-
-def _write(output: Path, text: str) -> None:
-    from ..io.atomic import write_text
-
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, text)
-    except OSError as error:
-        raise UserError(f"--html {output} cannot be written: {error.strerror or error}") from None

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import say
 from .errors import Command, start, user_errors
+from .page_file import write_page
 
 if TYPE_CHECKING:
     from ..report.runs import Run
@@ -62,28 +63,17 @@ def report(
             print(json.dumps(report_json(found)))
             return
         while live and any(run.state != "complete" for run in found):
-            _write(output, render(found, reload_seconds=every))
+            write_page(output, render(found, reload_seconds=every), option="--output")
             say(f"{output}: {_states(found)}", file=sys.stderr)
             time.sleep(every)
             found = read_runs(find_runs(runs))
-        _write(output, render(found))
+        write_page(output, render(found), option="--output")
         say(f"{output}: {_states(found)}")
 
 
 def main() -> None:
     """Entry point of the console script."""
     start(app)
-
-
-def _write(output: Path, page: str) -> None:
-    from ..errors import UserError
-    from ..io.atomic import write_text
-
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, page)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
 
 def _states(runs: list[Run]) -> str:

@@ -19,7 +19,7 @@ from tiny_data import rows_of
 from rasa_train.data import cache as cache_module
 from rasa_train.data.cache import CacheWriter, read_stats
 from rasa_train.data.config import DataConfig
-from rasa_train.data.encode import Encoder, Example
+from rasa_train.data.encode import Example
 from rasa_train.data.prepare import PreparedData, prepare
 from rasa_train.errors import UserError
 
@@ -76,18 +76,10 @@ def rows(tmp_path: Path) -> DataConfig:
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def encoded(encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the rows that are tokenised in this process; every chunk is saved."""
     monkeypatch.setattr(cache_module, "SAVE_EVERY", 0)
-    sizes: list[int] = []
-    original = Encoder.encode
-
-    def counting(self: Encoder, rows: Any) -> Any:
-        sizes.append(len(rows))
-        return original(self, rows)
-
-    monkeypatch.setattr(Encoder, "encode", counting)
-    return sizes
+    return encoded
 
 
 def _killed(config: DataConfig, tokenizer: Any, chunks: int = CHUNKS, **options: Any) -> Path:

@@ -28,20 +28,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tokens"
 
 
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the chunks that were really encoded: none when the cache is used."""
-    sizes: list[int] = []
-    original = Encoder.encode
-
-    def counting(self: Encoder, rows: Any) -> Any:
-        sizes.append(len(rows))
-        return original(self, rows)
-
-    monkeypatch.setattr(Encoder, "encode", counting)
-    return sizes
-
-
 def content(dataset: TokenDataset) -> list[tuple[list[int], list[int]]]:
     return [(example.input_ids.tolist(), example.labels.tolist()) for example in dataset]
 
